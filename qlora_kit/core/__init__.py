@@ -1,0 +1,1 @@
+"""Errors, files, units: what every room needs."""

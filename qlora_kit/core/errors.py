@@ -1,0 +1,56 @@
+"""Errors that a user reads: the problem, where it was set, and the line to paste."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_RUN_FAILED = 1
+EXIT_BAD_RECIPE = 2
+EXIT_UNFAITHFUL = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where it was set, and a line that mends it."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  set in   {self.where}")
+        if self.fix:
+            lines.append(f"  fix      {self.fix}")
+        return "\n".join(lines)
+
+
+class KitError(Exception):
+    """Base of every error whose message is meant for the user; shown without a traceback."""
+
+    exit_code = EXIT_RUN_FAILED
+
+    def __init__(self, what: str | Sequence[Problem], where: str = "", fix: str = "") -> None:
+        self.problems = (Problem(what, where, fix),) if isinstance(what, str) else tuple(what)
+        super().__init__("\n\n".join(str(problem) for problem in self.problems))
+
+
+class RecipeError(KitError):
+    """The command line, the recipe or the data is wrong; found before a weight is loaded."""
+
+    exit_code = EXIT_BAD_RECIPE
+
+
+class RunError(KitError):
+    """The run could not go on."""
+
+
+class StoppedError(KitError):
+    """The user stopped the run; what was done is saved."""
+
+
+class FidelityError(KitError):
+    """An exported file differs from the trained model by more than its bound."""
+
+    exit_code = EXIT_UNFAITHFUL

@@ -1,0 +1,78 @@
+"""Files that are either complete or absent: written beside their place, then renamed."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, making its folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically: indented, keys in the order given, UTF-8."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
+
+
+@contextmanager
+def staged_directory(place: Path) -> Iterator[Path]:
+    """Give a folder beside `place` to fill; it takes its place when the block ends well.
+
+    On an error the staged folder is removed and whatever stood at `place` stays as it was.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = _beside(place)
+    staged.mkdir()
+    try:
+        yield staged
+        replaced = _beside(place)
+        if place.exists():
+            place.rename(replaced)
+        staged.rename(place)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of every file below a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())

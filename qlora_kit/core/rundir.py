@@ -1,0 +1,111 @@
+"""A run directory: one place for everything that a run made, and how to find it again."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.core.errors import RecipeError
+
+OUTPUTS = Path("outputs")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside `outputs/<name>/<time>/`."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The composed recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The command line's overrides, one a line."""
+        return self.path / "overrides.txt"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        """Hashes and counts of the rows."""
+        return self.path / "data.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """What the run came to; present once it finished."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def exports(self) -> Path:
+        """One folder an exported artifact."""
+        return self.path / "exports"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores of every artifact."""
+        return self.path / "eval.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ended and left an adapter."""
+        return self.result.is_file() and self.adapter.is_dir()
+
+
+def new_run_path(name: str, prefix: str = "") -> Path:
+    """A folder name below outputs/ that no run has taken: `outputs/<name>/<prefix><time>`."""
+    stamp = prefix + time.strftime("%Y-%m-%d_%H-%M-%S")
+    path, again = OUTPUTS / name / stamp, 2
+    while path.exists():
+        path, again = OUTPUTS / name / f"{stamp}-{again}", again + 1
+    return path
+
+
+def _all_runs() -> list[RunDirectory]:
+    recipes = [*OUTPUTS.glob("*/*/recipe.yaml"), *OUTPUTS.glob("*/*/*/recipe.yaml")]
+    newest_first = sorted(recipes, key=lambda recipe: recipe.stat().st_mtime_ns, reverse=True)
+    return [RunDirectory(recipe.parent) for recipe in newest_first]
+
+
+def find_run(name: str, *, finished: bool) -> RunDirectory:
+    """The run directory that a user named, or the newest one for `latest`.
+
+    Args:
+        name: a path, or `latest`.
+        finished: whether it must hold a trained adapter; otherwise it must be one that can be resumed.
+    Raises:
+        RecipeError: there is none, or it is in the other state.
+    """
+    if name == "latest":
+        fitting = [run for run in _all_runs() if run.is_finished == finished]
+        if not fitting:
+            what = "finished run" if finished else "unfinished run"
+            raise RecipeError(f"there is no {what} below {OUTPUTS}/", "run=latest", "qlora-kit train experiment=<name>")
+        return fitting[0]
+    run = RunDirectory(Path(name))
+    if not run.recipe.is_file():
+        raise RecipeError(f"{name} is not a run directory: it holds no recipe.yaml", f"run={name}", "run=latest")
+    if finished and not run.is_finished:
+        raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", f"qlora-kit train resume={name}")
+    if not finished and run.is_finished:
+        raise RecipeError(f"the run {name} is finished; there is nothing to resume", f"resume={name}")
+    return run

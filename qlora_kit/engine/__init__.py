@@ -1,0 +1,1 @@
+"""How the maths of a step is run."""

@@ -1,0 +1,1 @@
+"""Loss, fidelity, tasks and speed of every artifact."""

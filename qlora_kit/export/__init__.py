@@ -1,0 +1,1 @@
+"""Merge, calibrate, quantize, describe."""

@@ -1,0 +1,1 @@
+"""Recipes: typed, checked, explained."""

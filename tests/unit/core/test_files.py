@@ -1,0 +1,39 @@
+"""Files are whole or absent."""
+
+import pytest
+
+from qlora_kit.core.files import size_on_disk, staged_directory, write_text
+
+
+def test_staged_directory_takes_its_place(tmp_path):
+    with staged_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_stage_keeps_what_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(OSError, match="disk is full"), staged_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("half")
+        raise OSError("disk is full")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stage_replaces_the_whole_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").write_text("old")
+    with staged_directory(tmp_path / "out") as folder:
+        (folder / "fresh").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fresh"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_write_text_leaves_no_partial_file(tmp_path):
+    write_text(tmp_path / "deep" / "a.txt", "é\n")
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == "é\n".encode()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.txt"]
+    assert size_on_disk(tmp_path) == 3
