@@ -1,0 +1,215 @@
+"""What a recipe may not say: bounds of each field, and combinations across groups."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.core.device import has_nvidia_gpu
+from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
+from qlora_kit.schema import walk
+from qlora_kit.schema.eval import EvalConfig
+from qlora_kit.schema.export import ExportConfig
+from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.lora import TARGET_SETS, LoraInit
+from qlora_kit.schema.model import Attention
+from qlora_kit.schema.quant import ComputeDtype, QuantKind
+from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
+from qlora_kit.schema.tracker import TrackerName
+
+HOME_COMMANDS = "home_commands"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A field that is wrong, why, and a line that mends it."""
+
+    path: str
+    what: str
+    fix: str = ""
+
+
+UNMERGEABLE_INITS = {
+    LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
+    LoraInit.corda: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
+    LoraInit.loftq: "starts from the rounding error of a base that is not quantized yet",
+    LoraInit.orthogonal: "needs floating-point base weights",
+}
+
+
+def check(recipe: Sealed) -> list[Finding]:
+    """Everything that is wrong with a composed recipe, heavy imports aside."""
+    found = list(_bounds(recipe))
+    rules: list[Callable[[], Iterator[Finding]]] = []
+    if isinstance(recipe, TrainRecipe):
+        parts = (_model, _lora, _data, _device, _tracking)
+        rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
+    elif isinstance(recipe, ExportRecipe):
+        rules = [lambda: _export(recipe.export)]
+    elif isinstance(recipe, EvalRecipe):
+        rules = [lambda: _eval(recipe.eval)]
+    for rule in rules:
+        found.extend(rule())
+    return found
+
+
+def _bounds(recipe: Sealed) -> Iterator[Finding]:
+    for path, value, knob in walk.values(recipe):
+        if knob is None or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        unit = f" {knob.unit}" if knob.unit else ""
+        if not math.isfinite(value):
+            yield Finding(path, f"{path} must be a finite number, got {value}")
+        elif knob.minimum is not None and value < knob.minimum:
+            yield Finding(
+                path, f"{path} must be at least {knob.minimum:g}{unit}, got {value:g}", f"{path}={knob.minimum:g}"
+            )
+        elif knob.maximum is not None and value > knob.maximum:
+            yield Finding(
+                path, f"{path} must be at most {knob.maximum:g}{unit}, got {value:g}", f"{path}={knob.maximum:g}"
+            )
+        elif knob.above is not None and value <= knob.above:
+            yield Finding(
+                path, f"{path} must be above {knob.above:g}{unit}, got {value:g}", f"leave {path} at its default"
+            )
+
+
+def _model(recipe: TrainRecipe) -> Iterator[Finding]:
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).is_file():
+        yield Finding("model.chat_template", f"no such chat template file: {template}", "model.chat_template=null")
+    if recipe.model.attention is Attention.flash_attention_2 and not is_present("flash_attn"):
+        yield Finding(
+            "model.attention",
+            "flash_attention_2 needs the package 'flash_attn', which is not installed",
+            "model.attention=sdpa",
+        )
+
+
+def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
+    lora, quantized = recipe.lora, recipe.quant.kind is not QuantKind.none
+    kind = recipe.quant.kind.name
+    if quantized and lora.init in UNMERGEABLE_INITS:
+        dora = " (with or without DoRA)" if lora.use_dora else ""
+        yield Finding(
+            "lora.init",
+            f"lora.init={lora.init.name}{dora} cannot be trained and merged on a {kind} base: "
+            f"it {UNMERGEABLE_INITS[lora.init]}",
+            "lora.init=default",
+        )
+    if lora.lora_bias:
+        yield Finding(
+            "lora.lora_bias",
+            "lora.lora_bias=true cannot be merged: the linear layers of these models have no bias to add it to",
+            "lora.lora_bias=false",
+        )
+    if lora.use_dora and recipe.quant.kind is QuantKind.int8:
+        yield Finding(
+            "lora.use_dora",
+            "DoRA cannot be merged faithfully on an int8 base: its column norms are taken from weights that "
+            "LLM.int8 rounds per row and mixes with 16-bit outliers",
+            "quant=nf4_double",
+        )
+    if not lora.targets:
+        yield Finding("lora.targets", "lora.targets is empty, so nothing would be trained", "lora.targets=[all_linear]")
+    for name in lora.targets:
+        if name in ("lm_head", "embed_tokens"):
+            yield Finding(
+                "lora.targets",
+                f"lora.targets names {name}; the loss reads that weight directly, so an adapter on it would be ignored",
+                f"lora.targets=[all_linear] lora.modules_to_save=[{name}]",
+            )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for name, value in getattr(lora, field).items():
+            if value <= 0:
+                yield Finding(f"lora.{field}", f"lora.{field} gives {name} the value {value}; it must be above 0")
+
+
+def _data(recipe: TrainRecipe) -> Iterator[Finding]:
+    for field in ("train_file", "eval_file"):
+        name = getattr(recipe.data, field)
+        if name is None or Path(name).is_file():
+            continue
+        fix = f"data.{field}=<a JSONL file>"
+        if HOME_COMMANDS in Path(name).parts:
+            fix = f"python -m qlora_kit.data.home_commands --out {Path(name).parent}"
+        yield Finding(f"data.{field}", f"no such file: {name}", fix)
+    if recipe.trainer.eval_every_steps is not None and recipe.data.eval_file is None:
+        yield Finding(
+            "trainer.eval_every_steps",
+            "trainer.eval_every_steps is set, but there are no held-out rows",
+            "data.eval_file=<a JSONL file>",
+        )
+
+
+def _device(recipe: TrainRecipe) -> Iterator[Finding]:
+    if has_nvidia_gpu():
+        return
+    if recipe.optim.strict and recipe.optim.name.needs_gpu:
+        yield Finding(
+            "optim.strict",
+            f"optim.name={recipe.optim.name.name} needs a GPU, there is none, "
+            "and optim.strict=true forbids plain AdamW",
+            "optim.strict=false",
+        )
+    if recipe.quant.compute_dtype is ComputeDtype.float16:
+        yield Finding(
+            "quant.compute_dtype", "float16 training needs a GPU, and there is none", "quant.compute_dtype=bfloat16"
+        )
+    if recipe.model.attention is Attention.flash_attention_2:
+        yield Finding("model.attention", "flash_attention_2 needs a GPU, and there is none", "model.attention=sdpa")
+
+
+def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
+    name = recipe.tracker.name.value
+    if recipe.tracker.name is not TrackerName.jsonl and not is_present(name):
+        yield Finding(
+            "tracker.name",
+            f"tracker.name={name} needs the package '{name}', which is not installed",
+            f"pip install 'qlora-kit[{EXTRA_OF_MODULE[name]}]'",
+        )
+
+
+def _export(export: ExportConfig) -> Iterator[Finding]:
+    names = [*export.gguf, *export.gptq, *export.awq, *export.merged]
+    if not names:
+        yield Finding("export", "no export is named", "export=[gguf_q4_k_m]")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Finding("export", f"two exports are named {name}; each gets a folder of its own")
+    for name, gptq in export.gptq.items():
+        if gptq.bits not in (2, 3, 4, 8):
+            path = f"export.gptq.{name}.bits"
+            yield Finding(path, f"GPTQ packs 2, 3, 4 or 8 bits, not {gptq.bits}", f"{path}=4")
+    for name, merged in export.merged.items():
+        if merged.dtype != "bfloat16":
+            path = f"export.merged.{name}.dtype"
+            yield Finding(path, f"{path}={merged.dtype} is not written; only bfloat16 is", f"{path}=bfloat16")
+    modules = {"gguf": export.gguf, "libgguf": export.gguf, "gptqmodel": export.gptq or export.awq}
+    for module, wanted in modules.items():
+        if wanted and not is_present(module):
+            fix = f"pip install 'qlora-kit[{EXTRA_OF_MODULE[module]}]'"
+            yield Finding("export", f"this export needs the package '{module}', which is not installed", fix)
+
+
+def _eval(config: EvalConfig) -> Iterator[Finding]:
+    if not config.artifacts:
+        yield Finding("eval.artifacts", "eval.artifacts is empty, so nothing would be scored", "eval.artifacts=[all]")
+
+
+def known_targets(linear_names: set[str]) -> set[str]:
+    """Names that `lora.targets` may hold for a model with these linear modules (last parts of their names)."""
+    return linear_names | set(TARGET_SETS)
+
+
+def check_targets(targets: list[str], linear_names: set[str]) -> list[Finding]:
+    """Targets that name no linear module of the base."""
+    known = sorted(known_targets(linear_names))
+    return [
+        Finding(
+            "lora.targets",
+            f"lora.targets names {name}, which is no linear module of this base; it has {', '.join(known)}",
+            "lora.targets=[all_linear]",
+        )
+        for name in targets
+        if name not in known and name not in ("lm_head", "embed_tokens")
+    ]

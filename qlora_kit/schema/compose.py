@@ -1,0 +1,283 @@
+"""Composes a command line into a frozen recipe; every mistake is collected and reported at once."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.schema import walk
+from qlora_kit.schema.check import Finding, check
+from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
+from qlora_kit.schema.store import RECIPE_OF_VERB, register
+
+MOST_SWEEP_JOBS_CHECKED = 200
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked recipe, and where each of its values came from."""
+
+    recipe: Sealed
+    choices: dict[str, str]
+    origins: dict[str, str]
+
+    def problem(self, finding: Finding) -> Problem:
+        """A finding with the place that set the field."""
+        return Problem(finding.what, self.origins.get(finding.path, "the defaults"), finding.fix)
+
+
+def compose_recipe(verb: str, overrides: list[str]) -> Composed:
+    """Compose and check one command line.
+
+    Raises:
+        RecipeError: with one problem for each mistake.
+    """
+    composed = _compose(verb, overrides)
+    findings = check(composed.recipe)
+    if findings:
+        raise RecipeError([composed.problem(finding) for finding in findings])
+    return composed
+
+
+def compose_unchecked(verb: str, overrides: list[str]) -> Sealed:
+    """Compose one command line without the cross-checks: to look at a recipe whose files are elsewhere.
+
+    Raises:
+        RecipeError: a key, an option or a type is wrong.
+    """
+    return _compose(verb, overrides).recipe
+
+
+def sweep_jobs(overrides: list[str]) -> list[list[str]]:
+    """The override lists of a grid; at most `MOST_SWEEP_JOBS_CHECKED`, without ranges a sweeper has to sample."""
+    choices: list[list[str]] = []
+    for override in _parse(overrides):
+        if not override.is_sweep_override():
+            choices.append([str(override.input_line)])
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return [list(job) for job in islice(product(*choices), MOST_SWEEP_JOBS_CHECKED)]
+
+
+def recipe_yaml(recipe: Sealed) -> str:
+    """A recipe as YAML that `load_recipe` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def load_recipe(verb: str, path: Path) -> Sealed:
+    """Read and check a composed recipe, such as recipe.yaml of a run directory.
+
+    Raises:
+        RecipeError: it is missing, is not YAML, or does not fit the schema.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        return typed_recipe(verb, OmegaConf.load(path))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{path} is not a {verb} recipe: {_first_line(error)}") from error
+
+
+def typed_recipe(verb: str, tree: Any) -> Sealed:
+    """A composed tree as a frozen recipe; an unknown key or a wrong type raises OmegaConf's error."""
+    return _typed(RECIPE_OF_VERB[verb], tree)
+
+
+def _compose(verb: str, lines: list[str]) -> Composed:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(packaged_recipes()), version_base="1.3", job_name=verb):
+        return _compose_initialized(verb, lines)
+
+
+def _compose_initialized(verb: str, lines: list[str]) -> Composed:
+    root = RECIPE_OF_VERB[verb]
+    overrides = _parse(lines)
+    problems = [problem for override in overrides if (problem := _override_problem(root, override))]
+    good = [str(override.input_line) for override in overrides if not _override_problem(root, override)]
+    chosen = [line for line, override in zip(lines, overrides, strict=True) if line in good and _is_group(override)]
+    try:
+        tree = compose(verb, overrides=chosen, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError([*problems, _compose_problem(error)]) from error
+    choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
+    problems += _value_problems(tree, [line for line in good if line not in chosen])
+    if problems:
+        raise RecipeError(problems)
+    tree = compose(verb, overrides=good)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", f"{key}=<value>") for key in missing])
+    try:
+        recipe = _typed(root, tree)
+    except OmegaConfBaseException as error:
+        raise RecipeError(_first_line(error)) from error
+    return Composed(recipe, choices, _origins(recipe, overrides, choices))
+
+
+def _parse(lines: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for line in lines:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException as error:
+            problems.append(Problem(f"cannot read '{line}': {_first_line(error)}", "the command line", "key=value"))
+    if problems:
+        raise RecipeError(problems)
+    return parsed
+
+
+def _is_group(override: Override) -> bool:
+    key = override.key_or_group
+    return key in groups() or key.startswith("hydra")
+
+
+def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
+    """A misspelt key or option, with the nearest right one."""
+    key, line = override.key_or_group, f"command line: {override.input_line}"
+    if key.startswith("hydra"):
+        return None
+    if key in groups():
+        return _option_problem(key, override)
+    if override.is_delete():
+        return Problem(
+            f"'{override.input_line}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
+        )
+    if walk.find_path(root, key):
+        return None
+    near = walk.nearest_path(root, key) or _nearest(key, list(groups()))
+    fix = f"{near}={override.value()}" if near else f"qlora-kit {_verb_of(root)} --help lists every field"
+    return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
+
+
+def _option_problem(group: str, override: Override) -> Problem | None:
+    value = override.value()
+    wanted = value if isinstance(value, list) else [value]
+    known = groups()[group]
+    for option in wanted:
+        if option is None or str(option) in known or override.is_sweep_override():
+            continue
+        near = _nearest(str(option), known)
+        what = f"there is no {group} named '{option}'" + (f"; did you mean '{near}'?" if near else "")
+        what += f"\n  known    {', '.join(known)}"
+        return Problem(what, f"command line: {override.input_line}", f"{group}={near or known[0]}")
+    return None
+
+
+def _value_problems(tree: DictConfig, lines: list[str]) -> list[Problem]:
+    """Values of the wrong type, each tried on its own so that all are found."""
+    problems = []
+    for override in _parse(lines):
+        if override.is_sweep_override():
+            continue
+        try:
+            OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
+        except (OmegaConfBaseException, ValueError) as error:
+            key = override.key_or_group
+            expected = _expected_type(tree, key)
+            what = f"{key} cannot be {override.value()!r}: " + (f"it is {expected}" if expected else _first_line(error))
+            problems.append(Problem(what, f"command line: {override.input_line}", _example(tree, key)))
+    return problems
+
+
+def _expected_type(tree: DictConfig, path: str) -> str:
+    group: Any = OmegaConf.get_type(tree)
+    for part in path.split(".")[:-1]:
+        group = walk.group_class(walk.fields_of(group)[part][0]) if group and part in walk.fields_of(group) else None
+    name = path.rsplit(".", 1)[-1]
+    if group is None or name not in walk.fields_of(group):
+        return ""
+    return walk.type_name(walk.fields_of(group)[name][0])
+
+
+def _example(tree: DictConfig, path: str) -> str:
+    value = OmegaConf.select(tree, path)
+    shown = getattr(value, "name", value)
+    if OmegaConf.is_list(value):
+        shown = "[" + ",".join(str(item) for item in value) + "]"
+    return f"{path}={'null' if shown is None else shown}"
+
+
+def _typed(root: type[Sealed], tree: Any) -> Sealed:
+    # Merging a plain container into a fresh schema catches keys that '+' added behind the schema's back.
+    plain = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
+    recipe = cast(
+        Sealed, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), cast("dict[str, Any]", plain)))
+    )
+    recipe.seal()
+    return recipe
+
+
+def _origins(recipe: Sealed, overrides: list[Override], choices: dict[str, str]) -> dict[str, str]:
+    """Where each value was set: the command line, the experiment's file or the group's file."""
+    lines = {override.key_or_group: f"command line: {override.input_line}" for override in overrides}
+    origins = {}
+    for path, _, _ in walk.values(recipe):
+        group = path.split(".")[0]
+        origins[path] = (
+            lines.get(path)
+            or _file_origin("experiment", choices.get("experiment"), path)
+            or _file_origin(group, choices.get(group), path.removeprefix(f"{group}."))
+            or lines.get(group)
+            or f"the default of {path}"
+        )
+    return origins | {group: lines[group] for group in lines if group not in origins}
+
+
+def _file_origin(group: str, option: str | None, path: str) -> str:
+    file = recipe_file(group, option) if option and option != "None" else None
+    if file is None or OmegaConf.select(OmegaConf.load(file), path) is None:
+        return ""
+    return str(file)
+
+
+def _compose_problem(error: Exception) -> Problem:
+    text = str(error)
+    if group := _found(r"You must specify '([^']+)', e\.g", text):
+        options = groups().get(group, [])
+        return Problem(
+            f"no {group} is chosen; there are {', '.join(options)}",
+            "the command line",
+            f"{group}={options[0] if options else ''}",
+        )
+    where = _found(r"In '([^']+)'", text) or "train"
+    key = _found(r"Key '([^']+)' not in '\w+'", text)
+    if key:
+        nearest = next(
+            (near for verb in RECIPE_OF_VERB if (near := walk.nearest_path(RECIPE_OF_VERB[verb], key))), None
+        )
+        hint = f"; did you mean '{nearest.rsplit('.', 1)[-1]}'?" if nearest else ""
+        return Problem(f"recipe {where} holds the unknown key '{key}'{hint}", f"recipes/{where}.yaml")
+    return Problem(f"recipe {where} cannot be composed: {_first_line(error)}", where)
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match.group(1) if match else ""
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def _verb_of(root: type[Sealed]) -> str:
+    return next(verb for verb, recipe in RECIPE_OF_VERB.items() if recipe is root)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

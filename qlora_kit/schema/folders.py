@@ -1,0 +1,45 @@
+"""Where recipes are found: the user's ./recipes first, then the packaged ones."""
+
+from pathlib import Path
+
+_INSTALLED = Path(__file__).resolve().parent.parent / "recipes"
+_CHECKOUT = Path(__file__).resolve().parent.parent.parent / "recipes"
+
+VERB_CONFIGS = ("train", "export", "eval")
+
+
+def packaged_recipes() -> Path:
+    """The recipes that came with the package, or with the checkout it runs from."""
+    return _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
+
+
+def user_recipes() -> Path | None:
+    """`./recipes`, unless it is the packaged folder itself."""
+    here = Path.cwd() / "recipes"
+    if here.is_dir() and here.resolve() != packaged_recipes().resolve():
+        return here
+    return None
+
+
+def recipe_folders() -> list[Path]:
+    """Every folder with recipes, the one that wins first."""
+    mine = user_recipes()
+    return ([mine] if mine else []) + [packaged_recipes()]
+
+
+def groups() -> dict[str, list[str]]:
+    """Option names by group, over all recipe folders, sorted."""
+    found: dict[str, set[str]] = {}
+    for folder in recipe_folders():
+        for path in folder.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {group: sorted(found[group]) for group in sorted(found)}
+
+
+def recipe_file(group: str, option: str) -> Path | None:
+    """The file that `group=option` loads."""
+    for folder in recipe_folders():
+        path = folder / group / f"{option}.yaml"
+        if path.is_file():
+            return path
+    return None

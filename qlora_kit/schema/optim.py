@@ -1,0 +1,44 @@
+"""Recipe group `optim`: the optimizer and its schedule."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_kit.schema.field import Sealed, knob
+
+
+class OptimizerName(Enum):
+    """Optimizers, by the field's names."""
+
+    paged_adamw_8bit = "paged_adamw_8bit"
+    paged_adamw_32bit = "paged_adamw_32bit"
+    adamw_8bit = "adamw_8bit"
+    paged_lion_8bit = "paged_lion_8bit"
+    adamw = "adamw"
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it gains nothing, or does not exist, without a GPU."""
+        return self is not OptimizerName.adamw
+
+
+class Schedule(Enum):
+    """Learning rate after warmup."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class OptimConfig(Sealed):
+    """Optimizer, schedule, decay and clipping."""
+
+    name: OptimizerName = knob(OptimizerName.paged_adamw_8bit, "Optimizer.")
+    strict: bool = knob(False, "On a CPU, make a paged or 8-bit optimizer an error instead of using plain AdamW.")
+    learning_rate: float = knob(2e-4, "Peak learning rate.", above=0)
+    schedule: Schedule = knob(Schedule.cosine, "Learning rate after warmup.")
+    warmup_fraction: float = knob(0.03, "Share of all steps spent warming up.", minimum=0, maximum=1)
+    weight_decay: float = knob(0.0, "Decoupled weight decay.", minimum=0)
+    beta1: float = knob(0.9, "Decay of the first moment.", minimum=0, maximum=1)
+    beta2: float = knob(0.999, "Decay of the second moment.", minimum=0, maximum=1)
+    max_grad_norm: float = knob(1.0, "Clip the gradient's norm to this; 0 turns clipping off.", minimum=0)

@@ -1,0 +1,39 @@
+"""Recipe group `quant`: how the frozen base is stored while the adapter trains."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_kit.schema.field import Sealed, knob
+
+
+class QuantKind(Enum):
+    """Storage of the frozen weights (bitsandbytes)."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether weights are stored in 4 bits."""
+        return self in (QuantKind.nf4, QuantKind.fp4)
+
+
+class ComputeDtype(Enum):
+    """Number format of matrix products and activations."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@dataclass
+class QuantConfig(Sealed):
+    """Quantization of the frozen base."""
+
+    kind: QuantKind = knob(QuantKind.nf4, "Storage of the frozen linear weights.")
+    double_quant: bool = knob(True, "Quantize the 4-bit block scales too; saves about 0.37 bit a weight.")
+    compute_dtype: ComputeDtype = knob(ComputeDtype.bfloat16, "Format of activations and matrix products.")
+    int8_outlier_threshold: float = knob(6.0, "LLM.int8: inputs above this magnitude stay in 16 bit.", minimum=0)
+    keep_16bit: list[str] = knob([], "Module names kept in 16 bit beside the output head.")

@@ -1,0 +1,23 @@
+"""Recipe group `trainer`: how long, how much at once, how often to save."""
+
+from dataclasses import dataclass
+
+from qlora_kit.schema.field import Sealed, knob
+
+
+@dataclass
+class TrainerConfig(Sealed):
+    """The training loop. A step is an optimizer step everywhere."""
+
+    epochs: float = knob(1.0, "Passes over the training rows.", above=0)
+    max_steps: int | None = knob(None, "Stop after this many steps, whatever the epochs say.", unit="steps", minimum=1)
+    batch_size: int = knob(4, "Rows in one forward pass on one device.", minimum=1)
+    gradient_accumulation: int = knob(1, "Forward passes that make one step.", minimum=1)
+    gradient_checkpointing: bool = knob(True, "Recompute activations in the backward pass: less memory, more time.")
+    log_every_steps: int = knob(1, "Write metrics this often.", unit="steps", minimum=1)
+    save_every_steps: int = knob(50, "Write a checkpoint this often.", unit="steps", minimum=1)
+    keep_checkpoints: int = knob(2, "Checkpoints kept; older ones are removed.", minimum=2)
+    eval_every_steps: int | None = knob(
+        None, "Held-out loss this often; unset: once, at the end.", unit="steps", minimum=1
+    )
+    seed: int = knob(0, "Seed of initial values, row order and dropout.", minimum=0)

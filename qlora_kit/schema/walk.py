@@ -1,0 +1,101 @@
+"""Recipe classes as a tree of dotted paths."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_kit.schema.field import Knob, Sealed
+
+
+def fields_of(group: type[Sealed]) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Field name -> (resolved type, dataclass field)."""
+    hints = typing.get_type_hints(group)
+    return {field.name: (hints[field.name], field) for field in dataclasses.fields(group)}  # type: ignore[arg-type]  # every Sealed is a dataclass
+
+
+def group_class(annotation: Any) -> type[Sealed] | None:
+    """The recipe class inside `X`, `X | None` or `dict[str, X]`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Sealed):
+        return annotation
+    for part in typing.get_args(annotation):
+        if isinstance(part, type) and issubclass(part, Sealed):
+            return part
+    return None
+
+
+def is_dict(annotation: Any) -> bool:
+    """Whether a field maps names to values."""
+    return typing.get_origin(annotation) is dict
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a user reads it."""
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(annotation)).replace("None", "null")
+    if isinstance(annotation, type) and hasattr(annotation, "__members__"):
+        return "one of " + ", ".join(annotation.__members__)
+    origin = typing.get_origin(annotation)
+    if origin is not None:
+        inside = ", ".join(type_name(part) for part in typing.get_args(annotation))
+        return f"{origin.__name__} of {inside}"
+    if annotation is type(None):
+        return "null"
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def schema_paths(root: type[Sealed], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Every (dotted path, type, field) below a recipe class; a dict of groups shows as `name.*.field`."""
+    for name, (annotation, field) in fields_of(root).items():
+        path = f"{prefix}{name}"
+        group = group_class(annotation)
+        if group is None:
+            yield path, annotation, field
+        else:
+            yield from schema_paths(group, f"{path}.*." if is_dict(annotation) else f"{path}.")
+
+
+def find_path(root: type[Sealed], path: str) -> bool:
+    """Whether a dotted path names a field or a group; names inside a dict are free."""
+    group: type[Sealed] | None = root
+    parts = path.split(".")
+    while parts:
+        name = parts.pop(0)
+        if group is None or name not in fields_of(group):
+            return False
+        annotation = fields_of(group)[name][0]
+        group = group_class(annotation)
+        if is_dict(annotation):
+            if group is None:
+                return True
+            parts = parts[1:]
+        elif group is None:
+            return not parts
+    return True
+
+
+def nearest_path(root: type[Sealed], path: str) -> str | None:
+    """The field whose path, or last name, is closest to a misspelt one."""
+    known = [known for known, _, _ in schema_paths(root)]
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    by_last = {known_path.rsplit(".", 1)[-1]: known_path for known_path in known}
+    last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.75)
+    return by_last[last[0]] if last else None
+
+
+def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Knob | None]]:
+    """Every (dotted path, value, knob) of a filled recipe."""
+    for name, (_, field) in fields_of(type(recipe)).items():
+        value = getattr(recipe, name)
+        path = f"{prefix}{name}"
+        if isinstance(value, Sealed):
+            yield from values(value, f"{path}.")
+        elif isinstance(value, dict) and any(isinstance(part, Sealed) for part in value.values()):
+            for key, part in value.items():
+                yield from values(part, f"{path}.{key}.")
+        else:
+            yield path, value, field.metadata.get("knob")
