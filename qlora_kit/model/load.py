@@ -1,0 +1,124 @@
+"""Loads a base model, quantized as the recipe says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import read_json
+from qlora_kit.model.device import this_device
+from qlora_kit.schema.model import Attention
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
+
+OUTPUT_HEAD = "lm_head"
+
+
+def torch_dtype(name: ComputeDtype) -> torch.dtype:
+    """The torch dtype of a recipe's name."""
+    return {
+        ComputeDtype.bfloat16: torch.bfloat16,
+        ComputeDtype.float16: torch.float16,
+        ComputeDtype.float32: torch.float32,
+    }[name]
+
+
+def load_base(
+    folder: Path, quant: QuantConfig, attention: Attention = Attention.sdpa, compute_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a base from a safetensors folder onto this process's device.
+
+    Args:
+        folder: with config.json and safetensors; weights in 16 or 32 bit, or already in bitsandbytes 4 bit.
+        quant: storage of the frozen linear weights; ignored where the folder's own storage is the same kind.
+        attention: implementation.
+        compute_dtype: of activations and of every weight that is not quantized; the recipe's unless given.
+    Raises:
+        RecipeError: the folder is quantized in another way than the recipe says.
+    """
+    quiet_libraries()
+    dtype = compute_dtype or torch_dtype(quant.compute_dtype)
+    stored = _stored_kind(folder)
+    if stored is not None and stored is not quant.kind:
+        raise RecipeError(
+            f"the base in {folder} is stored as {stored.name}, but quant.kind={quant.kind.name}",
+            "quant.kind",
+            f"quant={'nf4_double' if stored is QuantKind.nf4 else stored.name}",
+        )
+    # An explicit None makes transformers 5.17 overlook the storage that a pre-quantized folder's config.json names.
+    quantize = {"quantization_config": bitsandbytes_config(quant, dtype)} if stored is None else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        **quantize,
+        dtype=dtype,
+        attn_implementation=attention.value,
+        device_map={"": this_device()},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    if stored is not None:
+        _set_compute_dtype(model, dtype)
+    disable_cpu_inference_packing(model)
+    return model
+
+
+def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' own configuration of a recipe's `quant`; None for a base kept in 16 bit."""
+    if quant.kind is QuantKind.none:
+        return None
+    kept = [OUTPUT_HEAD, *quant.keep_16bit]
+    if quant.kind is QuantKind.int8:
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=quant.int8_outlier_threshold, llm_int8_skip_modules=kept
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.kind.value,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def disable_cpu_inference_packing(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights in the layout that has gradients and can be dequantized.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks `Linear4bit` in place at the first forward in eval mode. From
+    then on no gradient passes the layer and `dequantize_4bit` returns noise (bitsandbytes/nn/modules.py).
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quiet_libraries() -> None:
+    """Silence transformers' notices and progress bars; the kit has its own."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _stored_kind(folder: Path) -> QuantKind | None:
+    stored: dict[str, Any] | None = read_json(folder / "config.json").get("quantization_config")
+    if stored is None:
+        return None
+    if stored.get("quant_method") != "bitsandbytes":
+        raise RecipeError(
+            f"the base in {folder} is quantized with {stored.get('quant_method')}; "
+            "only bitsandbytes bases can be trained",
+            "model.source",
+            "model.source=<the 16-bit model it was made from>",
+        )
+    return QuantKind.int8 if stored.get("load_in_8bit") else QuantKind(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype

@@ -1,0 +1,182 @@
+"""Finds the folder of the base model that `model.source` names: the demo, a local folder or a hub repository."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.files import read_json
+from qlora_kit.core.say import say
+from qlora_kit.model.demo import demo_base
+from qlora_kit.schema.model import ModelConfig
+
+DEMO = "demo"
+# Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
+# Second copies of the same weights.
+HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def locate_base(config: ModelConfig) -> Path:
+    """The checked folder of the base model, fetched first where needed.
+
+    Raises:
+        RecipeError: there is no such folder, it lacks a file, it needs remote code, or the hub cannot serve it.
+    """
+    if config.source == DEMO:
+        return demo_base()
+    folder = Path(config.source).expanduser()
+    if folder.exists():
+        check_folder(folder)
+        return folder
+    if _looks_like_a_path(config.source):
+        raise _no_such_folder(config.source, folder)
+    if not config.revision:
+        raise RecipeError(
+            f"model.source={config.source} is a hub repository, which may change; a run needs one commit of it",
+            where="model.source",
+            fix="model.revision=<commit>",
+        )
+    fetched = _fetch(config.source, config.revision)
+    check_folder(fetched)
+    return fetched
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder holds a model that can be loaded safely: config, safetensors, tokenizer, no remote code.
+
+    Raises:
+        RecipeError: with one problem for each thing that is missing or refused.
+    """
+    if not folder.is_dir():
+        raise RecipeError(
+            f"{folder} is a file; model.source names the folder of a model",
+            "model.source",
+            f"model.source={folder.parent}",
+        )
+    problems = [*_config_problems(folder), *_weight_problems(folder)]
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        problems.append(Problem(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})", "model.source"))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _config_problems(folder: Path) -> list[Problem]:
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = f"{folder} holds an adapter, not a base model" if adapter else f"{folder} has no config.json"
+        return [Problem(what, "model.source", "model.source=<folder of a model in Hugging Face format>")]
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        return [Problem(f"{path} is not a JSON object: {error}", "model.source")]
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        return [Problem(f"{path} does not say its model_type", "model.source")]
+    if config.get("auto_map") and not _is_known(kind):
+        what = f"{folder} needs code from its own repository (model_type '{kind}'), which the kit never runs"
+        return [Problem(what, "model.source", "model.source=<a model whose type transformers knows>")]
+    return []
+
+
+def _is_known(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def _weight_problems(folder: Path) -> list[Problem]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shard_problems(folder, read_json(index))
+    if any(folder.glob("*.safetensors")):
+        return []
+    pickles = sorted(entry.name for pattern in _PICKLES for entry in folder.glob(pattern))
+    if pickles:
+        what = f"{folder} has its weights only as pickle ({pickles[0]}), which can run code; the kit reads safetensors"
+        return [Problem(what, "model.source", "convert them with transformers: model.save_pretrained(<folder>)")]
+    gguf = sorted(entry.name for entry in folder.glob("*.gguf"))
+    what = f"{folder} has no *.safetensors" + (
+        f", only {gguf[0]}; training starts from a safetensors model" if gguf else ""
+    )
+    return [Problem(what, "model.source", "model.source=<folder of a model in Hugging Face format>")]
+
+
+def _shard_problems(folder: Path, index: Mapping[str, Any]) -> list[Problem]:
+    shards = sorted(set(index.get("weight_map", {}).values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if not missing:
+        return []
+    what = f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:5])}"
+    return [Problem(what, "model.source", "fetch the missing files again")]
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source or source.endswith("/")
+
+
+def _no_such_folder(source: str, folder: Path) -> RecipeError:
+    near = _nearest(source, folder)
+    what = f"no such folder: {source}" + (f"; did you mean '{near}'?" if near else "")
+    fix = f"model.source={near}" if near else "model.source=<a folder>, <owner>/<name> of a hub model, or demo"
+    return RecipeError(what, where="model.source", fix=fix)
+
+
+def _nearest(source: str, folder: Path) -> str | None:
+    if difflib.get_close_matches(source, [DEMO], cutoff=0.6):
+        return DEMO
+    parent = folder.parent
+    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.6)
+    return str(parent / close[0]) if close else None
+
+
+def _fetch(repository: str, revision: str) -> Path:
+    import httpx  # comes with huggingface_hub
+    from huggingface_hub import errors
+
+    local = "model.source=<folder of a model in Hugging Face format>"
+    try:
+        return _snapshot(repository, revision)
+    except errors.GatedRepoError as error:
+        what = f"the hub wants you to accept the terms of {repository} first, and to log in"
+        raise RecipeError(what, where="model.source", fix="hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        what = f"the hub has no repository {repository}, or it is private and you are not logged in"
+        raise RecipeError(what, where="model.source", fix=local) from error
+    except errors.RevisionNotFoundError as error:
+        what = f"{repository} has no revision {revision}"
+        raise RecipeError(what, where="model.revision", fix="model.revision=<commit>") from error
+    except errors.HFValidationError as error:
+        what = f"{repository} is neither a folder nor the name of a hub repository"
+        raise RecipeError(what, where="model.source", fix=local) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        what = f"{repository} could not be fetched: the hub cannot be reached and {revision} is not in the local cache"
+        raise RecipeError(what, where="model.source", fix=local) from error
+
+
+def _snapshot(repository: str, revision: str) -> Path:
+    """The revision from the hub's cache, without a network, else from the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*, local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_COPIES,
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        return download(local_files_only=True)
+    except LocalEntryNotFoundError:
+        say(f"base model: fetching {repository} at {revision} from the hub")
+        return download(local_files_only=False)

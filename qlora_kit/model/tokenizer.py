@@ -1,0 +1,78 @@
+"""Loads the tokenizer of a base: a fast one, with a pad token, and the chat template that the recipe asks for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Tokens that published vocabularies reserve and never produce, the likeliest first.
+_RESERVED = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>")
+
+
+def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreTrainedTokenizerFast":
+    """Load a fast tokenizer from a model folder.
+
+    The pad token is the model's own; else a reserved or unknown token that is not the end of text; else the end of
+    text, which is harmless because labels are masked by position and not by token.
+
+    Args:
+        folder: of a model in Hugging Face format.
+        chat_template_file: a Jinja file that replaces the model's own template.
+
+    Raises:
+        RecipeError: the folder has no tokenizer that transformers reads, or only a slow one; the template is missing
+            or empty.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RecipeError(
+            f"the tokenizer in {folder} cannot be read: {_first_line(error)}", where="model.source"
+        ) from error
+    if not tokenizer.is_fast:
+        raise RecipeError(
+            f"the tokenizer in {folder} has no fast version; the loss mask needs the character offsets that only a "
+            "fast one gives",
+            where="model.source",
+            fix="use a base with a tokenizer.json",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = _pad_token(tokenizer, folder)
+    if chat_template_file is not None:
+        tokenizer.chat_template = _template(chat_template_file)
+    return tokenizer
+
+
+def _pad_token(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
+    vocabulary = tokenizer.get_vocab()
+    candidates = [*_RESERVED, tokenizer.unk_token, tokenizer.eos_token]
+    ends = {tokenizer.eos_token}
+    for token in candidates:
+        if token is not None and token in vocabulary and token not in ends:
+            return str(token)
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"the tokenizer in {folder} has neither a pad token nor an end-of-text token")
+    return str(tokenizer.eos_token)
+
+
+def _template(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise RecipeError(
+            f"no such chat template file: {name}", where="model.chat_template", fix="model.chat_template=null"
+        )
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise RecipeError(
+            f"the chat template {name} is empty", where="model.chat_template", fix="model.chat_template=null"
+        )
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
