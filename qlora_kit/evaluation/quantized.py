@@ -1,0 +1,70 @@
+"""GPTQ and AWQ folders, loaded the way a user of transformers loads them."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.extras import require
+from qlora_kit.core.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("gptq", "awq")
+
+
+def load_quantized(folder: Path) -> "PreTrainedModel":
+    """Load a GPTQ or AWQ folder through transformers, ready to score.
+
+    On a GPU in the file's dtype (transformers turns AWQ to float16); without one on the CPU, in float32 around
+    kernels that multiply in bfloat16.
+
+    Raises:
+        RecipeError: gptqmodel or optimum is not installed.
+        RunError: the folder is not GPTQ or AWQ, or its weights cannot be loaded.
+    """
+    method = quantization_method(folder)
+    # Its default on such machines is one worker, and it may ask itself for two; read when it is first used.
+    if (os.cpu_count() or 1) <= 2:
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    # The import prints a banner, loading prints a table.
+    with contextlib.redirect_stdout(io.StringIO()):
+        require("gptqmodel", f"Loading {method.upper()} files")
+        if method == "gptq":
+            require("optimum", "Loading GPTQ files")
+        return _load(folder, method)
+
+
+def quantization_method(folder: Path) -> str:
+    """`gptq` or `awq`, from the folder's config.json.
+
+    Raises:
+        RunError: the folder is something else.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise RunError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
+    method = str(read_json(path).get("quantization_config", {}).get("quant_method", "none"))
+    if method not in METHODS:
+        raise RunError(f"{folder} is not a GPTQ or AWQ folder: its config.json names the quantization '{method}'")
+    return method
+
+
+def _load(folder: Path, method: str) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if on_gpu else torch.float32,
+            device_map={"": "cuda:0" if on_gpu else "cpu"},
+            local_files_only=True,
+        )
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise RunError(f"transformers could not load the {method.upper()} folder {folder}: {error}") from error
+    return model.eval()

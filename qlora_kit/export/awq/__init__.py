@@ -1,0 +1,1 @@
+"""Activation-aware weight quantization: pure tensor functions, and the walk through a model's layers."""

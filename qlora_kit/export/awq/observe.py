@@ -1,0 +1,168 @@
+"""What flows through a model's layers: the inputs of the first, then layer by layer the statistics of every linear."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Call:
+    """One calibration row on its way: hidden states float32 [1, tokens, width], and what each layer is also given."""
+
+    hidden: Tensor
+    arguments: list[dict[str, object]] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """What linear layers that share an input saw: their names, who made it, and its statistics.
+
+    `magnitude` is the mean absolute value, [width]; `moment` is X^T X / tokens, [width, width]; both float32.
+    """
+
+    linears: list[str]
+    norm: str | None
+    magnitude: Tensor
+    moment: Tensor
+    tokens: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        self.magnitude += rows.abs().sum(0)
+        self.moment += rows.T @ rows
+        self.tokens += len(rows)
+
+    def finish(self) -> None:
+        self.magnitude /= self.tokens
+        self.moment /= self.tokens
+
+
+class _Recorder(nn.Module):
+    """Stands in a layer's place, keeps what it is called with and hands the hidden states on unchanged."""
+
+    def __init__(self, layer: nn.Module, keep: Callable[[Tensor, dict[str, object]], None]) -> None:
+        super().__init__()
+        # A tuple hides the layer from nn.Module, so that moving the model does not move it.
+        self.stands_for = (layer,)
+        self.keep = keep
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"][0], name)
+
+    def forward(self, hidden_states: Tensor, *_: object, **arguments: object) -> Tensor:
+        self.keep(hidden_states, arguments)
+        return hidden_states
+
+
+def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """The list of a model's layers and its dotted name."""
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} layers")
+
+
+def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device: torch.device) -> list[Call]:
+    """Run embeddings, masks and positions for token-id rows, without computing a layer."""
+    calls: list[Call] = []
+    _, layers = decoder_layers(model)
+    real = list(layers)
+
+    def keep(hidden: Tensor, arguments: dict[str, object]) -> None:
+        calls[-1].hidden = hidden
+        calls[-1].arguments.append(arguments)
+
+    for index, layer in enumerate(real):
+        layers[index] = _Recorder(layer, keep)
+    try:
+        base = model.base_model.to(device=device, dtype=torch.float32)
+        for row in rows:
+            calls.append(Call(torch.empty(0)))
+            base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+    finally:
+        for index, layer in enumerate(real):
+            layers[index] = layer
+    return calls
+
+
+def run_layer(layer: nn.Module, call: Call, index: int) -> Tensor:
+    """A layer's output hidden states for one row."""
+    made = layer(call.hidden, **call.arguments[index])
+    hidden: Tensor = made[0] if isinstance(made, tuple) else made
+    return hidden
+
+
+def observe_layer(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[list[Reading], list[Tensor]]:
+    """Run a layer over all rows.
+
+    Returns:
+        a reading for each distinct input of its linear layers, and the output hidden states of each row.
+    """
+    readings: dict[str, Reading] = {}
+    watch = _Watch(readings)
+    handles = watch.attach(layer)
+    try:
+        outputs = []
+        for call in calls:
+            watch.start_row()
+            outputs.append(run_layer(layer, call, index))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for reading in readings.values():
+        reading.finish()
+    return list(readings.values()), outputs
+
+
+class _Watch:
+    """Hooks that tell which linear layers read the same tensor, and which norm made it."""
+
+    def __init__(self, readings: dict[str, Reading]) -> None:
+        self.readings = readings
+        self.start_row()
+
+    def start_row(self) -> None:
+        # Tensors are held so that an id is not used again within a row.
+        self.made: dict[int, tuple[str, Tensor]] = {}
+        self.read: dict[int, tuple[str, Tensor]] = {}
+
+    def attach(self, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        handles = []
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(self._linear_hook(name)))
+            elif "norm" in type(module).__name__.lower() and hasattr(module, "weight"):
+                handles.append(module.register_forward_hook(self._norm_hook(name)))
+        return handles
+
+    def _norm_hook(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            self.made[id(output)] = (name, output)
+
+        return hook
+
+    def _linear_hook(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            given = inputs[0]
+            leader = self.read.setdefault(id(given), (name, given))[0]
+            if leader != name:
+                if name not in self.readings[leader].linears:
+                    self.readings[leader].linears.append(name)
+                return
+            rows = given.detach().reshape(-1, given.shape[-1]).float()
+            if name not in self.readings:
+                width = rows.shape[1]
+                norm = self.made.get(id(given), (None, given))[0]
+                self.readings[name] = Reading([name], norm, rows.new_zeros(width), rows.new_zeros(width, width))
+            self.readings[name].add(rows)
+
+        return hook

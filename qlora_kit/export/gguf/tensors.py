@@ -1,0 +1,132 @@
+"""The tensors of a model under their GGUF names: shapes, where the values come from, what is done to them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.export.gguf.architectures import Architecture, ConfigFields
+from qlora_kit.export.gguf.mixes import Mix, ModelShape, tensor_type
+from qlora_kit.export.gguf.safetensors_rows import StoredTensor, find_tensors, read_picked_rows, read_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file: GGUF name, block type, and the stored tensor it is made from.
+
+    `rotated_heads`: heads whose rows are reordered for llama.cpp's rotary embedding, 0 for none.
+    `offset`: added to every value.
+    """
+
+    name: str
+    type: str
+    stored: StoredTensor
+    rotated_heads: int = 0
+    offset: float = 0.0
+
+    def rows(self, start: int, stop: int) -> "npt.NDArray[np.float32]":
+        """Rows start..stop as they belong into the file, float32 of shape [stop - start, width]."""
+        if self.rotated_heads:
+            # a projection's bias is one row in memory, yet has one entry per row of the weight
+            stored = self.stored if len(self.stored.shape) > 1 else _as_column(self.stored)
+            values = read_picked_rows(stored, _paired_order(stored.rows, self.rotated_heads)[start:stop])
+            values = values if len(self.stored.shape) > 1 else values.reshape(1, -1)
+        else:
+            values = read_rows(self.stored, start, stop)
+        return values + self.offset if self.offset else values
+
+    def all_rows(self) -> "npt.NDArray[np.float32]":
+        """The whole tensor, float32 of shape [rows, width]; a vector is one row."""
+        whole = self.stored.width if self.rotated_heads and len(self.stored.shape) == 1 else self.stored.rows
+        return self.rows(0, whole)
+
+
+def _as_column(vector: StoredTensor) -> StoredTensor:
+    return StoredTensor(vector.file, vector.offset, vector.dtype, (vector.shape[0], 1))
+
+
+def _paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
+    """Which stored row each row of the file comes from: the two halves of a head, interleaved."""
+    import numpy as np
+
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+
+
+def plan_tensors(
+    model_dir: Path, architecture: Architecture, config: ConfigFields, mix: Mix
+) -> tuple[list[PlannedTensor], ModelShape]:
+    """Every tensor of the file in layer order, and the shape the type rules looked at.
+
+    Raises:
+        RecipeError: a tensor has no GGUF name in this architecture, or one that llama.cpp needs is missing.
+    """
+    stored = _without_unused(find_tensors(model_dir), config)
+    model = ModelShape(
+        architecture=architecture.gguf_name,
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        tied_embeddings="lm_head.weight" not in stored,
+    )
+    names = _gguf_names(stored, architecture, model.layers)
+    planned = [
+        PlannedTensor(
+            name=names[source],
+            type=tensor_type(names[source], tensor.shape, mix, model),
+            stored=tensor,
+            rotated_heads=_rotated_heads(source, architecture, model),
+            offset=architecture.norm_offset if names[source].endswith("_norm.weight") else 0.0,
+        )
+        for source, tensor in stored.items()
+    ]
+    return sorted(planned, key=lambda tensor: _place(tensor.name)), model
+
+
+def _without_unused(stored: Mapping[str, StoredTensor], config: ConfigFields) -> dict[str, StoredTensor]:
+    skipped = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    kept = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name not in skipped and not name.endswith("rotary_emb.inv_freq")
+    }
+    if "model.embed_tokens.weight" not in kept:
+        raise RecipeError("the weights hold no model.embed_tokens.weight", fix="give a merged model, not an adapter")
+    if not config.get("tie_word_embeddings") and "lm_head.weight" not in kept:
+        raise RecipeError(
+            "the weights hold no lm_head.weight, yet config.json says that the embeddings are not tied",
+            where="config.json, tie_word_embeddings",
+        )
+    return kept
+
+
+def _gguf_names(stored: Mapping[str, StoredTensor], architecture: Architecture, layers: int) -> dict[str, str]:
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[architecture.gguf_name], layers)
+    names = {source: table.get_name(source, try_suffixes=(".weight", ".bias")) for source in stored}
+    unnamed = [source for source, name in names.items() if name is None]
+    if unnamed:
+        raise RecipeError(
+            f"{len(unnamed)} tensors have no place in llama.cpp's {architecture.gguf_name}, first {unnamed[0]}",
+            fix="give a merged model without adapter or quantization tensors",
+        )
+    return names
+
+
+def _rotated_heads(source: str, architecture: Architecture, model: ModelShape) -> int:
+    if not architecture.pairs_rotary_halves:
+        return 0
+    if ".q_proj." in source:
+        return model.heads
+    return model.kv_heads if ".k_proj." in source else 0
+
+
+def _place(name: str) -> tuple[int, str]:
+    parts = name.split(".")
+    return (int(parts[1]) if parts[0] == "blk" else -1, name)

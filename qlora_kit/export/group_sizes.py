@@ -1,0 +1,63 @@
+"""Which group sizes a model's linear layers allow, from its config.json alone."""
+
+from collections.abc import Iterable, Mapping
+
+from qlora_kit.core.errors import Problem
+
+WHOLE_ROW = -1
+_SMALLEST = 16
+
+
+def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
+    """Powers of two from 16 up that divide every input width, then -1 (one group a row)."""
+    all_widths = set(widths)
+    sizes = []
+    size = _SMALLEST
+    while all_widths and size <= min(all_widths):
+        if all(width % size == 0 for width in all_widths):
+            sizes.append(size)
+        size *= 2
+    return [*sizes, WHOLE_ROW]
+
+
+def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Problem | None:
+    """What is wrong with a group size for these layers (name to in_features), or None.
+
+    A size that does not divide an input width leaves a short last group, which quantisers write without a word and
+    kernels then refuse.
+    """
+    fix = f"group_size: {' | '.join(map(str, dividing_group_sizes(widths_by_module.values())))}"
+    if group_size == WHOLE_ROW:
+        return None
+    if group_size <= 0:
+        return Problem(f"group_size={group_size} is neither a positive number nor -1", where="group_size", fix=fix)
+    for module, width in widths_by_module.items():
+        if width % group_size:
+            what = f"group_size={group_size} does not divide in_features={width} of '{module}'"
+            return Problem(what, where="group_size", fix=fix)
+    return None
+
+
+def linear_input_widths(config: Mapping[str, object]) -> dict[str, int]:
+    """Input width of each kind of linear layer in a decoder, by the name it has in Llama-like models.
+
+    Reads `hidden_size`, `intermediate_size`, `num_attention_heads`, `head_dim` and, for mixtures of experts,
+    `moe_intermediate_size`, from a config.json or from its `text_config`.
+    """
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, Mapping) else config
+    hidden, heads = _number(text, "hidden_size"), _number(text, "num_attention_heads")
+    attention = heads * (_number(text, "head_dim") or hidden // heads) if heads else hidden
+    layer = "model.layers.*"
+    widths = {f"{layer}.self_attn.{name}_proj": hidden for name in ("q", "k", "v")}
+    widths[f"{layer}.self_attn.o_proj"] = attention
+    widths |= {f"{layer}.mlp.{name}_proj": hidden for name in ("gate", "up")}
+    widths[f"{layer}.mlp.down_proj"] = _number(text, "intermediate_size")
+    if experts := _number(text, "moe_intermediate_size"):
+        widths[f"{layer}.mlp.experts.*.down_proj"] = experts
+    return {name: width for name, width in widths.items() if width}
+
+
+def _number(config: Mapping[str, object], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,42 @@
+"""manifest.json of an artifact: what it is, from what, with which versions, and how faithful."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.core.environment import package_versions
+from qlora_kit.core.files import read_json, write_json
+from qlora_kit.export.merge import MergeReport
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record beside an exported artifact."""
+
+    name: str
+    format: str
+    file: str
+    settings: Mapping[str, object]
+    merge: MergeReport
+    run: str
+    seconds: float
+    fidelity: Mapping[str, float]
+    max_mean_kl: float | None
+    rejected: bool
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json into the artifact's folder."""
+        write_json(folder / MANIFEST, {**asdict(self), "versions": package_versions()})
+
+
+def read_manifest(folder: Path) -> Mapping[str, Any]:
+    """The record of an artifact's folder."""
+    return read_json(folder / MANIFEST)
+
+
+def record_scores(folder: Path, scores: Mapping[str, object]) -> None:
+    """Add what `eval` measured to an artifact's manifest."""
+    write_json(folder / MANIFEST, {**read_manifest(folder), "evaluation": dict(scores)})

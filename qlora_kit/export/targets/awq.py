@@ -1,0 +1,57 @@
+"""AWQ: 4-bit weights in the GEMM layout that vLLM and transformers load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.export.targets.splice import splice_checkpoint
+
+BITS = 4
+
+
+def write_awq(
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    bits: int,
+    group_size: int,
+    zero_point: bool,
+    calibration: Sequence[Sequence[int]],
+) -> None:
+    """Quantise a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
+
+    Channel scales and group ranges are chosen by output error (Lin et al. 2023), the rounding makes up for its own
+    errors (Frantar et al. 2022); both only choose numbers, the layout is AutoAWQ's `gemm`.
+
+    Args:
+        out_dir: an existing, empty folder.
+        bits: 4.
+        group_size: weights per scale along the inputs; -1 for one scale per output.
+        zero_point: False centres every group on zero; the file then holds zero points that are all 8.
+        calibration: token-id rows, already rendered with the chat template.
+
+    Raises:
+        RecipeError: bits is not 4, no calibration rows, or the group size does not divide a layer's inputs.
+    """
+    rows = [row for row in calibration if len(row)]
+    if bits != BITS:
+        raise RecipeError(f"AWQ files hold {BITS}-bit weights, not {bits}-bit", where="bits", fix=f"bits: {BITS}")
+    if not rows:
+        raise RecipeError("AWQ needs calibration rows and got none")
+    import torch
+
+    from qlora_kit.export.awq.layer import Settings
+    from qlora_kit.export.awq.walk import quantised_tensors
+
+    with torch.no_grad():
+        replacements, left_out = quantised_tensors(model_dir, Settings(bits, group_size, zero_point), rows)
+    quantization = {
+        "quant_method": "awq",
+        "bits": bits,
+        "group_size": group_size,
+        # The layout always carries zero points; readers take False to mean that it does not.
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": left_out or None,
+    }
+    splice_checkpoint(model_dir, out_dir, replacements, quantization)

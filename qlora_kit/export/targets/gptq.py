@@ -1,0 +1,151 @@
+"""GPTQ: gptqmodel chooses the codes; the file is the source folder with the packed tensors in place."""
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.extras import require
+from qlora_kit.core.files import read_json
+from qlora_kit.export.group_sizes import check_group_size, linear_input_widths
+from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+# What a reader needs; the library also notes its temporary folder and its scheduling.
+KEPT_SETTINGS = ("bits", "group_size", "desc_act", "sym", "lm_head", "quant_method", "checkpoint_format", "pack_dtype")
+KEPT_META = ("quantizer", "uri", "damp_percent", "static_groups", "true_sequential", "act_group_aware")
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def write_gptq(
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    bits: int,
+    group_size: int,
+    desc_act: bool,
+    sym: bool,
+    calibration: Sequence[Sequence[int]],
+) -> None:
+    """Quantise a merged 16-bit model folder with GPTQ (Frantar et al. 2022), on a GPU when there is one.
+
+    Args:
+        out_dir: an existing, empty folder.
+        bits: 2, 3, 4 or 8.
+        group_size: weights per scale along the inputs; -1 for one scale per output.
+        desc_act: quantise columns in the order of falling activation size.
+        sym: centre every group on zero.
+        calibration: token-id rows, already rendered with the chat template.
+
+    Raises:
+        RecipeError: bits or group size do not fit the model, no calibration rows, or gptqmodel is not installed.
+        RunError: gptqmodel left layers unquantised.
+    """
+    rows = [list(row) for row in calibration if len(row)]
+    if bits not in BITS:
+        choices = " | ".join(map(str, BITS))
+        raise RecipeError(f"GPTQ files hold {choices} bits, not {bits}", where="bits", fix=f"bits: {choices}")
+    if not rows:
+        raise RecipeError("GPTQ needs calibration rows and got none")
+    if problem := check_group_size(group_size, linear_input_widths(read_json(model_dir / "config.json"))):
+        raise RecipeError([problem])
+    settings = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir) as work:
+        made = Path(work) / "quantised"
+        _set_up_environment()
+        with _quiet(), _progress(model_dir) as layer_done:
+            _quantise(model_dir, made, Path(work) / "offloaded", settings, rows, layer_done)
+        quantization = _portable(read_json(made / "config.json")["quantization_config"])
+        splice_checkpoint(model_dir, out_dir, _packed_tensors(made), quantization)
+
+
+def _quantise(
+    model_dir: Path,
+    made: Path,
+    offloaded: Path,
+    settings: Mapping[str, Any],
+    rows: list[list[int]],
+    layer_done: Callable[..., None],
+) -> None:
+    gptqmodel = require("gptqmodel", "GPTQ export")
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    config = gptqmodel.QuantizeConfig(**settings, offload_to_disk=True, offload_to_disk_path=str(offloaded))
+    model = gptqmodel.GPTQModel.load(
+        str(model_dir),
+        config,
+        device="cuda" if on_gpu else "cpu",
+        # Six times the speed of bfloat16 on CPUs without bfloat16 units; the file keeps the source's dtype.
+        dtype="auto" if on_gpu else torch.float32,
+    )
+    batch = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+    model.layer_callback = layer_done
+    model.quantize(batch, batch_size=1)
+    model.save(str(made))
+
+
+def _set_up_environment() -> None:
+    """Set what gptqmodel reads from the environment, unless the user has."""
+    # Its compiled packing needs a C++ compiler and a minute at the first export; the one in torch takes seconds.
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    if (os.cpu_count() or 1) <= 2:
+        # Its default there is one worker, and its own model loader asks for two.
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's banner, tables and bars from the console."""
+    notes = logging.getLogger("tokenicer")
+    level = notes.level
+    notes.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        notes.setLevel(level)
+
+
+@contextlib.contextmanager
+def _progress(model_dir: Path) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, and the function that gptqmodel calls at the end of each layer."""
+    from tqdm import tqdm
+
+    layers = read_json(model_dir / "config.json").get("num_hidden_layers")
+    with tqdm(total=layers, desc="GPTQ", unit="layer", disable=None) as bar:
+
+        def layer_done(layer_idx: int, submodule_finalized: bool) -> None:
+            # Called twice a layer; the first call comes when its weights are chosen.
+            if not submodule_finalized:
+                bar.update(layer_idx + 1 - bar.n)
+
+        yield layer_done
+
+
+def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: settings[name] for name in KEPT_SETTINGS if name in settings}
+    meta = settings.get("meta") or {}
+    return {**kept, "meta": {name: meta[name] for name in KEPT_META if name in meta}}
+
+
+def _packed_tensors(made: Path) -> dict[str, dict[str, "Tensor"]]:
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in weight_files(made):
+        for name, tensor in load_file(path).items():
+            module, _, kind = name.rpartition(".")
+            if kind in PACKED:
+                found.setdefault(f"{module}.weight", {})[name] = tensor
+    if not found:
+        raise RunError("gptqmodel quantised no layer of this model")
+    return found

@@ -1,0 +1,65 @@
+"""What is not a GPTQ or AWQ folder, or cannot be read, is said plainly."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.evaluation import quantized
+from qlora_kit.evaluation.quantized import load_quantized, quantization_method
+
+
+def folder_of(place: Path, **config: object) -> Path:
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_method_is_read(method: str, tmp_path: Path) -> None:
+    assert quantization_method(folder_of(tmp_path, quantization_config={"quant_method": method})) == method
+
+
+@pytest.mark.parametrize(
+    ("config", "named"), [({}, "none"), ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes")]
+)
+def test_other_folders_are_refused(config: dict[str, object], named: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"not a GPTQ or AWQ folder.*'{named}'"):
+        load_quantized(folder_of(tmp_path, **config))
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no config"):
+        load_quantized(tmp_path)
+
+
+def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kit.core.extras.is_present", lambda module: module != "gptqmodel")
+    with pytest.raises(RecipeError, match="gptqmodel") as raised:
+        load_quantized(folder_of(tmp_path, quantization_config={"quant_method": "awq"}))
+    assert "pip install" in str(raised.value)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, "2"), (2, "2"), (16, None)])
+def test_small_machines_get_the_workers_the_library_asks_for(
+    cores: int, workers: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "")
+    monkeypatch.delenv("GPTQMODEL_CPU_WORKERS")
+    monkeypatch.setattr(quantized, "require", lambda module, why: None)
+    monkeypatch.setattr(quantized, "_load", lambda folder, method: os.environ.get("GPTQMODEL_CPU_WORKERS"))
+    assert load_quantized(folder_of(tmp_path, quantization_config={"quant_method": "awq"})) == workers
+
+
+@pytest.mark.slow
+def test_broken_weights_are_reported(tmp_path: Path) -> None:
+    folder_of(
+        tmp_path,
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        quantization_config={"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
+    )
+    with pytest.raises(RunError, match="could not load the AWQ folder"):
+        load_quantized(tmp_path)

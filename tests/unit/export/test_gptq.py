@@ -1,0 +1,164 @@
+"""A GPTQ folder: written without a compiler, read by the real reader, free of anything local."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.evaluation.quantized import load_quantized
+from qlora_kit.export.targets.gptq import write_gptq
+from tests.tiny_models import build_tiny_model
+
+ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
+SAMPLE = torch.tensor([[(31 * step + 5) % 600 for step in range(40)]])
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tiny model, its GPTQ folder, the temporary and home folders of that time, and what was printed."""
+
+    source: Path
+    out: Path
+    scratch: Path
+    home: Path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    place = tmp_path_factory.mktemp("gptq")
+    source = build_tiny_model("qwen2", place / "source", dtype=torch.bfloat16)
+    settings = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**settings, "do_sample": False, "max_length": 77}))
+    made = Exported(source, place / "out", place / "scratch", place / "home")
+    for folder in (made.out, made.scratch, made.home):
+        folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(place))
+        patch.delenv("CXX", raising=False)
+        patch.setenv("HOME", str(made.home))
+        patch.setattr(tempfile, "tempdir", str(made.scratch))
+        write_gptq(source, made.out, bits=4, group_size=64, desc_act=False, sym=True, calibration=ROWS)
+    yield made
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Eight 4-bit codes of each int32, lowest first, along a new last dimension."""
+    return (words.long()[..., None] >> torch.arange(0, 32, 4)) & 15
+
+
+def dequantised_weight(tensors: dict[str, Tensor], module: str) -> Tensor:
+    """GPTQ's layout: codes packed along the inputs, zero points along the outputs and less one."""
+    words = tensors[f"{module}.qweight"]
+    codes = unpack(words).transpose(1, 2).reshape(-1, words.shape[1])
+    zeros = unpack(tensors[f"{module}.qzeros"]).flatten(1) + 1
+    group = tensors[f"{module}.g_idx"].long()
+    return ((codes - zeros[group]) * tensors[f"{module}.scales"].float()[group]).T.contiguous()
+
+
+@torch.no_grad()
+def dequantised_logits(source: Path, out: Path) -> Tensor:
+    tensors = load_file(out / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in tensors:
+            parameter.copy_(dequantised_weight(tensors, module))
+    logits: Tensor = model(SAMPLE).logits
+    return logits
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_reader_computes_what_the_file_says(exported: Exported) -> None:
+    wanted = dequantised_logits(exported.source, exported.out)
+    model = load_quantized(exported.out)
+    assert hasattr(model.get_submodule("model.layers.1.mlp.down_proj"), "qzeros")
+    # The kernel multiplies in bfloat16.
+    assert apart(model(SAMPLE).logits.float(), wanted) < 0.03
+    original = AutoModelForCausalLM.from_pretrained(exported.source, dtype=torch.float32)(SAMPLE).logits
+    assert 0.02 < apart(wanted, original) < 0.7
+
+
+@pytest.mark.slow
+def test_only_what_was_quantised_differs(exported: Exported) -> None:
+    names = {path.name for path in exported.source.iterdir()}
+    assert {path.name for path in exported.out.iterdir()} == names
+    for name in names - {"config.json", "model.safetensors"}:
+        assert (exported.out / name).read_bytes() == (exported.source / name).read_bytes(), name
+    old, new = (load_file(folder / "model.safetensors") for folder in (exported.source, exported.out))
+    assert set(old) - set(new) == {name for name in old if name.endswith("proj.weight")}
+    for name in set(old) & set(new):
+        assert new[name].dtype == old[name].dtype
+        assert torch.equal(new[name], old[name])
+    groups = new["model.layers.0.mlp.down_proj.g_idx"]
+    # Readers ignore the order of groups when desc_act is off, so it has to be the plain one.
+    assert torch.equal(groups, (torch.arange(512) // 64).to(groups.dtype))
+
+
+@pytest.mark.slow
+def test_config_holds_what_readers_need_and_nothing_local(exported: Exported) -> None:
+    text = (exported.out / "config.json").read_text()
+    config = json.loads(text)
+    quantization = config.pop("quantization_config")
+    assert config == json.loads((exported.source / "config.json").read_text())
+    wanted = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True, "lm_head": False}
+    assert wanted.items() <= quantization.items()
+    assert quantization["checkpoint_format"] == "gptq"
+    assert quantization["meta"]["quantizer"][0].startswith("gptqmodel:")
+    assert "offload" not in text
+    assert str(exported.out.parent) not in text
+
+
+@pytest.mark.slow
+def test_nothing_is_written_elsewhere(exported: Exported) -> None:
+    assert list(exported.scratch.iterdir()) == []
+    assert not (exported.home / ".cache" / "gptqmodel").exists()
+
+
+@pytest.mark.slow
+def test_failure_half_way_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gptqmodel
+
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir()
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def fail(*_: object, **__: object) -> None:
+        assert any(out.iterdir())
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(gptqmodel.GPTQModel, "load", fail)
+    with pytest.raises(MemoryError):
+        write_gptq(exported.source, out, bits=4, group_size=64, desc_act=False, sym=True, calibration=ROWS)
+    assert list(out.iterdir()) == []
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "bits"),
+        ({"group_size": 100}, "group_size=100 does not divide in_features=256"),
+        ({"calibration": []}, "calibration"),
+    ],
+)
+def test_refusals_leave_nothing_behind(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    source, out = build_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    settings = {"bits": 4, "group_size": 64, "desc_act": False, "sym": True, "calibration": ROWS, **change}
+    with pytest.raises(RecipeError, match=message):
+        write_gptq(source, out, **settings)  # type: ignore[arg-type]
+    assert list(out.iterdir()) == []
