@@ -159,7 +159,7 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
         )
     if walk.find_path(root, key):
         return None
-    near = walk.nearest_path(root, key) or _nearest(key, list(groups()))
+    near = walk.nearest_path(root, key) or (None if "." in key else _nearest(key, list(groups())))
     fix = f"{near}={override.value()}" if near else f"qlora-kit {_verb_of(root)} --help lists every field"
     return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
 

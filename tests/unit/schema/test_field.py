@@ -9,7 +9,7 @@ from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 def test_a_sealed_recipe_cannot_change():
     recipe = TrainRecipe()
     recipe.seal()
-    with pytest.raises(AttributeError, match="frozen: cannot set LoraConfig.r"):
+    with pytest.raises(AttributeError, match=r"frozen: cannot set LoraConfig\.r"):
         recipe.lora.r = 3
 
 
@@ -44,7 +44,13 @@ def test_find_path_inside_a_named_target():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("lora.rr", "lora.r"), ("optim.lr_rate", "optim.learning_rate"), ("zzz", None), ("learning_rat", "optim.learning_rate")]
+    ("wrong", "right"),
+    [
+        ("lora.rr", "lora.r"),
+        ("optim.lr_rate", "optim.learning_rate"),
+        ("zzz", None),
+        ("learning_rat", "optim.learning_rate"),
+    ],
 )
 def test_nearest_path(wrong, right):
     assert walk.nearest_path(TrainRecipe, wrong) == right

@@ -1,0 +1,90 @@
+"""The weights of a decoder, from eight sizes; and the eight sizes from a config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.schema.model import ModelShape
+
+# transformers leaves a value out of config.json where it is the family's default: those that the kit's families rely on
+FAMILY_DEFAULTS: Mapping[str, Mapping[str, int | bool]] = {
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module that every decoder layer has once."""
+
+    name: str
+    inputs: int
+    outputs: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Weights in all layers together."""
+        return self.inputs * self.outputs * self.count
+
+
+def frozen_linears(shape: ModelShape, layers: int | None = None) -> list[Linear]:
+    """The seven linear modules of a decoder layer; Phi's fused ones hold the same weights under two names."""
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, middle),
+        "up_proj": (hidden, middle),
+        "down_proj": (middle, hidden),
+    }
+    count = shape.num_layers if layers is None else layers
+    return [Linear(name, inputs, outputs, count) for name, (inputs, outputs) in sizes.items()]
+
+
+def other_parameters(shape: ModelShape) -> int:
+    """Embedding, output head and norms: what stays in 16 bit.
+
+    Two norms a layer and a last one are counted; the further norms of Qwen3 and Gemma 3 are below 0.01% of a model.
+    """
+    tables = 1 if shape.tie_embeddings else 2
+    return tables * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size
+
+
+def shape_of_config(config: Mapping[str, object]) -> ModelShape:
+    """The sizes in a Hugging Face config.json; of a model with pictures, those of its language part.
+
+    Raises:
+        RecipeError: a size is not there.
+    """
+    inner = config.get("text_config")
+    text: Mapping[str, object] = inner if isinstance(inner, Mapping) else config
+    family = FAMILY_DEFAULTS.get(str(text.get("model_type")), {})
+    sizes = {**family, **{key: value for key, value in text.items() if value is not None}}
+    heads, hidden = _size(sizes, "num_attention_heads"), _size(sizes, "hidden_size")
+    return ModelShape(
+        hidden_size=hidden,
+        intermediate_size=_size(sizes, "intermediate_size"),
+        num_layers=_size(sizes, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_size({"num_key_value_heads": heads, **sizes}, "num_key_value_heads"),
+        head_dim=_size({"head_dim": hidden // heads, **sizes}, "head_dim"),
+        vocab_size=_size(sizes, "vocab_size"),
+        tie_embeddings=bool(sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+    )
+
+
+def _size(sizes: Mapping[str, object], key: str) -> int:
+    value = sizes.get(key)
+    if not isinstance(value, int):
+        raise RecipeError(f"config.json has no number under '{key}'", "model.source", "model.shape.<field>=<number>")
+    return value
