@@ -1,0 +1,23 @@
+"""`qlora-kit chat`: talk to a run's adapter or to any export."""
+
+import argparse
+
+from qlora_kit.core.errors import EXIT_OK
+
+
+def run(arguments: list[str]) -> int:
+    """Chat until the input ends; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-kit chat",
+        description="Talk to a run's adapter or to any export; an empty line or Ctrl-D ends it.",
+        epilog="examples: qlora-kit chat latest | qlora-kit chat outputs/my_run/2026-01-31_12-00-00/exports/gptq_4bit",
+    )
+    parser.add_argument("place", nargs="?", default="latest", help="a run directory, a folder of exports/, or latest")
+    parser.add_argument("--message", help="answer one message and stop")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    chosen = parser.parse_args(arguments)
+
+    from qlora_kit.pipelines.chat import chat
+
+    chat(chosen.place, chosen.message, chosen.max_new_tokens)
+    return EXIT_OK

@@ -1,0 +1,35 @@
+"""Hands a command line to Hydra with the verb's word dropped."""
+
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from qlora_kit.schema.folders import packaged_recipes
+from qlora_kit.schema.store import register
+
+
+def run_under_hydra(verb: str, arguments: list[str], task: Callable[[DictConfig], float | None]) -> None:
+    """Let Hydra compose, make output folders and launch `task` once, or once a job with `-m`.
+
+    An exception of the task comes out as it was raised, not as Hydra's message and exit.
+    """
+    register()
+    raised: list[BaseException] = []
+
+    def guarded(tree: DictConfig) -> float | None:
+        try:
+            return task(tree)
+        except BaseException as error:
+            raised.append(error)
+            return None
+
+    saved = sys.argv
+    sys.argv = ["qlora-kit", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(packaged_recipes()), config_name=verb)(guarded)()
+    finally:
+        sys.argv = saved
+    if raised:
+        raise raised[0]

@@ -1,0 +1,60 @@
+"""A command line taken apart: flags, overrides, and the kit's own words."""
+
+from dataclasses import dataclass
+
+from qlora_kit.core.errors import RecipeError
+
+HELP = ("-h", "--help")
+MULTIRUN = ("-m", "--multirun")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Arguments of a run verb."""
+
+    flags: list[str]
+    overrides: list[str]
+
+    @property
+    def wants_help(self) -> bool:
+        """Whether help is all that is asked for."""
+        return any(flag in HELP for flag in self.flags)
+
+    @property
+    def is_multirun(self) -> bool:
+        """Whether it is a sweep."""
+        return any(flag in MULTIRUN for flag in self.flags)
+
+    @property
+    def is_hydras_own(self) -> bool:
+        """Whether Hydra is asked something, such as --cfg or --info, and nothing is to be run."""
+        return any(flag not in HELP + MULTIRUN for flag in self.flags)
+
+    def value(self, key: str) -> str | None:
+        """The value that an override gives a key; the last one counts."""
+        values = [
+            line.split("=", 1)[1] for line in self.overrides if line.split("=", 1)[0].lstrip("+") == key and "=" in line
+        ]
+        return values[-1].strip("'\"") if values else None
+
+
+def parse_line(arguments: list[str]) -> Line:
+    """Split arguments into flags and overrides."""
+    flags = [word for word in arguments if word.startswith("-")]
+    overrides = [word for word in arguments if not word.startswith("-")]
+    own = [word for word in overrides if "=" not in word and not word.startswith("~")]
+    if own and not any(flag not in HELP + MULTIRUN for flag in flags):
+        raise RecipeError(f"'{own[0]}' is not an override", "the command line", f"{own[0]}=<value>")
+    return Line(flags, overrides)
+
+
+def run_verb_help(verb: str, summary: str, examples: list[str]) -> str:
+    """Help of a verb that takes a recipe."""
+    from qlora_kit.schema.explain import explain
+    from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
+
+    recipe = {"train": TrainRecipe, "export": ExportRecipe, "eval": EvalRecipe}[verb]
+    shown = "\n".join(f"  {example}" for example in examples)
+    return (
+        f"usage: qlora-kit {verb} [group=option] [path=value]\n\n{summary}\n\nExamples:\n{shown}\n\n{explain(recipe)}"
+    )

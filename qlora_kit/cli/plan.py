@@ -1,0 +1,49 @@
+"""`qlora-kit plan`: what a recipe needs, before a weight is loaded."""
+
+from pathlib import Path
+from typing import cast
+
+from qlora_kit.cli.line import parse_line
+from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.schema.model import ModelShape
+from qlora_kit.schema.root import TrainRecipe
+
+HELP = """usage: qlora-kit plan [group=option] [path=value]
+
+Prints memory by part and the number of steps of a training recipe; loads no weight.
+
+Examples:
+  qlora-kit plan experiment=llama3_1_8b_chat_24gb
+  qlora-kit plan experiment=llama3_1_8b_chat_24gb trainer.batch_size=8 lora.r=64"""
+
+
+def run(arguments: list[str]) -> int:
+    """Print the plan; returns the exit code."""
+    line = parse_line(arguments)
+    if line.wants_help:
+        print(HELP)
+        return EXIT_OK
+    from rich.console import Console
+
+    from qlora_kit.pipelines.plan import plan
+    from qlora_kit.schema.compose import compose_unchecked
+
+    recipe = cast(TrainRecipe, compose_unchecked("train", line.overrides))
+    Console().print(plan(recipe, _shape(recipe)))
+    return EXIT_OK
+
+
+def _shape(recipe: TrainRecipe) -> ModelShape:
+    from qlora_kit.core.files import read_json
+    from qlora_kit.memory.shapes import shape_of_config
+
+    config = Path(recipe.model.source).expanduser() / "config.json"
+    if config.is_file():
+        return shape_of_config(read_json(config))
+    if recipe.model.shape is not None:
+        return recipe.model.shape
+    raise RecipeError(
+        f"the sizes of {recipe.model.source} are not at hand",
+        "model.source",
+        "model.source=<a local folder>",
+    )

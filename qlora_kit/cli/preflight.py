@@ -1,0 +1,27 @@
+"""Checks that need the base's files but no weight: target names, group sizes."""
+
+from pathlib import Path
+from typing import cast
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.schema.check import check_targets
+from qlora_kit.schema.compose import Composed
+from qlora_kit.schema.lora import TARGET_SETS
+from qlora_kit.schema.root import TrainRecipe
+
+
+def check_train(composed: Composed) -> TrainRecipe:
+    """Check the adapter's targets against the base, when its files are at hand.
+
+    Raises:
+        RecipeError: a target names no linear module of the base.
+    """
+    from qlora_kit.model.weight_names import linear_module_names
+
+    recipe = cast(TrainRecipe, composed.recipe)
+    folder = Path(recipe.model.source).expanduser()
+    at_hand = linear_module_names(folder) if folder.is_dir() else set()
+    findings = check_targets(recipe.lora.targets, at_hand or set(TARGET_SETS["all_linear"]))
+    if findings and (at_hand or recipe.model.source == "demo"):
+        raise RecipeError([composed.problem(finding) for finding in findings])
+    return recipe

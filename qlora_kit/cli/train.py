@@ -1,0 +1,84 @@
+"""`qlora-kit train`: one run, a resumed run, or a sweep."""
+
+from pathlib import Path
+
+from qlora_kit.cli.line import Line, parse_line, run_verb_help
+from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path
+
+EXAMPLES = [
+    "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
+    "qlora-kit train experiment=llama3_1_8b_chat_24gb model.source=/models/llama lora.r=32",
+    "qlora-kit train resume=latest",
+    "qlora-kit train -m experiment=smollm2_135m_home_commands_cpu lora.r=4,16 optim.learning_rate=1e-4,1e-3",
+]
+
+
+def run(arguments: list[str]) -> int:
+    """Train as the line says; returns the exit code."""
+    line = parse_line(arguments)
+    if line.wants_help:
+        print(run_verb_help("train", "Fine-tune a quantized base with LoRA.", EXAMPLES))
+        return EXIT_OK
+    if line.value("resume") is not None:
+        return _resume(line)
+    if line.is_hydras_own:
+        from qlora_kit.cli.hydra_entry import run_under_hydra
+
+        run_under_hydra("train", arguments, lambda tree: None)
+        return EXIT_OK
+    if line.is_multirun:
+        from qlora_kit.cli.sweep import run_sweep
+
+        return run_sweep(line)
+    return _once(line)
+
+
+def _once(line: Line) -> int:
+    from qlora_kit.cli.hydra_entry import run_under_hydra
+    from qlora_kit.cli.preflight import check_train
+    from qlora_kit.schema.compose import compose_recipe
+
+    overrides = named(line)
+    recipe = check_train(compose_recipe("train", overrides))
+    run_path = new_run_path(recipe.name)
+
+    def task(tree: object) -> None:
+        from qlora_kit.pipelines.train import train
+
+        train(recipe, RunDirectory(run_path), overrides)
+
+    run_under_hydra("train", [*overrides, f"hydra.run.dir={quoted(run_path)}"], task)
+    return EXIT_OK
+
+
+def _resume(line: Line) -> int:
+    from qlora_kit.cli.preflight import check_train
+    from qlora_kit.schema.compose import Composed, load_recipe
+
+    others = [override for override in line.overrides if not override.startswith(("resume=", "debug="))]
+    if others or line.is_multirun:
+        raise RecipeError(
+            f"a resumed run keeps the recipe it was started with; {' '.join([*others, *line.flags])} would change it",
+            "the command line",
+            f"qlora-kit train resume={line.value('resume')}",
+        )
+    found = find_run(line.value("resume") or "latest", finished=False)
+    recipe = check_train(Composed(load_recipe("train", found.recipe), {}, {}))
+    from qlora_kit.pipelines.train import train
+
+    train(recipe, found, [])
+    return EXIT_OK
+
+
+def named(line: Line) -> list[str]:
+    """The overrides, with the run named after its experiment unless the line names it."""
+    experiment = line.value("experiment")
+    if line.value("name") is not None or experiment is None or "," in experiment:
+        return line.overrides
+    return [*line.overrides, f"name={experiment}"]
+
+
+def quoted(path: Path) -> str:
+    """A path as a Hydra value."""
+    return "'" + str(path).replace("'", "\\'") + "'"

@@ -1,0 +1,85 @@
+"""The table of verbs, and the one place where errors become messages and exit codes."""
+
+import importlib
+import sys
+import traceback
+from dataclasses import dataclass
+
+from qlora_kit import __version__
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError
+from qlora_kit.core.quiet import quiet_loggers
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word after `qlora-kit`: the module whose `run(arguments)` does it, and what it does."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "train": Verb("qlora_kit.cli.train", "Fine-tune a quantized base with LoRA."),
+    "export": Verb("qlora_kit.cli.export", "Merge the adapter once and write GGUF, GPTQ, AWQ or 16-bit files."),
+    "eval": Verb("qlora_kit.cli.eval", "Score base, adapter, merged and every export on held-out rows."),
+    "plan": Verb("qlora_kit.cli.plan", "Memory by part and steps of a recipe, without loading a weight."),
+    "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the trained tokens marked."),
+    "chat": Verb("qlora_kit.cli.chat", "Talk to a run's adapter or to any export."),
+    "recipes": Verb("qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes."),
+    "doctor": Verb("qlora_kit.cli.doctor", "Check Python, packages, devices and write access."),
+}
+
+
+def usage() -> str:
+    """The page of `qlora-kit --help`."""
+    lines = ["usage: qlora-kit VERB [arguments]", "", "Verbs:"]
+    lines += [f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "qlora-kit VERB --help tells more. First steps: qlora-kit recipes list"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK if words else EXIT_BAD_RECIPE
+    if words[0] == "--version":
+        print(__version__)
+        return EXIT_OK
+    if words[0] not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(words[0], VERBS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        print(
+            f"error: there is no verb '{words[0]}'{hint}\n  fix      qlora-kit {near[0] if near else '--help'}",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_RECIPE
+    return run_verb(VERBS[words[0]], words[1:])
+
+
+def run_verb(verb: Verb, arguments: list[str]) -> int:
+    """Run a verb and turn its errors into a message and an exit code."""
+    debug = "debug=true" in arguments
+    quiet_loggers()
+    try:
+        code: int = importlib.import_module(verb.module).run(arguments)
+        return code
+    except KitError as error:
+        if debug:
+            traceback.print_exc()
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return EXIT_RUN_FAILED
+    except BrokenPipeError:
+        return EXIT_OK
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}\n  fix      add debug=true to see where", file=sys.stderr)
+        return EXIT_RUN_FAILED

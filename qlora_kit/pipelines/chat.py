@@ -1,0 +1,108 @@
+"""Chat: a run's adapter or any export, token by token."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.export.manifest import MANIFEST, read_manifest
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.opened_run import open_run
+
+Messages = list[dict[str, str]]
+
+
+def chat(place: str, message: str | None, max_new_tokens: int) -> None:
+    """Answer one message, or talk until the input ends; answers are printed as they come.
+
+    Raises:
+        RecipeError: the place is neither a run directory nor an export.
+    """
+    speaker = _open(place)
+    said: Messages = []
+    for line in [message] if message is not None else _lines():
+        said.append({"role": "user", "content": line})
+        answer = ""
+        for piece in speaker(said, max_new_tokens):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        said.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def _open(place: str) -> Any:
+    folder = Path(place)
+    folder = folder.parent if folder.is_file() else folder
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        path = folder / manifest["file"]
+        return _gguf_speaker(path) if manifest["format"] == "gguf" else _export_speaker(manifest["format"], path)
+    if place == "latest" or RunDirectory(folder).recipe.is_file():
+        return _run_speaker(place)
+    raise RecipeError(f"{place} is neither a run directory nor an export", place, "qlora-kit chat latest")
+
+
+def _run_speaker(name: str) -> Any:
+    from qlora_kit.adapter.attach import load_adapter
+    from qlora_kit.model.load import load_base
+
+    opened = open_run(name)
+    model = load_adapter(load_base(opened.base_folder, opened.recipe.quant), opened.directory.adapter)
+    return _torch_speaker(model.eval(), opened.tokenizer)
+
+
+def _export_speaker(format_name: str, path: Path) -> Any:
+    from qlora_kit.evaluation.artifacts import load_exported
+
+    return _torch_speaker(load_exported(format_name, path).eval(), load_tokenizer(path))
+
+
+def _torch_speaker(model: Any, tokenizer: Any) -> Any:
+    def speak(messages: Messages, max_new_tokens: int) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+        thread = Thread(target=model.generate, kwargs={**inputs, **settings}, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+
+    return speak
+
+
+def _gguf_speaker(path: Path) -> Any:
+    # exports/<name>/<file>: the adapter beside exports/ holds the tokenizer that turns token ids into text.
+    tokenizer = load_tokenizer(path.parent.parent.parent / "adapter")
+    from qlora_kit.evaluation.llama_cpp import LlamaCppModel
+
+    model = LlamaCppModel(path)
+
+    def speak(messages: Messages, max_new_tokens: int) -> Iterator[str]:
+        prompt = model.tokenize(model.apply_template(messages), add_special=True, parse_special=True)
+        token_ids: list[int] = []
+        shown = ""
+        for token in model.stream(prompt, max_new_tokens):
+            token_ids.append(token)
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # a character may take several tokens
+                yield text[len(shown) :]
+                shown = text
+
+    return speak

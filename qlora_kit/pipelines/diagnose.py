@@ -1,0 +1,144 @@
+"""`qlora-kit doctor`: what this machine has, what is missing, and the line that mends it."""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from qlora_kit.core.device import has_nvidia_gpu
+from qlora_kit.core.units import human_bytes
+from qlora_kit.model.demo import cache_folder
+
+DISTRIBUTION = "qlora-kit"
+PYTHON_RANGE = ((3, 11), (3, 14))
+BUNDLES = frozenset({"all", "export", "dev"})  # extras made of other extras, or not for users
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class Health(Enum):
+    """How a finding is to be taken."""
+
+    good = "good"
+    missing = "missing"  # optional, and not there
+    bad = "bad"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    name: str
+    value: str
+    health: Health = Health.good
+    fix: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Look at Python, the machine, the packages, the extras, the folders and the compiler; imports torch."""
+    return [*_machine(), *_devices(), *_packages(), *_extras(), *_folders(), _compiler()]
+
+
+def requirements() -> list[Requirement]:
+    """What the installed distribution declares, extras included; empty when it is not installed."""
+    try:
+        return [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def check_requirement(requirement: Requirement) -> Finding:
+    """Whether a package is installed in the range that was tried."""
+    name, wanted = requirement.name, str(requirement.specifier)
+    line = f"pip install '{name}{wanted}'"
+    try:
+        installed = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, f"not installed, wanted {wanted or 'any version'}", Health.bad, line)
+    if not requirement.specifier.contains(installed, prereleases=True):
+        return Finding(name, f"{installed}, wanted {wanted}", Health.bad, line)
+    return Finding(name, installed)
+
+
+def extras() -> list[str]:
+    """Extras that the installed distribution declares; empty when it is not installed."""
+    try:
+        return metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+
+    low, high = PYTHON_RANGE
+    version = platform.python_version()
+    supported = low <= sys.version_info[:2] < high
+    fix = "" if supported else f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
+    yield Finding("python", version, Health.good if supported else Health.bad, fix)
+    yield Finding("platform", platform.platform())
+    yield Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    memory = psutil.virtual_memory()
+    yield Finding("memory", f"{human_bytes(memory.total)}, {human_bytes(memory.available)} available")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        yield Finding("cuda", f"torch was built for {torch.version.cuda}")
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            capability = f"compute capability {device.major}.{device.minor}"
+            yield Finding(f"gpu {index}", f"{device.name}, {human_bytes(device.total_memory)}, {capability}")
+    elif has_nvidia_gpu():
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use its driver"
+        fix = "install a CUDA build of torch, and a driver at least as new as its CUDA"
+        yield Finding("cuda", f"there is an NVIDIA device, but {reason}", Health.bad, fix)
+    else:
+        yield Finding("cuda", "no NVIDIA device: runs use the CPU", Health.missing)
+
+
+def _packages() -> Iterator[Finding]:
+    wanted = [requirement for requirement in requirements() if requirement.marker is None]
+    if not wanted:
+        yield Finding(DISTRIBUTION, "runs from a folder, not installed", Health.bad, "pip install -e .")
+    for requirement in wanted:
+        yield check_requirement(requirement)
+
+
+def _extras() -> Iterator[Finding]:
+    for extra in sorted(set(extras()) - BUNDLES):
+        parts = [part for part in requirements() if part.marker is not None and part.marker.evaluate({"extra": extra})]
+        wrong = [found for part in parts if (found := check_requirement(part)).health is Health.bad]
+        if wrong:
+            value = "; ".join(f"{found.name} {found.value}" for found in wrong)
+            yield Finding(f"extra {extra}", value, Health.missing, f"pip install '{DISTRIBUTION}[{extra}]'")
+        else:
+            yield Finding(f"extra {extra}", "installed")
+
+
+def _folders() -> Iterator[Finding]:
+    for name, folder in {"working folder": Path.cwd(), "cache folder": cache_folder()}.items():
+        existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+        try:
+            with tempfile.NamedTemporaryFile(dir=existing):
+                free = human_bytes(shutil.disk_usage(existing).free)
+            yield Finding(name, f"{folder}, {free} free")
+        except OSError as error:
+            yield Finding(name, f"{folder}: {error.strerror}", Health.bad, f"make {existing} writable")
+
+
+def _compiler() -> Finding:
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if found is None:
+        fix = "install a C++ compiler, such as the packages g++ and python3-dev"
+        return Finding("c++ compiler", "none: GPTQ export compiles its packing kernel", Health.missing, fix)
+    return Finding("c++ compiler", found)

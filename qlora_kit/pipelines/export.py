@@ -1,0 +1,140 @@
+"""Export: one merge, any number of files, each compared with the trained model before it counts."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qlora_kit.core.errors import FidelityError, KitError, RunError
+from qlora_kit.core.files import size_on_disk, staged_directory
+from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.data.prepare import PreparedData
+from qlora_kit.data.render import TokenRow
+from qlora_kit.evaluation.artifacts import open_artifact, open_trained
+from qlora_kit.evaluation.scores import Fidelity, Scores, compare
+from qlora_kit.export.calibration import calibration_rows
+from qlora_kit.export.manifest import Manifest
+from qlora_kit.export.merge import MergeReport, merge
+from qlora_kit.export.targets.table import ExportJob, export_jobs
+from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.schema.export import ExportConfig
+
+TOP_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How an export ended."""
+
+    name: str
+    folder: Path
+    seconds: float
+    fidelity: Fidelity | None = None
+    rejected: bool = False
+    error: str = ""
+
+
+def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
+    """Write every file that the recipe names; one that fails leaves nothing behind and the others go on.
+
+    Raises:
+        RunError: an export failed; the others are written.
+        FidelityError: a file is further from the trained model than `export.max_mean_kl`; its manifest says so.
+    """
+    data = opened.rows()
+    rows = data.held_out[: config.score_rows]
+    reference = _reference(opened, rows) if rows else None
+    with _merged(opened, config) as (merged, report):
+        jobs = list(export_jobs(config, merged, opened.recipe.name, _calibration(data, config)))
+        done = [_write(opened, config, job, report, rows, reference) for job in jobs]
+    failed = [export for export in done if export.error]
+    rejected = [export.name for export in done if export.rejected]
+    if failed:
+        raise RunError("\n".join(f"{export.name} was not written: {export.error}" for export in failed))
+    if rejected:
+        raise FidelityError(
+            f"{', '.join(rejected)}: mean KL above export.max_mean_kl={config.max_mean_kl}; the manifest says rejected",
+            fix="more bits or smaller groups, more export.calibration_rows, or a higher export.max_mean_kl",
+        )
+    return done
+
+
+def _reference(opened: OpenedRun, rows: list[TokenRow]) -> Scores:
+    say(f"scoring the trained model on {len(rows)} held-out rows")
+    recipe = opened.recipe
+    trained, _ = open_trained(
+        opened.base_folder, opened.directory.adapter, recipe.quant, int(opened.tokenizer.pad_token_id)
+    )
+    scores = trained.score(rows, None, TOP_TOKENS)
+    trained.close()
+    return scores
+
+
+@contextmanager
+def _merged(opened: OpenedRun, config: ExportConfig) -> Iterator[tuple[Path, MergeReport]]:
+    began = time.perf_counter()
+    opened.directory.exports.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=opened.directory.exports, prefix=".merged.") as folder:
+        adapter = opened.directory.adapter
+        report = merge(
+            opened.base_folder, adapter, opened.recipe.quant, config.merge_base, opened.tokenizer, Path(folder)
+        )
+        seconds = human_seconds(time.perf_counter() - began)
+        say(f"merged {report.merged} of {report.adapted} modules into the {report.base} base in {seconds}")
+        yield Path(folder), report
+
+
+def _calibration(data: PreparedData, config: ExportConfig) -> list[list[int]]:
+    return calibration_rows(data.train, config.calibration_rows)
+
+
+def _write(
+    opened: OpenedRun,
+    config: ExportConfig,
+    job: ExportJob,
+    report: MergeReport,
+    rows: list[TokenRow],
+    reference: Scores | None,
+) -> Exported:
+    place = opened.directory.exports / job.name
+    began = time.perf_counter()
+    say(f"{job.name}: writing")
+    try:
+        with staged_directory(place) as folder:
+            job.write(folder)
+            seconds = time.perf_counter() - began
+            fidelity = _fidelity(opened, job, folder, rows, reference) if reference else None
+            limit = config.max_mean_kl
+            rejected = fidelity is not None and limit is not None and fidelity.mean_kl > limit
+            measured = asdict(fidelity) if fidelity else {}
+            Manifest(
+                name=job.name,
+                format=job.format,
+                file=job.file,
+                settings=job.settings,
+                merge=report,
+                run=str(opened.directory.path),
+                seconds=round(seconds, 1),
+                fidelity=measured,
+                max_mean_kl=limit,
+                rejected=rejected,
+            ).write(folder)
+    except Exception as error:
+        kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
+        say(f"{job.name}: failed: {kind}{error}")
+        return Exported(job.name, place, time.perf_counter() - began, error=f"{kind}{error}")
+    kl = f", mean KL {fidelity.mean_kl:.4f}" if fidelity else ""
+    state = " REJECTED" if rejected else ""
+    say(f"{job.name}: {human_bytes(size_on_disk(place))} in {human_seconds(seconds)}{kl}{state}")
+    return Exported(job.name, place, seconds, fidelity, rejected)
+
+
+def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, rows: list[TokenRow], reference: Scores) -> Fidelity:
+    scorer = open_artifact(job.format, folder / job.file, opened.tokenizer)
+    try:
+        return compare(reference, scorer.score(rows, reference.ids, TOP_TOKENS))
+    finally:
+        scorer.close()

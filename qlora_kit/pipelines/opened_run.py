@@ -1,0 +1,50 @@
+"""A finished run, opened: what export, eval and chat need of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.rundir import RunDirectory, find_run
+from qlora_kit.data.prepare import PreparedData, prepare
+from qlora_kit.model.source import locate_base
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.compose import load_recipe
+from qlora_kit.schema.root import TrainRecipe
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run directory with its recipe, base and tokenizer at hand."""
+
+    directory: RunDirectory
+    recipe: TrainRecipe
+    base_folder: Path
+    tokenizer: Any
+
+    def rows(self) -> PreparedData:
+        """The run's rows, read again; the recipe names their files."""
+        return prepare(self.recipe.data, self.tokenizer)
+
+    def held_out(self) -> PreparedData:
+        """The run's rows, of which some are held out.
+
+        Raises:
+            RecipeError: the run has no held-out rows to score on.
+        """
+        rows = self.rows()
+        if not rows.held_out:
+            raise RecipeError(
+                "this run has no held-out rows to score on",
+                str(self.directory.recipe),
+                "qlora-kit train ... data.eval_file=<a JSONL file>",
+            )
+        return rows
+
+
+def open_run(name: str) -> OpenedRun:
+    """Open a finished run by path, or the newest one by `latest`; loads no weight."""
+    directory = find_run(name, finished=True)
+    recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
+    base_folder = locate_base(recipe.model)
+    return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter))

@@ -1,0 +1,103 @@
+"""Train: recipe -> rows -> 4-bit base -> adapter -> run directory."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from qlora_kit.adapter.attach import adapter_size, attach_lora
+from qlora_kit.core.environment import capture_environment
+from qlora_kit.core.errors import StoppedError
+from qlora_kit.core.files import staged_directory, write_json, write_text
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.data.prepare import prepare
+from qlora_kit.model.device import peak_memory_bytes
+from qlora_kit.model.load import load_base, quiet_libraries
+from qlora_kit.model.source import locate_base
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.compose import recipe_yaml
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.tracking.tracker import open_trackers, read_metrics, rewind_metrics
+from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.checkpoint import last_complete, step_of
+from qlora_kit.training.sft import build_trainer, fit, held_out_loss
+
+
+def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[str, float]:
+    """Train one recipe into a run directory, going on from its last checkpoint if it has one.
+
+    Returns:
+        What result.json holds: steps, losses, tokens, speed, memory.
+    Raises:
+        StoppedError: the user stopped the run; the checkpoint to go on from is written.
+    """
+    quiet_libraries()
+    base_folder = locate_base(recipe.model)
+    tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
+    data = prepare(recipe.data, tokenizer)
+    _describe(recipe, run, overrides, dataclasses.asdict(data.summary))
+
+    checkpoint = last_complete(run.checkpoints)
+    tokens_before = rewind_metrics(run.metrics, step_of(checkpoint) if checkpoint else 0)
+    if checkpoint:
+        say(f"resuming from step {step_of(checkpoint)}")
+    set_seed(recipe.trainer.seed)
+    say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
+    model = attach_lora(load_base(base_folder, recipe.quant, recipe.model.attention), recipe.lora)
+    size = adapter_size(model)
+    say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {len(data.train)} rows")
+
+    stop = StopOnSignal()
+    tracker = open_trackers(recipe.tracker, run, {"recipe": recipe_yaml(recipe)})
+    try:
+        watch = Watch(tracker, stop, tokens_before)
+        trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch)
+        with stop.listening():
+            progress = fit(trainer, checkpoint)
+        if not progress.is_finished:
+            raise StoppedError(
+                f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved",
+                fix=f"qlora-kit train resume={run.path}",
+            )
+        eval_loss = held_out_loss(trainer)
+    finally:
+        tracker.finish()
+
+    with staged_directory(run.adapter) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    result = _result(run.metrics, progress.step, eval_loss, size.parameters)
+    write_json(run.result, result)
+    say(f"done: {run.path}")
+    return result
+
+
+def _describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str], data: dict[str, object]) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    if not run.recipe.exists():
+        write_text(run.overrides, "".join(f"{override}\n" for override in overrides))
+        write_json(run.environment, capture_environment())
+        write_json(run.data, data)
+        write_text(run.recipe, recipe_yaml(recipe))
+
+
+def _result(metrics: Path, step: int, eval_loss: float | None, parameters: int) -> dict[str, float]:
+    rows = [row for row in read_metrics(metrics) if "loss" in row]
+    steady = sorted(row["tokens_per_second"] for row in rows[1:] or rows)
+    result = {
+        "steps": float(step),
+        "final_loss": rows[-1]["loss"],
+        "tokens": rows[-1]["tokens"],
+        "tokens_per_second": steady[len(steady) // 2],
+        "peak_memory_bytes": float(peak_memory_bytes()),
+        "trainable_parameters": float(parameters),
+    }
+    if eval_loss is not None:
+        result["eval_loss"] = eval_loss
+        say(f"held-out loss {eval_loss:.4f}")
+    device = "GPU memory" if torch.cuda.is_available() else "memory"
+    say(f"{result['tokens_per_second']:.0f} tokens/s, peak {device} {human_bytes(result['peak_memory_bytes'])}")
+    return result

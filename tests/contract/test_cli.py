@@ -1,0 +1,65 @@
+"""The command line: quick help, nothing heavy imported, exit codes, one message a mistake."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_kit.cli.verbs import VERBS
+
+RUN_VERBS = ["train", "export", "eval"]
+
+
+def kit(*words: str, cwd: object = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qlora_kit", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("words", [[], *[[verb] for verb in VERBS]], ids=lambda words: words[0] if words else "top")
+def test_help_is_quick(words):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = kit(*words, "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "usage: qlora-kit" in done.stdout
+    assert min(seconds) < 0.4  # 0.06 to 0.13 s on an idle core
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes", "list"],
+        ["recipes", "show", "model=demo", "data=home_commands", "data.train_file=README.md", "data.eval_file=null"],
+        ["train", "lora.r=0", "model=demo", "data=home_commands"],
+    ],
+    ids=lambda line: " ".join(line[:2]),
+)
+def test_nothing_heavy_is_imported(line):
+    code = (
+        "import sys; from qlora_kit.cli.verbs import main; main(sys.argv[1:]);"
+        "print('HEAVY', sorted({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, check=False)
+    assert "HEAVY []" in done.stdout
+
+
+def test_every_verb_has_a_run():
+    import importlib
+
+    for verb in VERBS.values():
+        assert callable(importlib.import_module(verb.module).run)
+
+
+def test_unknown_verb():
+    done = kit("trian")
+    assert done.returncode == 2
+    assert "did you mean 'train'" in done.stderr
+
+
+def test_no_verb_is_a_mistake():
+    assert kit().returncode == 2

@@ -1,0 +1,77 @@
+"""What is in the wheel, and what the constraints hold."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(kind: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_every_recipe_and_nothing_else(tmp_path):
+    names = set(zipfile.ZipFile(build("wheel", tmp_path)).namelist())
+    recipes = {f"qlora_kit/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qlora_kit").rglob("*.py")}
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert len(recipes) > 80
+    assert names == recipes | modules | metadata | {"qlora_kit/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    assert any(name.endswith("entry_points.txt") for name in metadata)
+
+
+@pytest.mark.slow
+def test_the_source_archive_builds_the_same_recipes(tmp_path):
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")} <= names
+    assert {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "scripts/quickstart"} <= names
+
+
+def test_every_declared_package_is_pinned_inside_its_range():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    declared = [Requirement(line) for line in [*project["dependencies"], *(part for extra in extras for part in extra)]]
+    pins = _pins()
+    for wanted in declared:
+        if wanted.name == project["name"]:
+            continue
+        pin = pins.get(canonicalize_name(wanted.name))
+        assert pin is not None, f"{wanted.name} is not in constraints.txt"
+        assert wanted.specifier.contains(pin, prereleases=True), f"{wanted.name}=={pin} is outside {wanted.specifier}"
+
+
+def test_all_names_every_extra_that_users_have():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = set(re.findall(r"\w+", extras["all"][0].split("[")[1]))
+    assert named == set(extras) - {"all", "dev", "export"}
+
+
+def test_constraints_hold_pins_only():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    assert len(_pins()) == len(pins)
+
+
+def _pins() -> dict[str, str]:
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}

@@ -1,0 +1,72 @@
+"""What `doctor` finds, and the line it gives."""
+
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from qlora_kit.pipelines import diagnose as doctor
+from qlora_kit.pipelines.diagnose import Health, check_requirement, diagnose
+
+
+def test_this_machine_is_described():
+    found = {finding.name: finding for finding in diagnose()}
+    assert {"python", "platform", "cores", "memory", "cuda", "working folder", "cache folder", "c++ compiler"} <= set(
+        found
+    )
+    assert found["python"].health is Health.good
+    assert int(found["cores"].value) >= 1
+
+
+def test_an_installed_version_in_range_is_good():
+    found = check_requirement(Requirement("packaging>=1"))
+    assert found.health is Health.good
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("packaging>=9000", "wanted >=9000"), ("no-such-package>=1", "not installed")]
+)
+def test_a_package_outside_its_range_comes_with_the_pip_line(line, value):
+    found = check_requirement(Requirement(line))
+    assert found.health is Health.bad
+    assert value in found.value
+    assert found.fix == f"pip install '{line}'"
+
+
+def test_a_missing_extra_is_optional_and_comes_with_the_pip_line(monkeypatch):
+    parts = [Requirement("no-such-package>=1; extra == 'wandb'"), Requirement("packaging; extra == 'gguf'")]
+    monkeypatch.setattr(doctor, "requirements", lambda: parts)
+    monkeypatch.setattr(doctor, "extras", lambda: ["wandb", "gguf"])
+    found = {finding.name: finding for finding in doctor._extras()}
+    assert found["extra wandb"].health is Health.missing
+    assert found["extra wandb"].fix == "pip install 'qlora-kit[wandb]'"
+    assert found["extra gguf"].health is Health.good
+
+
+def test_without_a_compiler_it_says_what_wants_one(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = doctor._compiler()
+    assert found.health is Health.missing
+    assert "GPTQ" in found.value and "g++" in found.fix
+
+
+def test_a_folder_that_cannot_be_written_is_bad(monkeypatch):
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    found = {finding.name: finding for finding in doctor._folders()}
+    assert found["working folder"].health is Health.bad
+    assert "Permission denied" in found["working folder"].value
+
+
+def test_a_python_out_of_range_is_bad(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 14, 0))
+    assert next(doctor._machine()).health is Health.bad
+
+
+def test_a_gpu_that_torch_cannot_use_is_bad(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: True)
+    assert next(doctor._devices()).health is Health.bad
