@@ -64,13 +64,14 @@ def _conclude(sweep: Path, recipe: TrainRecipe) -> int:
     from qlora_kit.report.table import print_table
 
     rows = ranked(sweep, recipe.sweep.direction)
+    shared = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
     write_sweep(sweep, recipe.sweep.objective, rows)
     shown = [
         (
             str(rank) if row.objective is not None else "-",
             str(row.job),
             f"{row.objective:.4f}" if row.objective is not None else "failed",
-            " ".join(override for override in row.overrides if "," not in override),
+            " ".join(override for override in row.overrides if override not in shared),
             row.error.splitlines()[0] if row.error else "",
         )
         for rank, row in enumerate(rows, start=1)

@@ -159,8 +159,8 @@ def _leading_bos(ids: list[int], tokenizer: "PreTrainedTokenizerFast") -> tuple[
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
-    added = (token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special)
-    return frozenset(tokenizer.all_special_ids).union(added)
+    # Added tokens count even where nobody marked them special, as <|im_end|> in some fine-tuned models.
+    return frozenset(tokenizer.all_special_ids).union(tokenizer.added_tokens_decoder)
 
 
 def _place(conversation: Conversation) -> str:

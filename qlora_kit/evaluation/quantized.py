@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GPTQConfig, PreTrainedModel
 
 METHODS = ("gptq", "awq")
+FAST_CPU_BITS = 4
+FAST_CPU_GROUPS = (32, 64, 128)
 
 
 def load_quantized(folder: Path) -> "PreTrainedModel":
@@ -59,12 +62,41 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
 
     on_gpu = torch.cuda.is_available()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if on_gpu else torch.float32,
-            device_map={"": "cuda:0" if on_gpu else "cpu"},
-            local_files_only=True,
-        )
+        with warnings.catch_warnings():
+            # Naming a kernel makes transformers warn that everything but its name is ignored.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if on_gpu else torch.float32,
+                device_map={"": "cuda:0" if on_gpu else "cpu"},
+                local_files_only=True,
+                **({} if on_gpu else _cpu_kernel(folder, method)),
+            )
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
         raise RunError(f"transformers could not load the {method.upper()} folder {folder}: {error}") from error
+    if not on_gpu:
+        _without_compiler(model)
     return model.eval()
+
+
+def _cpu_kernel(folder: Path, method: str) -> "dict[str, GPTQConfig]":
+    """The argument that asks for the slower kernel in plain torch, for what torch's 4-bit CPU kernel does not take.
+
+    Left to itself the library picks that kernel for other group sizes too, and the first forward fails.
+    """
+    from transformers import AwqConfig, GPTQConfig
+
+    settings = read_json(folder / "config.json")["quantization_config"]
+    bits, group_size = int(settings["bits"]), int(settings["group_size"])
+    if bits == FAST_CPU_BITS and group_size in FAST_CPU_GROUPS:
+        return {}
+    if method == "gptq":
+        return {"quantization_config": GPTQConfig(bits=bits, backend="gptq_torch")}
+    return {"quantization_config": AwqConfig(bits=bits, group_size=group_size, backend="torch_awq")}
+
+
+def _without_compiler(model: "PreTrainedModel") -> None:
+    """Take torch.compile off the layers that unpack their weights in torch; on a CPU it needs a C++ compiler."""
+    for module in model.modules():
+        # The library puts the compiled function over the method of the same name.
+        vars(module).pop("dequantize_weight", None)

@@ -7,6 +7,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.targets.splice import splice_checkpoint
 
 BITS = 4
+# What the readers' kernels take.
+GROUP_SIZES = (16, 32, 64, 128, -1)
 
 
 def write_awq(
@@ -31,11 +33,16 @@ def write_awq(
         calibration: token-id rows, already rendered with the chat template.
 
     Raises:
-        RecipeError: bits is not 4, no calibration rows, or the group size does not divide a layer's inputs.
+        RecipeError: bits is not 4, no calibration rows, or a group size that readers do not take or that does not
+            divide a layer's inputs.
     """
     rows = [row for row in calibration if len(row)]
     if bits != BITS:
         raise RecipeError(f"AWQ files hold {BITS}-bit weights, not {bits}-bit", where="bits", fix=f"bits: {BITS}")
+    if group_size not in GROUP_SIZES:
+        choices = " | ".join(map(str, GROUP_SIZES))
+        what = f"readers of AWQ files take groups of {choices}, not {group_size}"
+        raise RecipeError(what, where="group_size", fix=f"group_size: {choices}")
     if not rows:
         raise RecipeError("AWQ needs calibration rows and got none")
     import torch

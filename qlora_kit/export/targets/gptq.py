@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.export.group_sizes import check_group_size, linear_input_widths
+from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
 
 if TYPE_CHECKING:
@@ -58,10 +58,14 @@ def write_gptq(
     if problem := check_group_size(group_size, linear_input_widths(read_json(model_dir / "config.json"))):
         raise RecipeError([problem])
     settings = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
-    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir) as work:
+    # Ordering columns by group has no meaning with desc_act, nor when there is one group; the library refuses both.
+    settings["act_group_aware"] = not desc_act and group_size != WHOLE_ROW
+    model_dir = model_dir.resolve()
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve()) as work:
         made = Path(work) / "quantised"
         _set_up_environment()
-        with _quiet(), _progress(model_dir) as layer_done:
+        # It writes a folder `logs` into the working folder.
+        with contextlib.chdir(work), _quiet(), _progress(model_dir) as layer_done:
             _quantise(model_dir, made, Path(work) / "offloaded", settings, rows, layer_done)
         quantization = _portable(read_json(made / "config.json")["quantization_config"])
         splice_checkpoint(model_dir, out_dir, _packed_tensors(made), quantization)

@@ -109,8 +109,8 @@ def test_a_held_out_row_that_is_also_trained_on_is_refused_by_line(tmp_path):
 
 
 def test_where_text_is_cut_into_turns_matters_for_the_comparison(tmp_path):
-    train = write(tmp_path / "train.jsonl", ("ab", "c"))
-    held_out = write(tmp_path / "held_out.jsonl", ("a", "bc"))
+    train = write(tmp_path / "train.jsonl", ("x", "assistanty"))
+    held_out = write(tmp_path / "held_out.jsonl", ("xassistant", "y"))
     assert prepare(DataConfig(train_file=train, eval_file=held_out, max_tokens=64), TOKENIZER).held_out
 
 

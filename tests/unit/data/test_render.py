@@ -1,7 +1,7 @@
 """The loss mask on the chat templates of every family, and what it refuses."""
 
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.render import answer_text, prompt_ids, token_row
@@ -129,6 +129,14 @@ def test_an_answer_that_holds_the_closing_token_is_trained_to_its_end():
     tokenizer = smollm_tokenizer()
     row = token_row(chat("a", "x<|im_end|>y"), tokenizer)
     assert trained_texts(row, tokenizer) == ["x<|im_end|>y<|im_end|>"]
+
+
+def test_a_closing_token_that_is_not_marked_special_is_known():
+    tokenizer = smollm_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn_end|>", special=False, normalized=False)])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|turn_end|>")
+    row = token_row(chat("a", "b"), tokenizer)
+    assert trained_texts(row, tokenizer) == ["b<|turn_end|>"]
 
 
 def test_a_space_before_the_closing_token_is_trained_with_it():

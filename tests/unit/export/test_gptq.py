@@ -128,6 +128,29 @@ def test_nothing_is_written_elsewhere(exported: Exported) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("bits", "group_size", "desc_act", "most"), [(8, 32, False, 0.1), (4, -1, False, 0.9), (4, 64, True, 0.7)]
+)
+def test_other_settings_are_read_without_a_compiler(
+    bits: int,
+    group_size: int,
+    desc_act: bool,
+    most: float,
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    source, out = exported.source, tmp_path / "out"
+    out.mkdir()
+    write_gptq(source, out, bits=bits, group_size=group_size, desc_act=desc_act, sym=not desc_act, calibration=ROWS)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(SAMPLE).logits
+    assert apart(load_quantized(out)(SAMPLE).logits.float(), original) < most
+
+
+@pytest.mark.slow
 def test_failure_half_way_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gptqmodel
 

@@ -15,12 +15,15 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash
 from qlora_kit.model.demo import check_hash, clean_config, mend_tokenizer
 
+LACKING = chr(256 + 4)  # how a byte-level vocabulary spells the byte 4, one of 21 that SmolLM2's lacks
+
 
 def as_read_from_gguf():
     """A tokenizer as transformers 5.17 leaves it: no digit step, sentencepiece's decoder and byte fallback."""
     raw = Tokenizer(models.BPE(unk_token="<|endoftext|>", byte_fallback=True, fuse_unk=True))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=True)
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {LACKING})
     learn = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
     raw.train_from_iterator(["12345 12345 at at degrees"], learn)
     raw.normalizer = normalizers.Sequence([])
@@ -50,6 +53,15 @@ def test_digits_stand_alone(mended):
 def test_special_tokens_are_the_models_own(mended):
     assert (mended.bos_token, mended.bos_token_id) == ("<|im_start|>", mended.convert_tokens_to_ids("<|im_start|>"))
     assert (mended.eos_token, mended.pad_token, mended.unk_token) == ("<|im_end|>", "<|im_end|>", "<|endoftext|>")
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_not_an_end_of_text(mended):
+    assert "<|endoftext|>" in as_read_from_gguf().encode("at\4at").tokens
+    assert mended.tokenize("at\4at") == ["at", "at"]
+
+
+def test_the_decoder_is_the_byte_level_one_alone(mended):
+    assert json.loads(mended.backend_tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
 
 
 @pytest.mark.parametrize("text", ["naïve ▁ text", " two  spaces", "🚀 at 06:45"])

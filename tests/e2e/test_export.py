@@ -1,0 +1,115 @@
+"""Train, export to every format, score, chat: the whole way on a tiny model, as a user types it."""
+
+import json
+
+import pytest
+
+from qlora_kit.core.files import read_json
+from tests.e2e.conftest import kit, only_run, train_line
+
+pytestmark = pytest.mark.slow
+
+EXPORTS = ["gguf_q8_0", "gguf_q4_k_m", "gptq_4bit_g64", "awq_4bit_g64", "merged_16bit"]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    done = kit(folder, *train_line(workshop, "trainer.max_steps=6", "tracker=wandb"))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    folder, _ = trained
+    done = kit(folder, "export", "run=latest", f"export=[{','.join(EXPORTS)}]", "export.score_rows=4", timeout=580)
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def scored(exported):
+    folder, _ = exported
+    return folder, kit(folder, "eval", "run=latest", "eval.max_new_tokens=8", timeout=580)
+
+
+def test_wandb_without_a_key_stays_in_the_run_directory(trained):
+    folder, done = trained
+    run = only_run(folder)
+    assert "no access to wandb" in done.stderr
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.name for path in folder.iterdir()] == ["outputs"]
+
+
+def test_a_run_directory_is_complete(trained):
+    run = only_run(trained[0])
+    names = {"recipe.yaml", "overrides.txt", "environment.json", "data.json", "metrics.jsonl", "result.json", "adapter"}
+    assert names <= {path.name for path in run.iterdir()}
+    assert "data.max_tokens=128" in (run / "overrides.txt").read_text()
+    assert read_json(run / "data.json")["train"]["rows"] == 32
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step", "eval_loss"} <= set(last)
+
+
+def test_every_export_is_written_and_measured(exported):
+    folder, done = exported
+    assert done.returncode == 0, done.stderr
+    exports = only_run(folder) / "exports"
+    assert sorted(path.name for path in exports.iterdir()) == sorted(EXPORTS)
+    for name in EXPORTS:
+        manifest = read_json(exports / name / "manifest.json")
+        assert manifest["merge"] == {"adapted": 14, "merged": 14, "base": "dequantized"}
+        assert manifest["fidelity"]["positions"] > 0
+        assert (exports / name / manifest["file"]).exists()
+        assert manifest["rejected"] is False
+    assert (exports / "gguf_q4_k_m" / "run.Q4_K_M.gguf").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == ["outputs"]
+
+
+def test_the_files_are_close_to_the_trained_model(exported):
+    folder, _ = exported
+    exports = only_run(folder) / "exports"
+    kl = {name: read_json(exports / name / "manifest.json")["fidelity"]["mean_kl"] for name in EXPORTS}
+    assert kl["merged_16bit"] < 0.005
+    assert kl["gguf_q8_0"] < 0.01
+    assert max(kl["gguf_q4_k_m"], kl["gptq_4bit_g64"], kl["awq_4bit_g64"]) < 1.0
+
+
+def test_eval_prints_one_row_an_artifact(scored):
+    folder, done = scored
+    assert done.returncode == 0, done.stderr
+    rows = read_json(only_run(folder) / "eval.json")["rows"]
+    assert [row["name"] for row in rows] == ["base", "adapter", "merged_16bit", *sorted(set(EXPORTS) - {"merged_16bit"})]
+    for row in rows:
+        assert row["name"] in done.stdout
+        assert row["answered"] == 6
+    adapter = next(row for row in rows if row["name"] == "adapter")
+    assert adapter["fidelity"]["mean_kl"] == pytest.approx(0, abs=1e-9)
+    base = next(row for row in rows if row["name"] == "base")
+    assert base["fidelity"]["loss"] > adapter["fidelity"]["loss"]
+
+
+def test_manifest_and_eval_hold_the_same_scores(scored):
+    folder, _ = scored
+    run = only_run(folder)
+    rows = {row["name"]: row for row in read_json(run / "eval.json")["rows"]}
+    manifest = read_json(run / "exports" / "gguf_q8_0" / "manifest.json")
+    assert manifest["evaluation"] == rows["gguf_q8_0"]
+
+
+def test_a_file_outside_its_bound_is_rejected(exported):
+    folder, _ = exported
+    line = ["export", "run=latest", "export=gguf_q2_k", "export.max_mean_kl=1e-6", "export.score_rows=4"]
+    done = kit(folder, *line)
+    assert done.returncode == 3
+    assert "above export.max_mean_kl=1e-06; the manifest says rejected" in done.stderr
+    assert read_json(only_run(folder) / "exports" / "gguf_q2_k" / "manifest.json")["rejected"] is True
+
+
+@pytest.mark.parametrize("place", ["latest", "exports/gguf_q8_0", "exports/merged_16bit"])
+def test_chat_answers(exported, place):
+    folder, _ = exported
+    where = place if place == "latest" else str(only_run(folder) / place)
+    done = kit(folder, "chat", where, "--message", "turn on 1: lamp", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
