@@ -8,7 +8,8 @@ from rich.table import Table
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on standard output; the first column is left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    print(title)
+    table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Ten wrong recipes: one message each with a line to paste, exit code 2, quickly, before anything is loaded or written."""
+"""Ten wrong recipes: one message each with a line to paste, exit code 2, quickly, before anything is written."""
 
 import json
 import subprocess

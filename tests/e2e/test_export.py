@@ -79,7 +79,12 @@ def test_eval_prints_one_row_an_artifact(scored):
     folder, done = scored
     assert done.returncode == 0, done.stderr
     rows = read_json(only_run(folder) / "eval.json")["rows"]
-    assert [row["name"] for row in rows] == ["base", "adapter", "merged_16bit", *sorted(set(EXPORTS) - {"merged_16bit"})]
+    assert [row["name"] for row in rows] == [
+        "base",
+        "adapter",
+        "merged_16bit",
+        *sorted(set(EXPORTS) - {"merged_16bit"}),
+    ]
     for row in rows:
         assert row["name"] in done.stdout
         assert row["answered"] == 6
