@@ -13,8 +13,8 @@ HELP = """usage: qlora-kit plan [group=option] [path=value]
 Prints memory by part and the number of steps of a training recipe; loads no weight.
 
 Examples:
-  qlora-kit plan experiment=llama3_1_8b_chat_24gb
-  qlora-kit plan experiment=llama3_1_8b_chat_24gb trainer.batch_size=8 lora.r=64"""
+  qlora-kit plan experiment=llama3_1_8b_chat_24gb data.train_file=chats.jsonl
+  qlora-kit plan experiment=llama3_1_8b_chat_24gb data.train_file=chats.jsonl trainer.batch_size=8 lora.r=64"""
 
 
 def run(arguments: list[str]) -> int:

@@ -57,17 +57,20 @@ def _headline(file: Path | None) -> str:
 
 
 def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
-    from qlora_kit.schema.compose import compose_recipe, recipe_yaml
+    from qlora_kit.schema.compose import compose_recipe, composed_yaml
 
-    recipe = compose_recipe(verb, overrides).recipe
-    print(recipe_yaml(recipe).rstrip() if shows else "good")
+    if shows:
+        print(composed_yaml(verb, overrides).rstrip())
+    else:
+        compose_recipe(verb, overrides)
+        print("good")
     return EXIT_OK
 
 
 def _diff(left: str, right: str) -> int:
-    from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
+    from qlora_kit.schema.compose import composed_yaml
 
-    texts = [recipe_yaml(compose_unchecked("train", [f"experiment={name}", f"name={name}"])) for name in (left, right)]
+    texts = [composed_yaml("train", [f"experiment={name}", f"name={name}"]) for name in (left, right)]
     lines = difflib.unified_diff(texts[0].splitlines(), texts[1].splitlines(), left, right, n=1, lineterm="")
     print("\n".join(lines) or "no difference")
     return EXIT_OK

@@ -1,6 +1,7 @@
 """The table of verbs, and the one place where errors become messages and exit codes."""
 
 import importlib
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
     """Run a verb and turn its errors into a message and an exit code."""
     debug = "debug=true" in arguments
     quiet_loggers()
+    # Threads that wait asleep instead of spinning: on two busy cores this was 2.4 times faster.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code: int = importlib.import_module(verb.module).run(arguments)
         return code

@@ -96,14 +96,36 @@ def typed_recipe(verb: str, tree: Any) -> Sealed:
     return _typed(RECIPE_OF_VERB[verb], tree)
 
 
+def composed_yaml(verb: str, lines: list[str]) -> str:
+    """A composed recipe as YAML, to look at; what only the user can say shows as ???.
+
+    Raises:
+        RecipeError: a key, an option or a type is wrong.
+    """
+    tree, _, _ = _compose_tree(verb, lines)
+    return OmegaConf.to_yaml(tree, resolve=False)
+
+
 def _compose(verb: str, lines: list[str]) -> Composed:
+    tree, overrides, choices = _compose_tree(verb, lines)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", f"{key}=<value>") for key in missing])
+    try:
+        recipe = typed_recipe(verb, tree)
+    except OmegaConfBaseException as error:
+        raise RecipeError(_first_line(error)) from error
+    return Composed(recipe, choices, _origins(recipe, overrides, choices))
+
+
+def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(packaged_recipes()), version_base="1.3", job_name=verb):
         return _compose_initialized(verb, lines)
 
 
-def _compose_initialized(verb: str, lines: list[str]) -> Composed:
+def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
     root = RECIPE_OF_VERB[verb]
     overrides = _parse(lines)
     problems = [problem for override in overrides if (problem := _override_problem(root, override))]
@@ -117,15 +139,7 @@ def _compose_initialized(verb: str, lines: list[str]) -> Composed:
     problems += _value_problems(tree, [line for line in good if line not in chosen])
     if problems:
         raise RecipeError(problems)
-    tree = compose(verb, overrides=good)
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", f"{key}=<value>") for key in missing])
-    try:
-        recipe = _typed(root, tree)
-    except OmegaConfBaseException as error:
-        raise RecipeError(_first_line(error)) from error
-    return Composed(recipe, choices, _origins(recipe, overrides, choices))
+    return compose(verb, overrides=good), overrides, choices
 
 
 def _parse(lines: list[str]) -> list[Override]:

@@ -1,0 +1,74 @@
+"""The look verbs over recipes: list, show, diff, copy, and every shipped experiment composes."""
+
+import pytest
+
+from qlora_kit.cli.verbs import main
+from qlora_kit.schema.compose import compose_unchecked
+from qlora_kit.schema.folders import groups
+from qlora_kit.schema.root import TrainRecipe
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_every_experiment_composes(experiment):
+    recipe = compose_unchecked("train", [f"experiment={experiment}", "data.train_file=rows.jsonl"])
+    assert isinstance(recipe, TrainRecipe)
+    assert recipe.model.source
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (group, option)
+        for group in ("quant", "lora", "optim", "trainer", "engine", "tracker", "sweep")
+        for option in groups()[group]
+    ],
+)
+def test_every_option_composes(group, option):
+    compose_unchecked("train", ["model=demo", "data=home_commands", f"{group}={option}"])
+
+
+@pytest.mark.parametrize("option", groups()["export"])
+def test_every_export_composes(option):
+    compose_unchecked("export", [f"export={option}"])
+
+
+def test_list_names_every_group(capsys):
+    assert main(["recipes", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{group}\n" in shown for group in groups())
+
+
+def test_list_of_an_unknown_group(capsys):
+    assert main(["recipes", "list", "quants"]) == 2
+    assert "there is no group 'quants'" in capsys.readouterr().err
+
+
+def test_show_leaves_open_what_only_the_user_knows(capsys):
+    assert main(["recipes", "show", "experiment=llama3_1_8b_chat_24gb"]) == 0
+    assert "train_file: ???" in capsys.readouterr().out
+
+
+def test_validate_names_what_is_missing(capsys):
+    assert main(["recipes", "validate", "experiment=llama3_1_8b_chat_24gb"]) == 2
+    assert "data.train_file has no value" in capsys.readouterr().err
+
+
+def test_diff_shows_what_differs(capsys):
+    assert main(["recipes", "diff", "llama3_1_8b_chat_24gb", "qwen3_8b_chat_24gb"]) == 0
+    shown = capsys.readouterr().out
+    assert "-  source: meta-llama/Llama-3.1-8B-Instruct" in shown
+    assert "+  source: Qwen/Qwen3-8B" in shown
+
+
+def test_copy_makes_a_recipe_of_ones_own_and_never_overwrites(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "experiment/qwen3_8b_chat_24gb", "mine"]) == 0
+    assert (tmp_path / "recipes" / "experiment" / "mine.yaml").is_file()
+    assert main(["recipes", "copy", "experiment/qwen3_8b_chat_24gb", "mine"]) == 2
+    assert "exists already and is kept" in capsys.readouterr().err
+
+
+def test_copy_of_an_unknown_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "experiment/qwen3_8b_chat_24g"]) == 2
+    assert "qlora-kit recipes copy experiment/qwen3_8b_chat_24gb" in capsys.readouterr().err
