@@ -1,0 +1,54 @@
+"""On a GPU the recipe's own optimizer runs, through the code that a CPU run takes."""
+
+import json
+
+import pytest
+import torch
+
+from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.cli.verbs import main
+from qlora_kit.data.render import TokenRow
+from qlora_kit.model.load import load_base
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.quant import QuantConfig
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.tracking.tracker import AllTrackers
+from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.sft import build_trainer
+from tests.e2e.conftest import only_run, train_line, write_rows
+from tests.tiny_models import build_tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_paged_adamw_8bit_trains_through_the_command_line(tmp_path, monkeypatch):
+    build_tiny_model("llama", tmp_path / "base")
+    write_rows(tmp_path / "train.jsonl", 4, 1, "turn on")
+    write_rows(tmp_path / "held_out.jsonl", 4, 2, "please start")
+    monkeypatch.chdir(tmp_path)
+    line = train_line(tmp_path, "optim.strict=true", "quant.compute_dtype=bfloat16", "trainer.max_steps=12")
+    assert main(line) == 0
+    losses = [json.loads(text).get("loss") for text in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_each_optimizer_is_the_one_that_was_named(name, tmp_path):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    recipe = TrainRecipe(
+        optim=OptimConfig(name=name, strict=True),
+        trainer=TrainerConfig(batch_size=1, max_steps=2, gradient_checkpointing=False),
+    )
+    rows = [TokenRow(tuple(range(5, 45)), (False,) * 20 + (True,) * 20, "rows.jsonl", 1)]
+    model = attach_lora(load_base(folder, QuantConfig()), recipe.lora)
+    watch = Watch(AllTrackers([]), StopOnSignal())
+    trainer = build_trainer(model, load_tokenizer(folder), recipe, rows, [], tmp_path / "checkpoints", watch)
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert getattr(optimizer, "is_paged", False) is name.value.startswith("paged")
+    bits = {OptimizerName.paged_adamw_32bit: 32, OptimizerName.adamw: None}.get(name, 8)
+    arguments = getattr(optimizer, "args", None)
+    assert (arguments.optim_bits if arguments is not None else None) == bits
