@@ -47,7 +47,8 @@ def test_each_job_has_a_run_directory_of_its_own(swept):
     assert len(finished) == 3
     for job in finished:
         assert (job / "adapter" / "adapter_model.safetensors").exists()
-        assert (job / "metrics.jsonl").read_text().count("\n") == 2
+        rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2]
 
 
 def test_a_wrong_job_stops_the_sweep_before_it_starts(workshop, tmp_path):
