@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_kit.core.errors import Problem, RecipeError
@@ -126,20 +126,31 @@ def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Overrid
 
 
 def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
-    root = RECIPE_OF_VERB[verb]
     overrides = _parse(lines)
-    problems = [problem for override in overrides if (problem := _override_problem(root, override))]
-    good = [str(override.input_line) for override in overrides if not _override_problem(root, override)]
-    chosen = [line for line, override in zip(lines, overrides, strict=True) if line in good and _is_group(override)]
+    problems = {override.input_line: _override_problem(RECIPE_OF_VERB[verb], override) for override in overrides}
+    good = [override for override in overrides if not problems[override.input_line]]
+    named = [problem for problem in problems.values() if problem]
     try:
-        tree = compose(verb, overrides=chosen, return_hydra_config=True)
+        tree = compose(verb, overrides=[str(override.input_line) for override in good], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError([*problems, _compose_problem(error)]) from error
+        raise RecipeError([*named, *_failed_compose_problems(verb, good, error)]) from error
+    if named:
+        raise RecipeError(named)
     choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
-    problems += _value_problems(tree, [line for line in good if line not in chosen])
-    if problems:
-        raise RecipeError(problems)
-    return compose(verb, overrides=good), overrides, choices
+    with open_dict(tree):
+        del tree["hydra"]
+    return tree, overrides, choices
+
+
+def _failed_compose_problems(verb: str, overrides: list[Override], error: Exception) -> list[Problem]:
+    """Why a line does not compose: an option's file, else every value that does not fit its field."""
+    options = [str(override.input_line) for override in overrides if _is_group(override)]
+    try:
+        tree = compose(verb, overrides=options)
+    except (HydraException, OmegaConfBaseException) as option_error:
+        return [_compose_problem(option_error)]
+    values = [override for override in overrides if not _is_group(override)]
+    return _value_problems(tree, values) or [_compose_problem(error)]
 
 
 def _parse(lines: list[str]) -> list[Override]:
@@ -192,10 +203,10 @@ def _option_problem(group: str, override: Override) -> Problem | None:
     return None
 
 
-def _value_problems(tree: DictConfig, lines: list[str]) -> list[Problem]:
+def _value_problems(tree: DictConfig, overrides: list[Override]) -> list[Problem]:
     """Values of the wrong type, each tried on its own so that all are found."""
     problems = []
-    for override in _parse(lines):
+    for override in overrides:
         if override.is_sweep_override():
             continue
         try:
@@ -239,24 +250,23 @@ def _typed(root: type[Sealed], tree: Any) -> Sealed:
 def _origins(recipe: Sealed, overrides: list[Override], choices: dict[str, str]) -> dict[str, str]:
     """Where each value was set: the command line, the experiment's file or the group's file."""
     lines = {override.key_or_group: f"command line: {override.input_line}" for override in overrides}
+    files = [(group, recipe_file(group, option)) for group, option in choices.items()]
+    loaded = {group: (str(file), OmegaConf.load(file)) for group, file in files if file}
     origins = {}
     for path, _, _ in walk.values(recipe):
         group = path.split(".")[0]
         origins[path] = (
             lines.get(path)
-            or _file_origin("experiment", choices.get("experiment"), path)
-            or _file_origin(group, choices.get(group), path.removeprefix(f"{group}."))
+            or _file_origin(loaded.get("experiment"), path)
+            or _file_origin(loaded.get(group), path.removeprefix(f"{group}."))
             or lines.get(group)
             or f"the default of {path}"
         )
     return origins | {group: lines[group] for group in lines if group not in origins}
 
 
-def _file_origin(group: str, option: str | None, path: str) -> str:
-    file = recipe_file(group, option) if option and option != "None" else None
-    if file is None or OmegaConf.select(OmegaConf.load(file), path) is None:
-        return ""
-    return str(file)
+def _file_origin(loaded: tuple[str, Any] | None, path: str) -> str:
+    return loaded[0] if loaded and OmegaConf.select(loaded[1], path) is not None else ""
 
 
 def _compose_problem(error: Exception) -> Problem:
