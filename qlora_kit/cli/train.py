@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlora_kit.cli.line import Line, parse_line, run_verb_help
 from qlora_kit.core.errors import EXIT_OK, RecipeError
-from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path
+from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path, no_empty_folder_left
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -48,7 +48,8 @@ def _once(line: Line) -> int:
 
         train(recipe, RunDirectory(run_path), overrides)
 
-    run_under_hydra("train", [*overrides, f"hydra.run.dir={quoted(run_path)}"], task)
+    with no_empty_folder_left(run_path):
+        run_under_hydra("train", [*overrides, f"hydra.run.dir={quoted(run_path)}"], task)
     return EXIT_OK
 
 

@@ -1,6 +1,8 @@
 """A run directory: one place for everything that a run made, and how to find it again."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +80,18 @@ def new_run_path(name: str, prefix: str = "") -> Path:
     while path.exists():
         path, again = OUTPUTS / name / f"{stamp}-{again}", again + 1
     return path
+
+
+@contextmanager
+def no_empty_folder_left(path: Path) -> Iterator[None]:
+    """On an error, remove a run's folder again if nothing was written to it, and its parents up to outputs/."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in (path, *path.parents[:-1]):
+                folder.rmdir()
+        raise
 
 
 def _all_runs() -> list[RunDirectory]:
