@@ -52,6 +52,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None
     assert 0.02 < apart(wanted, original) < 0.7
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_symmetric_file_is_read_as_such(tmp_path: Path) -> None:
     source = source_folder("llama", tmp_path)
@@ -102,6 +104,7 @@ def test_only_what_was_quantised_differs(tmp_path: Path) -> None:
     assert all(new[name].dtype == old[name].dtype for name in shared)
 
 
+@pytest.mark.slow
 def test_activations_choose_better_codes_than_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_folder("llama", tmp_path)
     with torch.no_grad():

