@@ -15,6 +15,7 @@ from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
 from qlora_kit.data.collate import Collator, training_features
 from qlora_kit.data.render import TokenRow
+from qlora_kit.engine.trained_positions import skip_untrained_positions
 from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
@@ -67,6 +68,8 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
+    if not torch.cuda.is_available():
+        skip_untrained_positions(model.get_base_model())
     return trainer
 
 
