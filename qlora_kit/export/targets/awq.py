@@ -5,21 +5,14 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.targets.splice import splice_checkpoint
+from qlora_kit.schema.export import AwqTarget
 
 BITS = 4
 # What the readers' kernels take.
 GROUP_SIZES = (16, 32, 64, 128, -1)
 
 
-def write_awq(
-    model_dir: Path,
-    out_dir: Path,
-    *,
-    bits: int,
-    group_size: int,
-    zero_point: bool,
-    calibration: Sequence[Sequence[int]],
-) -> None:
+def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> None:
     """Quantise a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
 
     Channel scales and group ranges are chosen by output error (Lin et al. 2023), the rounding makes up for its own
@@ -27,9 +20,6 @@ def write_awq(
 
     Args:
         out_dir: an existing, empty folder.
-        bits: 4.
-        group_size: weights per scale along the inputs; -1 for one scale per output.
-        zero_point: False centres every group on zero; the file then holds zero points that are all 8.
         calibration: token-id rows, already rendered with the chat template.
 
     Raises:
@@ -37,12 +27,7 @@ def write_awq(
             divide a layer's inputs.
     """
     rows = [row for row in calibration if len(row)]
-    if bits != BITS:
-        raise RecipeError(f"AWQ files hold {BITS}-bit weights, not {bits}-bit", where="bits", fix=f"bits: {BITS}")
-    if group_size not in GROUP_SIZES:
-        choices = " | ".join(map(str, GROUP_SIZES))
-        what = f"readers of AWQ files take groups of {choices}, not {group_size}"
-        raise RecipeError(what, where="group_size", fix=f"group_size: {choices}")
+    _check(target)
     if not rows:
         raise RecipeError("AWQ needs calibration rows and got none")
     import torch
@@ -51,14 +36,27 @@ def write_awq(
     from qlora_kit.export.awq.walk import quantised_tensors
 
     with torch.no_grad():
-        replacements, left_out = quantised_tensors(model_dir, Settings(bits, group_size, zero_point), rows)
+        replacements, left_out = quantised_tensors(
+            model_dir, Settings(target.bits, target.group_size, target.zero_point), rows
+        )
     quantization = {
         "quant_method": "awq",
-        "bits": bits,
-        "group_size": group_size,
+        "bits": target.bits,
+        "group_size": target.group_size,
         # The layout always carries zero points; readers take False to mean that it does not.
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": left_out or None,
     }
     splice_checkpoint(model_dir, out_dir, replacements, quantization)
+
+
+def _check(target: AwqTarget) -> None:
+    if target.bits != BITS:
+        raise RecipeError(
+            f"AWQ files hold {BITS}-bit weights, not {target.bits}-bit", where="bits", fix=f"bits: {BITS}"
+        )
+    if target.group_size not in GROUP_SIZES:
+        choices = " | ".join(map(str, GROUP_SIZES))
+        what = f"readers of AWQ files take groups of {choices}, not {target.group_size}"
+        raise RecipeError(what, where="group_size", fix=f"group_size: {choices}")

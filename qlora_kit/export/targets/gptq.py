@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
+from qlora_kit.schema.export import GptqTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +27,11 @@ KEPT_META = ("quantizer", "uri", "damp_percent", "static_groups", "true_sequenti
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def write_gptq(
-    model_dir: Path,
-    out_dir: Path,
-    *,
-    bits: int,
-    group_size: int,
-    desc_act: bool,
-    sym: bool,
-    calibration: Sequence[Sequence[int]],
-) -> None:
+def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: Sequence[Sequence[int]]) -> None:
     """Quantise a merged 16-bit model folder with GPTQ (Frantar et al. 2022), on a GPU when there is one.
 
     Args:
         out_dir: an existing, empty folder.
-        bits: 2, 3, 4 or 8.
-        group_size: weights per scale along the inputs; -1 for one scale per output.
-        desc_act: quantise columns in the order of falling activation size.
-        sym: centre every group on zero.
         calibration: token-id rows, already rendered with the chat template.
 
     Raises:
@@ -50,23 +39,20 @@ def write_gptq(
         RunError: gptqmodel left layers unquantised.
     """
     rows = [list(row) for row in calibration if len(row)]
-    if bits not in BITS:
+    if target.bits not in BITS:
         choices = " | ".join(map(str, BITS))
-        raise RecipeError(f"GPTQ files hold {choices} bits, not {bits}", where="bits", fix=f"bits: {choices}")
+        raise RecipeError(f"GPTQ files hold {choices} bits, not {target.bits}", where="bits", fix=f"bits: {choices}")
     if not rows:
         raise RecipeError("GPTQ needs calibration rows and got none")
-    if problem := check_group_size(group_size, linear_input_widths(read_json(model_dir / "config.json"))):
+    if problem := check_group_size(target.group_size, linear_input_widths(read_json(model_dir / "config.json"))):
         raise RecipeError([problem])
-    settings = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
-    # Ordering columns by group has no meaning with desc_act, nor when there is one group; the library refuses both.
-    settings["act_group_aware"] = not desc_act and group_size != WHOLE_ROW
     model_dir = model_dir.resolve()
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve()) as work:
         made = Path(work) / "quantised"
         _set_up_environment()
         # It writes a folder `logs` into the working folder.
         with contextlib.chdir(work), _quiet(), _progress(model_dir) as layer_done:
-            _quantise(model_dir, made, Path(work) / "offloaded", settings, rows, layer_done)
+            _quantise(model_dir, made, Path(work) / "offloaded", target, rows, layer_done)
         quantization = _portable(read_json(made / "config.json")["quantization_config"])
         splice_checkpoint(model_dir, out_dir, _packed_tensors(made), quantization)
 
@@ -75,7 +61,7 @@ def _quantise(
     model_dir: Path,
     made: Path,
     offloaded: Path,
-    settings: Mapping[str, Any],
+    target: GptqTarget,
     rows: list[list[int]],
     layer_done: Callable[..., None],
 ) -> None:
@@ -83,7 +69,16 @@ def _quantise(
     import torch
 
     on_gpu = torch.cuda.is_available()
-    config = gptqmodel.QuantizeConfig(**settings, offload_to_disk=True, offload_to_disk_path=str(offloaded))
+    config = gptqmodel.QuantizeConfig(
+        bits=target.bits,
+        group_size=target.group_size,
+        desc_act=target.desc_act,
+        sym=target.sym,
+        # Ordering columns by group has no meaning with desc_act, nor when there is one group; the library refuses both.
+        act_group_aware=not target.desc_act and target.group_size != WHOLE_ROW,
+        offload_to_disk=True,
+        offload_to_disk_path=str(offloaded),
+    )
     model = gptqmodel.GPTQModel.load(
         str(model_dir),
         config,
@@ -108,12 +103,13 @@ def _set_up_environment() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's banner, tables and bars from the console."""
+    """Keep the library's banner, tables, bars and what is deprecated for it from the console."""
     notes = logging.getLogger("tokenicer")
     level = notes.level
     notes.setLevel(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="gptqmodel")
             yield
     finally:
         notes.setLevel(level)

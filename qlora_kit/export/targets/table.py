@@ -61,25 +61,10 @@ def _gguf(merged: Path, target: GgufTarget, file: str, out: Path) -> None:
 def _gptq(merged: Path, target: GptqTarget, calibration: Rows, out: Path) -> None:
     from qlora_kit.export.targets.gptq import write_gptq
 
-    write_gptq(
-        merged,
-        out,
-        bits=target.bits,
-        group_size=target.group_size,
-        desc_act=target.desc_act,
-        sym=target.sym,
-        calibration=calibration,
-    )
+    write_gptq(merged, out, target, calibration)
 
 
 def _awq(merged: Path, target: AwqTarget, calibration: Rows, out: Path) -> None:
     from qlora_kit.export.targets.awq import write_awq
 
-    write_awq(
-        merged,
-        out,
-        bits=target.bits,
-        group_size=target.group_size,
-        zero_point=target.zero_point,
-        calibration=calibration,
-    )
+    write_awq(merged, out, target, calibration)

@@ -13,6 +13,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.evaluation.quantized import load_quantized
 from qlora_kit.export.awq.packing import unpacked_weight
 from qlora_kit.export.targets.awq import write_awq
+from qlora_kit.schema.export import AwqTarget
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
@@ -28,7 +29,7 @@ def source_folder(family: str, place: Path) -> Path:
 
 def export(source: Path, out: Path, *, group_size: int = 64, zero_point: bool = True) -> Path:
     out.mkdir()
-    write_awq(source, out, bits=4, group_size=group_size, zero_point=zero_point, calibration=ROWS)
+    write_awq(source, out, AwqTarget(group_size=group_size, zero_point=zero_point), ROWS)
     return out
 
 
@@ -134,18 +135,17 @@ def test_group_sizes_beyond_the_fast_kernel_are_read(group_size: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("target", "rows", "message"),
     [
-        ({"bits": 8}, "4-bit"),
-        ({"group_size": 256}, "16 | 32 | 64 | 128 | -1"),
-        ({"calibration": []}, "calibration"),
-        ({"calibration": [[]]}, "calibration"),
+        (AwqTarget(bits=8), ROWS, "4-bit"),
+        (AwqTarget(group_size=256), ROWS, "16 | 32 | 64 | 128 | -1"),
+        (AwqTarget(group_size=64), [], "calibration"),
+        (AwqTarget(group_size=64), [[]], "calibration"),
     ],
 )
-def test_refusals_leave_nothing_behind(change: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_refusals_leave_nothing_behind(target: AwqTarget, rows: list[list[int]], message: str, tmp_path: Path) -> None:
     source, out = source_folder("llama", tmp_path), tmp_path / "out"
     out.mkdir()
-    settings = {"bits": 4, "group_size": 64, "zero_point": True, "calibration": ROWS, **change}
     with pytest.raises(RecipeError, match=re.escape(message)):
-        write_awq(source, out, **settings)  # type: ignore[arg-type]
+        write_awq(source, out, target, rows)
     assert list(out.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.evaluation.quantized import load_quantized
-from qlora_kit.export.targets.gptq import write_gptq
+from qlora_kit.export.targets.gptq import _quiet, write_gptq
+from qlora_kit.schema.export import GptqTarget
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
@@ -45,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         patch.delenv("CXX", raising=False)
         patch.setenv("HOME", str(made.home))
         patch.setattr(tempfile, "tempdir", str(made.scratch))
-        write_gptq(source, made.out, bits=4, group_size=64, desc_act=False, sym=True, calibration=ROWS)
+        write_gptq(source, made.out, GptqTarget(group_size=64), ROWS)
     yield made
 
 
@@ -145,9 +147,20 @@ def test_other_settings_are_read_without_a_compiler(
     monkeypatch.delenv("CXX", raising=False)
     source, out = exported.source, tmp_path / "out"
     out.mkdir()
-    write_gptq(source, out, bits=bits, group_size=group_size, desc_act=desc_act, sym=not desc_act, calibration=ROWS)
+    write_gptq(source, out, GptqTarget(bits, group_size, desc_act, sym=not desc_act), ROWS)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(SAMPLE).logits
     assert apart(load_quantized(out)(SAMPLE).logits.float(), original) < most
+
+
+def test_what_is_deprecated_for_the_library_is_no_news_to_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with _quiet():
+            warnings.warn_explicit("old", FutureWarning, "structure.py", 1, module="gptqmodel.utils.structure")
+            warnings.warn_explicit("mine", UserWarning, "mine.py", 1, module="mine")
+            print("banner")
+    assert [str(entry.message) for entry in shown] == ["mine"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
@@ -165,23 +178,22 @@ def test_failure_half_way_leaves_nothing(exported: Exported, tmp_path: Path, mon
 
     monkeypatch.setattr(gptqmodel.GPTQModel, "load", fail)
     with pytest.raises(MemoryError):
-        write_gptq(exported.source, out, bits=4, group_size=64, desc_act=False, sym=True, calibration=ROWS)
+        write_gptq(exported.source, out, GptqTarget(group_size=64), ROWS)
     assert list(out.iterdir()) == []
     assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("target", "rows", "message"),
     [
-        ({"bits": 5}, "bits"),
-        ({"group_size": 100}, "group_size=100 does not divide in_features=256"),
-        ({"calibration": []}, "calibration"),
+        (GptqTarget(bits=5), ROWS, "bits"),
+        (GptqTarget(group_size=100), ROWS, "group_size=100 does not divide in_features=256"),
+        (GptqTarget(group_size=64), [], "calibration"),
     ],
 )
-def test_refusals_leave_nothing_behind(change: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_refusals_leave_nothing_behind(target: GptqTarget, rows: list[list[int]], message: str, tmp_path: Path) -> None:
     source, out = build_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
     out.mkdir()
-    settings = {"bits": 4, "group_size": 64, "desc_act": False, "sym": True, "calibration": ROWS, **change}
     with pytest.raises(RecipeError, match=message):
-        write_gptq(source, out, **settings)  # type: ignore[arg-type]
+        write_gptq(source, out, target, rows)
     assert list(out.iterdir()) == []
