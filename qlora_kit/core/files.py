@@ -53,13 +53,22 @@ def staged_directory(place: Path) -> Iterator[Path]:
     staged.mkdir()
     try:
         yield staged
-        replaced = _beside(place)
-        if place.exists():
-            place.rename(replaced)
-        staged.rename(place)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _replace(place, staged)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _replace(place: Path, staged: Path) -> None:
+    before = _beside(place)
+    if place.exists():
+        place.rename(before)
+    try:
+        staged.rename(place)
+    except OSError:
+        if before.exists():
+            before.rename(place)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

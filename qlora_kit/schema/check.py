@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
 from qlora_kit.schema import walk
+from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
 from qlora_kit.schema.field import Sealed
@@ -134,6 +135,12 @@ def _data(recipe: TrainRecipe) -> Iterator[Finding]:
         if HOME_COMMANDS in Path(name).parts:
             fix = f"python -m qlora_kit.data.home_commands --out {Path(name).parent}"
         yield Finding(f"data.{field}", f"no such file: {name}", fix)
+    if recipe.data.task is not Task.none and recipe.data.eval_file is None:
+        yield Finding(
+            "data.task",
+            f"data.task={recipe.data.task.name} is set, but there are no held-out rows whose answers it could judge",
+            "data.eval_file=<a JSONL file>",
+        )
     if recipe.trainer.eval_every_steps is not None and recipe.data.eval_file is None:
         yield Finding(
             "trainer.eval_every_steps",

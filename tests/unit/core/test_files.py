@@ -1,5 +1,7 @@
 """Files are whole or absent."""
 
+from pathlib import Path
+
 import pytest
 
 from qlora_kit.core.files import size_on_disk, staged_directory, write_text
@@ -19,6 +21,23 @@ def test_a_failed_stage_keeps_what_was_there(tmp_path):
     with pytest.raises(OSError, match="disk is full"), staged_directory(tmp_path / "out") as folder:
         (folder / "a").write_text("half")
         raise OSError("disk is full")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stage_that_cannot_take_its_place_keeps_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename = Path.rename
+
+    def refuse(source, target):
+        if target == tmp_path / "out" and (source / "a").read_text() == "new":
+            raise PermissionError("read-only")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError), staged_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
     assert (tmp_path / "out" / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,0 +1,229 @@
+"""Every finding of the cross-checks: the field it names, what it says, and a line that mends it."""
+
+import dataclasses
+
+import pytest
+
+from qlora_kit.schema import check as checks
+from qlora_kit.schema.check import check, check_targets
+from qlora_kit.schema.data import DataConfig, Task
+from qlora_kit.schema.eval import EvalConfig
+from qlora_kit.schema.export import AwqTarget, ExportConfig, GgufTarget, GptqTarget, MergedTarget
+from qlora_kit.schema.lora import LoraConfig, LoraInit
+from qlora_kit.schema.model import Attention, ModelConfig
+from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
+from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
+from qlora_kit.schema.tracker import TrackerConfig, TrackerName
+from qlora_kit.schema.trainer import TrainerConfig
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    return DataConfig(train_file=str(file), max_tokens=64)
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch):
+    """No GPU; every package of an extra is there, flash_attn is not."""
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(checks, "is_present", lambda module: module != "flash_attn")
+
+
+def found(recipe):
+    return {finding.path: (finding.what, finding.fix) for finding in check(recipe)}
+
+
+def train(rows, **groups):
+    return TrainRecipe(model=ModelConfig(source="demo"), data=rows, **groups)
+
+
+def test_a_good_recipe_has_no_finding(rows):
+    assert found(train(rows, optim=OptimConfig(name=OptimizerName.adamw))) == {}
+
+
+TRAIN = {
+    "below": ({"lora": LoraConfig(r=0)}, "lora.r", "lora.r must be at least 1, got 0", "lora.r=1"),
+    "above": (
+        {"lora": LoraConfig(dropout=2.0)},
+        "lora.dropout",
+        "lora.dropout must be at most 0.99, got 2",
+        "lora.dropout=0.99",
+    ),
+    "open bound": (
+        {"optim": OptimConfig(learning_rate=0.0)},
+        "optim.learning_rate",
+        "optim.learning_rate must be above 0, got 0",
+        "leave optim.learning_rate at its default",
+    ),
+    "not a number": (
+        {"optim": OptimConfig(weight_decay=float("nan"))},
+        "optim.weight_decay",
+        "optim.weight_decay must be a finite number, got nan",
+        "",
+    ),
+    "unmergeable": (
+        {"lora": LoraConfig(init=LoraInit.loftq)},
+        "lora.init",
+        "lora.init=loftq cannot be trained and merged on a nf4 base: it starts from the rounding error",
+        "lora.init=default",
+    ),
+    "bias": ({"lora": LoraConfig(lora_bias=True)}, "lora.lora_bias", "cannot be merged", "lora.lora_bias=false"),
+    "DoRA on int8": (
+        {"lora": LoraConfig(use_dora=True), "quant": QuantConfig(kind=QuantKind.int8)},
+        "lora.use_dora",
+        "DoRA cannot be merged faithfully on an int8 base",
+        "quant=nf4_double",
+    ),
+    "no target": ({"lora": LoraConfig(targets=[])}, "lora.targets", "nothing would be trained", "[all_linear]"),
+    "head": (
+        {"lora": LoraConfig(targets=["lm_head"])},
+        "lora.targets",
+        "an adapter on it would be ignored",
+        "lora.modules_to_save=[lm_head]",
+    ),
+    "pattern": (
+        {"lora": LoraConfig(rank_pattern={"q_proj": 0})},
+        "lora.rank_pattern",
+        "lora.rank_pattern gives q_proj the value 0; it must be above 0",
+        "",
+    ),
+    "evaluates nothing": (
+        {"trainer": TrainerConfig(eval_every_steps=5)},
+        "trainer.eval_every_steps",
+        "trainer.eval_every_steps is set, but there are no held-out rows",
+        "data.eval_file=<a JSONL file>",
+    ),
+    "strict": (
+        {"optim": OptimConfig(strict=True)},
+        "optim.strict",
+        "optim.name=paged_adamw_8bit needs a GPU, there is none",
+        "optim.strict=false",
+    ),
+    "half precision": (
+        {"quant": QuantConfig(compute_dtype=ComputeDtype.float16)},
+        "quant.compute_dtype",
+        "float16 training needs a GPU",
+        "quant.compute_dtype=bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_findings_of_a_training_recipe(rows, case):
+    groups, path, what, fix = TRAIN[case]
+    findings = found(train(rows, **groups))
+    assert list(findings) == [path]
+    assert what in findings[path][0] and fix in findings[path][1]
+    assert bool(fix) == bool(findings[path][1])
+
+
+def test_a_task_needs_rows_to_judge(rows):
+    rows.task = Task.exact_match
+    assert found(train(rows)) == {
+        "data.task": (
+            "data.task=exact_match is set, but there are no held-out rows whose answers it could judge",
+            "data.eval_file=<a JSONL file>",
+        )
+    }
+
+
+def test_files_that_are_not_there(rows):
+    other = DataConfig(train_file=rows.train_file, eval_file="data/home_commands/no.jsonl", max_tokens=64)
+    assert found(train(other)) == {
+        "data.eval_file": (
+            "no such file: data/home_commands/no.jsonl",
+            "python -m qlora_kit.data.home_commands --out data/home_commands",
+        )
+    }
+    recipe = TrainRecipe(model=ModelConfig(source="demo", chat_template="no.jinja"), data=rows)
+    what = "no such chat template file: no.jinja"
+    assert found(recipe) == {"model.chat_template": (what, "model.chat_template=null")}
+
+
+def test_flash_attention_without_its_package_or_a_gpu(rows, monkeypatch):
+    recipe = TrainRecipe(model=ModelConfig(source="demo", attention=Attention.flash_attention_2), data=rows)
+    whats = [finding.what for finding in check(recipe)]
+    assert whats == [
+        "flash_attention_2 needs the package 'flash_attn', which is not installed",
+        "flash_attention_2 needs a GPU, and there is none",
+    ]
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(checks, "is_present", lambda module: True)
+    assert check(recipe) == []
+
+
+def test_a_tracker_that_is_not_installed(rows, monkeypatch):
+    monkeypatch.setattr(checks, "is_present", lambda module: module != "mlflow")
+    assert found(train(rows, tracker=TrackerConfig(name=TrackerName.mlflow))) == {
+        "tracker.name": (
+            "tracker.name=mlflow needs the package 'mlflow', which is not installed",
+            "pip install 'qlora-kit[mlflow]'",
+        )
+    }
+
+
+EXPORT = {
+    "nothing": (ExportConfig(), "export", "no export is named", "export=[gguf_q4_k_m]"),
+    "same name": (
+        ExportConfig(gguf={"a": GgufTarget()}, merged={"a": MergedTarget()}),
+        "export",
+        "two exports are named a; each gets a folder of its own",
+        "",
+    ),
+    "GPTQ bits": (
+        ExportConfig(gptq={"a": GptqTarget(bits=5)}),
+        "export.gptq.a.bits",
+        "GPTQ packs 2, 3, 4 or 8 bits, not 5",
+        "export.gptq.a.bits=4",
+    ),
+    "AWQ bits": (
+        ExportConfig(awq={"a": AwqTarget(bits=8)}),
+        "export.awq.a.bits",
+        "export.awq.a.bits must be at most 4, got 8",
+        "export.awq.a.bits=4",
+    ),
+    "16-bit format": (
+        ExportConfig(merged={"a": MergedTarget(dtype="float16")}),
+        "export.merged.a.dtype",
+        "export.merged.a.dtype=float16 is not written; only bfloat16 is",
+        "export.merged.a.dtype=bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPORT)
+def test_findings_of_an_export(case):
+    config, path, what, fix = EXPORT[case]
+    assert found(ExportRecipe(export=config)) == {path: (what, fix)}
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "extra"),
+    [
+        (ExportConfig(gguf={"a": GgufTarget()}), "libgguf", "gguf"),
+        (ExportConfig(gptq={"a": GptqTarget()}), "gptqmodel", "gptq"),
+        (ExportConfig(awq={"a": AwqTarget()}), "gptqmodel", "gptq"),
+    ],
+)
+def test_an_export_whose_package_is_missing(monkeypatch, config, module, extra):
+    monkeypatch.setattr(checks, "is_present", lambda name: name != module)
+    what = f"this export needs the package '{module}', which is not installed"
+    assert found(ExportRecipe(export=config)) == {"export": (what, f"pip install 'qlora-kit[{extra}]'")}
+
+
+def test_an_evaluation_of_nothing():
+    assert found(EvalRecipe(eval=EvalConfig(artifacts=[]))) == {
+        "eval.artifacts": ("eval.artifacts is empty, so nothing would be scored", "eval.artifacts=[all]")
+    }
+
+
+def test_targets_that_the_base_does_not_have():
+    (finding,) = check_targets(["q_proj", "w1", "mlp"], {"q_proj", "up_proj"})
+    assert finding.what == (
+        "lora.targets names w1, which is no linear module of this base; it has all_linear, attention, mlp, q_proj, "
+        "up_proj"
+    )
+    assert dataclasses.astuple(finding)[::2] == ("lora.targets", "lora.targets=[all_linear]")
