@@ -1,6 +1,7 @@
 """Ten wrong recipes: one message each with a line to paste, exit code 2, quickly, before anything is written."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -69,8 +70,10 @@ def folder(tmp_path_factory):
 
 
 def kit(folder, *words):
+    """Run `qlora-kit` as on a machine without a GPU."""
     command = [sys.executable, "-m", "qlora_kit", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("case", WRONG)

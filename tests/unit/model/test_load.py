@@ -63,10 +63,10 @@ def test_an_eval_forward_leaves_gradients_and_weights_whole(folder, monkeypatch)
     before = dequantized()
     model.eval()
     with torch.no_grad():
-        model(input_ids=torch.arange(8)[None])
+        model(input_ids=torch.arange(8, device=model.device)[None])
     assert torch.equal(dequantized(), before)
     model.train()
-    inputs = torch.randn(1, 4, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    inputs = torch.randn(1, 4, layer.in_features, dtype=torch.bfloat16, device=model.device, requires_grad=True)
     layer(inputs).float().sum().backward()
     assert inputs.grad is not None
     assert float(inputs.grad.abs().sum()) > 0

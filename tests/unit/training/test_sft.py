@@ -46,7 +46,7 @@ def test_rows_reach_the_loss_whole(trainer):
 
 def test_the_loss_is_that_of_the_kits_mask(trainer):
     rows = [row(40, 25, 3), row(12, 4, 4)]
-    batch = Collator(0)(training_features(rows))
+    batch = {name: part.to(trainer.model.device) for name, part in Collator(0)(training_features(rows)).items()}
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
