@@ -1,11 +1,17 @@
-# Sourced by the other scripts. `make_environment EXTRAS` leaves a ready .venv in the checkout and $python pointing into it.
-# A stamp inside the environment says what it was made from, so that a second call costs nothing.
+# Sourced by the other scripts. `make_environment EXTRAS` leaves a ready environment in the checkout and $python pointing
+# into it. A stamp inside the environment says what it was made from, so that a second call costs nothing.
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="$checkout/.venv"
-python="$venv/bin/python"
-stamp="$venv/qlora-kit.stamp"
 every_extra="all,dev"
+
+# choose_environment FOLDER CONSTRAINTS: which environment `make_environment` makes, and the pins it installs with
+choose_environment() {
+  venv="$checkout/$1"
+  constraints="$checkout/$2"
+  python="$venv/bin/python"
+  stamp="$venv/qlora-kit.stamp"
+}
+choose_environment .venv constraints.txt
 
 say() { printf '==> %s\n' "$*" >&2; }
 fail() {
@@ -29,7 +35,7 @@ pick_python() {
 
 wanted_stamp() {
   printf 'extras %s\nplace %s\n' "$1" "$checkout"
-  cat "$checkout/pyproject.toml" "$checkout/constraints.txt" | "$python" -c \
+  cat "$checkout/pyproject.toml" "$constraints" | "$python" -c \
     'import hashlib, sys; print("sha256", hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
   "$python" -c 'import sys; print("python", sys.version.split()[0])'
 }
@@ -46,7 +52,7 @@ is_ready() {
 make_environment() {
   local extras="$1" base started log="$venv/install.log"
   if is_ready "$extras"; then
-    say "environment: .venv is up to date"
+    say "environment: ${venv##*/} is up to date"
     return
   fi
   started=$SECONDS
@@ -56,13 +62,13 @@ make_environment() {
     base="$(pick_python)" || fail "no Python 3.11, 3.12 or 3.13 on PATH; install one, or name it: PYTHON=/path/to/python $0"
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
       fail "$base cannot make environments; install its venv module (Debian, Ubuntu: apt-get install python3-venv)"
-    say "environment: making .venv with $("$base" --version)"
+    say "environment: making ${venv##*/} with $("$base" --version)"
     "$base" -m venv --clear "$venv" || fail "$base could not make $venv"
   fi
   rm -f "$stamp"
   say "environment: installing qlora-kit[$extras] and what it needs; a few minutes, and some gigabytes on disk"
   if ! "$python" -m pip install --quiet --disable-pip-version-check --no-input \
-    -c "$checkout/constraints.txt" -e "$checkout[$extras]" >"$log" 2>&1 </dev/null; then
+    -c "$constraints" -e "$checkout[$extras]" >"$log" 2>&1 </dev/null; then
     tail -n 25 "$log" >&2
     fail "the installation failed; all of its output is in $log"
   fi
