@@ -20,7 +20,6 @@ RECORDED_PACKAGES = (
     "libgguf",
     "xllamacpp",
     "gptqmodel",
-    "auto-round",
 )
 
 

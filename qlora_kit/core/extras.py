@@ -13,7 +13,6 @@ EXTRA_OF_MODULE = {
     "xllamacpp": "gguf",
     "gptqmodel": "gptq",
     "optimum": "gptq",
-    "auto_round": "gptq",
     "llmcompressor": "compressed",
     "wandb": "wandb",
     "tensorboard": "tensorboard",

@@ -47,7 +47,7 @@ def demo_base() -> Path:
     if place.is_dir():
         return place
     require("gguf", "turning the demo base into safetensors")
-    from filelock import FileLock  # comes with transformers
+    from filelock import FileLock
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / ".lock"):
