@@ -3,7 +3,7 @@
 from typing import cast
 
 from qlora_kit.cli.line import parse_line
-from qlora_kit.core.errors import EXIT_OK
+from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit inspect [rows=N] [group=option] [path=value]
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(HELP)
         return EXIT_OK
-    count = int(line.value("rows") or DEFAULT_ROWS)
+    count = _count(line.value("rows"))
     overrides = [override for override in line.overrides if not override.startswith("rows=")]
 
     from qlora_kit.schema.compose import compose_recipe
@@ -37,3 +37,13 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(locate_base(recipe.model), recipe.model.chat_template)
     inspect(recipe.data, tokenizer, count)
     return EXIT_OK
+
+
+def _count(rows: str | None) -> int:
+    if rows is None:
+        return DEFAULT_ROWS
+    if not rows.isdecimal() or int(rows) < 1:
+        raise RecipeError(
+            f"rows must be a number of at least 1, got {rows}", "the command line", f"rows={DEFAULT_ROWS}"
+        )
+    return int(rows)

@@ -78,11 +78,21 @@ def _torch_speaker(model: Any, tokenizer: Any) -> Any:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-        thread = Thread(target=model.generate, kwargs={**inputs, **settings}, daemon=True)
+        failed: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+            except Exception as error:
+                failed.append(error)
+                streamer.end()  # or the reader would wait for ever
+
+        thread = Thread(target=generate, daemon=True)
         thread.start()
         yield from streamer
         thread.join()
+        if failed:
+            raise failed[0]
 
     return speak
 

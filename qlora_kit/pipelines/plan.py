@@ -1,7 +1,6 @@
 """`qlora-kit plan`: what a recipe will need and how many steps it will take, before anything is loaded."""
 
 import io
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -54,14 +53,6 @@ def rows_of(path: Path, limit: int | None) -> int | None:
     return count if limit is None else min(count, limit)
 
 
-def steps_of(recipe: TrainRecipe, rows: int) -> int:
-    """Optimizer steps of a run over so many rows on one device."""
-    if recipe.trainer.max_steps is not None:
-        return recipe.trainer.max_steps
-    batches = math.ceil(rows / recipe.trainer.batch_size)
-    return math.ceil(recipe.trainer.epochs * math.ceil(batches / recipe.trainer.gradient_accumulation))
-
-
 def _memory_rows(recipe: TrainRecipe, memory: MemoryEstimate) -> list[tuple[str, float, str]]:
     quant, trainer = recipe.quant, recipe.trainer
     doubled = " + double quantization" if quant.kind.is_4bit and quant.double_quant else ""
@@ -91,6 +82,6 @@ def _step_rows(recipe: TrainRecipe) -> list[tuple[str, str, str]]:
     rows = rows_of(Path(recipe.data.train_file), recipe.data.train_rows)
     if rows is None:
         return [*found, ("steps", "unknown", f"no file at {recipe.data.train_file}")]
-    steps = steps_of(recipe, rows)
+    steps = trainer.steps(rows)
     passes = trainer.epochs if trainer.max_steps is None else steps * batch / max(rows, 1)
     return [*found, ("steps", str(steps), f"{human_count(rows)} rows, {passes:.3g} passes over them")]

@@ -1,5 +1,6 @@
 """Recipe group `trainer`: how long, how much at once, how often to save."""
 
+import math
 from dataclasses import dataclass
 
 from qlora_kit.schema.field import Sealed, knob
@@ -21,3 +22,11 @@ class TrainerConfig(Sealed):
         None, "Held-out loss this often; unset: once, at the end.", unit="steps", minimum=1
     )
     seed: int = knob(0, "Seed of initial values, row order and dropout.", minimum=0)
+
+    def steps(self, rows: int, processes: int = 1) -> int:
+        """Optimizer steps of a whole run; the last, smaller batch of an epoch is a step too."""
+        if self.max_steps is not None:
+            return self.max_steps
+        batches = -(-rows // (self.batch_size * processes))
+        exact = -(-batches // self.gradient_accumulation) * self.epochs
+        return max(1, math.ceil(exact - 1e-9))  # 30 batches x 0.1 epochs is 3 steps, not 3.0000000000000004

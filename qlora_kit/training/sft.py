@@ -78,7 +78,7 @@ def sft_config(
 ) -> SFTConfig:
     """TRL's configuration; every value that its defaults would cut, pack or hide is set here."""
     loop, optim = recipe.trainer, recipe.optim
-    steps = loop.max_steps or total_steps(recipe, rows)
+    steps = loop.steps(rows)
     evaluation = "steps" if evaluates and loop.eval_every_steps else "no"
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -121,16 +121,6 @@ def _optimizer_arguments(optim: OptimConfig, optimizer: OptimizerName, steps: in
         "adam_beta2": optim.beta2,
         "max_grad_norm": optim.max_grad_norm,
     }
-
-
-def total_steps(recipe: TrainRecipe, rows: int, processes: int = 1) -> int:
-    """Optimizer steps of the whole run; the last, smaller batch of an epoch is a step too."""
-    loop = recipe.trainer
-    if loop.max_steps is not None:
-        return loop.max_steps
-    batches = -(-rows // (loop.batch_size * processes))
-    steps_per_epoch = -(-batches // loop.gradient_accumulation)
-    return max(1, round(steps_per_epoch * loop.epochs))
 
 
 def fit(trainer: SFTTrainer, checkpoint: Path | None) -> Progress:

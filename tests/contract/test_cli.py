@@ -63,3 +63,11 @@ def test_unknown_verb():
 
 def test_no_verb_is_a_mistake():
     assert kit().returncode == 2
+
+
+@pytest.mark.parametrize("rows", ["many", "0", "-1"])
+def test_inspect_wants_a_number_of_rows(rows):
+    done = kit("inspect", f"rows={rows}")
+    assert done.returncode == 2
+    assert f"rows must be a number of at least 1, got {rows}" in done.stderr
+    assert "fix      rows=3" in done.stderr

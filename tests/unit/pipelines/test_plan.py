@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.pipelines.plan import plan, rows_of, steps_of
+from qlora_kit.pipelines.plan import plan, rows_of
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.model import ModelConfig, ModelShape
 from qlora_kit.schema.root import TrainRecipe
@@ -52,12 +52,3 @@ def test_rows_leave_blank_lines_out_and_keep_to_the_limit(rows):
     assert rows_of(rows, None) == 100
     assert rows_of(rows, 7) == 7
     assert rows_of(rows.with_name("none"), None) is None
-
-
-def test_max_steps_wins_over_epochs(rows):
-    assert steps_of(recipe(rows, max_steps=3), 100) == 3
-
-
-def test_steps_equal_those_of_transformers(rows):
-    """Accumulation that does not divide the batches of a pass: the last, shorter step counts."""
-    assert steps_of(recipe(rows, batch_size=8, gradient_accumulation=4), 100) == 4

@@ -14,7 +14,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, sft_config, total_steps
+from qlora_kit.training.sft import build_trainer, sft_config
 from tests.tiny_models import build_tiny_model
 
 LONG = 1500  # TRL's own default cuts at 1,024
@@ -69,12 +69,3 @@ def test_no_default_of_trl_cuts_packs_or_hides(recipe, tmp_path):
     assert config.logging_nan_inf_filter is False
     assert config.report_to == []
     assert config.output_dir == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch_size", "accumulation", "epochs", "steps"),
-    [(32, 4, 1, 1.0, 8), (33, 4, 1, 1.0, 9), (32, 4, 2, 3.0, 12), (3, 4, 8, 1.0, 1), (32, 4, 1, 0.5, 4)],
-)
-def test_total_steps(rows, batch_size, accumulation, epochs, steps):
-    loop = TrainerConfig(batch_size=batch_size, gradient_accumulation=accumulation, epochs=epochs)
-    assert total_steps(TrainRecipe(trainer=loop), rows) == steps

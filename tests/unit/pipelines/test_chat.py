@@ -1,0 +1,32 @@
+"""Talking to a transformers model: pieces as they come, and an error instead of waiting for ever."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.chat import _torch_speaker
+from tests.tiny_models import build_tiny_model
+
+MESSAGES = [{"role": "user", "content": "turn on the lamp"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_model("llama", tmp_path_factory.mktemp("chat") / "base")
+
+
+@pytest.mark.timeout(60)
+def test_a_failure_of_the_model_ends_the_answer(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        list(_torch_speaker(model, load_tokenizer(folder))(MESSAGES, 4))
+
+
+def test_pieces_make_the_answer_of_generate(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
+    inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    pieces = list(_torch_speaker(model, tokenizer)(MESSAGES, 6))
+    assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True)
