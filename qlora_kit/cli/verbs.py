@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 
 from qlora_kit import __version__
-from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError, Problem
 from qlora_kit.core.quiet import quiet_loggers
 
 
@@ -84,5 +84,16 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}\n  fix      add debug=true to see where", file=sys.stderr)
+        print(f"error: {_unforeseen(error)}", file=sys.stderr)
         return EXIT_RUN_FAILED
+
+
+def _unforeseen(error: Exception) -> Problem:
+    from pathlib import Path
+
+    from qlora_kit.core.files import is_disk_full
+
+    if is_disk_full(error, Path.cwd()):
+        fix = "make room; a run that was training goes on with qlora-kit train resume=latest"
+        return Problem(f"the disk that holds {Path.cwd()} is full", fix=fix)
+    return Problem(f"{type(error).__name__}: {error}", fix="add debug=true to see where")

@@ -1,5 +1,6 @@
 """Files that are either complete or absent: written beside their place, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
 
 
 def _beside(path: Path) -> Path:
@@ -85,3 +88,10 @@ def size_on_disk(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def is_disk_full(error: BaseException, place: Path) -> bool:
+    """Whether a failed write is one for want of room; libraries hide that behind errors of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or shutil.disk_usage(place).free < ROOM_OF_A_FULL_DISK

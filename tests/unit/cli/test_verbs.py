@@ -1,0 +1,60 @@
+"""What the command line says of an error that nobody foresaw."""
+
+import errno
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qlora_kit.cli.verbs import Verb, run_verb
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A verb that raises what it is given."""
+
+    def make(error):
+        module = ModuleType("a_failing_verb")
+
+        def run(arguments):
+            raise error
+
+        module.run = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return Verb(module.__name__, "fails")
+
+    return make
+
+
+def test_an_unforeseen_error_is_one_line_and_a_way_to_see_more(failing, capsys):
+    assert run_verb(failing(RuntimeError("odd")), []) == 1
+    assert capsys.readouterr().err == "error: RuntimeError: odd\n  fix      add debug=true to see where\n"
+
+
+def test_debug_shows_the_traceback(failing, capsys):
+    assert run_verb(failing(RuntimeError("odd")), ["debug=true"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 10**9),
+        (RuntimeError("SafetensorError: No space left on device (os error 28)"), 10**9),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 835200 vs 835088"), 0),
+    ],
+)
+def test_a_full_disk_is_called_by_its_name(failing, capsys, monkeypatch, error, free):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type(usage)(usage.total, usage.used, free))
+    assert run_verb(failing(error), []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: the disk that holds {Path.cwd()} is full\n  fix      make room")
+    assert "qlora-kit train resume=latest" in said
+
+
+def test_the_users_own_stop_is_not_an_error_of_the_kit(failing, capsys):
+    assert run_verb(failing(KeyboardInterrupt()), []) == 1
+    assert capsys.readouterr().err == "error: stopped\n"
