@@ -2,33 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
 from qlora_kit.schema import walk
-from qlora_kit.schema.data import Task
+from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
 from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
-from qlora_kit.schema.model import Attention
+from qlora_kit.schema.model import CHAT_TEMPLATES, Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.tracker import TrackerName
-
-HOME_COMMANDS = "home_commands"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A field that is wrong, why, and a line that mends it."""
-
-    path: str
-    what: str
-    fix: str = ""
-
 
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -43,7 +31,7 @@ def check(recipe: Sealed) -> list[Finding]:
     found = list(_bounds(recipe))
     rules: list[Callable[[], Iterator[Finding]]] = []
     if isinstance(recipe, TrainRecipe):
-        parts = (_model, _lora, _data, _device, _tracking)
+        parts = (_model, _lora, check_data, _device, _tracking)
         rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
     elif isinstance(recipe, ExportRecipe):
         rules = [lambda: _export(recipe.export)]
@@ -77,7 +65,7 @@ def _bounds(recipe: Sealed) -> Iterator[Finding]:
 
 def _model(recipe: TrainRecipe) -> Iterator[Finding]:
     template = recipe.model.chat_template
-    if template is not None and not Path(template).is_file():
+    if template is not None and template not in CHAT_TEMPLATES and not Path(template).is_file():
         yield Finding("model.chat_template", f"no such chat template file: {template}", "model.chat_template=null")
     if recipe.model.attention is Attention.flash_attention_2 and not is_present("flash_attn"):
         yield Finding(
@@ -126,29 +114,6 @@ def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
                 yield Finding(f"lora.{field}", f"lora.{field} gives {name} the value {value}; it must be above 0")
 
 
-def _data(recipe: TrainRecipe) -> Iterator[Finding]:
-    for field in ("train_file", "eval_file"):
-        name = getattr(recipe.data, field)
-        if name is None or Path(name).is_file():
-            continue
-        fix = f"data.{field}=<a JSONL file>"
-        if HOME_COMMANDS in Path(name).parts:
-            fix = f"python -m qlora_kit.data.home_commands --out {Path(name).parent}"
-        yield Finding(f"data.{field}", f"no such file: {name}", fix)
-    if recipe.data.task is not Task.none and recipe.data.eval_file is None:
-        yield Finding(
-            "data.task",
-            f"data.task={recipe.data.task.name} is set, but there are no held-out rows whose answers it could judge",
-            "data.eval_file=<a JSONL file>",
-        )
-    if recipe.trainer.eval_every_steps is not None and recipe.data.eval_file is None:
-        yield Finding(
-            "trainer.eval_every_steps",
-            "trainer.eval_every_steps is set, but there are no held-out rows",
-            "data.eval_file=<a JSONL file>",
-        )
-
-
 def _device(recipe: TrainRecipe) -> Iterator[Finding]:
     if has_nvidia_gpu():
         return
@@ -163,6 +128,9 @@ def _device(recipe: TrainRecipe) -> Iterator[Finding]:
         yield Finding(
             "quant.compute_dtype", "float16 training needs a GPU, and there is none", "quant.compute_dtype=bfloat16"
         )
+    if recipe.model.attention is Attention.flex_attention:
+        what = "flex_attention cannot train without a GPU: torch has no backward of it on a CPU"
+        yield Finding("model.attention", what, "model.attention=sdpa")
     if recipe.model.attention is Attention.flash_attention_2:
         yield Finding("model.attention", "flash_attention_2 needs a GPU, and there is none", "model.attention=sdpa")
 

@@ -23,6 +23,7 @@ from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
 from qlora_kit.schema.store import RECIPE_OF_VERB, register
 
 MOST_SWEEP_JOBS_CHECKED = 200
+EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _compose(verb: str, lines: list[str]) -> Composed:
     tree, overrides, choices = _compose_tree(verb, lines)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
-        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", f"{key}=<value>") for key in missing])
+        fixes = {key: f"{key}={EXAMPLES.get(key, '<value>')}" for key in missing}
+        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", fix) for key, fix in fixes.items()])
     try:
         recipe = typed_recipe(verb, tree)
     except OmegaConfBaseException as error:

@@ -1,17 +1,45 @@
-"""Recipe group `data`: the rows, how they are read, and which of them are held out."""
+"""Recipe group `data`: the rows, how they are read and masked, how long they may be, and which are held out."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 from qlora_kit.schema.field import MISSING, Sealed, knob
 
+AUTO = "auto"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# What `data.columns` may name: our fields of a row, and of an entry in its list of turns.
+FIELDS = (
+    *("messages", "role", "content", "tools", "system", "chat_template_kwargs"),
+    *("instruction", "input", "output", "history", "prompt", "completion", "text"),
+)
+
 
 class RowFormat(Enum):
-    """How a JSONL row holds a conversation."""
+    """How a row holds a conversation."""
 
     auto = "auto"
     messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
     prompt_completion = "prompt_completion"
+    text = "text"
+
+
+class OnBadRow(Enum):
+    """What happens to a row that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+class TrainOn(Enum):
+    """Which tokens the loss sees."""
+
+    assistant = "assistant"
+    last = "last"
+    chosen = "chosen"
+    completion = "completion"
+    everything = "everything"
 
 
 class LongRows(Enum):
@@ -19,6 +47,17 @@ class LongRows(Enum):
 
     error = "error"
     drop = "drop"
+    cut_end = "cut_end"
+    cut_prompt = "cut_prompt"
+    split_turns = "split_turns"
+
+
+class Batching(Enum):
+    """How rows become batches."""
+
+    padded = "padded"
+    by_length = "by_length"
+    packed = "packed"
 
 
 class Task(Enum):
@@ -30,15 +69,50 @@ class Task(Enum):
 
 
 @dataclass
+class SourceConfig(Sealed):
+    """One source of a mix."""
+
+    path: str = knob(MISSING, "A file, a glob, a folder that `datasets` saved, or a hub id with a revision.")
+    revision: str | None = knob(None, "Commit of a hub id, so that a run can be repeated.")
+    subset: str | None = knob(None, "Configuration of a hub id.")
+    split: str = knob("train", "Split of a hub id or a saved folder.")
+    format: RowFormat = knob(RowFormat.auto, "Row format of this source.")
+    rows: int | None = knob(None, "Take this many rows, drawn with the seed.", minimum=1)
+    weight: float | None = knob(None, "Share of the mix, relative to the other weights.", above=0)
+
+
+@dataclass
 class DataConfig(Sealed):
     """Training and held-out rows."""
 
-    train_file: str = knob(MISSING, "JSONL of training rows.")
-    eval_file: str | None = knob(None, "JSONL of held-out rows; never trained on, used to score.")
+    train_file: str | None = knob(None, "Training rows: a file, a glob, or a folder that `datasets` saved.")
+    sources: dict[str, SourceConfig] = knob({}, "A mix of named sources, instead of train_file.")
+    eval_file: str | None = knob(None, "Held-out rows; never trained on, used to score.")
+    eval_share: float | None = knob(None, "Hold out this share of the training rows instead.", above=0, maximum=0.5)
     format: RowFormat = knob(RowFormat.auto, "Row format; auto recognises it from the rows and says so.")
+    columns: dict[str, str] = knob({}, "Our field -> your column, such as {prompt: question, completion: answer}.")
+    roles: dict[str, str] = knob({}, "Your role -> ours, such as {customer: user, agent: assistant}.")
     apply_chat_template: bool = knob(True, "Render prompt/completion rows as a chat; false joins them as plain text.")
-    max_tokens: int = knob(MISSING, "Longest row.", unit="tokens", minimum=2)
-    on_long_row: LongRows = knob(LongRows.error, "A longer row: stop with its line, or drop and count it.")
+    train_on: TrainOn = knob(
+        TrainOn.assistant,
+        "Trained tokens: every assistant turn, the last one, those a row flags (train: true), the completion, or all.",
+    )
+    max_tokens: int | str = knob(MISSING, "Longest row, or auto: the longest that the plan says fits.", unit="tokens")
+    on_long_row: LongRows = knob(
+        LongRows.error,
+        "A longer row: stop, drop it, cut its end, cut its prompt from the left, or split it between turns.",
+    )
+    batching: Batching = knob(
+        Batching.padded,
+        "Rows padded as they come, grouped by length, or packed into bins of max_tokens with isolated attention.",
+    )
+    on_bad_row: OnBadRow = knob(OnBadRow.error, "A row that cannot be read: stop, or skip and report it.")
+    max_bad_share: float = knob(0.01, "Skipped rows above this share stop the run.", minimum=0, maximum=1)
     train_rows: int | None = knob(None, "Use only this many training rows, from the top.", minimum=1)
-    eval_rows: int | None = knob(None, "Use only this many held-out rows, from the top.", minimum=1)
+    eval_rows: int | None = knob(
+        None, "Held-out rows: at most this many of eval_file; without it, take this many from training.", minimum=1
+    )
+    seed: int = knob(0, "Seed of the mix and of the held-out split.", minimum=0)
+    processes: int | None = knob(None, "Processes that tokenize; unset: one for each CPU.", minimum=1)
+    cache: bool = knob(True, "Keep tokenized rows in the user's cache, so that the next run starts at once.")
     task: Task = knob(Task.none, "How generated answers are judged on held-out rows.")

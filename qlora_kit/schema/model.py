@@ -5,6 +5,15 @@ from enum import Enum
 
 from qlora_kit.schema.field import MISSING, Sealed, knob
 
+# Chat templates of the kit, and the tokens that they write.
+CHAT_TEMPLATES = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": (),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+}
+
 
 class Attention(Enum):
     """Attention implementations of transformers that the kit allows."""
@@ -35,6 +44,8 @@ class ModelConfig(Sealed):
 
     source: str = knob(MISSING, "A local folder, a hub id, or `demo` (SmolLM2-135M-Instruct from a PyPI wheel).")
     revision: str | None = knob(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
-    chat_template: str | None = knob(None, "A Jinja file that replaces the model's own chat template.")
+    chat_template: str | None = knob(
+        None, "Replaces the model's own: a Jinja file, or chatml, gemma, llama3, mistral, phi3."
+    )
     attention: Attention = knob(Attention.sdpa, "Attention implementation.")
     shape: ModelShape | None = knob(None, "Sizes for `plan` when the base's config.json is not at hand.")

@@ -143,6 +143,14 @@ def test_files_that_are_not_there(rows):
     assert found(recipe) == {"model.chat_template": (what, "model.chat_template=null")}
 
 
+def test_flex_attention_without_a_gpu(rows, monkeypatch):
+    recipe = TrainRecipe(model=ModelConfig(source="demo", attention=Attention.flex_attention), data=rows)
+    what = "flex_attention cannot train without a GPU: torch has no backward of it on a CPU"
+    assert found(recipe)["model.attention"] == (what, "model.attention=sdpa")
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: True)
+    assert "model.attention" not in found(recipe)
+
+
 def test_flash_attention_without_its_package_or_a_gpu(rows, monkeypatch):
     recipe = TrainRecipe(model=ModelConfig(source="demo", attention=Attention.flash_attention_2), data=rows)
     whats = [finding.what for finding in check(recipe)]

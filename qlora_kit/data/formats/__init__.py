@@ -1,0 +1,1 @@
+"""Rows of every known format -> conversations."""

@@ -1,0 +1,1 @@
+"""Files, folders and hub ids -> raw rows, in bounded memory."""

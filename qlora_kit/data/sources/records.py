@@ -1,0 +1,66 @@
+"""What files are read into: one raw record for each row, parsed later and elsewhere."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A row that its file holds in no usable form, such as a CSV line with a field too many."""
+
+    why: str
+
+
+# Bytes are one JSON text; mappings are rows that their file format has parsed already.
+Record = bytes | Mapping[str, object] | BadRecord
+# Line or row number from 1, the record, and about how many bytes it takes.
+Entry = tuple[int, Record, int]
+
+
+class Part(Protocol):
+    """One file of a source, or what stands for one."""
+
+    @property
+    def name(self) -> str:
+        """As errors name it."""
+
+    def entries(self, rows: int) -> Iterator[Entry]:
+        """Its rows in order, read about `rows` at a time where the file holds them in batches."""
+
+    def sha256(self) -> str:
+        """Hash of what it holds, in hex."""
+
+
+def parse(record: Record) -> Mapping[str, object]:
+    """The row that a record holds.
+
+    Raises:
+        BadRowError: NUL bytes, not UTF-8, not JSON, nested too deep, or not an object.
+    """
+    if isinstance(record, BadRecord):
+        raise BadRowError(record.why)
+    row = _parsed(record) if isinstance(record, bytes) else record
+    if not isinstance(row, Mapping):
+        raise BadRowError(f"a row must be a JSON object, not {kind(row)}")
+    return row
+
+
+def _parsed(record: bytes) -> object:
+    if b"\x00" in record:
+        raise BadRowError(f"NUL bytes, the first at column {record.index(0) + 1}; the file is damaged or not UTF-8")
+    try:
+        return json.loads(record.removeprefix(BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"not UTF-8: byte 0x{record[error.start]:02x} at column {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"not JSON: {json_reason(error)}") from error
+    except RecursionError as error:
+        raise BadRowError("not JSON: nested too deep") from error
+    except ValueError as error:
+        raise BadRowError("not JSON: a number with too many digits") from error

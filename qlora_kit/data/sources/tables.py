@@ -1,0 +1,204 @@
+"""Rows of column files and of what `datasets` keeps: Parquet, Arrow, saved folders and hub ids."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import file_hash
+from qlora_kit.data.sources.records import Entry
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import RecordBatch
+
+PARQUET_SUFFIXES, ARROW_SUFFIXES = (".parquet",), (".arrow", ".feather")
+SAVED_SET, SAVED_SPLITS = "state.json", "dataset_dict.json"
+_ARROW_FILE = b"ARROW1"
+Loader = Callable[..., "Dataset"]
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    """A Parquet file, one row group in memory at a time."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def sha256(self) -> str:
+        """Hash of the file's bytes."""
+        return file_hash(self.path)
+
+    def entries(self, rows: int) -> Iterator[Entry]:
+        """Rows by number.
+
+        Raises:
+            RecipeError: cut short, or no Parquet.
+        """
+        from pyarrow import ArrowException, parquet
+
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                yield from _batched(file.iter_batches(batch_size=rows))
+        except (ArrowException, OSError) as error:
+            raise _damage(self.path, "Parquet", error) from error
+
+
+@dataclass(frozen=True)
+class ArrowFile:
+    """An Arrow file, in the random access format (Feather) or as a stream, mapped into memory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def sha256(self) -> str:
+        """Hash of the file's bytes."""
+        return file_hash(self.path)
+
+    def entries(self, rows: int) -> Iterator[Entry]:
+        """Rows by number.
+
+        Raises:
+            RecipeError: cut short, or no Arrow.
+        """
+        from pyarrow import ArrowException, ipc, memory_map
+
+        try:
+            with memory_map(str(self.path)) as source:
+                is_file_format = source.read(len(_ARROW_FILE)) == _ARROW_FILE
+                source.seek(0)
+                if is_file_format:
+                    reader = ipc.open_file(source)
+                    batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+                else:
+                    batches = iter(ipc.open_stream(source))
+                yield from _batched(batch.slice(at, rows) for batch in batches for at in range(0, len(batch), rows))
+        except (ArrowException, OSError) as error:
+            raise _damage(self.path, "Arrow", error) from error
+
+
+@dataclass(frozen=True)
+class SavedSet:
+    """A folder that `Dataset.save_to_disk` wrote."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    def sha256(self) -> str:
+        """Hash over the names and bytes of its Arrow files; those that `datasets` caches beside them do not count."""
+        digest = sha256()
+        for path in sorted(self.folder.glob("*.arrow")):
+            if not path.name.startswith("cache-"):
+                digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        return digest.hexdigest()
+
+    def entries(self, rows: int) -> Iterator[Entry]:
+        """Rows by number.
+
+        Raises:
+            RecipeError: the folder is not whole.
+        """
+        from datasets import load_from_disk
+        from pyarrow import ArrowException
+
+        try:
+            yield from _set_entries(load_from_disk(str(self.folder)), rows)
+        except (ArrowException, OSError, ValueError, KeyError) as error:
+            raise _damage(self.folder, "folder of `datasets`", error) from error
+
+
+def load_from_hub(name: str, subset: str | None, split: str, revision: str) -> "Dataset":
+    """A split of a hub id, from the cache or the hub; code that comes with it is never run."""
+    from datasets import load_dataset
+
+    return load_dataset(name, name=subset, split=split, revision=revision, streaming=False)
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A split of a hub id at one commit."""
+
+    id: str
+    revision: str
+    subset: str | None
+    split: str
+    setting: str
+    load: Loader = field(default=load_from_hub, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.id}@{self.revision}"
+
+    def sha256(self) -> str:
+        """Hash over the id, commit, subset and split, and the fingerprint that `datasets` gave the rows."""
+        parts = (self.id, self.revision, self.subset or "", self.split, str(self._rows._fingerprint))
+        return sha256("\n".join(parts).encode()).hexdigest()
+
+    def entries(self, rows: int) -> Iterator[Entry]:
+        """Rows by number.
+
+        Raises:
+            RecipeError: the hub does not give it.
+        """
+        return _set_entries(self._rows, rows)
+
+    @cached_property
+    def _rows(self) -> "Dataset":
+        try:
+            return self.load(self.id, self.subset, self.split, self.revision)
+        # Whatever a download, a builder or a gate raises, the reader wants to know which id and why.
+        except Exception as error:
+            what = f"{self.id} at {self.revision} cannot be read from the hub: {error}"
+            raise RecipeError(what, where=self.setting) from error
+
+
+def _set_entries(dataset: "Dataset", rows: int) -> Iterator[Entry]:
+    if len(dataset) == 0:
+        return
+    size = dataset.data.nbytes // len(dataset)
+    exact = {name for name, kind in dataset.features.items() if "Json(" in repr(kind)}
+    number = 0
+    for batch in dataset.with_format(None).iter(batch_size=rows):
+        columns = {name: values if name in exact else _without_nulls(values) for name, values in batch.items()}
+        for values in zip(*columns.values(), strict=True):
+            number += 1
+            yield number, dict(zip(columns, values, strict=True)), size
+
+
+def _batched(batches: "Iterator[RecordBatch]") -> Iterator[Entry]:
+    number = 0
+    for batch in batches:
+        if len(batch) == 0:
+            continue
+        size = batch.nbytes // len(batch)
+        for row in batch.to_pylist():
+            number += 1
+            yield number, {name: _without_nulls(value) for name, value in row.items()}, size
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a column, without keys that hold nothing.
+
+    A struct column gives every row the keys of all rows, so a null there says that the row did not have the key.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _damage(path: Path, kind: str, error: Exception) -> RecipeError:
+    return RecipeError(f"{path} is cut short, or no {kind}: {error}")

@@ -1,0 +1,102 @@
+"""What the recipe group `data` may not say."""
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_kit.schema.data import AUTO, FIELDS, ROLES, Batching, DataConfig, Task
+from qlora_kit.schema.finding import Finding
+from qlora_kit.schema.model import Attention
+from qlora_kit.schema.root import TrainRecipe
+
+HOME_COMMANDS = "home_commands"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHORTEST_ROW = 2  # tokens: one to predict from, one to predict
+
+
+def check_data(recipe: TrainRecipe) -> Iterator[Finding]:
+    """Rows that are not there, settings that contradict each other, and packing that cannot isolate."""
+    yield from _sources(recipe.data)
+    yield from _held_out(recipe)
+    if not isinstance(recipe.data.max_tokens, int) and recipe.data.max_tokens != AUTO:
+        what = f"data.max_tokens must be a number of tokens or {AUTO}, got {recipe.data.max_tokens}"
+        yield Finding("data.max_tokens", what, "data.max_tokens=2048")
+    elif isinstance(recipe.data.max_tokens, int) and recipe.data.max_tokens < SHORTEST_ROW:
+        what = f"data.max_tokens must be at least {SHORTEST_ROW} tokens, got {recipe.data.max_tokens}"
+        yield Finding("data.max_tokens", what, f"data.max_tokens={SHORTEST_ROW}")
+    for mine, ours in recipe.data.roles.items():
+        if ours not in ROLES:
+            what = f"data.roles maps {mine} to {ours}, which is no role; there are {', '.join(ROLES)}"
+            yield Finding("data.roles", what, f"data.roles={{{mine}: user}}")
+    for name in recipe.data.columns:
+        if name not in FIELDS:
+            what = f"data.columns names {name}, which is no field of ours; there are {', '.join(FIELDS)}"
+            yield Finding("data.columns", what, "data.columns={prompt: <your column>}")
+    if recipe.data.batching is Batching.packed and recipe.model.attention is Attention.eager:
+        yield Finding(
+            "model.attention",
+            "eager attention cannot keep packed rows apart: it would build a mask of every token against every other",
+            "model.attention=sdpa or data.batching=padded",
+        )
+
+
+def _sources(data: DataConfig) -> Iterator[Finding]:
+    if data.train_file is None and not data.sources:
+        yield Finding("data.train_file", "there are no training rows", "data.train_file=<a file of rows>")
+    if data.train_file is not None and data.sources:
+        what = "data.train_file and data.sources are both set; a run trains on one or the other"
+        yield Finding("data.sources", what, "data.train_file=null")
+    if data.train_rows is not None and data.sources:
+        what = "data.train_rows counts the rows of data.train_file; a mix has a count for each source"
+        yield Finding("data.train_rows", what, "data.sources.<name>.rows=<count>")
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    for name, source in data.sources.items():
+        path = f"data.sources.{name}"
+        if source.weight is not None and source.rows is not None:
+            what = f"{path} has both a weight and a number of rows; a source has one of them"
+            yield Finding(f"{path}.rows", what, f"{path}.rows=null")
+        if weighted and source.weight is None:
+            what = f"{path} has no weight, but {', '.join(weighted)} has; give a weight to every source or to none"
+            yield Finding(f"{path}.weight", what, f"{path}.weight=1")
+        if source.revision is None:
+            yield from _missing_file(f"{path}.path", source.path)
+    for field in ("train_file", "eval_file"):
+        yield from _missing_file(f"data.{field}", getattr(data, field))
+
+
+def _missing_file(path: str, name: str | None) -> Iterator[Finding]:
+    if name is None or Path(name).expanduser().exists():
+        return
+    if glob.has_magic(name) and glob.glob(str(Path(name).expanduser()), recursive=True):  # noqa: PTH207
+        return
+    fix = f"{path}=<a file of rows>"
+    if HOME_COMMANDS in Path(name).parts:
+        fix = f"python -m qlora_kit.data.home_commands --out {Path(name).parent}"
+    elif HUB_ID.fullmatch(name) and path.endswith(".path"):
+        fix = f"{path.removesuffix('.path')}.revision=<commit>, if {name} is a hub id"
+    yield Finding(path, f"no such file: {name}", fix)
+
+
+def _held_out(recipe: TrainRecipe) -> Iterator[Finding]:
+    data = recipe.data
+    if data.eval_share is not None and data.eval_file is not None:
+        what = "data.eval_share and data.eval_file are both set; held-out rows come from one of them"
+        yield Finding("data.eval_share", what, "data.eval_share=null")
+    if data.eval_share is not None and data.eval_rows is not None:
+        what = "data.eval_share and data.eval_rows are both set; say how many rows to hold out in one way"
+        yield Finding("data.eval_share", what, "data.eval_share=null")
+    if data.eval_file is not None or data.eval_share is not None or data.eval_rows is not None:
+        return
+    if data.task is not Task.none:
+        yield Finding(
+            "data.task",
+            f"data.task={data.task.name} is set, but there are no held-out rows whose answers it could judge",
+            "data.eval_file=<a JSONL file>",
+        )
+    if recipe.trainer.eval_every_steps is not None:
+        yield Finding(
+            "trainer.eval_every_steps",
+            "trainer.eval_every_steps is set, but there are no held-out rows",
+            "data.eval_file=<a JSONL file>",
+        )

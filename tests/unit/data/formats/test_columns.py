@@ -1,0 +1,103 @@
+"""Which format the columns of a row speak of, and which of them are read."""
+
+import pytest
+
+from qlora_kit.data.conversation import Message
+from qlora_kit.data.formats.reader import recognise
+from qlora_kit.schema.data import RowFormat
+from tests.example_rows import ALPACA, ANSWER, ASK, PAIR, SHAREGPT, messages, read, reader, refusal, turns
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        (messages(ASK, ANSWER), RowFormat.messages),
+        ({"messages": SHAREGPT["conversations"]}, RowFormat.sharegpt),
+        (SHAREGPT, RowFormat.sharegpt),
+        ({"conversation": SHAREGPT["conversations"]}, RowFormat.sharegpt),
+        ({"conversations": [ASK, ANSWER]}, RowFormat.messages),
+        (ALPACA, RowFormat.alpaca),
+        ({"instruction": "a", "output": "b"}, RowFormat.alpaca),
+        (PAIR, RowFormat.prompt_completion),
+        ({"text": "a"}, RowFormat.text),
+        (messages(ASK, ANSWER, prompt="hi", prompt_id=3), RowFormat.messages),
+        ({**PAIR, "messages": None}, RowFormat.prompt_completion),
+    ],
+)
+def test_a_format_is_recognised_by_its_columns(row, row_format):
+    assert recognise(row) is row_format
+    read(row)
+
+
+def test_columns_that_the_recipe_names_decide():
+    row = {"question": "hi", "answer": "hello", "text": "a note"}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert recognise(row) is RowFormat.text
+    assert recognise(row, columns) is RowFormat.prompt_completion
+    assert turns(row, columns=columns) == [Message("user", "hi"), Message("assistant", "hello")]
+
+
+RECOGNISED_NOT = [
+    (
+        {"question": "a", "answer": "b"},
+        "none of messages, conversations, instruction/output, prompt/completion, text; the row has answer, question; "
+        "name what it has with 'data.columns={prompt: question, completion: answer}'",
+    ),
+    (
+        {},
+        "none of messages, conversations, instruction/output, prompt/completion, text; the row has no keys; name what "
+        "it has with 'data.columns={prompt: <your prompt column>, completion: <your completion column>}'",
+    ),
+    (
+        {**PAIR, "messages": [ASK, ANSWER]},
+        "the row has both messages and prompt/completion; say which with data.format=messages; "
+        "the row has completion, messages, prompt",
+    ),
+    ({**ALPACA, "text": "a"}, "both instruction/output and text; say which with data.format=alpaca"),
+    ({"prompt": "a"}, "no completion; the row has prompt"),
+    ({"completion": "a"}, "no prompt; the row has completion"),
+    (
+        {"instruction": "a", "response": "b"},
+        "no output; the row has instruction, response; name what it has with 'data.columns={output: response}'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), RECOGNISED_NOT, ids=[reason[:30] for _, reason in RECOGNISED_NOT])
+def test_columns_of_no_format_or_of_two_are_named_with_the_line_to_paste(row, reason):
+    assert reason in refusal(row)
+
+
+def test_formats_are_not_mixed():
+    assert refusal(messages(ASK, ANSWER), format=RowFormat.prompt_completion) == (
+        "no prompt and no completion; the row has messages"
+    )
+    assert refusal(PAIR, format=RowFormat.messages) == "no messages; the row has completion, prompt"
+
+
+def test_a_named_column_that_is_not_there_is_named():
+    reason = refusal({"question": "a"}, columns={"prompt": "question", "completion": "reply"})
+    assert reason == "no completion (data.columns says 'reply'); the row has question"
+
+
+def test_columns_and_roles_are_renamed():
+    row = {"chat": {"turns": [{"who": "customer", "said": "hi"}, {"who": "agent", "said": "hello"}]}, "rules": "short"}
+    columns = {"messages": "chat.turns", "role": "who", "content": "said", "system": "rules"}
+    roles = {"customer": "user", "agent": "assistant"}
+    assert turns(row, columns=columns, roles=roles, format=RowFormat.messages) == [
+        Message("system", "short"),
+        Message("user", "hi"),
+        Message("assistant", "hello"),
+    ]
+    assert reader(RowFormat.messages, columns=columns).unused({**row, "id": 3}) == {"id"}
+
+
+def test_columns_that_are_not_used():
+    assert reader(RowFormat.prompt_completion).unused({**PAIR, "source": "web", "id": 3, "tools": None}) == {
+        "source",
+        "id",
+    }
+    assert reader(RowFormat.messages).unused({"conversations": [ASK], "id": 3}) == {"id"}
+    assert reader(RowFormat.sharegpt).unused({**SHAREGPT, "tools": "[]", "text": "a"}) == {"text"}
+    assert reader(RowFormat.alpaca).unused({**ALPACA, "history": [], "context": "a"}) == {"context"}
+    assert reader(RowFormat.text).unused({"text": "a", "id": 3}) == {"id"}

@@ -1,0 +1,123 @@
+"""JSON lines, arrays and objects are read for what they hold; what is damaged is named."""
+
+import gzip
+import json
+import tracemalloc
+
+import pytest
+
+from qlora_kit.data.sources.json_text import CHUNK_BYTES
+from tests.example_files import LINES, ROWS, numbered, read, refusal, source, write
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "A.JSONL"])
+def test_json_lines(tmp_path, name):
+    assert read(write(tmp_path / name, LINES)) == numbered(ROWS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_whatever_its_name(tmp_path, name, indent):
+    path = write(tmp_path / name, b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=indent).encode() + b"\n")
+    assert read(path) == numbered(ROWS)
+
+
+def test_an_object_with_one_list_of_rows(tmp_path):
+    held = {"version": 1, "tags": ["a"], "none": [], "data": ROWS, "about": {"by": "me"}}
+    assert read(write(tmp_path / "a.json", json.dumps(held, indent=2))) == numbered(ROWS)
+    assert read(write(tmp_path / "a.json", json.dumps(held))) == numbered(ROWS)
+
+
+def test_an_object_with_several_lists_of_rows(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS}))
+    message = refusal(path)
+    assert f"{path} holds several lists of rows: train, test" in message
+    assert f"fix      jq -c '.train[]' {path} > a.train.jsonl" in message
+
+
+def test_one_row_alone_is_no_list_of_rows(tmp_path):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    assert read(write(tmp_path / "a.json", json.dumps(row, indent=1))) == [(1, row)]
+    assert read(write(tmp_path / "a.json", json.dumps(ROWS[0], indent=1))) == [(1, ROWS[0])]
+
+
+def test_json_that_ends_too_early_or_goes_on(tmp_path):
+    whole = json.dumps(ROWS)
+    path = tmp_path / "a.json"
+    assert refusal(write(path, whole[:-1])) == f"{path} is not JSON: it ends too early, after row 2"
+    assert refusal(write(path, whole[:-20])) == f"{path} is not JSON: it ends too early, after row 1"
+    assert refusal(write(path, whole + "]")) == f"{path} is not JSON: more text follows its end, after row 2"
+    assert refusal(write(path, whole.replace("}, {", "}; {"))) == (
+        f"{path} is not JSON: ';' where ']' should be, after row 1"
+    )
+    assert refusal(write(path, '{"data": ' + whole[:-20])) == f"{path} is not JSON: it ends too early, after row 0"
+    assert "byte 0xff after row 0" in refusal(write(path, b'[{"a": "\xff"}]'))
+
+
+def test_json_lines_whose_first_row_is_bad_are_still_lines(tmp_path):
+    path = write(tmp_path / "a.json", b'{"a": \n' + LINES)
+    assert read(path) == [(1, "not JSON: Expecting value at column 7"), (2, ROWS[0]), (3, ROWS[1])]
+
+
+def test_values_longer_than_what_is_read_at_once(tmp_path):
+    rows = [{"a": "é" * 300_000, "n": 12345}, {"a": "x" * 3_000_000}, {"a": '\\"' * 500_000}]
+    expected = numbered(rows)
+    assert read(write(tmp_path / "a.json", json.dumps(rows))) == expected
+    assert read(write(tmp_path / "a.json", json.dumps({"rows": rows}, ensure_ascii=False))) == expected
+    assert read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))) == expected
+
+
+@pytest.mark.parametrize("short", range(0, 40, 3))
+def test_what_is_read_at_once_may_end_anywhere(tmp_path, short):
+    held = {"about": "x" * (CHUNK_BYTES - short), "version": 1234567890, "data": ROWS}
+    assert read(write(tmp_path / "a.json", json.dumps(held))) == numbered(ROWS)
+
+
+def test_a_long_array_is_read_in_little_memory(tmp_path):
+    row = json.dumps({"text": "x" * 2000})
+    path = write(tmp_path / "a.json", "[" + ",".join([row] * 10_000) + "]")
+    tracemalloc.start()
+    count = sum(len(piece.lines) for piece in source(path).pieces(100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 10_000
+    assert peak < 4_000_000  # bytes, of a file of 20 million
+
+
+def test_windows_line_ends_a_byte_order_mark_and_empty_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n") + b'{"a": 1}')
+    assert read(path) == [(1, ROWS[0]), (3, ROWS[1]), (5, {"a": 1})]
+
+
+BAD_LINES = [
+    (b'{"prompt": "a"', "not JSON: Expecting ',' delimiter at column 15"),
+    (b'"text"', "a row must be a JSON object, not a string"),
+    (b"null", "a row must be a JSON object, not null"),
+    (b"[1]", "a row must be a JSON object, not a list"),
+    (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at column 16"),
+    (b'{"a": "\x00"}', "NUL bytes, the first at column 8; the file is damaged or not UTF-8"),
+    (b"[" * 200_000 + b"]" * 200_000, "not JSON: nested too deep"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "not JSON: a number with too many digits"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
+def test_a_line_that_is_no_row_is_bad_alone(tmp_path, line, reason):
+    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"b": 2}')
+    assert read(path) == [(1, {"a": 1}), (2, reason), (3, {"b": 2})]
+
+
+def test_an_element_that_is_no_row_is_bad_alone(tmp_path):
+    path = write(tmp_path / "a.json", '[{"a": 1}, 12, {"b": 2}]')
+    assert read(path) == [(1, {"a": 1}), (2, "a row must be a JSON object, not a number"), (3, {"b": 2})]
+
+
+def test_utf_16_is_named_with_the_line_that_converts_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", LINES.decode().encode("utf-16"))
+    message = refusal(path)
+    assert f"{path} is UTF-16, not UTF-8" in message
+    assert f"fix      iconv -f UTF-16 -t UTF-8 {path} > a.utf8.jsonl" in message
+    table = write(tmp_path / "a.csv", "a,b\n1,2\n".encode("utf-16"))
+    assert f"iconv -f UTF-16 -t UTF-8 {table} > a.utf8.csv" in refusal(table)
+    packed = write(tmp_path / "a.jsonl.gz", gzip.compress(path.read_bytes()))
+    assert refusal(packed) == f"{packed} is UTF-16, not UTF-8; unpack it and convert it with iconv"

@@ -1,0 +1,134 @@
+"""Parquet and Arrow files, folders that `datasets` saved, and hub ids."""
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.sources.tables import HubSet
+from tests.example_files import LINES, ROWS, SETTING, numbered, read, refusal, source, write
+
+TURNS = [
+    {
+        "messages": [
+            {"role": "user", "content": "hi", "name": None},
+            {"role": "assistant", "content": "hellö", "name": "b"},
+        ],
+        "id": 1,
+    },
+    {"messages": [{"role": "user", "content": "a", "name": None}], "id": None},
+]
+
+
+# A struct column gives every entry every key; a null there says no more than a key that is not there.
+READ_TURNS = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hellö", "name": "b"}], "id": 1},
+    {"messages": [{"role": "user", "content": "a"}], "id": None},
+]
+
+
+def stream_file(table, path):
+    with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "a.parquet": pyarrow.parquet.write_table,
+    "a.feather": pyarrow.feather.write_feather,
+    "a.arrow": stream_file,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_column_files(tmp_path, name):
+    WRITERS[name](pyarrow.Table.from_pylist(TURNS * 3), str(tmp_path / name))
+    assert read(tmp_path / name, rows=4) == numbered(READ_TURNS * 3)
+    assert [len(piece.lines) for piece in source(tmp_path / name).pieces(4)] == [4, 2]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_column_file_that_is_cut_short_or_another_thing(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](pyarrow.Table.from_pylist(TURNS * 500), str(path))
+    write(path, path.read_bytes()[: path.stat().st_size // 2])
+    assert f"{path} is cut short, or no {'Parquet' if name == 'a.parquet' else 'Arrow'}: " in refusal(path)
+    assert f"{path} is cut short, or no " in refusal(write(path, LINES))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list(TURNS)
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_a_saved_folder(saved):
+    assert read(saved / "train") == numbered(READ_TURNS)
+    assert read(saved) == numbered(READ_TURNS)
+    assert read(saved, split="test") == [(1, READ_TURNS[1])]
+    assert source(saved).files == (str(saved / "train"),)
+
+
+def test_a_split_that_a_saved_folder_does_not_have(saved):
+    message = refusal(saved, split="dev")
+    assert f"{saved} has no split 'dev'; it has train, test" in message
+    assert f"fix      data.train_file={saved}/train" in message
+    assert "fix      data.sources.chat.split=train" in refusal(saved, split="dev", setting="data.sources.chat.path")
+
+
+def test_the_hash_of_a_saved_folder_follows_its_rows(saved):
+    before = source(saved).sha256()
+    write(saved / "train" / "cache-123.arrow", b"what datasets leaves beside them")
+    assert source(saved).sha256() == before
+    assert source(saved, split="test").sha256()[str(saved / "test")] not in before.values()
+    arrow = next((saved / "train").glob("data-*.arrow"))
+    write(arrow, arrow.read_bytes() + b" ")
+    assert source(saved).sha256() != before
+
+
+def test_a_saved_folder_that_is_not_whole(saved):
+    next((saved / "train").glob("data-*.arrow")).unlink()
+    assert f"{saved / 'train'} is cut short, or no folder of `datasets`: " in refusal(saved)
+
+
+def test_json_columns_keep_their_nulls(tmp_path):
+    from datasets import Dataset, Features, Json, Value
+
+    rows = [{"a": {"b": None, "c": 1}, "d": "e"}]
+    Dataset.from_list(rows, features=Features({"a": Json(), "d": Value("string")})).save_to_disk(str(tmp_path / "s"))
+    assert read(tmp_path / "s") == [(1, rows[0])]
+
+
+def test_a_hub_id():
+    from datasets import Dataset
+
+    asked = []
+
+    def load(*wanted):
+        asked.append(wanted)
+        return Dataset.from_list(ROWS)
+
+    def hub(**options):
+        wanted = {"id": "me/rows", "revision": "abc", "subset": None, "split": "train", "setting": SETTING, **options}
+        return HubSet(**wanted, load=load)
+
+    rows = hub(subset="small", split="test")
+    assert [(line, row) for line, row, _ in rows.entries(512)] == numbered(ROWS)
+    assert asked == [("me/rows", "small", "test", "abc")]
+    assert rows.name == "me/rows@abc"
+    hashes = {hub(**{key: "x"}).sha256() for key in ("id", "revision", "subset", "split")}
+    assert len(hashes | {hub().sha256()}) == 5
+    assert hub().sha256() == hub().sha256()
+
+
+def test_a_hub_id_that_the_hub_does_not_give():
+    def load(*wanted):
+        raise ConnectionError("no way there")
+
+    with pytest.raises(RecipeError) as caught:
+        HubSet("me/rows", "abc", None, "train", "data.sources.chat.path", load=load).entries(1)
+    assert "me/rows at abc cannot be read from the hub: no way there" in str(caught.value)
+    assert "set in   data.sources.chat.path" in str(caught.value)
