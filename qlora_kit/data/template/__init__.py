@@ -1,0 +1,1 @@
+"""Chat templates, and where the answers are in what they write."""
