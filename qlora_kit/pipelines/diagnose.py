@@ -13,9 +13,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from qlora_kit.core.cache import cache_folder
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.units import human_bytes
-from qlora_kit.model.demo import cache_folder
 
 DISTRIBUTION = "qlora-kit"
 PYTHON_RANGE = ((3, 11), (3, 14))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qlora_kit.data.render import token_row
-from qlora_kit.data.rows import Conversation, Message
+from qlora_kit.data.conversation import Conversation, Message
+from qlora_kit.data.encode import Encoder
 from tests.tiny_models import llama3_tokenizer, smollm_tokenizer
 
 BYTE_OF_LETTER = {letter: value for value, letter in bytes_to_unicode().items()}
@@ -27,6 +27,11 @@ def llama3():
     raw = tokenizer.backend_tokenizer
     raw.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), raw.post_processor])
     return tokenizer
+
+
+@functools.cache
+def encoder_of(make):
+    return Encoder.of(make())
 
 
 def chatml_pieces(messages):
@@ -73,10 +78,10 @@ def conversations(draw):
 @given(conversation=conversations())
 def test_the_mask_covers_answers_and_never_a_prompt(make, pieces, conversation):
     tokenizer = make()
-    row = token_row(conversation, tokenizer)
+    row = encoder_of(make).row(conversation)
     wanted = [(text.encode(), trained) for text, trained in pieces(conversation.messages)]
     is_answer = [trained for text, trained in wanted for _ in text]
-    spelled = [token_bytes(tokenizer, token) for token in row.input_ids]
+    spelled = [token_bytes(tokenizer, token) for token in row.ids.tolist()]
     assert b"".join(spelled) == b"".join(text for text, _ in wanted)
     place = 0
     for spelling, trained in zip(spelled, row.trained, strict=True):

@@ -10,8 +10,9 @@ import pytest
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError
 from qlora_kit.data.home_commands import ANSWERS, main, rows, write_files
 from qlora_kit.data.home_words import HELD_OUT, TRAIN
-from qlora_kit.data.rows import read_conversations
 from qlora_kit.schema.data import RowFormat
+from tests.example_files import read
+from tests.example_rows import turns
 
 
 def pairs(lines):
@@ -113,8 +114,8 @@ def test_more_rows_than_there_are_commands():
 
 def test_the_files_are_readable_rows(tmp_path):
     train, held_out = write_files(tmp_path, 0, 40, 10)
-    assert len(read_conversations(train, RowFormat.auto, True, None)) == 40
-    assert len(read_conversations(held_out, RowFormat.messages, True, None)) == 10
+    assert [len(turns(row, format=RowFormat.messages)) for _, row in read(train)] == [2] * 40
+    assert [len(turns(row, format=RowFormat.messages)) for _, row in read(held_out)] == [2] * 10
 
 
 def test_the_command_prints_the_paths(tmp_path, capsys):
@@ -149,7 +150,8 @@ def test_a_row_count_below_one_is_refused(capsys):
 def test_the_module_runs_without_torch(tmp_path):
     code = (
         "import sys\n"
-        "from qlora_kit.data import home_commands, prepare, render, rows\n"
+        "from qlora_kit.data import home_commands, prepare\n"
+        "from qlora_kit.data.formats import reader\nfrom qlora_kit.data.sources import source as rows\n"
         "from qlora_kit.evaluation import tasks\n"
         "from qlora_kit.model import demo, source, tokenizer\n"
         f"home_commands.main(['--out', {str(tmp_path)!r}, '--train-rows', '9', '--held-out-rows', '9'])\n"

@@ -128,7 +128,7 @@ def run_python(code, **environment):
     ],
 )
 def test_the_cache_is_the_users(environment, expected):
-    assert run_python("from qlora_kit.model.demo import cache_folder; print(cache_folder())", **environment) == expected
+    assert run_python("from qlora_kit.core.cache import cache_folder; print(cache_folder())", **environment) == expected
 
 
 @pytest.mark.slow

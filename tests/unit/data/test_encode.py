@@ -4,8 +4,9 @@ import pytest
 from tokenizers import AddedToken, processors
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.data.render import answer_text, prompt_ids, token_row
-from qlora_kit.data.rows import Conversation, Message
+from qlora_kit.data.conversation import Conversation, Message
+from qlora_kit.data.encode import Encoder
+from qlora_kit.data.tokens import TokenRow
 from tests.tiny_models import (
     CHATML,
     gemma_tokenizer,
@@ -36,6 +37,15 @@ THINKING = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def token_row(conversation, tokenizer):
+    row = Encoder.of(tokenizer).row(conversation)
+    return TokenRow(tuple(row.ids.tolist()), tuple(row.trained.tolist()), conversation.file, conversation.line)
+
+
+def prompt_ids(conversation, tokenizer):
+    return Encoder.of(tokenizer).prompt_ids(conversation)
 
 
 def chat(*turns, system=None, plain=False, trained_from=0):
@@ -107,7 +117,6 @@ def test_a_prompt_is_the_row_up_to_the_last_answer(make, closing):
     assert tuple(prompt) == row.input_ids[: len(prompt)]
     assert not row.trained[len(prompt) - 1]
     assert row.trained[len(prompt)]
-    assert answer_text(conversation) == "answer"
 
 
 def test_answers_inside_a_prompt_stay_untrained():
@@ -183,10 +192,10 @@ def refusal(conversation, tokenizer):
 
 def test_a_template_that_changes_the_prompt_once_an_answer_follows_is_refused():
     tokenizer = smollm_tokenizer()
-    tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nWell: ")
     message = refusal(chat("hi", "hello"), tokenizer)
     assert "renders earlier turns differently once an answer follows" in message
-    assert "'<think>\\n' became 'hello<|im_end|>\\n'" in message
+    assert "'Well: ' became 'hello<|im_end|>\\n'" in message
     assert "rows.jsonl:7" in message
     assert "model.chat_template=" in message
 
@@ -194,7 +203,7 @@ def test_a_template_that_changes_the_prompt_once_an_answer_follows_is_refused():
 def test_a_template_that_hides_the_answer_is_refused():
     tokenizer = smollm_tokenizer()
     tokenizer.chat_template = CHATML.replace("+ message['content'] +", "+ message['content'] | upper +")
-    assert "so the answer cannot be told from the prompt" in refusal(chat("hi", "hello"), tokenizer)
+    assert "the chat template leaves a user turn out of the text" in refusal(chat("hi", "hello"), tokenizer)
 
 
 def test_a_template_without_a_closing_token_is_refused():
