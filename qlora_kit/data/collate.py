@@ -1,12 +1,30 @@
-"""Token rows -> padded batches; the mask of the recipe decides what the loss sees."""
+"""Token rows -> the tensors of one forward pass: padded side by side, or one after another without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import Ints, TokenRows
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
+
+Feature = Mapping[str, Ints]
+
+
+def feature(rows: TokenRows, indices: Sequence[int] | Ints) -> Feature:
+    """Some rows one after another: `input_ids` and `labels` `[T]`, `lengths` `[rows]`, each int64.
+
+    A token that is not trained has the label -100.
+    """
+    pairs = [rows.arrays(int(index)) for index in indices]
+    input_ids = np.concatenate([ids for ids, _ in pairs]).astype(np.int64)
+    trained = np.concatenate([mask for _, mask in pairs])
+    lengths = np.array([len(ids) for ids, _ in pairs], dtype=np.int64)
+    return {"input_ids": input_ids, "labels": np.where(trained, input_ids, IGNORED_LABEL), "lengths": lengths}
 
 
 class Collator:
@@ -15,31 +33,68 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor]":
         """Batch of `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row).
 
         Padding is told from its position, so the pad token may be one that also ends an answer.
         """
-        longest = max(len(feature["input_ids"]) for feature in features)
-        input_ids = torch.full((len(features), longest), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(features), longest), dtype=torch.int64)
-        labels = torch.full((len(features), longest), IGNORED_LABEL, dtype=torch.int64)
-        for index, feature in enumerate(features):
-            length = len(feature["input_ids"])
-            input_ids[index, :length] = torch.tensor(feature["input_ids"], dtype=torch.int64)
-            labels[index, :length] = torch.tensor(feature["labels"], dtype=torch.int64)
-            attention_mask[index, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        import torch
+
+        shape = len(features), max(len(one["input_ids"]) for one in features)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for row, one in enumerate(features):
+            length = len(one["input_ids"])
+            input_ids[row, :length] = one["input_ids"]
+            labels[row, :length] = one["labels"]
+            attention_mask[row, :length] = 1
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def training_features(rows: Sequence[TokenRow]) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of each row; a token that is not trained has the label -100."""
-    return [
-        {
-            "input_ids": list(row.input_ids),
-            "labels": [
-                token if trained else IGNORED_LABEL for token, trained in zip(row.input_ids, row.trained, strict=True)
-            ],
+class PackedCollator:
+    """Lays the samples of a batch one after another in a single row, and says where each begins.
+
+    Args:
+        filled_to: tokens that every batch is filled up to, by a last sample of which nothing is trained; None fills
+            nothing. For attention that is compiled for one length and would be compiled again for every other.
+        filler: the token it is filled with.
+    """
+
+    def __init__(self, filled_to: int | None = None, filler: int = 0) -> None:
+        self.filled_to = filled_to
+        self.filler = filler
+
+    def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor | int]":
+        """A batch of T tokens in S samples, without padding and without an attention mask.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids`: int64 of shape (1, T); positions start anew in each sample, and
+            the first token of a sample has the label -100, since another sample would predict it.
+            `cu_seq_lens_q`, `cu_seq_lens_k`: int32 of shape (S + 1,), where each sample begins, and T.
+            `max_length_q`, `max_length_k`: tokens of the longest sample.
+        """
+        import torch
+
+        input_ids, labels, lengths = (
+            np.concatenate([one[name] for one in features]) for name in ("input_ids", "labels", "lengths")
+        )
+        missing = (self.filled_to or 0) - len(input_ids)
+        if missing > 0:
+            input_ids = np.append(input_ids, np.full(missing, self.filler))
+            labels = np.append(labels, np.full(missing, IGNORED_LABEL))
+            lengths = np.append(lengths, missing)
+        bounds = np.concatenate(([0], np.cumsum(lengths)))
+        labels[bounds[:-1]] = IGNORED_LABEL
+        position_ids = np.arange(len(input_ids)) - np.repeat(bounds[:-1], lengths)
+        rows = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        starts = torch.from_numpy(bounds.astype(np.int32))
+        longest = int(lengths.max())
+        return {
+            **{name: torch.from_numpy(array)[None] for name, array in rows.items()},
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
         }
-        for row in rows
-    ]

@@ -1,7 +1,9 @@
 """Supervised fine-tuning on TRL's SFTTrainer, with rows, masks and adapter prepared by the kit."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,18 +11,25 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
-from qlora_kit.data.collate import Collator, training_features
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.collate import Collator, PackedCollator
+from qlora_kit.data.order import by_length, shuffled
+from qlora_kit.data.packing import Packing, pack
+from qlora_kit.data.tokens import TokenRows
+from qlora_kit.engine.packed_attention import check_isolation, isolate_samples
 from qlora_kit.engine.trained_positions import skip_untrained_positions
+from qlora_kit.schema.data import Batching
+from qlora_kit.schema.model import Attention
 from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.callbacks import Watch
+from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.optimizer import TRANSFORMERS_NAME, effective_optimizer
+from qlora_kit.training.trainer import KitTrainer, Order
 
 SCHEDULER_NAME = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 
@@ -43,48 +52,99 @@ def build_trainer(
     model: PeftModel,
     tokenizer: Any,
     recipe: TrainRecipe,
-    train: Sequence[TokenRow],
-    held_out: Sequence[TokenRow],
+    train: TokenRows,
+    held_out: TokenRows | None,
     checkpoints: Path,
     watch: Watch,
-) -> SFTTrainer:
+    packing: Packing | None = None,
+) -> KitTrainer:
     """A trainer over prepared rows whose own preparation is off.
 
     Args:
         model: base with an adapter attached.
         checkpoints: folder for checkpoints; nothing is written elsewhere.
+        packing: of the training rows, if `data.batching` is packed. Held-out rows are then packed too.
+    Raises:
+        RunError: the rows are packed, and this model's attention would not keep them apart.
     """
+    if (packing is not None) is not (recipe.data.batching is Batching.packed):
+        raise ValueError(f"data.batching={recipe.data.batching.name}, and packing is {packing}")
     optimizer, line = effective_optimizer(recipe.optim, has_gpu=torch.cuda.is_available())
     if line:
         say(line)
-    trainer = SFTTrainer(
+    undo: list[Callable[[], None]] = []
+    if packing is not None:
+        undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
+        check_isolation(model, recipe.model.attention)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    dataset = training_dataset(train, packing)
+    trainer = KitTrainer(
         model=model,
-        args=sft_config(recipe, optimizer, checkpoints, rows=len(train), evaluates=bool(held_out)),
-        train_dataset=Dataset.from_list(training_features(train)),
-        eval_dataset=Dataset.from_list(training_features(held_out)) if held_out else None,
-        data_collator=Collator(tokenizer.pad_token_id),
+        args=sft_config(
+            recipe, optimizer, checkpoints, items=len(dataset), evaluates=bool(held_out), processes=processes
+        ),
+        train_dataset=dataset,
+        eval_dataset=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
+        data_collator=_collator(recipe, tokenizer.pad_token_id, packing),
         processing_class=tokenizer,
         callbacks=[watch],
     )
+    trainer.order = _order(recipe, train, len(dataset), processes)
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
     if not torch.cuda.is_available():
-        skip_untrained_positions(model.get_base_model())
+        undo.append(skip_untrained_positions(model.get_base_model()))
+    trainer.undo = undo
     return trainer
 
 
+def _collator(recipe: TrainRecipe, pad_token_id: int, packing: Packing | None) -> Collator | PackedCollator:
+    if packing is None:
+        return Collator(pad_token_id)
+    if recipe.model.attention is Attention.flex_attention:
+        return PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id)
+    return PackedCollator()
+
+
+def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRecipe, processes: int) -> Dataset:
+    alike = None if packing is None else pack(rows.lengths, max(packing.capacity, int(rows.lengths.max())))
+    multiple = recipe.trainer.batch_size * processes if processes > 1 else 1
+    return training_dataset(rows, alike, multiple)
+
+
+def _order(recipe: TrainRecipe, rows: TokenRows, items: int, processes: int) -> Order:
+    seed = recipe.trainer.seed
+    if recipe.data.batching is Batching.by_length:
+        return partial(by_length, rows.lengths, recipe.trainer.batch_size * processes, seed)
+    return partial(shuffled, items, seed)
+
+
 def sft_config(
-    recipe: TrainRecipe, optimizer: OptimizerName, checkpoints: Path, *, rows: int, evaluates: bool
+    recipe: TrainRecipe,
+    optimizer: OptimizerName,
+    checkpoints: Path,
+    *,
+    items: int,
+    evaluates: bool,
+    processes: int = 1,
 ) -> SFTConfig:
-    """TRL's configuration; every value that its defaults would cut, pack or hide is set here."""
+    """TRL's configuration; every value that its defaults would cut, pack or hide is set here.
+
+    Args:
+        items: training rows, or bins of a packing.
+        processes: that share the items.
+    """
     loop, optim = recipe.trainer, recipe.optim
-    steps = loop.steps(rows)
+    steps = loop.steps(items, processes)
     evaluation = "steps" if evaluates and loop.eval_every_steps else "no"
     return SFTConfig(
         output_dir=str(checkpoints),
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
         per_device_train_batch_size=loop.batch_size,
         per_device_eval_batch_size=loop.batch_size,
         gradient_accumulation_steps=loop.gradient_accumulation,
@@ -106,6 +166,7 @@ def sft_config(
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
@@ -123,13 +184,13 @@ def _optimizer_arguments(optim: OptimConfig, optimizer: OptimizerName, steps: in
     }
 
 
-def fit(trainer: SFTTrainer, checkpoint: Path | None) -> Progress:
+def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
     """Train to the end, or until a stop was asked for; resumes exactly from a checkpoint."""
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return Progress(trainer.state.global_step, trainer.state.max_steps, float(output.training_loss))
 
 
-def held_out_loss(trainer: SFTTrainer) -> float | None:
+def held_out_loss(trainer: KitTrainer) -> float | None:
     """Mean loss over the trained tokens of the held-out rows; None without such rows."""
     if trainer.eval_dataset is None:
         return None

@@ -1,24 +1,69 @@
-"""Padding and labels follow the mask of the rows."""
+"""Padding, packing and labels follow the mask of the rows."""
 
+import numpy as np
+import pytest
 import torch
 
-from qlora_kit.data.collate import Collator, training_features
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.collate import Collator, PackedCollator, feature
+from tests.stored_rows import stored_rows
 
-ROWS = [TokenRow((5, 6, 2), (False, True, True), "a", 1), TokenRow((7, 2), (False, True), "a", 2)]
-
-
-def test_labels_are_the_trained_tokens_alone():
-    assert training_features(ROWS) == [
-        {"input_ids": [5, 6, 2], "labels": [-100, 6, 2]},
-        {"input_ids": [7, 2], "labels": [-100, 2]},
-    ]
+ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]
 
 
-def test_a_batch_is_padded_on_the_right_by_position():
-    batch = Collator(pad_token_id=2)(training_features(ROWS))
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return stored_rows(tmp_path_factory.mktemp("collate") / "store", ROWS)
+
+
+def test_labels_are_the_trained_tokens_alone(rows):
+    one = feature(rows, [0])
+    assert one["input_ids"].tolist() == [5, 6, 2]
+    assert one["labels"].tolist() == [-100, 6, 2]
+    assert one["lengths"].tolist() == [3]
+    assert {array.dtype for array in one.values()} == {np.dtype(np.int64)}
+
+
+def test_samples_of_one_feature_follow_each_other(rows):
+    both = feature(rows, np.array([1, 0]))
+    assert both["input_ids"].tolist() == [7, 2, 5, 6, 2]
+    assert both["labels"].tolist() == [-100, 2, -100, 6, 2]
+    assert both["lengths"].tolist() == [2, 3]
+
+
+def test_a_batch_is_padded_on_the_right_by_position(rows):
+    batch = Collator(pad_token_id=2)([feature(rows, [0]), feature(rows, [1])])
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     # The pad token is also the one that ends an answer: its last place is masked, the answer's own is not.
     assert batch["labels"].tolist() == [[-100, 6, 2], [-100, 2, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_packed_batch_is_one_row_without_padding(rows):
+    batch = PackedCollator()([feature(rows, [2, 1]), feature(rows, [0])])
+    assert batch["input_ids"].tolist() == [[9, 8, 4, 2, 7, 2, 5, 6, 2]]
+    # 9 begins a sample, so nothing predicts it, though the row trains it
+    assert batch["labels"].tolist() == [[-100, 8, -100, 2, -100, 2, -100, 6, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
+    assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids")} == {torch.int64}
+    assert batch["cu_seq_lens_q"].dtype is torch.int32
+    assert type(batch["max_length_q"]) is int
+    assert "attention_mask" not in batch
+
+
+def test_packing_leaves_the_features_as_they_were(rows):
+    one = feature(rows, [2])
+    PackedCollator()([one])
+    assert one["labels"].tolist() == [9, 8, -100, 2]
+
+
+def test_a_packed_batch_is_filled_up_by_a_sample_of_its_own(rows):
+    batch = PackedCollator(filled_to=8, filler=3)([feature(rows, [1, 0])])
+    assert batch["input_ids"].tolist() == [[7, 2, 5, 6, 2, 3, 3, 3]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 6, 2, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 8]
+    full = PackedCollator(filled_to=5, filler=3)([feature(rows, [1, 0])])
+    assert full["input_ids"].tolist() == [[7, 2, 5, 6, 2]]

@@ -1,71 +1,234 @@
-"""TRL receives the kit's rows as they are: no cut, no packing, the kit's mask, fp32 adapters."""
+"""TRL receives the kit's rows as they are: no cut, no packing of its own, the kit's mask and order, fp32 adapters."""
 
+import pickle
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
 import pytest
 import torch
+from trl import SFTTrainer
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
-from qlora_kit.data.collate import Collator, training_features
-from qlora_kit.data.render import TokenRow
+from qlora_kit.core.errors import RunError
+from qlora_kit.data.collate import Collator, feature
+from qlora_kit.data.packing import pack
+from qlora_kit.data.tokens import TokenRows, TokenStore
+from qlora_kit.engine.packed_attention import SDPA_PACKED
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.data import Batching, DataConfig
+from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.optim import OptimizerName
-from qlora_kit.schema.quant import ComputeDtype, QuantConfig
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, sft_config
+from qlora_kit.training.dataset import training_dataset
+from qlora_kit.training.sft import build_trainer, fit, held_out_loss, sft_config
+from tests.drawn_rows import drawn_rows
+from tests.stored_rows import stored_rows
 from tests.tiny_models import build_tiny_model
 
 LONG = 1500  # TRL's own default cuts at 1,024
+LENGTHS = [9, 40, 3, 21, 33, 14, 5, 60, 12, 27, 18, 2]
+HELD_OUT = [50, 4, 4, 31, 2]
 
 
-def row(length, trained_from, line):
-    ids = tuple(5 + (7 * line + position) % 500 for position in range(length))
-    return TokenRow(ids, tuple(position >= trained_from for position in range(length)), "rows.jsonl", line)
+def recipe_for(batching=Batching.padded, **loop):
+    settings = {"batch_size": 2, "max_steps": 2, "gradient_checkpointing": False, **loop}
+    return TrainRecipe(
+        quant=QuantConfig(kind=QuantKind.none, compute_dtype=ComputeDtype.float32),
+        data=DataConfig(batching=batching),
+        trainer=TrainerConfig(**settings),
+    )
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    quant = QuantConfig(compute_dtype=ComputeDtype.float32)
-    return TrainRecipe(quant=quant, trainer=TrainerConfig(batch_size=2, max_steps=2, gradient_checkpointing=False))
+def base(tmp_path_factory):
+    return build_tiny_model("llama", tmp_path_factory.mktemp("sft") / "base", max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
-def trainer(recipe, tmp_path_factory):
-    folder = build_tiny_model("llama", tmp_path_factory.mktemp("sft") / "base", max_position_embeddings=2048)
-    model = attach_lora(load_base(folder, recipe.quant), recipe.lora)
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return drawn_rows(folder / "train", LENGTHS, 1), drawn_rows(folder / "held_out", HELD_OUT, 2)
+
+
+def trainer_for(base, recipe, train, held_out, folder):
+    packing = pack(train.lengths, 64) if recipe.data.batching is Batching.packed else None
+    torch.manual_seed(0)
+    model = attach_lora(load_base(base, recipe.quant, recipe.model.attention), recipe.lora)
     watch = Watch(AllTrackers([]), StopOnSignal())
-    rows = [row(LONG, 1400, 1), row(30, 20, 2)]
-    return build_trainer(model, load_tokenizer(folder), recipe, rows, rows, folder.parent / "checkpoints", watch)
+    return build_trainer(model, load_tokenizer(base), recipe, train, held_out, folder, watch, packing)
 
 
-def test_rows_reach_the_loss_whole(trainer):
-    assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [LONG, 30]
+@pytest.fixture
+def built(base, rows, tmp_path):
+    """A trainer for each way of batching, on the same rows."""
+    return lambda batching=Batching.padded, **loop: trainer_for(base, recipe_for(batching, **loop), *rows, tmp_path)
 
 
-def test_the_loss_is_that_of_the_kits_mask(trainer):
-    rows = [row(40, 25, 3), row(12, 4, 4)]
-    batch = {name: part.to(trainer.model.device) for name, part in Collator(0)(training_features(rows)).items()}
+def test_rows_reach_the_loss_whole(base, tmp_path):
+    rows = stored_rows(tmp_path / "rows", [([7] * LONG, [True] * LONG), ([8] * 30, [True] * 30)])
+    trainer = trainer_for(base, recipe_for(), rows, None, tmp_path)
+    (batch,) = trainer.get_train_dataloader()
+    assert sorted(batch["attention_mask"].sum(dim=1).tolist()) == [30, LONG]
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_trl_prepares_nothing(base, rows, tmp_path, monkeypatch, batching):
+    def prepare(*_, **__):
+        raise AssertionError("TRL prepared the rows")
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", prepare)
+    trainer = trainer_for(base, recipe_for(batching, max_steps=1), *rows, tmp_path)
+    fit(trainer, None)
+    held_out_loss(trainer)
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_each_row_is_read_once_an_epoch(built, rows, batching):
+    trainer = built(batching)
+    read = [np.zeros(0, dtype=np.int64)]
+    collate = trainer.data_collator
+    trainer.data_collator = lambda features: read.extend(one["input_ids"] for one in features) or collate(features)
+    steps = len(list(trainer.get_train_dataloader()))
+    assert np.array_equal(np.sort(np.concatenate(read)), np.sort(rows[0].store.tokens))
+    assert steps == {Batching.packed: 2}.get(batching, 6)  # 244 tokens in bins of 64, two a batch
+
+
+def test_rows_by_length_are_padded_little(built):
+    padded, grouped = (
+        sum(batch["attention_mask"].numel() for batch in built(batching).get_train_dataloader())
+        for batching in (Batching.padded, Batching.by_length)
+    )
+    assert sum(LENGTHS) < grouped < padded
+
+
+def test_packed_batches_hold_no_padding(built):
+    batches = list(built(Batching.packed).get_train_dataloader())
+    assert sum(batch["input_ids"].numel() for batch in batches) == sum(LENGTHS)
+    assert all("attention_mask" not in batch for batch in batches)
+
+
+def test_the_loss_is_that_of_the_kits_mask(built, rows):
+    trainer = built()
+    batch = Collator(0)([feature(rows[0], [1]), feature(rows[0], [3])])
+    batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)  # measured: 2e-7
-    assert int((batch["labels"] != -100).sum()) == 15 + 8
 
 
-def test_adapters_are_trained_in_fp32(trainer):
+@pytest.mark.parametrize("batching", Batching)
+def test_held_out_loss_is_the_mean_over_tokens(built, rows, batching):
+    trainer = built(batching)
+    losses, tokens = [], 0
+    for index in range(len(HELD_OUT)):
+        batch = Collator(0)([feature(rows[1], [index])])
+        with torch.no_grad():
+            logits = trainer.model.get_base_model()(input_ids=batch["input_ids"]).logits
+        labels = batch["labels"][0, 1:]
+        losses.append(float(torch.nn.functional.cross_entropy(logits[0, :-1], labels, reduction="sum")))
+        tokens += int((labels != -100).sum())
+    assert held_out_loss(trainer) == pytest.approx(sum(losses) / tokens, rel=1e-5)
+
+
+def test_items_that_fill_an_evaluation_add_nothing(rows):
+    dataset = training_dataset(rows[1], multiple=4)
+    assert len(dataset) == 8
+    assert [len(item["input_ids"]) for item in dataset] == [*HELD_OUT, 50, 50, 50]
+    assert all((item["labels"] == -100).all() for item in islice(dataset, 5, None))
+
+
+def test_a_dataset_of_many_rows_reads_them_when_asked(tmp_path, monkeypatch):
+    store = stored_rows(tmp_path / "rows", [([5, 6, 7], [False, True, True])])
+    many = store.select(np.zeros(200_000, dtype=np.int64))
+    packing = pack(many.lengths, 2048)
+    read = []
+    arrays = TokenRows.arrays
+    monkeypatch.setattr(TokenRows, "arrays", lambda rows, index: read.append(index) or arrays(rows, index))
+    dataset = training_dataset(many, packing)
+    assert read == []
+    assert dataset.data.nbytes < 10_000  # 294 bins, one number each
+    assert len(dataset[0]["input_ids"]) == 2046
+    assert read == packing.bin(0).tolist()
+
+
+def test_a_pickled_reader_opens_the_store_anew(rows):
+    dataset = training_dataset(rows[0])
+    before = dataset[3]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 20_000
+    assert isinstance(again.format["format_kwargs"]["transform"].rows.store, TokenStore)
+    assert np.array_equal(again[3]["labels"], before["labels"])
+
+
+def test_adapters_are_trained_in_fp32(base, rows, tmp_path):
+    recipe = replace(recipe_for(), quant=QuantConfig(compute_dtype=ComputeDtype.float32))  # TRL makes NF4's bf16
+    trainer = trainer_for(base, recipe, *rows, tmp_path)
     trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32}
     assert adapter_size(trainer.model).modules == 14
 
 
-def test_no_default_of_trl_cuts_packs_or_hides(recipe, tmp_path):
-    config = sft_config(recipe, OptimizerName.adamw, tmp_path, rows=8, evaluates=False)
+def test_no_default_of_trl_cuts_packs_or_hides(tmp_path):
+    config = sft_config(recipe_for(), OptimizerName.adamw, tmp_path, items=8, evaluates=False)
     assert config.max_length is None
     assert config.packing is False
+    assert config.padding_free is False
     assert config.dataset_kwargs == {"skip_prepare_dataset": True}
+    assert config.remove_unused_columns is False
+    assert config.average_tokens_across_devices is True
     assert config.logging_nan_inf_filter is False
     assert config.report_to == []
     assert config.output_dir == str(tmp_path)
+
+
+def test_steps_are_counted_in_items_of_all_processes(tmp_path):
+    recipe = recipe_for(max_steps=None, gradient_accumulation=2)
+    steps = [
+        sft_config(recipe, OptimizerName.adamw, tmp_path, items=17, evaluates=False, processes=processes).max_steps
+        for processes in (1, 2)
+    ]
+    assert steps == [5, 3]  # 9 batches of 2, then 5 of 4, two a step
+
+
+def test_the_model_is_isolated_for_training_and_given_back(built):
+    trainer = built(Batching.packed)
+    model = trainer.model.get_base_model()
+    assert model.config._attn_implementation == SDPA_PACKED
+    scored = model.forward
+    trainer.restore_model()
+    assert model.config._attn_implementation == "sdpa"
+    assert model.forward is not scored
+    trainer.restore_model()
+
+
+def test_padded_rows_leave_the_attention_alone(built):
+    assert built().model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_packing_and_the_recipe_must_agree(base, rows, tmp_path):
+    recipe = recipe_for(Batching.packed)
+    model = attach_lora(load_base(base, recipe.quant), recipe.lora)
+    watch = Watch(AllTrackers([]), StopOnSignal())
+    with pytest.raises(ValueError, match=r"data.batching=packed, and packing is None"):
+        build_trainer(model, load_tokenizer(base), recipe, rows[0], None, tmp_path, watch)
+
+
+def test_attention_that_reads_across_samples_ends_the_run(base, rows, tmp_path):
+    recipe = replace(recipe_for(Batching.packed), model=ModelConfig(source="", attention=Attention.eager))
+    with pytest.raises(RunError, match="samples cannot be packed with eager"):
+        trainer_for(base, recipe, *rows, tmp_path)
+
+
+def test_a_leak_ends_the_run(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.training.sft.isolate_samples", lambda model, attention: lambda: None)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
+    with pytest.raises(RunError, match="packed samples read each other with sdpa"):
+        trainer_for(base, recipe_for(Batching.packed), *rows, tmp_path)
