@@ -1,42 +1,58 @@
-"""`qlora-kit inspect`: rendered rows with the trained tokens marked; needs the tokenizer alone."""
+"""`qlora-kit inspect`: rendered rows with the trained tokens marked, and audits; needs the tokenizer alone."""
 
+from pathlib import Path
 from typing import cast
 
 from qlora_kit.cli.line import parse_line
-from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.schema.root import TrainRecipe
 
-HELP = """usage: qlora-kit inspect [rows=N] [group=option] [path=value]
+HELP = """usage: qlora-kit inspect [rows=N] [page=FILE.html] [group=option] [path=value]
 
-Prints N rendered training rows with the trained tokens marked, and counts over all rows. Loads no weight.
+Prints N rendered training rows with the trained tokens marked, how long rows are, what each source holds, and what is
+wrong or worth knowing: repeats, leaks, answers that never end, broken text. page= writes it all as one HTML file.
+Loads no weight. Exits with 2 where training would not start.
 
 Examples:
   qlora-kit inspect experiment=smollm2_135m_home_commands_cpu
-  qlora-kit inspect rows=9 model=llama3_1_8b model.source=/models/llama data=jsonl_messages data.train_file=my.jsonl"""
+  qlora-kit inspect page=inspect.html experiment=smollm2_135m_home_commands_cpu
+  qlora-kit inspect rows=9 model=llama3_1_8b model.source=/models/llama data=messages data.train_file=my.jsonl"""
 
 DEFAULT_ROWS = 3
+OWN = ("rows", "page")
 
 
 def run(arguments: list[str]) -> int:
-    """Print the rows; returns the exit code."""
+    """Print the rows and the findings; returns the exit code."""
     line = parse_line(arguments)
     if line.wants_help:
         print(HELP)
         return EXIT_OK
-    count = _count(line.value("rows"))
-    overrides = [override for override in line.overrides if not override.startswith("rows=")]
+    count, page = _count(line.value("rows")), _page(line.value("page"))
+    if page is not None:
+        from qlora_kit.report.page import check_place
+
+        check_place(page)
+    overrides = [override for override in line.overrides if override.split("=", 1)[0] not in OWN]
 
     from qlora_kit.schema.compose import compose_recipe
 
     recipe = cast(TrainRecipe, compose_recipe("train", overrides).recipe)
+    return _inspect(recipe, line.value("experiment") or recipe.name, count, page)
 
-    from qlora_kit.model.source import locate_base
+
+def _inspect(recipe: TrainRecipe, name: str, count: int, page: Path | None) -> int:
+    from qlora_kit.model.source import locate_tokenizer
     from qlora_kit.model.tokenizer import load_tokenizer
-    from qlora_kit.pipelines.inspect import inspect
+    from qlora_kit.pipelines.inspect import Inspected, inspect
+    from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
 
-    tokenizer = load_tokenizer(locate_base(recipe.model), recipe.model.chat_template)
-    inspect(recipe.data, tokenizer, count)
-    return EXIT_OK
+    base = locate_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(base, recipe.model.chat_template)
+    data = rows_that_fit(recipe, base, tokenizer)
+    audit = audit_of(recipe, data, packing_of(recipe.data, data), base, tokenizer)
+    inspect(Inspected(name, data.train, data.summary, audit, tokenizer), count, page)
+    return EXIT_BAD_RECIPE if audit.has_errors else EXIT_OK
 
 
 def _count(rows: str | None) -> int:
@@ -47,3 +63,13 @@ def _count(rows: str | None) -> int:
             f"rows must be a number of at least 1, got {rows}", "the command line", f"rows={DEFAULT_ROWS}"
         )
     return int(rows)
+
+
+def _page(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    if Path(name).suffix not in (".html", ".htm"):
+        raise RecipeError(
+            f"page must name an HTML file, got {name or 'nothing'}", "the command line", "page=inspect.html"
+        )
+    return Path(name).expanduser()

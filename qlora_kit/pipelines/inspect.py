@@ -1,45 +1,77 @@
-"""`qlora-kit inspect`: rows as the model will see them, with the trained tokens marked. Needs no weights."""
+"""`qlora-kit inspect`: rows as the model will see them, and what is wrong with them. Needs no weights."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
+from qlora_kit.core.say import say
 from qlora_kit.core.units import human_count
-from qlora_kit.data.prepare import FileSummary, prepare
-from qlora_kit.data.render import TokenRow
-from qlora_kit.schema.data import DataConfig
+from qlora_kit.data.audit.audit import Audit, stop_on_errors
+from qlora_kit.data.audit.finding import Finding, Level
+from qlora_kit.data.audit.shown_tokens import shown_row
+from qlora_kit.data.summary import DataSummary, SplitSummary
+from qlora_kit.data.tokens import TokenRow, TokenRows
+from qlora_kit.report.histogram import histogram
+from qlora_kit.report.inspect_page import InspectPage, inspect_page
+from qlora_kit.report.page import write_page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAINED_STYLE = "bold green"
+LEVEL_STYLES = {Level.error: "bold red", Level.warning: "yellow", Level.note: "dim"}
 OPENING, CLOSING = "[[", "]]"
+MOST_TOKENS_ON_PAGE = 1500  # of one row
 
 
-def inspect(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", rows: int, console: Console | None = None
-) -> None:
-    """Print the first rendered rows and the counts of both files on standard output.
+@dataclass(frozen=True)
+class Inspected:
+    """What is shown: the training rows, both splits in numbers, and what was found in them."""
+
+    name: str
+    train: TokenRows
+    summary: DataSummary
+    audit: Audit
+    tokenizer: "PreTrainedTokenizerFast"
+
+
+def inspect(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
+    """Print the first rows, their lengths, the sources and the findings on standard output, and write a page.
 
     Trained tokens are bold green on a terminal and stand between [[ and ]] elsewhere.
 
     Raises:
-        RecipeError: a file or a row cannot be used.
+        RecipeError: the page's place is taken by another file.
     """
     console = console or Console()
-    data = prepare(config, tokenizer)
-    for row in data.train[:rows]:
-        trained = sum(row.trained)
-        console.print(Text(f"{row.file}:{row.line}  {len(row.input_ids)} tokens, {trained} trained", style="bold"))
-        console.print(marked_text(row, tokenizer, with_brackets=not console.is_terminal), soft_wrap=True)
-        console.print()
-    how = "bold green" if console.is_terminal else f"{OPENING} {CLOSING}"
-    console.print(Text(f"trained tokens are marked with {how}; padding is added to each batch and never trained"))
-    for name, summary in (("train", data.summary.train), ("held out", data.summary.held_out)):
-        if summary is not None:
-            console.print(Text(counts(name, summary)), soft_wrap=True)
+    _print_rows(shown.train[:rows], shown.tokenizer, console)
+    _print_lengths(shown.audit, console)
+    console.print(_sources(shown.summary))
+    console.print()
+    for finding in shown.audit.findings:
+        _print_finding(finding, console)
+    if page is not None:
+        write_page(page, _page(shown, rows))
+        console.print(Text(f"page: {page}"), soft_wrap=True)
+
+
+def gate(audit: Audit) -> None:
+    """Tell the user each warning on standard error, then stop on errors.
+
+    Raises:
+        RecipeError: with one problem for each finding that is an error.
+    """
+    for finding in audit.findings:
+        if finding.level is Level.warning:
+            where = f" ({', '.join(finding.places)})" if finding.places else ""
+            say(f"warning: {finding.what}{where}")
+    stop_on_errors(audit)
 
 
 def marked_text(row: TokenRow, tokenizer: "PreTrainedTokenizerFast", *, with_brackets: bool) -> Text:
@@ -54,10 +86,60 @@ def marked_text(row: TokenRow, tokenizer: "PreTrainedTokenizerFast", *, with_bra
     return text
 
 
-def counts(name: str, summary: FileSummary) -> str:
-    """One line of numbers for a file of rows."""
-    dropped = f" ({summary.dropped_rows} dropped)" if summary.dropped_rows else ""
-    return (
-        f"{name:<8}  {summary.file}: {summary.rows} rows{dropped}, {human_count(summary.tokens)} tokens, "
-        f"{summary.trained_share:.1%} trained, longest row {summary.longest_row} tokens"
+def _print_rows(rows: Sequence[TokenRow], tokenizer: "PreTrainedTokenizerFast", console: Console) -> None:
+    for row in rows:
+        trained = sum(row.trained)
+        console.print(Text(f"{row.file}:{row.line}  {len(row.input_ids)} tokens, {trained} trained", style="bold"))
+        console.print(marked_text(row, tokenizer, with_brackets=not console.is_terminal), soft_wrap=True)
+        console.print()
+    how = TRAINED_STYLE if console.is_terminal else f"{OPENING} {CLOSING}"
+    console.print(
+        Text(f"trained tokens are marked with {how}; padding is added to each batch and never trained"), soft_wrap=True
     )
+    console.print()
+
+
+def _print_lengths(audit: Audit, console: Console) -> None:
+    allowed = f", at most {audit.capacity:,} allowed" if audit.capacity is not None else ""
+    console.print(Text(f"training rows by tokens{allowed}", style="bold"))
+    for line in histogram(audit.lengths, mark="#" if console.options.ascii_only else "█"):
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _sources(summary: DataSummary) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("split", "source"):
+        table.add_column(name, no_wrap=True)
+    for name in ("rows", "tokens", "trained", "longest", "skipped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for split, part in (("train", summary.train), ("held out", summary.held_out)):
+        if part is not None:
+            _add_sources(table, split, part)
+    return table
+
+
+def _add_sources(table: Table, split: str, part: SplitSummary) -> None:
+    longest, is_one = f"{part.longest_row:,}", len(part.sources) == 1
+    for source in part.sources:
+        numbers = (f"{source.rows:,}", human_count(source.tokens), f"{source.trained_share:.1%}")
+        table.add_row(split, Text(source.name), *numbers, longest if is_one else "", f"{source.bad_rows:,}")
+    if not is_one:
+        skipped = sum(source.bad_rows for source in part.sources)
+        numbers = (f"{part.rows:,}", human_count(part.tokens), f"{part.trained_share:.1%}")
+        table.add_row(split, "all", *numbers, longest, f"{skipped:,}", style="bold")
+
+
+def _print_finding(finding: Finding, console: Console) -> None:
+    line = Text.assemble((f"{finding.level.value:<8}", LEVEL_STYLES[finding.level]), finding.what)
+    console.print(line, soft_wrap=True)
+    for name, value in (("at", ", ".join(finding.places)), ("fix", finding.fix)):
+        if value:
+            console.print(Text(f"        {name:<4}{value}"), soft_wrap=True)
+
+
+def _page(shown: Inspected, rows: int) -> str:
+    sources = [source for split in (shown.summary.train, shown.summary.held_out) if split for source in split.sources]
+    files = list(dict.fromkeys(name for source in sources for name in source.sha256))
+    taken_apart = [shown_row(row, shown.tokenizer, MOST_TOKENS_ON_PAGE) for row in shown.train[:rows]]
+    return inspect_page(InspectPage(shown.name, files, shown.summary, shown.audit, taken_apart))

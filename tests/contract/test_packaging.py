@@ -25,9 +25,12 @@ def test_the_wheel_holds_the_package_every_recipe_and_nothing_else(tmp_path):
     names = set(zipfile.ZipFile(build("wheel", tmp_path)).namelist())
     recipes = {f"qlora_kit/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qlora_kit").rglob("*.py")}
+    kinds = ("*.css", "*.jinja")
+    files = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "qlora_kit").rglob(kind)}
+    assert len(files) >= 7
     metadata = {name for name in names if ".dist-info/" in name}
     assert len(recipes) > 80
-    assert names == recipes | modules | metadata | {"qlora_kit/py.typed"}
+    assert names == recipes | modules | files | metadata | {"qlora_kit/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     assert any(name.endswith("entry_points.txt") for name in metadata)
 

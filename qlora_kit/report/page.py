@@ -1,0 +1,87 @@
+"""The shell of a page: one file, readable without a network or scripts, that knows its own kind again."""
+
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from qlora_kit import __version__
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import write_text
+
+GENERATOR = '<meta name="generator" content="qlora-kit'
+HEAD_CHARACTERS = 500  # in which the generator stands
+
+
+def text(value: object) -> str:
+    """A value as HTML text, or as the value of an attribute; control characters become their pictures."""
+    return escape(str(value).translate(_PICTURES), quote=True)
+
+
+def page(title: str, body: str, *styles: str) -> str:
+    """A whole page.
+
+    Args:
+        body: HTML, escaped already.
+        styles: names of CSS files of this package, besides page.css.
+    """
+    css = "".join(_style(name) for name in ("page.css", *styles))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR} {text(__version__)}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{text(title)}</title>\n'
+        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A table that scrolls inside its box; cells are plain text, those of the columns in `numbers` right-aligned."""
+
+    def cell(kind: str, index: int, value: str) -> str:
+        of_number = ' class="number"' if index in numbers else ""
+        return f"<{kind}{of_number}>{text(value)}</{kind}>"
+
+    head = "".join(cell("th", index, name) for index, name in enumerate(columns))
+    body = "".join(f"<tr>{''.join(cell('td', index, value) for index, value in enumerate(row))}</tr>" for row in rows)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page, over an older one but over nothing else.
+
+    Raises:
+        RecipeError: there is a file that is no page of ours, or a folder.
+    """
+    check_place(path)
+    write_text(path, html)
+
+
+def check_place(path: Path) -> None:
+    """Whether a page may be written there.
+
+    Raises:
+        RecipeError: there is a file that is no page of ours, or a folder.
+    """
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder", f"page={path}", f"page={path / 'inspect.html'}")
+    if path.exists() and not _is_ours(path):
+        other = path.with_name(f"{path.stem}-inspect.html")
+        raise RecipeError(f"{path} was not written by qlora-kit and stays as it is", f"page={path}", f"page={other}")
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return GENERATOR.encode() in stream.read(HEAD_CHARACTERS)
+
+
+@cache
+def _style(name: str) -> str:
+    return files("qlora_kit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+# HTML knows no control characters but white space; lone surrogates cannot be written at all.
+_PICTURES = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n\r"},
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"),
+    0x7F: "\N{SYMBOL FOR DELETE}",
+}
