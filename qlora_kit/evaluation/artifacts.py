@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.attach import load_adapter
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Answers, Scorer, Scores, gather_scores, predicted_positions
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from qlora_kit.model.device import this_device

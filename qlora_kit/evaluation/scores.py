@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 
 SMALLEST_REST = 1e-9  # sums of fp32 probabilities miss 1 by up to about this times the vocabulary
 

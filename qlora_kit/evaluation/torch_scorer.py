@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Answers, Scores, gather_scores, predicted_positions
 
 ROWS_AT_ONCE = 4

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 
 
 def calibration_rows(train: Sequence[TokenRow], count: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from qlora_kit.schema.model import ModelConfig
 DEMO = "demo"
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # Second copies of the same weights.
 HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -40,9 +41,25 @@ def locate_base(config: ModelConfig) -> Path:
             where="model.source",
             fix="model.revision=<commit>",
         )
-    fetched = _fetch(config.source, config.revision)
+    fetched = _fetch(config.source, config.revision, HUB_FILES)
     check_folder(fetched)
     return fetched
+
+
+def locate_tokenizer(config: ModelConfig) -> Path:
+    """A folder with the base's tokenizer and settings; of a hub repository no weight is fetched for it.
+
+    Raises:
+        RecipeError: there is no such folder, it has no tokenizer, or the hub cannot serve it.
+    """
+    folder = Path(config.source).expanduser()
+    if config.source != DEMO and folder.is_dir():
+        if problem := _no_tokenizer(folder):
+            raise RecipeError([problem])
+        return folder
+    if config.source != DEMO and config.revision and not _looks_like_a_path(config.source):
+        return _fetch(config.source, config.revision, TOKENIZER_FILES)
+    return locate_base(config)
 
 
 def check_folder(folder: Path) -> None:
@@ -58,10 +75,16 @@ def check_folder(folder: Path) -> None:
             f"model.source={folder.parent}",
         )
     problems = [*_config_problems(folder), *_weight_problems(folder)]
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        problems.append(Problem(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})", "model.source"))
+    if problem := _no_tokenizer(folder):
+        problems.append(problem)
     if problems:
         raise RecipeError(problems)
+
+
+def _no_tokenizer(folder: Path) -> Problem | None:
+    if any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    return Problem(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})", "model.source")
 
 
 def _config_problems(folder: Path) -> list[Problem]:
@@ -135,13 +158,13 @@ def _nearest(source: str, folder: Path) -> str | None:
     return str(parent / close[0]) if close else None
 
 
-def _fetch(repository: str, revision: str) -> Path:
+def _fetch(repository: str, revision: str, files: list[str]) -> Path:
     import httpx  # comes with huggingface_hub
     from huggingface_hub import errors
 
     local = "model.source=<folder of a model in Hugging Face format>"
     try:
-        return _snapshot(repository, revision)
+        return _snapshot(repository, revision, files)
     except errors.GatedRepoError as error:
         what = f"the hub wants you to accept the terms of {repository} first, and to log in"
         raise RecipeError(what, where="model.source", fix="hf auth login") from error
@@ -159,8 +182,11 @@ def _fetch(repository: str, revision: str) -> Path:
         raise RecipeError(what, where="model.source", fix=local) from error
 
 
-def _snapshot(repository: str, revision: str) -> Path:
-    """The revision from the hub's cache, without a network, else from the hub."""
+def _snapshot(repository: str, revision: str, files: list[str]) -> Path:
+    """The revision from the hub's cache, without a network, else from the hub.
+
+    The hub's library calls a revision cached when any file of it is; a fetched tokenizer must not pass for a model.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -169,14 +195,18 @@ def _snapshot(repository: str, revision: str) -> Path:
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=HUB_FILES,
+                allow_patterns=files,
                 ignore_patterns=HUB_COPIES,
                 local_files_only=local_files_only,
             )
         )
 
     try:
-        return download(local_files_only=True)
+        cached = download(local_files_only=True)
+        if files is TOKENIZER_FILES or not _weight_problems(cached):
+            return cached
     except LocalEntryNotFoundError:
-        say(f"base model: fetching {repository} at {revision} from the hub")
-        return download(local_files_only=False)
+        pass
+    what = "tokenizer" if files is TOKENIZER_FILES else "base model"
+    say(f"{what}: fetching {repository} at {revision} from the hub")
+    return download(local_files_only=False)

@@ -1,15 +1,26 @@
 """Loads the tokenizer of a base: a fast one, with a pad token, and the chat template that the recipe asks for."""
 
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import read_json
+from qlora_kit.schema.model import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Tokens that published vocabularies reserve and never produce, the likeliest first.
 _RESERVED = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>")
+
+
+def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """Ids that end an answer when the model is served: the tokenizer's end of text and the generation settings' own."""
+    path = folder / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = listed if isinstance(listed, list) else [listed]
+    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
 def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreTrainedTokenizerFast":
@@ -20,7 +31,7 @@ def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreT
 
     Args:
         folder: of a model in Hugging Face format.
-        chat_template_file: a Jinja file that replaces the model's own template.
+        chat_template_file: a Jinja file, or the name of a template of the kit, that replaces the model's own.
 
     Raises:
         RecipeError: the folder has no tokenizer that transformers reads, or only a slow one; the template is missing
@@ -45,6 +56,7 @@ def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreT
         tokenizer.pad_token = _pad_token(tokenizer, folder)
     if chat_template_file is not None:
         tokenizer.chat_template = _template(chat_template_file)
+        _check_named(tokenizer, chat_template_file)
     return tokenizer
 
 
@@ -60,7 +72,20 @@ def _pad_token(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
     return str(tokenizer.eos_token)
 
 
+def _check_named(tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
+    """A template of the kit is of use only where its tokens are single tokens of the vocabulary."""
+    missing = [token for token in CHAT_TEMPLATES.get(name, ()) if token not in tokenizer.get_vocab()]
+    if missing:
+        raise RecipeError(
+            f"the tokenizer has no token {' and no '.join(missing)}, which the chat template {name} writes",
+            where=f"model.chat_template={name}",
+            fix="model.chat_template=null",
+        )
+
+
 def _template(name: str) -> str:
+    if name in CHAT_TEMPLATES:
+        return (resources.files("qlora_kit.model") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     path = Path(name).expanduser()
     if not path.is_file():
         raise RecipeError(

@@ -7,8 +7,9 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import size_on_disk, write_json
 from qlora_kit.core.say import say
-from qlora_kit.data.render import TokenRow, answer_text, prompt_ids
-from qlora_kit.data.rows import Conversation
+from qlora_kit.data.conversation import Conversation
+from qlora_kit.data.encode import Encoder
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import open_artifact, open_trained
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
@@ -48,8 +49,8 @@ def evaluate(opened: OpenedRun, config: EvalConfig) -> list[Row]:
     exports = exported_folders(opened.directory.exports)
     wanted = _wanted(config.artifacts, list(exports))
     data = opened.held_out()
-    rows = data.held_out[: config.kl_rows]
-    exam = _exam(opened, data.held_out_conversations, config)
+    rows = data.scored(config.kl_rows)
+    exam = _exam(opened, data.held_out_conversations(config.task_rows), config)
 
     recipe, pad = opened.recipe, int(opened.tokenizer.pad_token_id)
     adapter, base = open_trained(opened.base_folder, opened.directory.adapter, recipe.quant, pad)
@@ -92,13 +93,13 @@ def _wanted(artifacts: Sequence[str], exports: list[str]) -> list[str]:
 
 
 def _exam(opened: OpenedRun, conversations: Sequence[Conversation], config: EvalConfig) -> _Exam:
-    asked = conversations[: config.task_rows]
-    task = opened.recipe.data.task
-    prompts = [prompt_ids(conversation, opened.tokenizer) for conversation in asked]
-    return _Exam(prompts, [answer_text(conversation) for conversation in asked], task, config)
+    encoder = Encoder.of(opened.tokenizer)
+    prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
+    expected = [conversation.messages[-1].content for conversation in conversations]
+    return _Exam(prompts, expected, opened.recipe.data.task, config)
 
 
-def _score_export(opened: OpenedRun, folder: Path, rows: list[TokenRow], reference: Scores, exam: _Exam) -> Row:
+def _score_export(opened: OpenedRun, folder: Path, rows: Sequence[TokenRow], reference: Scores, exam: _Exam) -> Row:
     manifest = read_manifest(folder)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], opened.tokenizer)
     try:

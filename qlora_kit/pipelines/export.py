@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from qlora_kit.core.files import size_on_disk, staged_directory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.prepare import PreparedData
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import open_artifact, open_trained
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.calibration import calibration_rows
@@ -45,7 +45,7 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
         FidelityError: a file is further from the trained model than `export.max_mean_kl`; its manifest says so.
     """
     data = opened.rows()
-    rows = data.held_out[: config.score_rows]
+    rows = data.scored(config.score_rows)
     reference = _reference(opened, rows) if rows else None
     with _merged(opened, config) as (merged, report):
         jobs = list(export_jobs(config, merged, opened.recipe.name, _calibration(data, config)))
@@ -62,7 +62,7 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
     return done
 
 
-def _reference(opened: OpenedRun, rows: list[TokenRow]) -> Scores:
+def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Scores:
     say(f"scoring the trained model on {len(rows)} held-out rows")
     recipe = opened.recipe
     trained, _ = open_trained(
@@ -96,7 +96,7 @@ def _write(
     config: ExportConfig,
     job: ExportJob,
     report: MergeReport,
-    rows: list[TokenRow],
+    rows: Sequence[TokenRow],
     reference: Scores | None,
 ) -> Exported:
     place = opened.directory.exports / job.name
@@ -132,7 +132,7 @@ def _write(
     return Exported(job.name, place, seconds, fidelity, rejected)
 
 
-def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, rows: list[TokenRow], reference: Scores) -> Fidelity:
+def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, rows: Sequence[TokenRow], reference: Scores) -> Fidelity:
     scorer = open_artifact(job.format, folder / job.file, opened.tokenizer)
     try:
         return compare(reference, scorer.score(rows, reference.ids, TOP_TOKENS))

@@ -1,10 +1,12 @@
 """A finished run, opened: what export, eval and chat need of it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import read_json
 from qlora_kit.core.rundir import RunDirectory, find_run
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.model.source import locate_base
@@ -23,8 +25,15 @@ class OpenedRun:
     tokenizer: Any
 
     def rows(self) -> PreparedData:
-        """The run's rows, read again; the recipe names their files."""
-        return prepare(self.recipe.data, self.tokenizer)
+        """The run's rows, read again; the recipe names their files.
+
+        Raises:
+            RecipeError: a file is not what it was when the run was trained.
+        """
+        recorded = read_json(self.directory.data)
+        data = prepare(self.recipe.data, self.tokenizer, recorded["train"]["max_tokens"])
+        _refuse_changed(recorded, asdict(data.summary), self.directory.data)
+        return data
 
     def held_out(self) -> PreparedData:
         """The run's rows, of which some are held out.
@@ -33,7 +42,7 @@ class OpenedRun:
             RecipeError: the run has no held-out rows to score on.
         """
         rows = self.rows()
-        if not rows.held_out:
+        if rows.held_out is None:
             raise RecipeError(
                 "this run has no held-out rows to score on",
                 str(self.directory.recipe),
@@ -48,3 +57,18 @@ def open_run(name: str) -> OpenedRun:
     recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
     base_folder = locate_base(recipe.model)
     return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter))
+
+
+def _refuse_changed(recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+    changed = [path for path, hash_ in _hashes(recorded).items() if _hashes(now).get(path) != hash_]
+    if changed:
+        raise RecipeError(
+            f"{', '.join(changed)} changed since the run was trained, so its rows are other rows",
+            str(place),
+            "put the file back as it was",
+        )
+
+
+def _hashes(summary: Mapping[str, Any]) -> dict[str, str]:
+    splits = [split for split in (summary["train"], summary["held_out"]) if split]
+    return {path: hash_ for split in splits for source in split["sources"] for path, hash_ in source["sha256"].items()}

@@ -13,11 +13,12 @@ from qlora_kit.core.files import staged_directory, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.data.prepare import prepare
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.inspect import gate
+from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import open_trackers, read_metrics, rewind_metrics
@@ -37,7 +38,9 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     quiet_libraries()
     base_folder = locate_base(recipe.model)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
-    data = prepare(recipe.data, tokenizer)
+    data = rows_that_fit(recipe, base_folder, tokenizer)
+    packing = packing_of(recipe.data, data)
+    gate(audit_of(recipe, data, packing, base_folder, tokenizer))
     _describe(recipe, run, overrides, dataclasses.asdict(data.summary))
 
     checkpoint = last_complete(run.checkpoints)
@@ -54,7 +57,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     tracker = open_trackers(recipe.tracker, run, {"recipe": recipe_yaml(recipe)})
     try:
         watch = Watch(tracker, stop, tokens_before)
-        trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch)
+        trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
         with stop.listening():
             progress = fit(trainer, checkpoint)
         if not progress.is_finished:
@@ -63,6 +66,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
                 fix=f"qlora-kit train resume={run.path}",
             )
         eval_loss = held_out_loss(trainer)
+        trainer.restore_model()
     finally:
         tracker.finish()
 

@@ -129,7 +129,7 @@ def test_an_experiment_is_named_after_its_model_and_data(path, tmp_path):
     defaults = yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"]
     chosen = {key: value for entry in defaults for key, value in entry.items()}
     model = "smollm2_135m" if chosen["override /model"] == "demo" else chosen["override /model"]
-    data = {"jsonl_messages": "chat"}.get(chosen["override /data"], chosen["override /data"])
+    data = {"messages": "chat"}.get(chosen["override /data"], chosen["override /data"])
     assert path.stem.startswith(f"{model}_{data}_")
 
 

@@ -45,12 +45,12 @@ def test_list_of_an_unknown_group(capsys):
 
 def test_show_leaves_open_what_only_the_user_knows(capsys):
     assert main(["recipes", "show", "experiment=llama3_1_8b_chat_24gb"]) == 0
-    assert "train_file: ???" in capsys.readouterr().out
+    assert "train_file: null" in capsys.readouterr().out
 
 
 def test_validate_names_what_is_missing(capsys):
     assert main(["recipes", "validate", "experiment=llama3_1_8b_chat_24gb"]) == 2
-    assert "data.train_file has no value" in capsys.readouterr().err
+    assert "there are no training rows" in capsys.readouterr().err
 
 
 def test_diff_shows_what_differs(capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-GOOD = ["model=demo", "model.source=base", "data=jsonl_messages", "data.train_file=rows.jsonl", "data.max_tokens=64"]
+GOOD = ["model=demo", "model.source=base", "data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64}
 RUN = ["run=outputs/done/1", "export=gptq_4bit"]
 
@@ -124,7 +124,7 @@ def test_a_users_recipe_wins_over_a_packaged_one(folder, tmp_path):
     group = tmp_path / "recipes" / "lora"
     group.mkdir(parents=True)
     (group / "all_linear.yaml").write_text("r: 3\n")
-    done = kit(tmp_path, "recipes", "show", "model=demo", "data=jsonl_messages", *absolute(folder))
+    done = kit(tmp_path, "recipes", "show", "model=demo", "data=messages", *absolute(folder))
     assert "  r: 3\n" in done.stdout
 
 
@@ -136,6 +136,6 @@ def test_where_a_value_was_set(folder, tmp_path):
     experiment = tmp_path / "recipes" / "experiment"
     experiment.mkdir(parents=True)
     (experiment / "mine.yaml").write_text("# @package _global_\nlora:\n  r: 0\n")
-    done = kit(tmp_path, "train", "model=demo", "data=jsonl_messages", *absolute(folder), "experiment=mine")
+    done = kit(tmp_path, "train", "model=demo", "data=messages", *absolute(folder), "experiment=mine")
     assert done.returncode == 2
     assert "recipes/experiment/mine.yaml" in done.stderr

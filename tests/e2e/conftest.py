@@ -43,7 +43,7 @@ def train_line(workshop: Path, *more: str) -> list[str]:
         "train",
         "model=demo",
         f"model.source={workshop / 'base'}",
-        "data=jsonl_messages",
+        "data=messages",
         f"data.train_file={workshop / 'train.jsonl'}",
         f"data.eval_file={workshop / 'held_out.jsonl'}",
         "data.max_tokens=128",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.data.render import TokenRow
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import (
     Scores,
     compare,

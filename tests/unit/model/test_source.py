@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.model.source import HUB_FILES, check_folder, locate_base
+from qlora_kit.model.source import HUB_FILES, check_folder, locate_base, locate_tokenizer
 from qlora_kit.schema.model import ModelConfig
 
 
@@ -164,3 +164,36 @@ def test_a_repository_in_the_hub_cache_needs_no_network(tmp_path, folder):
 def test_nothing_that_could_run_is_fetched():
     assert not [pattern for pattern in HUB_FILES if pattern.endswith((".py", ".bin", ".pt", ".pth", ".ckpt", "*"))][1:]
     assert "*.safetensors" in HUB_FILES
+
+
+def test_a_tokenizer_is_found_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert locate_tokenizer(ModelConfig(source=str(folder))) == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match="has no tokenizer"):
+        locate_tokenizer(ModelConfig(source=str(folder)))
+
+
+def test_a_fetched_tokenizer_does_not_pass_for_the_model(folder, monkeypatch, capsys):
+    """The hub's library serves a revision from its cache as soon as one file of it is there."""
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot(repository, *, revision, allow_patterns, ignore_patterns, local_files_only):
+        calls.append(local_files_only)
+        if "*.safetensors" in allow_patterns and not local_files_only:
+            (folder / "model.safetensors").touch()
+        return str(folder)
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    config = ModelConfig(source="owner/name", revision="0" * 40)
+    assert locate_tokenizer(config) == folder
+    assert calls == [True]
+    assert not (folder / "model.safetensors").exists()
+    assert locate_base(config) == folder
+    assert calls == [True, True, False]
+    assert "base model: fetching owner/name at 0000" in capsys.readouterr().err
+    assert locate_base(config) == folder
+    assert calls[3:] == [True]

@@ -5,8 +5,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.model.tokenizer import load_tokenizer
-from tests.tiny_models import mistral_tokenizer, smollm_tokenizer
+from qlora_kit.model.tokenizer import load_tokenizer, stop_ids
+from qlora_kit.schema.model import CHAT_TEMPLATES
+from tests.tiny_models import gemma_tokenizer, llama3_tokenizer, mistral_tokenizer, phi3_tokenizer, smollm_tokenizer
 
 
 def saved(folder, *names, **special):
@@ -84,3 +85,47 @@ def test_a_template_file_that_is_missing_or_empty(tmp_path, contents, reason):
         load_tokenizer(tmp_path, str(template))
     assert reason in str(caught.value)
     assert "fix      model.chat_template=null" in str(caught.value)
+
+
+NAMED = {
+    "chatml": (smollm_tokenizer, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"),
+    "gemma": (gemma_tokenizer, "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nyes<end_of_turn>\n"),
+    "llama3": (
+        llama3_tokenizer,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|>",
+    ),
+    "mistral": (mistral_tokenizer, "<s>[INST] hi [/INST] yes</s>"),
+    "phi3": (phi3_tokenizer, "<|user|>\nhi<|end|>\n<|assistant|>\nyes<|end|>\n"),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_named_template_replaces_the_models_own(tmp_path, name):
+    make, expected = NAMED[name]
+    tokenizer = make()
+    tokenizer.chat_template = "{{ 'other' }}"
+    tokenizer.save_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    loaded = load_tokenizer(tmp_path, name)
+    assert loaded.apply_chat_template(turns, tokenize=False) == expected
+    prompt = loaded.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert expected.startswith(prompt)
+    assert prompt.endswith(expected[: expected.index("yes")].rstrip(" ")[-5:])
+
+
+def test_a_named_template_needs_its_tokens(tmp_path):
+    mistral_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_tokenizer(tmp_path, "chatml")
+    assert "the tokenizer has no token <|im_start|> and no <|im_end|>" in str(caught.value)
+    assert "model.chat_template=null" in str(caught.value)
+
+
+def test_stop_ids_are_those_of_the_tokenizer_and_of_the_generation_settings(tmp_path):
+    tokenizer = smollm_tokenizer()
+    assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5, 7}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5}

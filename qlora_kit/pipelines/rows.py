@@ -1,0 +1,102 @@
+"""A recipe's rows, prepared for this device: `data.max_tokens=auto` resolved, bins packed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import read_json
+from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes
+from qlora_kit.data.audit.audit import Audit, audit
+from qlora_kit.data.audit.finding import by_level
+from qlora_kit.data.encode import Encoder
+from qlora_kit.data.packing import Packing, pack
+from qlora_kit.data.prepare import PreparedData, longest_stored_row, prepare
+from qlora_kit.data.template.prompt_check import prompt_finding
+from qlora_kit.memory.free import free_memory_bytes
+from qlora_kit.memory.longest import longest_that_fits
+from qlora_kit.memory.shapes import shape_of_config
+from qlora_kit.model.tokenizer import stop_ids
+from qlora_kit.schema.data import AUTO, Batching, DataConfig
+from qlora_kit.schema.root import TrainRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def rows_that_fit(recipe: TrainRecipe, base_folder: Path, tokenizer: "PreTrainedTokenizerFast") -> PreparedData:
+    """Both splits of a recipe, no row longer than `data.max_tokens` or what `auto` comes to.
+
+    Raises:
+        RecipeError: the rows cannot be used, or not even a short one fits.
+    """
+    if recipe.data.max_tokens != AUTO:
+        return prepare(recipe.data, tokenizer)
+    longest = longest_stored_row(recipe.data, tokenizer)
+    return prepare(recipe.data, tokenizer, longest_row(recipe, base_folder, longest))
+
+
+def packing_of(config: DataConfig, data: PreparedData) -> Packing | None:
+    """The bins that the training rows are packed into; None where they are padded."""
+    if config.batching is not Batching.packed:
+        return None
+    return pack(data.train.lengths, data.summary.train.max_tokens)
+
+
+def audit_of(
+    recipe: TrainRecipe,
+    data: PreparedData,
+    packing: Packing | None,
+    base_folder: Path,
+    tokenizer: "PreTrainedTokenizerFast",
+) -> Audit:
+    """What is to be said of the rows before a weight is loaded."""
+    found = audit(
+        data,
+        tokenizer,
+        data.summary.train.max_tokens,
+        stop_ids(base_folder, tokenizer),
+        train_on=recipe.data.train_on,
+        packing=packing,
+        batch_size=recipe.trainer.batch_size,
+    )
+    extra = prompt_finding(Encoder.of(tokenizer).template if recipe.data.apply_chat_template else None)
+    return replace(found, findings=by_level([*found.findings, extra])) if extra else found
+
+
+def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
+    """Tokens that a row may have.
+
+    `auto` is the smallest of what fits into the device's free memory, the model's context, and, where rows are not
+    packed, the longest row there is.
+
+    Args:
+        longest: tokens of the longest row.
+
+    Raises:
+        RecipeError: not even a short row fits.
+    """
+    if isinstance(recipe.data.max_tokens, int):
+        return recipe.data.max_tokens
+    config = read_json(base_folder / "config.json")
+    context = context_of(config)
+    is_packed = recipe.data.batching is Batching.packed
+    most = context if is_packed else min(context, longest)
+    free = free_memory_bytes()
+    fits = longest_that_fits(recipe, shape_of_config(config), free, most)
+    if fits == 0:
+        raise RecipeError(
+            f"by the estimate not even a short row fits into the {human_bytes(free)} that are free",
+            "data.max_tokens=auto",
+            "trainer.batch_size=1, or see qlora-kit plan for what needs the memory",
+        )
+    why = "the model's context" if fits == context else "the longest row" if fits == most else "what fits"
+    say(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, the longest row has {longest} tokens)")
+    return fits
+
+
+def context_of(config: object) -> int:
+    """Positions that the model was made for, as config.json says."""
+    text = config.get("text_config") or config if isinstance(config, dict) else {}
+    return int(text.get("max_position_embeddings") or 2048)
