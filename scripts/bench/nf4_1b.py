@@ -92,7 +92,7 @@ def main() -> None:
         f"model.source={work / 'base'}",
         "quant=nf4_double",
         "lora=all_linear",
-        "data=jsonl_messages",
+        "data=messages",
         f"data.train_file={work / 'rows.jsonl'}",
         "data.max_tokens=4096",
         "optim=paged_adamw_8bit",
