@@ -35,12 +35,14 @@ class EncodedRow:
         turn_starts: `[K]` int32: the tokens before the first user turn, then where each later user turn begins; empty
             where there is no place to split.
         dropped_reasoning: assistant turns whose reasoning the template left out.
+        dropped_text: assistant turns whose text beside tool calls it left out.
     """
 
     ids: Ids
     trained: Mask
     turn_starts: npt.NDArray[np.int32]
     dropped_reasoning: int = 0
+    dropped_text: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class Encoder:
             np.concatenate(([False] * len(front), trained, [True] * len(end))).astype(np.bool_),
             np.array([cut + len(front) for cut in cuts], dtype=np.int32),
             text.dropped_reasoning,
+            text.dropped_text,
         )
 
     def _chat(self) -> ChatTemplate:

@@ -20,7 +20,7 @@ from qlora_kit.data.encode import EncodedRow, Encoder
 from qlora_kit.data.formats.bad_rows import BadRowError
 from qlora_kit.data.formats.reader import RowReader
 from qlora_kit.data.sources.source import Piece, parse
-from qlora_kit.data.tokens import REASONING_DROPPED, BadRow, Ids, Ints, Mask
+from qlora_kit.data.tokens import REASONING_DROPPED, TEXT_DROPPED, BadRow, Ids, Ints, Mask
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -129,8 +129,9 @@ def _as_arrays(
 
 
 def _bits(conversation: Conversation, row: EncodedRow) -> int:
-    said = int(oddities(message.content for message in conversation.messages))
-    return said | (REASONING_DROPPED if row.dropped_reasoning else 0)
+    texts = (text for message in conversation.messages for text in (message.content, message.reasoning) if text)
+    left_out = (REASONING_DROPPED if row.dropped_reasoning else 0) | (TEXT_DROPPED if row.dropped_text else 0)
+    return int(oddities(texts)) | left_out
 
 
 def _joined(arrays: Sequence[npt.NDArray[Number]], dtype: type[Number]) -> npt.NDArray[Number]:

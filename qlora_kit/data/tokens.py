@@ -16,7 +16,8 @@ Ids = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
 
 ROWS_AT_ONCE = 65536
-REASONING_DROPPED = 1 << 31  # of `RowTable.oddities`: the template left reasoning of an earlier turn out
+# Bits of `RowTable.oddities` for what the template left out of an assistant turn: its reasoning, its text beside calls.
+REASONING_DROPPED, TEXT_DROPPED = 1 << 31, 1 << 30
 
 TOKENS_FILE, TRAINED_FILE, ROWS_FILE, META_FILE = "tokens.bin", "trained.bin", "rows.npz", "store.json"
 

@@ -11,7 +11,7 @@ from qlora_kit.data.audit.oddities import FLAWS, SCRIPTS, WORDS, Oddity
 from qlora_kit.data.audit.special_tokens import SpecialTokens
 from qlora_kit.data.audit.token_scan import Scan
 from qlora_kit.data.summary import LongRowCounts, SplitSummary
-from qlora_kit.data.tokens import REASONING_DROPPED, Ints, TokenRows
+from qlora_kit.data.tokens import REASONING_DROPPED, TEXT_DROPPED, Ints, TokenRows
 from qlora_kit.schema.data import TrainOn
 
 MANY_REPEATS = 0.01  # of the rows
@@ -20,6 +20,20 @@ MAJORITY = 0.99  # of the rows: a script that so many have is expected of the re
 MANY_LEFT_OUT = 0.01  # of the rows
 ANY_SCRIPT = sum(SCRIPTS)
 GRAVE = Oddity.CONTROL | Oddity.REPLACEMENT | Oddity.MOJIBAKE
+
+# What a chat template can leave out of an assistant turn: name of the finding, the loss in words, what to do.
+LEFT_OUT = {
+    REASONING_DROPPED: (
+        "reasoning_left_out",
+        "reasoning of an assistant turn, which the chat template leaves out, so it is not learnt",
+        "write it into the content as the model does, <think>...</think>; where earlier turns lose it, data.train_on=last",
+    ),
+    TEXT_DROPPED: (
+        "text_left_out",
+        "text beside tool calls, which the chat template leaves out, so it is not learnt",
+        "give the text a turn of its own, or model.chat_template=<a Jinja file that writes it>",
+    ),
+}
 
 
 def repeats(train: TokenRows) -> Iterator[Finding]:
@@ -148,11 +162,11 @@ def odd_texts(rows: TokenRows) -> Iterator[Finding]:
             what = f"{counted(len(found), 'row holds', 'rows hold')} {WORDS[flaw]} ({len(found) / len(chosen):.1%})"
             name = f"text_{(flaw.name or '').lower()}"
             yield Finding(level, name, what, places(found, rows.place), len(found), "mend the rows' text")
-    found = chosen[(bits & REASONING_DROPPED) > 0]
-    if len(found):
-        holds = counted(len(found), "row holds", "rows hold")
-        what = f"{holds} reasoning in an earlier turn, which the chat template leaves out, as it does when serving"
-        yield Finding(Level.note, "reasoning_left_out", what, places(found, rows.place), len(found))
+    for bit, (name, lost, fix) in LEFT_OUT.items():
+        found = chosen[(bits & bit) > 0]
+        if len(found):
+            what = f"{counted(len(found), 'row loses', 'rows lose')} {lost}"
+            yield Finding(Level.warning, name, what, places(found, rows.place), len(found), fix)
 
 
 def script_shares(rows: TokenRows) -> dict[str, float]:

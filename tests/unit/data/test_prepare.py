@@ -9,6 +9,7 @@ import pytest
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.prepare import longest_stored_row, prepare
+from qlora_kit.data.tokens import REASONING_DROPPED
 from qlora_kit.schema.data import DataConfig, LongRows, OnBadRow, SourceConfig, Task, TrainOn
 from tests.tiny_models import llama3_tokenizer, smollm_tokenizer
 
@@ -364,3 +365,16 @@ def test_rows_of_any_length_pass_where_the_limit_is_to_be_found(tmp_path):
     assert longest_stored_row(config, TOKENIZER) == len(prepare(config, TOKENIZER, 2000).train[0].input_ids)
     with pytest.raises(RecipeError, match=r"longer than data\.max_tokens=100"):
         prepare(config, TOKENIZER, 100)
+
+
+def test_what_a_template_leaves_out_is_marked_on_the_row(tmp_path):
+    tokenizer = smollm_tokenizer()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "because"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        json.dumps({"messages": turns})
+        + "\n"
+        + json.dumps({"messages": [turns[0], {**turns[1], "reasoning_content": ""}]})
+    )
+    data = prepare(DataConfig(train_file=str(path), max_tokens=64), tokenizer)
+    assert ((data.train.store.table.oddities & REASONING_DROPPED) > 0).tolist() == [True, False]

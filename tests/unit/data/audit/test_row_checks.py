@@ -6,7 +6,7 @@ from qlora_kit.data.audit.audit import audit
 from qlora_kit.data.audit.finding import Level
 from qlora_kit.data.audit.oddities import Oddity
 from qlora_kit.data.summary import LongRowCounts
-from qlora_kit.data.tokens import REASONING_DROPPED
+from qlora_kit.data.tokens import REASONING_DROPPED, TEXT_DROPPED
 from qlora_kit.schema.data import TrainOn
 from tests.marked_rows import SMOLLM, chat, found, good, row
 from tests.stored_rows import StoredData, stored_rows
@@ -84,13 +84,16 @@ def test_each_flaw_of_the_text_is_a_finding(tmp_path):
     bits[2] |= int(Oddity.MOJIBAKE)
     bits[5] |= int(Oddity.MOJIBAKE | Oddity.MARKUP)
     bits[6] |= REASONING_DROPPED
+    bits[7] |= TEXT_DROPPED
     names = found(StoredData(stored_rows(tmp_path / "train", good(), oddities=bits)))
     assert (names["text_mojibake"].level, names["text_mojibake"].places) == (
         Level.warning,
         ("train.jsonl:3", "train.jsonl:6"),
     )
     assert (names["text_markup"].level, names["text_markup"].count) == (Level.note, 1)
-    assert names["reasoning_left_out"].places == ("train.jsonl:7",)
+    for name, place in (("reasoning_left_out", "train.jsonl:7"), ("text_left_out", "train.jsonl:8")):
+        assert (names[name].level, names[name].places) == (Level.warning, (place,))
+        assert "which the chat template leaves out, so it is not learnt" in names[name].what
     assert "scripts" not in names
 
 
