@@ -187,7 +187,7 @@ def main() -> None:
             rows.unlink()
     name = device_name()
     place = RESULTS / re.sub(r"\W+", "_", name.lower()).strip("_") / f"prepare-{date.today().isoformat()}.json"
-    versions = capture_environment()
+    versions = {key: value for key, value in capture_environment().items() if key != "platform"}
     write_json(place, {"device": name, "versions": versions, "rows": results})
     print(place)
 
