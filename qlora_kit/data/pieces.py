@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -164,6 +165,15 @@ def _start(encoder: Encoder, readings: tuple[Reading, ...]) -> None:
     global _of_this_process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _of_this_process = {"encoder": encoder, "readings": readings}
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its workers to stop, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(piece: Piece) -> EncodedPiece:

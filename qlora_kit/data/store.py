@@ -104,6 +104,8 @@ def stored(key: Mapping[str, object], fill: Callable[[StoreWriter], list[StoredF
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{name}.lock")):
         if not (place / META_FILE).is_file():
+            for left_over in place.parent.glob(f".{name}.*.partial"):
+                shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: nobody else has the lock
             with staged_directory(place) as folder:
                 _filled(folder, fill)
             _prune(place)

@@ -32,7 +32,7 @@ class OpenedRun:
         """
         recorded = read_json(self.directory.data)
         data = prepare(self.recipe.data, self.tokenizer, recorded["train"]["max_tokens"])
-        _refuse_changed(recorded, asdict(data.summary), self.directory.data)
+        refuse_changed(recorded, asdict(data.summary), self.directory.data)
         return data
 
     def held_out(self) -> PreparedData:
@@ -59,7 +59,12 @@ def open_run(name: str) -> OpenedRun:
     return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter))
 
 
-def _refuse_changed(recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+def refuse_changed(recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+    """Refuse rows whose files are not those of data.json, which lies at `place`.
+
+    Raises:
+        RecipeError: a file has another hash, or is another file.
+    """
     changed = [path for path, hash_ in _hashes(recorded).items() if _hashes(now).get(path) != hash_]
     if changed:
         raise RecipeError(

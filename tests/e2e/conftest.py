@@ -27,6 +27,14 @@ def write_rows(path: Path, count: int, seed: int, head: str) -> None:
             stream.write(json.dumps({"messages": messages}) + "\n")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Rows that the runs tokenize stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("QLORA_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     """A folder with `base/`, `train.jsonl` and `held_out.jsonl`."""
