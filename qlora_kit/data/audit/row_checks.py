@@ -26,7 +26,7 @@ LEFT_OUT = {
     REASONING_DROPPED: (
         "reasoning_left_out",
         "reasoning of an assistant turn, which the chat template leaves out, so it is not learnt",
-        "write it into the content as the model does, <think>...</think>; where earlier turns lose it, data.train_on=last",
+        "write it into the content as the model does, <think>...</think>; if only earlier turns lose it, train_on=last",
     ),
     TEXT_DROPPED: (
         "text_left_out",

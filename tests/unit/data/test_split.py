@@ -1,0 +1,111 @@
+"""Mixes and held-out rows: seeded, repeatable, never on both sides."""
+
+import json
+
+import pytest
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.prepare import prepare
+from qlora_kit.schema.data import DataConfig, OnBadRow, SourceConfig, Task
+from tests.prepared_rows import TOKENIZER, refusal, texts, write
+
+
+def test_held_out_rows_are_optional(tmp_path):
+    data = prepare(DataConfig(train_file=write(tmp_path / "a.jsonl", ("a", "b")), max_tokens=64), TOKENIZER)
+    assert (data.held_out, data.held_out_conversations(), data.summary.held_out) == (None, [], None)
+    assert list(data.scored(5)) == []
+
+
+def test_a_held_out_row_that_is_also_trained_on_is_refused_by_line(tmp_path):
+    train = write(tmp_path / "train.jsonl", ("a", "b"), ("c", "d"))
+    held_out = write(tmp_path / "held_out.jsonl", ("a", "d"), ("c", "d"))
+    message = refusal(DataConfig(train_file=train, eval_file=held_out, max_tokens=64))
+    assert "1 held-out rows are also training rows" in message
+    assert f"{held_out}:2 (training {train}:2)" in message
+
+
+def test_where_text_is_cut_into_turns_matters_for_the_comparison(tmp_path):
+    train = write(tmp_path / "train.jsonl", ("x", "assistanty"))
+    held_out = write(tmp_path / "held_out.jsonl", ("xassistant", "y"))
+    assert prepare(DataConfig(train_file=train, eval_file=held_out, max_tokens=64), TOKENIZER).held_out
+
+
+def test_a_held_out_answer_that_the_task_cannot_judge_is_found_before_training(tmp_path):
+    train = write(tmp_path / "train.jsonl", ("a", "b"))
+    held_out = write(tmp_path / "held_out.jsonl", ("c", '{"d":1}'), ("e", "f"))
+    message = refusal(DataConfig(train_file=train, eval_file=held_out, max_tokens=64, task=Task.json_exact_match))
+    assert "data.task=json_exact_match, but this held-out answer is not JSON" in message
+    assert f"{held_out}:2" in message
+    assert f"{held_out}:1" not in message
+    assert "fix      data.task=exact_match" in message
+
+
+def test_a_share_is_held_out_by_content_and_stays_so_when_rows_come(tmp_path):
+    pairs = [(f"question {index}", f"answer {index}") for index in range(200)]
+    config = DataConfig(train_file=write(tmp_path / "a.jsonl", *pairs), max_tokens=64, eval_share=0.1)
+    data = prepare(config, TOKENIZER)
+    held = {row.line for row in data.held_out}
+    assert 8 <= len(held) <= 34  # 20 expected, 4.2 the standard deviation
+    assert len(data.train) + len(held) == 200
+    assert not held & {row.line for row in data.train}
+    more = DataConfig(train_file=write(tmp_path / "b.jsonl", *pairs, ("new", "row")), max_tokens=64, eval_share=0.1)
+    assert held <= {row.line for row in prepare(more, TOKENIZER).held_out}
+    other = DataConfig(train_file=config.train_file, max_tokens=64, eval_share=0.1, seed=1)
+    assert held != {row.line for row in prepare(other, TOKENIZER).held_out}
+
+
+def test_copies_of_a_held_out_row_are_never_trained_on(tmp_path, capsys):
+    pairs = [(str(index % 10), "x") for index in range(30)]
+    config = DataConfig(train_file=write(tmp_path / "a.jsonl", *pairs), max_tokens=64, eval_rows=3)
+    data = prepare(config, TOKENIZER)
+    assert (len(data.held_out), len(data.train)) == (3, 21)
+    assert not set(texts(data.held_out)) & set(texts(data.train))
+    assert "held out 3 of 30 rows; left out 6 copies of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"eval_rows": 2}, "data.eval_rows=2 of 2 different rows leaves no row to train on"),
+        ({"eval_share": 1e-9}, "data.eval_share=1e-09 of 2 different rows leaves no row to hold out"),
+    ],
+)
+def test_a_split_that_leaves_one_side_empty_is_refused(tmp_path, settings, why):
+    train = write(tmp_path / "a.jsonl", ("a", "b"), ("c", "d"))
+    assert why in refusal(DataConfig(train_file=train, max_tokens=64, **settings))
+
+
+def test_a_mix_takes_rows_by_weight_or_count_and_the_same_ones_each_time(tmp_path):
+    one = write(tmp_path / "one.jsonl", *[(f"a{index}", "x") for index in range(100)])
+    two = write(tmp_path / "two.jsonl", *[(f"b{index}", "x") for index in range(40)])
+
+    def mix(seed=0, **settings):
+        sources = {"one": SourceConfig(path=one, **settings["one"]), "two": SourceConfig(path=two, **settings["two"])}
+        data = prepare(DataConfig(sources=sources, max_tokens=64, seed=seed), TOKENIZER)
+        return [source.rows for source in data.summary.train.sources], texts(data.train)
+
+    counts, rows = mix(one={"weight": 3}, two={"weight": 2})
+    assert counts == [60, 40]
+    assert rows == mix(one={"weight": 3}, two={"weight": 2})[1]
+    assert rows != mix(one={"weight": 3}, two={"weight": 2}, seed=1)[1]
+    assert mix(one={"rows": 10}, two={})[0] == [10, 40]
+    with pytest.raises(RecipeError, match="source two has 40 rows, fewer than the 41 that the mix asks for"):
+        mix(one={}, two={"rows": 41})
+
+
+def test_bad_rows_are_skipped_counted_and_said_up_to_a_share(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    path.write_text("\n".join([good] * 9 + ["{"]), encoding="utf-8")
+    skip = {"train_file": str(path), "max_tokens": 64, "on_bad_row": OnBadRow.skip}
+    data = prepare(DataConfig(**skip, max_bad_share=0.1), TOKENIZER)
+    assert len(data.train) == 9
+    assert data.summary.train.sources[0].bad_rows == 1
+    (skipped,) = data.summary.train.skipped
+    assert (skipped.file, skipped.line) == (str(path), 10)
+    assert skipped.why.startswith("not JSON")
+    assert f"train: skipped 1 rows that cannot be read, the first: {path}:10: not JSON" in capsys.readouterr().err
+    message = refusal(DataConfig(**skip, max_bad_share=0.05))
+    assert "1 of 10 rows cannot be read (10.0%), more than data.max_bad_share allows" in message
+    assert "data.max_bad_share=0.100" in message
+    assert f"{path}:10" in message
