@@ -1,6 +1,7 @@
 """What a recipe may not say: bounds of each field, and combinations across groups."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
 from qlora_kit.schema import walk
 from qlora_kit.schema.check_data import check_data
+from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
 from qlora_kit.schema.field import Sealed
@@ -18,6 +20,7 @@ from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.tracker import TrackerName
 
+RECOMPUTE = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
     LoraInit.corda: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -31,7 +34,7 @@ def check(recipe: Sealed) -> list[Finding]:
     found = list(_bounds(recipe))
     rules: list[Callable[[], Iterator[Finding]]] = []
     if isinstance(recipe, TrainRecipe):
-        parts = (_model, _lora, check_data, _device, _tracking)
+        parts = (_model, _lora, check_data, _engine, _device, _tracking)
         rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
     elif isinstance(recipe, ExportRecipe):
         rules = [lambda: _export(recipe.export)]
@@ -112,6 +115,23 @@ def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
         for name, value in getattr(lora, field).items():
             if value <= 0:
                 yield Finding(f"lora.{field}", f"lora.{field} gives {name} the value {value}; it must be above 0")
+
+
+def _engine(recipe: TrainRecipe) -> Iterator[Finding]:
+    engine = recipe.engine
+    if not RECOMPUTE.fullmatch(engine.recompute):
+        what = f"engine.recompute={engine.recompute} is neither auto, none, all nor an amount such as 20GB"
+        yield Finding("engine.recompute", what, "engine.recompute=auto")
+    if engine.mode is EngineMode.plain and engine.compute is not Compute.bf16:
+        what = f"engine.compute={engine.compute.name} needs the fast engine; the plain one is peft's own arithmetic"
+        yield Finding("engine.compute", what, "engine.mode=fast")
+    if engine.compute is not Compute.bf16 and not has_nvidia_gpu():
+        what = f"engine.compute={engine.compute.name} needs a GPU with fp8 (Ada, Hopper or newer), and there is none"
+        yield Finding("engine.compute", what, "engine.compute=bf16")
+    kind = recipe.quant.kind
+    if engine.compute is not Compute.bf16 and not kind.is_4bit:
+        what = f"engine.compute={engine.compute.name} is made from 4-bit weights, and quant.kind is {kind.name}"
+        yield Finding("engine.compute", what, "quant=nf4_double")
 
 
 def _device(recipe: TrainRecipe) -> Iterator[Finding]:

@@ -10,10 +10,24 @@ class EngineMode(Enum):
     """Implementations of the same step."""
 
     plain = "plain"
+    fast = "fast"
+
+
+class Compute(Enum):
+    """Number format of the products with frozen weights."""
+
+    bf16 = "bf16"
+    fp8_backward = "fp8_backward"
+    fp8 = "fp8"
 
 
 @dataclass
 class EngineConfig(Sealed):
     """The engine."""
 
-    mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is.")
+    mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is; fast runs the same maths by hand.")
+    compute: Compute = knob(Compute.bf16, "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways.")
+    recompute: str = knob(
+        "auto",
+        "What is computed again in the backward pass: none, all, a budget such as 20GB for what is kept, or auto.",
+    )

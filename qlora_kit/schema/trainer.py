@@ -14,7 +14,9 @@ class TrainerConfig(Sealed):
     max_steps: int | None = knob(None, "Stop after this many steps, whatever the epochs say.", unit="steps", minimum=1)
     batch_size: int = knob(4, "Rows in one forward pass on one device.", minimum=1)
     gradient_accumulation: int = knob(1, "Forward passes that make one step.", minimum=1)
-    gradient_checkpointing: bool = knob(True, "Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing: bool = knob(
+        True, "Plain engine: recompute layers in the backward pass; less memory, more time."
+    )
     log_every_steps: int = knob(1, "Write metrics this often.", unit="steps", minimum=1)
     save_every_steps: int = knob(50, "Write a checkpoint this often.", unit="steps", minimum=1)
     keep_checkpoints: int = knob(2, "Checkpoints kept; older ones are removed.", minimum=2)

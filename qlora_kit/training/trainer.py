@@ -1,6 +1,7 @@
 """TRL's trainer with the kit's order of rows and a held-out loss that is a mean over tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from trl import SFTTrainer
 
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.tokens import Ints
+from qlora_kit.engine.fast import FastEngine
+from qlora_kit.training.flat_optimizer import flat
 
 Order = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
@@ -40,16 +43,72 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     Attributes:
         order: of the training items.
         undo: what puts the model's own attention and forward back.
+        engine: of the decoder layers; None where they run plain.
     """
 
     order: Order
     undo: Sequence[Callable[[], None]] = ()
+    engine: FastEngine | None = None
+
+    @cached_property
+    def _unread(self) -> list[torch.Tensor]:
+        """Right answers, trained tokens and tokens of each batch since the last log, on the device."""
+        return []
 
     def restore_model(self) -> None:
         """Take everything off the model that was put on it for training; for when the trainer is not needed again."""
         for undo in reversed(self.undo):
             undo()
         self.undo = ()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The sum over trained tokens by their number in the whole step, without waiting for the device.
+
+        TRL reads its metrics off the device after every forward pass, and the backward pass waits for that; here they
+        are read when they are logged.
+        """
+        if return_outputs or not model.training or self._is_not_plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        trained = outputs.label_mask.sum()
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokens = torch.full_like(trained, inputs["position_ids"].numel())
+        self._unread.append(torch.stack((outputs.is_top1.sum(), trained, tokens)).detach())
+        total = trained if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=trained.device)
+        loss = -outputs.log_probs.sum() / total.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return loss
+
+    @property
+    def _is_not_plain(self) -> bool:
+        """Whether the loss has a part that only TRL computes."""
+        special = (self.compute_loss_func, self.label_smoother)
+        return self.args.loss_type != "nll" or self.aux_loss_enabled or any(part is not None for part in special)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the accuracy and the tokens of all batches and processes since the last time."""
+        if self._unread:
+            seen = self.accelerator.reduce(torch.stack(self._unread).sum(dim=0), reduction="sum")
+            right, trained, tokens = seen.tolist()
+            self._unread.clear()
+            self._total_train_tokens += tokens
+            self._metrics["train"]["mean_token_accuracy"] = [right / max(trained, 1)]
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' optimizer; one of bitsandbytes runs over flat buffers."""
+        self.optimizer = flat(super().create_optimizer(model), self.model)
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         items = len(self.train_dataset if train_dataset is None else train_dataset)

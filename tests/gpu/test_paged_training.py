@@ -79,5 +79,4 @@ def test_each_optimizer_is_the_one_that_was_named(name, tmp_path):
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert getattr(optimizer, "is_paged", False) is name.value.startswith("paged")
     bits = {OptimizerName.paged_adamw_32bit: 32, OptimizerName.adamw: None}.get(name, 8)
-    arguments = getattr(optimizer, "args", None)
-    assert (arguments.optim_bits if arguments is not None else None) == bits
+    assert getattr(optimizer, "optim_bits", None) == bits

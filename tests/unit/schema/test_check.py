@@ -7,6 +7,7 @@ import pytest
 from qlora_kit.schema import check as checks
 from qlora_kit.schema.check import check, check_targets
 from qlora_kit.schema.data import DataConfig, Task
+from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import AwqTarget, ExportConfig, GgufTarget, GptqTarget, MergedTarget
 from qlora_kit.schema.lora import LoraConfig, LoraInit
@@ -141,6 +142,45 @@ def test_files_that_are_not_there(rows):
     recipe = TrainRecipe(model=ModelConfig(source="demo", chat_template="no.jinja"), data=rows)
     what = "no such chat template file: no.jinja"
     assert found(recipe) == {"model.chat_template": (what, "model.chat_template=null")}
+
+
+ENGINES = {
+    "a word for an amount": (
+        EngineConfig(recompute="some"),
+        "engine.recompute",
+        "engine.recompute=some is neither auto, none, all nor an amount such as 20GB",
+        "engine.recompute=auto",
+    ),
+    "fp8 by peft": (
+        EngineConfig(compute=Compute.fp8),
+        "engine.compute",
+        "engine.compute=fp8 needs the fast engine; the plain one is peft's own arithmetic",
+        "engine.mode=fast",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_that_cannot_be(rows, monkeypatch, name):
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: True)
+    engine, path, what, fix = ENGINES[name]
+    assert found(train(rows, engine=engine))[path] == (what, fix)
+
+
+def test_fp8_needs_a_gpu_and_4_bit_weights(rows, monkeypatch):
+    engine = EngineConfig(mode=EngineMode.fast, compute=Compute.fp8_backward)
+    what = "engine.compute=fp8_backward needs a GPU with fp8 (Ada, Hopper or newer), and there is none"
+    assert found(train(rows, engine=engine))["engine.compute"] == (what, "engine.compute=bf16")
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: True)
+    assert "engine.compute" not in found(train(rows, engine=engine))
+    what = "engine.compute=fp8_backward is made from 4-bit weights, and quant.kind is none"
+    quant = QuantConfig(kind=QuantKind.none)
+    assert found(train(rows, engine=engine, quant=quant))["engine.compute"] == (what, "quant=nf4_double")
+
+
+def test_budgets_of_the_engine(rows):
+    for budget in ("auto", "none", "all", "20GB", "1.5GB"):
+        assert "engine.recompute" not in found(train(rows, engine=EngineConfig(recompute=budget)))
 
 
 def test_flex_attention_without_a_gpu(rows, monkeypatch):

@@ -1,0 +1,170 @@
+"""How the decoder layers of each family of transformers (5.17 to 5.23) are wired, as data for the fast engine."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qlora_kit.engine.blocks import Mlp, Norm, Output, Projection
+from qlora_kit.engine.elementwise import Activation
+from qlora_kit.engine.frozen_weight import NotFastError
+from qlora_kit.engine.lora_product import AdaptedLinear, LinearGroup, MakeWeight, adapted_linear
+
+
+class Window(Enum):
+    """Where a layer's attention finds its sliding window."""
+
+    absent = "absent"
+    config = "config"
+    attention = "attention"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families.
+
+    Attributes:
+        layer: name of the decoder layer's class.
+        fused: q, k and v come from `qkv_proj`, gate and up from `gate_up_proj`.
+        head_norms: q and k are normed over each head.
+        norms_add_one: see `elementwise.rms_norm`.
+        sandwich: norms stand before and after both attention and MLP.
+    """
+
+    layer: str
+    window: Window = Window.attention
+    fused: bool = False
+    head_norms: bool = False
+    norms_add_one: bool = False
+    sandwich: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaDecoderLayer", window=Window.absent),
+    "mistral": Family("MistralDecoderLayer", window=Window.config),
+    "qwen2": Family("Qwen2DecoderLayer"),
+    "qwen3": Family("Qwen3DecoderLayer", head_norms=True),
+    "smollm3": Family("SmolLM3DecoderLayer"),
+    "gemma3_text": Family("Gemma3DecoderLayer", head_norms=True, norms_add_one=True, sandwich=True),
+    "phi3": Family("Phi3DecoderLayer", window=Window.config, fused=True),
+}
+
+AFTER = "post_attention_layernorm", "post_feedforward_layernorm"  # of what is added, in a sandwich
+ACTIVATIONS = {
+    "SiLUActivation": Activation.silu,
+    "SiLU": Activation.silu,
+    "GELUTanh": Activation.gelu_tanh,
+}
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A decoder layer, taken apart; its modules keep their weights and names."""
+
+    attention: Any
+    family: Family
+    uses_rope: bool
+    projection: Projection
+    output: Output
+    mlp: Mlp
+
+    @property
+    def linears(self) -> list[AdaptedLinear]:
+        """Every linear module of the layer."""
+        groups = self.projection.group, self.output.group, self.mlp.group, self.mlp.down
+        return [linear for group in groups for linear in group.linears]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, settings: Mapping[str, Any]) -> Tensor:
+        """The layer's own attention, by the implementation that its model is set to.
+
+        Args:
+            q: `[rows, heads, tokens, head_dim]`, like k and v, which may have fewer heads.
+            settings: what the model hands to every layer, such as `position_ids` and `cu_seq_lens_q`.
+        Returns:
+            `[rows, tokens, heads * head_dim]`.
+        """
+        module, config = self.attention, self.attention.config
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        call: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            config._attn_implementation, own
+        )
+        window: dict[str, int | None] = {}
+        if self.family.window is Window.config:
+            window = {"sliding_window": getattr(config, "sliding_window", None)}
+        elif self.family.window is Window.attention:
+            window = {"sliding_window": module.sliding_window}
+        dropout = module.attention_dropout if module.training else 0.0
+        found, _ = call(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **window, **settings)
+        return found.flatten(2)
+
+
+def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerParts:
+    """Read the modules of a decoder layer.
+
+    Raises:
+        NotFastError: something in it is not what this family's layers are known to do.
+    """
+    attention, mlp, adds_one = layer.self_attn, layer.mlp, family.norms_add_one
+
+    def group(owner: Any, *names: str) -> LinearGroup:
+        return LinearGroup([adapted_linear(name, getattr(owner, name), make_weight) for name in names])
+
+    def norm(owner: Any, name: str) -> Norm:
+        return _norm(getattr(owner, name), adds_one)
+
+    head_norms = [norm(attention, name) for name in ("q_norm", "k_norm")] if family.head_norms else []
+    after = [norm(layer, name) for name in AFTER] if family.sandwich else [None, None]
+    projection = Projection(
+        norm(layer, "input_layernorm"),
+        group(attention, *(["qkv_proj"] if family.fused else ["q_proj", "k_proj", "v_proj"])),
+        _heads(attention),
+        attention.head_dim,
+        *head_norms,
+    )
+    output = Output(group(attention, "o_proj"), after[0])
+    gated = Mlp(
+        norm(layer, "pre_feedforward_layernorm" if family.sandwich else "post_attention_layernorm"),
+        group(mlp, *(["gate_up_proj"] if family.fused else ["gate_proj", "up_proj"])),
+        group(mlp, "down_proj"),
+        _activation(mlp),
+        after[1],
+    )
+    parts = LayerParts(attention, family, bool(getattr(attention, "use_rope", True)), projection, output, gated)
+    _check_rest(layer, parts.linears)
+    return parts
+
+
+def _heads(attention: Any) -> tuple[int, int, int]:
+    config = attention.config
+    return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+
+
+def _norm(module: Any, adds_one: bool) -> Norm:
+    name = type(module).__name__
+    if not name.endswith("RMSNorm"):
+        raise NotFastError(f"{name} stands where a frozen RMS norm is known")
+    eps = getattr(module, "variance_epsilon", None)
+    return Norm(module.weight, module.eps if eps is None else eps, adds_one)
+
+
+def _activation(mlp: Any) -> Activation:
+    module = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    name = type(module).__name__
+    if name not in ACTIVATIONS:
+        raise NotFastError(f"the activation {name} has no fast form")
+    return ACTIVATIONS[name]
+
+
+def _check_rest(layer: torch.nn.Module, linears: list[AdaptedLinear]) -> None:
+    known = {id(part) for linear in linears for part in (linear.a, linear.b)}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise NotFastError(f"{name.split('.')[0]} is trained in full")
+    for name, module in layer.named_children():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            raise NotFastError(f"{name} is above 0")

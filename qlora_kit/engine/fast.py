@@ -1,0 +1,181 @@
+"""Puts the fast engine into a model's decoder layers, and takes it out again.
+
+Modules, parameters and their names stay as they are: each layer instance gets another `forward`, which is used while
+training. Without gradients, in eval mode and with a cache the layer's own forward runs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from qlora_kit.engine.blocks import gated_mlp, project, project_add
+from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
+from qlora_kit.engine.fp8 import weight_for
+from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
+from qlora_kit.schema.engine import EngineConfig
+
+KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST = range(4)
+NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")
+
+
+class MakeFrozen(Protocol):
+    """Makes the frozen weight of a linear module."""
+
+    def __call__(self, name: str, linear: torch.nn.Module, *, dtype: torch.dtype) -> FrozenWeight:
+        """The weight of the module called `name` in its layer, for products in `dtype`; `NotFastError` if none fits."""
+        ...
+
+
+class FastLayer:
+    """The `forward` of one decoder layer.
+
+    Attributes:
+        parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
+        level: see `recompute.py`.
+    """
+
+    def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self._instance_forward = vars(layer).get("forward")
+        self.plain: Callable[..., Any] = layer.forward
+        self.parts = parts
+        self.dtype = dtype
+        self.level = KEEP_ALL
+        self.met_a_cache = False
+
+    def __call__(self, hidden_states: Tensor, *rest: Any, **settings: Any) -> Any:
+        """The next hidden states `[rows, tokens, hidden]`, as the layer's own forward returns them."""
+        if not self.layer.training or not torch.is_grad_enabled():
+            return self.plain(hidden_states, *rest, **settings)
+        if rest or settings.get("past_key_values") is not None:
+            self.met_a_cache = True
+            return self.plain(hidden_states, *rest, **settings)
+
+        def run(h: Tensor) -> Any:
+            if self.parts is None or not all(linear.is_as_made() for linear in self.parts.linears):
+                return self.plain(h, **settings)
+            with torch.autocast(h.device.type, enabled=False):
+                return self._by_hand(self.parts, h.to(self.dtype), settings)
+
+        if self.level < LAYER_AGAIN and (self.parts is not None or self.level == KEEP_ALL):
+            return run(hidden_states)
+        to_host = self.level == LAYER_FROM_HOST
+        # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
+        with save_on_cpu(pin_memory=hidden_states.is_cuda) if to_host else nullcontext():
+            return checkpoint(run, hidden_states, use_reentrant=False)
+
+    def put_in(self) -> None:
+        """Become the layer's forward."""
+        self.layer.forward = self
+
+    def take_out(self) -> None:
+        """Leave the layer as it was."""
+        if self._instance_forward is None:
+            vars(self.layer).pop("forward", None)
+        else:
+            self.layer.forward = self._instance_forward
+
+    def _by_hand(self, parts: LayerParts, h: Tensor, settings: dict[str, Any]) -> Tensor:
+        cos, sin = None, None
+        if parts.uses_rope:
+            cos, sin = (angle.to(h.dtype) for angle in settings["position_embeddings"])
+        rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
+        q, k, v, residual = project(h, cos, sin, parts.projection)
+        attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
+        h = project_add(attention, residual, parts.output)
+        return gated_mlp(h, parts.mlp, recompute_gate_up=self.level == GATE_UP_AGAIN)
+
+
+class FastEngine:
+    """What `speed_up` did to a model.
+
+    Attributes:
+        said: lines for the user: what runs plain, and why.
+        layers: decoder layers that have another forward now; none where nothing could be sped up.
+    """
+
+    def __init__(self, layers: list[FastLayer], said: list[str]) -> None:
+        self.layers = layers
+        self.said = said
+
+    @property
+    def fast_layers(self) -> int:
+        """Layers that are computed by hand."""
+        return sum(layer.parts is not None for layer in self.layers)
+
+    @property
+    def met_a_cache(self) -> bool:
+        """Whether a training step came with a cache, which makes every layer run plain: set `use_cache=False`."""
+        return any(layer.met_a_cache for layer in self.layers)
+
+    def set_levels(self, levels: Sequence[int]) -> None:
+        """What each layer computes again from the next step on: one level of `recompute.py` for each layer in order.
+
+        Raises:
+            ValueError: there are more or fewer levels than layers.
+        """
+        if len(levels) != len(self.layers):
+            raise ValueError(f"{len(levels)} levels for {len(self.layers)} layers")
+        for layer, level in zip(self.layers, levels, strict=True):
+            layer.level = level
+
+    def undo(self) -> None:
+        """Give every layer its own forward back."""
+        for layer in self.layers:
+            layer.take_out()
+        self.layers = []
+
+
+def speed_up(
+    model: PeftModel, config: EngineConfig, levels: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
+) -> FastEngine:
+    """Make the decoder layers of a model run by hand while it trains.
+
+    A layer that holds what the engine does not know stays plain; so does a whole model of an unknown family.
+
+    Args:
+        levels: see `FastEngine.set_levels`; without, everything is kept. Unused where no layer is fast.
+        make_weight: instead of the weights that `config.compute` asks for.
+    Raises:
+        RecipeError: `config.compute` is fp8, and this machine or this model has no fp8.
+        ValueError: `levels` does not fit the model.
+    """
+    base: Any = model.get_base_model()
+    kind = base.config.get_text_config().model_type
+    family = FAMILIES.get(kind)
+    if family is None:
+        return FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
+    make: MakeFrozen = make_weight or partial(weight_for, compute=config.compute)
+    found, reasons = [], Counter[str]()
+    for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
+        dtype = _compute_dtype(layer)
+        try:
+            parts = take_apart(layer, family, partial(make, dtype=dtype))
+        except (NotFastError, AttributeError) as reason:
+            reasons[str(reason)] += 1
+            parts = None
+        found.append(FastLayer(layer, parts, dtype))
+    said = [f"{count} of {len(found)} layers run plain, because {why}" for why, count in reasons.items()]
+    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said)
+    if levels is not None and engine.layers:
+        engine.set_levels(levels)
+    for fast in engine.layers:
+        fast.put_in()
+    return engine
+
+
+def _compute_dtype(layer: Any) -> torch.dtype:
+    """The dtype of the layer's products with frozen weights, and of its activations."""
+    module = layer.self_attn.o_proj
+    linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    dtype: torch.dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    return dtype

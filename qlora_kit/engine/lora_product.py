@@ -1,0 +1,235 @@
+"""Linear modules with LoRA that share one input, as plain matrix products forward and backward.
+
+For each module y = x W^T + bias + s (x A^T) B^T. Here x is `[T, in]`, A `[r, in]`, B `[out, r]`. A and B are held in
+fp32 and cast to x's dtype for the products; their gradients come back in the dtype that they are held in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn import Parameter
+
+from qlora_kit.engine.fp8 import Fp8Weight, Rounded, quantize_rows
+from qlora_kit.engine.frozen_weight import Accumulates, FrozenWeight, NotFastError
+
+MakeWeight = Callable[[str, torch.nn.Module], FrozenWeight]
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A frozen linear module, and its adapter if it has one.
+
+    Attributes:
+        bias: `[out]`, frozen.
+        a: `[r, in]`; None without an adapter.
+        b: `[out, r]`.
+        scaling: s.
+        source: peft's module; None without an adapter.
+    """
+
+    weight: FrozenWeight
+    bias: Tensor | None
+    a: Parameter | None = None
+    b: Parameter | None = None
+    scaling: float = 1.0
+    source: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Columns that this module adds to the thin product."""
+        return 0 if self.a is None else self.a.shape[0]
+
+    def is_as_made(self) -> bool:
+        """Whether peft would still compute what was read from its module: not merged, not switched off."""
+        return self.source is None or not (self.source.disable_adapters or self.source.merged)
+
+
+def adapted_linear(name: str, module: torch.nn.Module, make_weight: MakeWeight) -> AdaptedLinear:
+    """Read a linear module, with or without peft's LoRA around it.
+
+    Args:
+        name: of the module in its layer, such as `q_proj`.
+        make_weight: makes the frozen weight of a module of this name.
+    Raises:
+        NotFastError: it computes anything but x W^T + bias + s (x A^T) B^T.
+    """
+    if not isinstance(module, LoraLayer):
+        return AdaptedLinear(make_weight(name, module), getattr(module, "bias", None))
+    lora: Any = module
+    base = lora.get_base_layer()
+    active = [adapter for adapter in lora.active_adapters if adapter in lora.lora_A]
+    if lora.merged or lora.disable_adapters:
+        raise NotFastError("the adapter is merged or switched off")
+    if not active:
+        return AdaptedLinear(make_weight(name, base), base.bias)
+    if len(active) > 1:
+        raise NotFastError("more than one adapter is active")
+    adapter = active[0]
+    if adapter in lora.lora_variant:
+        raise NotFastError(
+            f"{type(lora.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} is not plain LoRA"
+        )
+    if lora.lora_bias.get(adapter):
+        raise NotFastError("lora_bias trains a bias")
+    if not isinstance(lora.lora_dropout[adapter], torch.nn.Identity):
+        raise NotFastError("lora.dropout is above 0")
+    return AdaptedLinear(
+        make_weight(name, base),
+        base.bias,
+        lora.lora_A[adapter].weight,
+        lora.lora_B[adapter].weight,
+        float(lora.scaling[adapter]),
+        lora,
+    )
+
+
+class LinearGroup:
+    """Modules that read one input, with a single thin product x (A_1 | A_2 | ...)^T for all of them."""
+
+    def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
+        self.linears = list(linears)
+        self.adapted = [linear for linear in self.linears if linear.a is not None]
+        self._cast: dict[torch.dtype, _Cast] = {}
+
+    def parameters(self) -> list[Parameter]:
+        """A and B of each adapted module in turn; `backward` gives their gradients in this order."""
+        return [part for linear in self.adapted for part in (linear.a, linear.b) if part is not None]
+
+    def forward(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs `[T, out]` of each module, and the thin product `[T, sum of ranks]` that `backward` needs.
+
+        Args:
+            x: `[T, in]`.
+            thin: from an earlier call with the same x.
+        """
+        # Weights change between steps only, so what the forward pass cast serves the backward pass too.
+        cast = self._cast[x.dtype] = self._cast_now(x.dtype)
+        if thin is None and cast.all_a is not None:
+            thin = x @ cast.all_a.t()
+        outputs, start = [], 0
+        rounded = quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
+        for linear, scaled_b in zip(self.linears, cast.scaled_b, strict=True):
+            part = None if thin is None or scaled_b is None else (thin[:, start : start + linear.rank], scaled_b)
+            outputs.append(_output(linear, x, part, rounded))
+            start += linear.rank
+        return outputs, thin
+
+    def backward(
+        self, x: Tensor, grads: Sequence[Tensor], thin: Tensor | None, *, needs_input: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of the input `[T, in]` and of `parameters()`.
+
+        Args:
+            x: the input, `[T, in]`.
+            grads: of the outputs, `[T, out]` each.
+            thin: what `forward` gave.
+            needs_input: False where nothing below is trained; the products with frozen weights are then skipped.
+        """
+        inner = self.backward_inner(grads)
+        dx = self.backward_input(grads, inner) if needs_input else None
+        return dx, self.backward_parameters(x, grads, thin, inner)
+
+    def backward_inner(self, grads: Sequence[Tensor]) -> Tensor | None:
+        """Gradient of the thin product, `[T, sum of ranks]`, from those of the outputs."""
+        pairs = zip(self._held(grads[0].dtype).scaled_b, grads, strict=True)
+        parts = [grad @ scaled_b for scaled_b, grad in pairs if scaled_b is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) if parts else None
+
+    def backward_input(self, grads: Sequence[Tensor], inner: Tensor | None) -> Tensor:
+        """Gradient of the input `[T, in]`; `inner` is what `backward_inner` gave."""
+        all_a = None if inner is None else self._held(inner.dtype).all_a
+        accumulates = all(isinstance(linear.weight, Accumulates) for linear in self.linears)
+        # Whichever product comes second is added in its own kernel, which a product in fp8 cannot do.
+        dx = inner @ all_a if accumulates and inner is not None and all_a is not None else None
+        for linear, grad in zip(self.linears, grads, strict=True):
+            if dx is None:
+                dx = linear.weight.backward(grad)
+            elif isinstance(linear.weight, Accumulates):
+                linear.weight.add_backward(grad, dx)
+            else:
+                dx += linear.weight.backward(grad)
+        if dx is None:
+            raise ValueError("a group holds at least one linear module")
+        if not accumulates and inner is not None and all_a is not None:
+            dx.addmm_(inner, all_a)
+        return dx
+
+    def backward_parameters(
+        self, x: Tensor, grads: Sequence[Tensor], thin: Tensor | None, inner: Tensor | None
+    ) -> list[Tensor]:
+        """Gradients of `parameters()`, in the dtype that each is held in."""
+        if thin is None or inner is None:
+            return []
+        found, start = [], 0
+        all_a = product_in_fp32(inner.t(), x)
+        for linear, grad in zip(self.linears, grads, strict=True):
+            if linear.a is None or linear.b is None:
+                continue
+            end = start + linear.rank
+            of_b = product_in_fp32(grad.t(), thin[:, start:end]).mul_(linear.scaling)
+            found += [all_a[start:end].to(linear.a.dtype), of_b.to(linear.b.dtype)]
+            start = end
+        return found
+
+    def _held(self, dtype: torch.dtype) -> "_Cast":
+        """What the last forward pass cast; cast now where there was none."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self._cast_now(dtype)
+        return self._cast[dtype]
+
+    def _cast_now(self, dtype: torch.dtype) -> "_Cast":
+        parts = [linear.a.detach() for linear in self.adapted if linear.a is not None]
+        all_a = None if not parts else (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+        return _Cast(all_a, [None if linear.b is None else _scaled_b(linear, dtype) for linear in self.linears])
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Adapters in the format of activations: A of all modules `[sum of ranks, in]`, and s B `[out, r]` of each."""
+
+    all_a: Tensor | None
+    scaled_b: list[Tensor | None]
+
+
+def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in fp32; on a GPU 16-bit factors are summed in fp32 and never rounded between."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+def _output(linear: AdaptedLinear, x: Tensor, adapter: tuple[Tensor, Tensor] | None, rounded: Rounded | None) -> Tensor:
+    """A module's output `[T, out]`.
+
+    Args:
+        adapter: `x A^T` and s B; None where the module has none.
+        rounded: x in fp8, where a module of the group takes it so.
+    """
+    weight = linear.weight
+    if adapter is not None and isinstance(weight, Accumulates):
+        # The thin product first: the other order would read the whole output once more.
+        y = adapter[0] @ adapter[1].t()
+        weight.add_forward(x, y)
+    else:
+        if isinstance(weight, Fp8Weight) and rounded is not None and weight.is_forward_fp8:
+            y = weight.forward_rounded(rounded).to(x.dtype)
+        else:
+            y = weight.forward(x)
+        if adapter is not None:
+            y.addmm_(adapter[0], adapter[1].t())
+    return y if linear.bias is None else y.add_(linear.bias.to(y.dtype))
+
+
+def _rounds_forward(linear: AdaptedLinear) -> bool:
+    return isinstance(linear.weight, Fp8Weight) and linear.weight.is_forward_fp8
+
+
+def _scaled_b(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:
+    """s B `[out, r]`, scaled before it is rounded."""
+    if linear.b is None:
+        raise ValueError("this module has no adapter")
+    return (linear.b.detach() * linear.scaling).to(dtype)

@@ -1,0 +1,156 @@
+"""What each layer keeps for its backward, and how much a budget of memory lets all layers keep.
+
+Level 0 keeps all that the backward needs. Level 1 computes gate and up again, level 2 the whole layer from its input,
+and level 3 does as level 2 with that input kept in the host's memory.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_kit.schema.model import ModelShape
+
+LEVELS = range(4)
+_FP32 = 4
+_UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+_SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
+
+
+class Amount(Enum):
+    """What a recipe asks to be computed again."""
+
+    auto = "auto"
+    none = "none"
+    all = "all"
+    budget = "budget"
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """`engine.recompute`, read.
+
+    Attributes:
+        budget_bytes: for all kept activations together; 0 unless `amount` is budget.
+    """
+
+    amount: Amount
+    budget_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerExtras:
+    """What a layer keeps beside what its sizes say.
+
+    Attributes:
+        ranks: of all its adapters together; one thin product is kept for each.
+        head_norms: q and k are kept as they were before their norms too.
+        sandwich: outputs of attention and MLP are kept as they were before their norms too.
+    """
+
+    ranks: int = 0
+    head_norms: bool = False
+    sandwich: bool = False
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory beside kept activations, in bytes.
+
+    Attributes:
+        logits: the largest tile of logits with its gradient.
+        trained: gradients and optimizer states that do not exist yet.
+    """
+
+    logits: float = 0.0
+    trained: float = 0.0
+
+
+def parse_recompute(text: str) -> Recompute:
+    """Read `auto`, `none`, `all`, or a budget such as `20GB` or `1.5GiB`.
+
+    Raises:
+        ValueError: the text is none of these; the message says what is allowed.
+    """
+    word = text.strip()
+    if word.lower() in ("auto", "none", "all"):
+        return Recompute(Amount(word.lower()))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", word, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is none of auto, none, all, and no amount of memory such as 20GB")
+    return Recompute(Amount.budget, float(match[1]) * _UNITS[match[2].upper()])
+
+
+def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras | None = None) -> int:
+    """Bytes on the device that one layer keeps for each token.
+
+    Args:
+        level: 0 to 3.
+        wide: bytes of an activation.
+    """
+    extras = extras or LayerExtras()
+    if level >= 2:
+        return wide * shape.hidden_size if level == 2 else 0
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    values = 2 * shape.hidden_size + 2 * queries + 2 * keys + extras.ranks
+    if extras.head_norms:
+        values += queries + keys
+    if extras.sandwich:
+        values += 2 * shape.hidden_size
+    if level == 0:
+        values += 2 * shape.intermediate_size
+    return wide * values + _FP32 * shape.num_heads
+
+
+def peak_bytes(
+    shape: ModelShape, levels: Sequence[int], tokens: int, wide: int = 2, extras: LayerExtras | None = None
+) -> int:
+    """The most that is kept at once, in bytes, over the backward of all layers from the last to the first.
+
+    While a layer computes again what it did not keep, later layers have already let go of theirs.
+    """
+    whole = kept_bytes(shape, 0, wide, extras)
+    peak = below = 0
+    for level in levels:
+        below += kept_bytes(shape, level, wide, extras)
+        again = 0 if level == 0 else whole - kept_bytes(shape, level, wide, extras)
+        peak = max(peak, below + again)
+    return peak * tokens
+
+
+def plan_levels(
+    shape: ModelShape, tokens: int, budget_bytes: float, wide: int = 2, extras: LayerExtras | None = None
+) -> list[int]:
+    """The level of each layer that costs the least time within a budget; level 3 for all where nothing fits.
+
+    The first layers compute again, since in their backward the others' activations are gone.
+
+    Args:
+        tokens: of one forward pass, padding included.
+        budget_bytes: for kept activations and those that are computed again.
+    """
+    layers = shape.num_layers
+    for higher in LEVELS[1:]:
+        for count in range(layers + 1):
+            levels = [higher] * count + [higher - 1] * (layers - count)
+            if peak_bytes(shape, levels, tokens, wide, extras) <= budget_bytes:
+                return levels
+    return [LEVELS[-1]] * layers
+
+
+def auto_budget(
+    shape: ModelShape, free_bytes: float, tokens: int, workspace: Workspace | None = None, wide: int = 2
+) -> float:
+    """Bytes for activations, once the workspace of a step is set aside from what is free after loading.
+
+    Args:
+        free_bytes: on the device, with the model and its adapter loaded.
+        tokens: of one forward pass.
+    """
+    workspace = workspace or Workspace()
+    widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
+    dequantized = wide * shape.hidden_size * widest
+    # The MLP's backward holds the product, its gradient, and those of gate and up; beside them two of the hidden width.
+    temporary = wide * tokens * (4 * shape.intermediate_size + 2 * shape.hidden_size)
+    spared = free_bytes / _SPARED_PARTS
+    return max(0.0, free_bytes - spared - dequantized - temporary - workspace.logits - workspace.trained)

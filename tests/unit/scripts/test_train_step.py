@@ -1,0 +1,164 @@
+"""The benchmark of training steps, on a tiny shape: what it writes, how it fails, and how it reads its command line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[3] / "scripts" / "bench"
+RUNS = [
+    "qlora_kit:plain:bf16:tiny:2x64",
+    "qlora_kit:plain:bf16:tiny:packed-2x128",
+    "trl:default:bf16:tiny:packed-2x128",
+]
+COLUMNS = {
+    *("stack", "variant", "compute", "shape", "batch", "seq_len", "packed", "tokens_per_s", "peak_gb", "step_s"),
+    *("first_step_s", "losses", "grad_norms"),
+}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def measured(folder, *arguments):
+    line = [sys.executable, str(BENCH / "train_step.py"), "--cpu", "--work", str(folder / "work")]
+    done = subprocess.run(
+        [*line, "--results", str(folder / "results"), *arguments], capture_output=True, text=True, check=True
+    )
+    (place,) = folder.glob("results/cpu/train_step-*.json")
+    return json.loads(place.read_text(encoding="utf-8")), done.stdout
+
+
+@pytest.mark.slow
+def test_stacks_train_the_same_rows_and_a_missing_one_is_a_row(tmp_path):
+    found, printed = measured(tmp_path, "--only", *RUNS, "unsloth:default:bf16:tiny:2x64")
+    assert {"versions", "memory_counter", "ceiling", "rows"} <= set(found)
+    *rows, missing = found["rows"]
+    assert [row["packed"] for row in rows] == [False, True, False]
+    for row in rows:
+        assert set(row) >= COLUMNS and "error" not in row
+        assert all(math.isfinite(norm) and norm > 0 for norm in row["grad_norms"])
+        assert row["losses"][-1] < row["losses"][0]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.01)
+    assert rows[0]["tokens"] == 2 * 64
+    # packed by us and padded by TRL, the same rows have the same loss; TRL's adapter is bf16
+    assert rows[1]["tokens"] == rows[2]["tokens"] and rows[1]["losses"][0] == pytest.approx(rows[2]["losses"][0], 1e-3)
+    assert missing["error"] == "ModuleNotFoundError: No module named 'unsloth'" and missing["stack"] == "unsloth"
+    assert "No module named 'unsloth'" in printed
+
+
+@pytest.mark.slow
+def test_a_second_call_keeps_other_rows_and_a_limit_on_time_is_an_error(tmp_path):
+    measured(tmp_path, "--only", RUNS[0], "unsloth:default:bf16:tiny:2x64", "--limit", "120")
+    found, _ = measured(tmp_path, "--only", RUNS[0], "--limit", "0.5")
+    assert [row["stack"] for row in found["rows"]] == ["unsloth", "qlora_kit"]
+    assert found["rows"][-1]["error"] == "took longer than 0.5 s" and "step_s" not in found["rows"][-1]
+
+
+@pytest.mark.slow
+def test_a_saved_base_is_the_one_in_memory(tmp_path):
+    from train_step.shapes import is_4bit, random_base, save_base
+
+    from qlora_kit.model.load import load_base
+    from qlora_kit.schema.quant import QuantConfig
+
+    save_base("tiny", tmp_path / "base")
+    made, loaded = random_base("tiny"), load_base(tmp_path / "base", QuantConfig())
+    assert sum(map(is_4bit, made.modules())) == sum(map(is_4bit, loaded.modules())) == 14
+    assert all(module.weight.quant_state.nested for module in made.modules() if is_4bit(module))
+    ids = torch.arange(300, 320)[None]
+    with torch.no_grad():
+        assert torch.equal(made.eval()(ids).logits, loaded(ids).logits)
+
+
+def test_names_of_runs():
+    from train_step.runs import Batch, Run
+
+    run = Run.parse("unsloth:no_recompute:bf16:8b:packed-4x2048")
+    assert run == Run("unsloth", "no recompute", "bf16", "8b", Batch(4, 2048, packed=True))
+    assert str(run) == "unsloth:no_recompute:bf16:8b:packed-4x2048" and run.packs
+    assert not Run.parse("liger:default:bf16:8b:packed-4x2048").packs
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("unsloth:default:fp8:8b:4x2048", "unsloth:default:bf16"),
+        ("axolotl:default:bf16:8b:4x2048", "qlora_kit"),
+        ("trl:default:bf16:8b:2048", "no batch"),
+        ("trl:default:8b:4x2048", "stack:variant:compute:shape:batch"),
+    ],
+)
+def test_a_name_that_is_no_run(name, why):
+    from train_step.runs import Run
+
+    with pytest.raises(ValueError, match=why):
+        Run.parse(name)
+
+
+def test_quick_is_one_batch_for_every_stack():
+    from train_step.runs import QUICK, every_run
+
+    runs = every_run("8b", QUICK)
+    assert {str(run.batch) for run in runs} == {"4x2048"}
+    assert {run.stack for run in runs} == {"qlora_kit", "unsloth", "trl", "liger"}
+
+
+def test_short_rows_fill_the_bins():
+    from train_step.rows import lengths_of
+    from train_step.runs import Batch
+
+    lengths = lengths_of(Batch(4, 2048, packed=True))
+    assert 0.9 * 4 * 2048 < sum(lengths) <= 4 * 2048
+    assert min(lengths) >= 16 and 150 < np.mean(lengths) < 350
+    assert lengths_of(Batch(2, 64)) == [64, 64]
+
+
+@pytest.mark.parametrize("limit", [0, 1024, 5000, 8192, 70_000, 1 << 20])
+def test_longest_is_the_last_multiple_that_fits(limit):
+    from train_step.longest import longest
+
+    asked = []
+    assert longest(lambda tokens: asked.append(tokens) or tokens <= limit) == limit // 1024 * 1024
+    assert len(asked) == len(set(asked)) <= 16
+
+
+@pytest.mark.parametrize(
+    "losses, norms, doubt",
+    [
+        ([2.0, 1.0], [1.0, 1.0], ""),
+        ([2.0, 2.0], [1.0, 1.0], "the loss went from"),
+        ([2.0, 1.0], [1.0, 0.0], "gradient norm"),
+        ([2.0, 1.0], [math.nan, 1.0], "gradient norm"),
+        ([2.0], [1.0], "no proof"),
+    ],
+)
+def test_steps_that_prove_nothing(losses, norms, doubt):
+    from train_step.clock import Steps
+
+    found = Steps([0.1, 0.1], losses, norms).doubt()
+    assert doubt in found and bool(found) is bool(doubt)
+
+
+def test_kinds_of_kernels():
+    from train_step.step_profile import kind_of
+
+    frozen = frozenset({(14336, 4096)})
+    forward, backward = [[8192, 4096], [4096, 14336]], [[8192, 14336], [14336, 4096]]
+    assert kind_of("nvjet_tst", "aten::mm", forward, frozen) == "frozen matmuls"
+    assert kind_of("nvjet_tst", "aten::mm", backward, frozen) == "frozen matmuls"
+    assert kind_of("nvjet_tst", "aten::_scaled_mm", [*forward, [8192, 1], [1, 14336]], frozen) == "frozen matmuls"
+    assert kind_of("nvjet_tst", "aten::addmm", [[8192, 4096], *backward], frozen) == "frozen matmuls"
+    assert kind_of("nvjet_tst", "aten::mm", [[8192, 4096], [4096, 16]], frozen) == "LoRA and head matmuls"
+    assert kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma") == "attention"
+    assert kind_of("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>") == "dequantise"
+    assert kind_of("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
+    assert kind_of("triton_poi_fused_silu") == "norm, activation, elementwise"
+    assert kind_of("Memset (Device)") == "other"

@@ -1,0 +1,124 @@
+"""The recipe's engine is the one that trains, keeps what memory allows, and gives the plain engine's losses."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from trl import SFTTrainer
+
+from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.data.packing import pack
+from qlora_kit.engine.fast import FastLayer
+from qlora_kit.model.load import load_base
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.data import Batching, DataConfig
+from qlora_kit.schema.engine import EngineConfig, EngineMode
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.tracking.tracker import AllTrackers
+from qlora_kit.training import speed as module
+from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.sft import build_trainer, fit
+from qlora_kit.training.speed import layer_levels, put_engine
+from tests.drawn_rows import drawn_rows
+from tests.tiny_models import build_tiny_model
+
+LENGTHS = [9, 40, 3, 21, 33, 14]
+FAST = EngineMode.fast
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_tiny_model("llama", tmp_path_factory.mktemp("speed") / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return drawn_rows(tmp_path_factory.mktemp("rows") / "train", LENGTHS, 1)
+
+
+def trained(base, rows, folder, engine, batching=Batching.padded):
+    recipe = TrainRecipe(
+        model=ModelConfig(source="base"),
+        quant=QuantConfig(compute_dtype=ComputeDtype.float32),
+        data=DataConfig(batching=batching),
+        trainer=TrainerConfig(batch_size=2, max_steps=3),
+        engine=engine,
+    )
+    torch.manual_seed(0)
+    model = attach_lora(load_base(base, recipe.quant), recipe.lora)
+    packing = pack(rows.lengths, 64) if batching is Batching.packed else None
+    watch = Watch(AllTrackers([]), StopOnSignal())
+    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, watch, packing)
+
+
+def losses(trainer):
+    fit(trainer, None)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("batching", [Batching.padded, Batching.packed])
+def test_the_fast_engine_trains_as_the_plain_one(base, rows, tmp_path, batching, capsys):
+    plain = trained(base, rows, tmp_path / "plain", EngineConfig(), batching)
+    fast = trained(base, rows, tmp_path / "fast", EngineConfig(mode=FAST), batching)
+    assert plain.engine is None
+    assert plain.args.gradient_checkpointing
+    assert fast.engine.fast_layers == 2
+    assert not fast.args.gradient_checkpointing
+    assert "engine: fast, bf16, 2 layers; for" in capsys.readouterr().err
+    np.testing.assert_allclose(losses(fast), losses(plain), rtol=1e-5)  # 1e-7 to 1e-6 measured
+    fast.restore_model()
+    assert not [m for m in fast.model.modules() if isinstance(vars(m).get("forward"), FastLayer)]
+
+
+def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
+    model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
+
+    def levels(recompute):
+        return layer_levels(model, EngineConfig(mode=FAST, recompute=recompute), 1000)
+
+    assert levels("none") == [0, 0]
+    assert levels("all") == [2, 2]
+    assert levels("20GB") == [0, 0]
+    assert set(levels("0.008GB")) & {1, 2}
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 100e9)
+    assert levels("auto") == [0, 0]
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e6)
+    capsys.readouterr()
+    assert levels("auto") == [3, 3]
+    assert "warning: layers keep" in capsys.readouterr().err
+    put_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
+    assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
+
+
+def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):
+    lora = TrainRecipe().lora
+    lora.dropout = 0.1
+    model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora)
+    assert put_engine(model, EngineConfig(mode=FAST), 100) is None
+    assert "2 of 2 layers run plain, because lora.dropout is above 0" in capsys.readouterr().err
+
+
+def test_loss_accuracy_and_tokens_are_those_of_trl(base, rows, tmp_path):
+    trainer = trained(base, rows, tmp_path, EngineConfig())
+    trainer.model.train()
+    batches = list(trainer.get_train_dataloader())
+    items = torch.tensor(17)
+    mine = [trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items) for batch in batches]
+    theirs = [
+        SFTTrainer.compute_loss(trainer, trainer.model, copy.copy(batch), num_items_in_batch=items) for batch in batches
+    ]
+    torch.testing.assert_close(torch.stack(mine), torch.stack(theirs))
+    expected = trainer._metrics["train"].pop("mean_token_accuracy")
+    counted = trainer._total_train_tokens
+    trainer._total_train_tokens = 0
+    trained_tokens = torch.tensor([(batch["labels"][:, 1:] != -100).sum() for batch in batches])
+    trainer.log({})
+    logged = trainer.state.log_history[-1]
+    assert logged["num_tokens"] == counted == sum(LENGTHS)
+    assert logged["mean_token_accuracy"] == pytest.approx(
+        float((torch.tensor(expected) * trained_tokens).sum() / trained_tokens.sum())
+    )
