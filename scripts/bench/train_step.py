@@ -1,0 +1,158 @@
+"""Times training steps of qlora_kit and of its peers: one model, the same rows, each stack in a process of its own.
+
+The models are random, of known shapes, in NF4 with double quantization; LoRA has r=16 on all linear layers, and every
+step ends with clipping and AdamW. The batch is the same in every step, so the loss must fall. A step's time is the
+median of six after three to warm up; tokens are counted without padding. A run that fails is a row with its error.
+
+    python scripts/bench/train_step.py --quick --site /tmp/site --peers-site /tmp/peers
+    python scripts/bench/train_step.py --only qlora_kit:fast:bf16:8b:4x2048 unsloth:no_recompute:bf16:8b:1x8192
+    python scripts/bench/train_step.py --quick --profile          # where a step of qlora_kit spends its time
+    python scripts/bench/train_step.py --only --longest 24 80     # the longest row that trains in so many 10^9 bytes
+    python scripts/bench/train_step.py --cpu                      # a tiny shape, to try the script
+
+Writes results/<device>/train_step-<date>.json after every run; rows of the same day are kept unless measured again.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+from train_step.parent import REPOSITORY, Machine
+from train_step.runs import BATCHES, QUICK, Batch, Run, every_run
+
+RESULTS = Path(__file__).parent / "results"
+TINY = (Batch(2, 64), Batch(2, 128, packed=True))
+LONGEST = ("qlora_kit:plain:bf16", "qlora_kit:fast:bf16", "unsloth:default:bf16")
+
+
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", metavar="RUN", help="stack:variant:compute:shape:batch; none: no such run")
+    parser.add_argument("--quick", action="store_true", help="8b at 4x2048 for every stack")
+    parser.add_argument("--shape", default="8b", choices=("1b", "8b", "70b"), help="unless --only names it")
+    parser.add_argument("--profile", action="store_true", help="one more step of qlora_kit's runs, by kind of work")
+    parser.add_argument(
+        "--longest", nargs="*", type=float, default=[], metavar="GB", help="for the shape, in 10^9 bytes"
+    )
+    parser.add_argument("--longest-of", nargs="*", default=LONGEST, metavar="STACK:VARIANT:COMPUTE")
+    parser.add_argument("--site", type=Path, help="packages of qlora_kit, unless this Python has them")
+    parser.add_argument("--peers-site", type=Path, help="packages of the other stacks, likewise")
+    parser.add_argument("--work", type=Path, help="for bases, rows and logs; a new folder below /tmp unless given")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--limit", type=float, default=180, help="seconds for one run")
+    parser.add_argument("--longest-limit", type=float, default=600, help="seconds for one search")
+    parser.add_argument("--cpu", action="store_true", help="a tiny shape without a GPU")
+    return parser.parse_args(line)
+
+
+def chosen_runs(chosen: argparse.Namespace) -> list[Run]:
+    """The runs that a command line asks for, in order."""
+    if chosen.only is not None:
+        return [Run.parse(name) for name in chosen.only]
+    if chosen.cpu:
+        return every_run("tiny", TINY)
+    if chosen.quick:
+        return every_run(chosen.shape, QUICK)
+    return every_run(chosen.shape, BATCHES)
+
+
+class Results:
+    """The file of results, rewritten after every run."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        device = str(about.get("device", "unknown"))
+        name = re.sub(r"\W+", "_", device.lower()).strip("_")
+        self.path = folder / name / f"train_step-{date.today().isoformat()}.json"
+        before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.found: dict[str, Any] = {
+            "device": device,
+            "environment": about.get("environment", {}),
+            "versions": before.get("versions", {}),
+            "memory_counter": "resident memory of the process"
+            if device == "cpu"
+            else "torch.cuda.max_memory_allocated",
+            "ceiling": about.get("ceiling", {}),
+            "rows": before.get("rows", []),
+            "longest": before.get("longest", []),
+        }
+
+    def add(self, part: str, identity: dict[str, object], run: Run, found: dict[str, Any]) -> None:
+        """Put a row in the place of one with the same identity, and write the file."""
+        self.found["versions"][run.stack] = found.pop("versions", self.found["versions"].get(run.stack, {}))
+        kept = [row for row in self.found[part] if any(row[name] != value for name, value in identity.items())]
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.found[part] = [*kept, {**identity, **found, "at": at}]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(json.dumps(self.found, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def measure(machine: Machine, run: Run, profile: bool) -> dict[str, Any]:
+    """One run, with the base that its stack loads."""
+    base = machine.base(run.shape) if run.stack == "unsloth" and not machine.cpu else {"base": ""}
+    if "error" in base:
+        return {"error": f"no base: {base['error']}"}
+    return machine.job("train", str(run), run, base=base["base"], profile=profile)
+
+
+def search(machine: Machine, run: Run, gigabytes: float) -> dict[str, Any]:
+    """The longest row for one stack and amount of memory."""
+    base = machine.base(run.shape) if run.stack == "unsloth" else {"base": ""}
+    if "error" in base:
+        return {"error": f"no base: {base['error']}"}
+    return machine.job("longest", f"longest-{gigabytes:g}-{run}", run, base=base["base"], gb=gigabytes)
+
+
+def row_line(run: Run, row: dict[str, Any]) -> str:
+    """A line of the table."""
+    name = f"{run.stack:10} {run.variant:13} {run.compute:13} {run.shape:5} {run.batch!s:14} "
+    error = f"  {row['error'].splitlines()[-1][:110]}" if "error" in row else ""
+    if "step_s" not in row:
+        return name + error
+    numbers = f"{row['tokens_per_s']:9.0f} {row['step_s']:8.3f} {row['peak_gb']:8.2f} {row['first_step_s']:8.1f}"
+    return f"{name}{numbers} {row['losses'][0]:8.3f} {row['losses'][-1]:8.3f}{error}"
+
+
+def main() -> None:
+    """Measure, print, store."""
+    chosen = arguments()
+    runs = chosen_runs(chosen)
+    work = (chosen.work or Path(tempfile.mkdtemp(prefix="train_step_"))).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    machine = Machine(work, chosen.site, chosen.peers_site, chosen.cpu, chosen.limit)
+    about = machine.job("about", "about")
+    if "error" in about:
+        print(f"the device is unknown: {about['error']}", flush=True)
+    results = Results(chosen.results, about)
+    print(f"{results.found['device']}; logs in {work / 'logs'}; {results.found['ceiling']}")
+    print(f"{'stack':10} {'variant':13} {'compute':13} {'shape':5} {'batch':14}  tokens/s   step s  peak GB  first s "
+          "    loss       to", flush=True)  # fmt: skip
+    for run in runs:
+        row = measure(machine, run, chosen.profile and run.is_ours)
+        results.add("rows", run.identity, run, row)
+        print(row_line(run, row), flush=True)
+        for name, value in row.get("profile", {}).items():
+            print(f"    {name}: {value}", flush=True)
+    searching = Machine(work, chosen.site, chosen.peers_site, chosen.cpu, chosen.longest_limit)
+    for gigabytes in chosen.longest:
+        for name in chosen.longest_of:
+            run = Run.parse(f"{name}:{chosen.shape}:1x{64 if chosen.cpu else 2048}")
+            row = search(searching, run, gigabytes)
+            identity = {"stack": run.stack, "variant": run.variant, "compute": run.compute, "shape": run.shape}
+            results.add("longest", {**identity, "gb": gigabytes}, run, row)
+            final = "" if row.get("is_final") else f"at least; {row.get('error', '')[:110]}"
+            print(
+                f"longest {run.stack:10} {run.variant:13} {gigabytes:5g} GB {row.get('tokens', 0):8} {final}",
+                flush=True,
+            )
+    print(results.path.relative_to(REPOSITORY) if results.path.is_relative_to(REPOSITORY) else results.path)
+
+
+if __name__ == "__main__":
+    main()

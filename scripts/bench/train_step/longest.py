@@ -1,0 +1,71 @@
+"""The longest row that trains in a given amount of GPU memory."""
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+
+FIRST, STEP, LAST = 8192, 1024, 1 << 20  # tokens
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
+def longest(fits: Callable[[int], bool], first: int = FIRST, step: int = STEP, last: int = LAST) -> int:
+    """The largest multiple of `step` that fits, by doubling and then halving the gap; 0 if none does.
+
+    Args:
+        fits: whether a length in tokens fits; asked for at most once each.
+        first: multiple of `step` to begin with.
+        last: lengths above this are not tried.
+    """
+    low, high = 0, first
+    while high <= last and fits(high):
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        if middle <= last and fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def fill_all_but(gigabytes: float) -> torch.Tensor | None:
+    """Take all of the GPU but so many 10^9 bytes, which are left to this process, its context of CUDA included.
+
+    torch's limit on a process would not do: stacks that plan by the free memory would still see the whole GPU.
+
+    Returns:
+        What takes the memory; None where the GPU is not larger.
+    """
+    surplus = int(torch.cuda.get_device_properties(0).total_memory - gigabytes * 1e9)
+    return torch.empty(surplus, dtype=torch.uint8, device="cuda") if surplus > 0 else None
+
+
+def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None]) -> int:
+    """Find the longest row of which one step fits.
+
+    Args:
+        step: trains one step on a row of so many tokens.
+        note: called with all tries so far after each, so that a cut-off loses none.
+    """
+    seen: list[dict[str, object]] = []
+
+    def fits(tokens: int) -> bool:
+        began = time.perf_counter()
+        problem = ""
+        try:
+            step(tokens)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            problem = str(error)
+            if not any(sign in problem for sign in OUT_OF_MEMORY):
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        seconds = round(time.perf_counter() - began, 1)
+        seen.append({"tokens": tokens, "fits": not problem, "seconds": seconds})
+        note(seen)
+        return not problem
+
+    return longest(fits)
