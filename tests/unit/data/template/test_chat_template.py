@@ -8,6 +8,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from qlora_kit.data.conversation import Message, ToolCall
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
@@ -66,7 +67,9 @@ def sources():
 
 
 @pytest.mark.parametrize("template", sources())
-def test_every_template_renders_as_transformers_renders_it(template):
+def test_every_template_renders_as_transformers_renders_it(template, monkeypatch):
+    # From 5.23 on transformers passes reasoning as `thinking` too; the kit does not, and warns where it is left out.
+    monkeypatch.setattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat, raising=False)
     tokenizer = peer(template)
     rendered = 0
     for messages in CONVERSATIONS:
