@@ -1,7 +1,7 @@
 """Recipe group `data` -> token rows ready to train and to score, with the numbers that data.json records."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,11 +45,14 @@ class PreparedData:
         return self._held_out_source.conversations(np.unique(self.held_out.rows)[:limit])
 
 
-def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", max_tokens: int | None = None) -> PreparedData:
+def prepare(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", max_tokens: "int | Callable[[int], int] | None" = None
+) -> PreparedData:
     """Read, check, render, tokenize and split the rows of a recipe.
 
     Args:
-        max_tokens: what `data.max_tokens=auto` came to; None takes rows of any length then.
+        max_tokens: what `data.max_tokens=auto` came to, or what tells it from the length of the longest training row;
+            None takes rows of any length then.
 
     Raises:
         RecipeError: a source or row cannot be used, a row is too long for `on_long_row=error`, or a held-out row is
@@ -64,7 +67,11 @@ def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", max_tokens
         _refuse_overlap(train_source, rows, eval_source)
     else:
         out_source, (rows, out) = train_source, _split(config, train_source, rows)
-    limit = config.max_tokens if config.max_tokens != AUTO else max_tokens
+    limit: int | None
+    if config.max_tokens != AUTO:
+        limit = int(config.max_tokens)
+    else:
+        limit = max_tokens(int(train_source.store.lengths.max())) if callable(max_tokens) else max_tokens
     train, train_summary = _fitted(TRAIN, train_source, rows, config, limit, encoder.bos)
     if not len(out):
         return PreparedData(train, None, DataSummary(train_summary, None), train_source)
@@ -72,16 +79,6 @@ def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", max_tokens
     data = PreparedData(train, held, DataSummary(train_summary, held_summary), out_source)
     _check_task(config.task, data)
     return data
-
-
-def longest_stored_row(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Tokens of the longest training row, before anything is cut or dropped.
-
-    Raises:
-        RecipeError: as `prepare`.
-    """
-    train, _ = _read_both(config, Encoder.of(tokenizer, config.train_on))
-    return int(train.store.lengths.max())
 
 
 def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokenized | None]:
@@ -144,16 +141,16 @@ def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Int
 
 
 def _fitted(
-    name: str, source: Tokenized, rows: Ints, config: DataConfig, limit: int | str | None, bos: int | None
+    name: str, source: Tokenized, rows: Ints, config: DataConfig, limit: int | None, bos: int | None
 ) -> tuple[TokenRows, SplitSummary]:
     whole = TokenRows.whole(source.store, rows)
     longest = int(whole.lengths.max())
     if limit is None:
         return whole, _summary(whole, source, longest, LongRowCounts())
-    kept, counts = fit(whole, int(limit), config.on_long_row, bos)
-    for line in told(counts, name, config.on_long_row, int(limit)):
+    kept, counts = fit(whole, limit, config.on_long_row, bos)
+    for line in told(counts, name, config.on_long_row, limit):
         say(line)
-    return kept, _summary(kept, source, int(limit), counts)
+    return kept, _summary(kept, source, limit, counts)
 
 
 def _refuse_overlap(train: Tokenized, rows: Ints, other: Tokenized) -> None:

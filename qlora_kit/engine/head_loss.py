@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from qlora_kit.core.say import say
+from qlora_kit.data.collate import IGNORED_LABEL
 
 TILE_BYTES = 256_000_000  # of logits that exist at a time
-IGNORED_LABEL = -100
 # Settings of families whose logits are scaled, capped, or joined by a loss of the router.
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 ROUTED = "output_router_logits"

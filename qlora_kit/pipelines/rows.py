@@ -12,13 +12,13 @@ from qlora_kit.data.audit.audit import Audit, audit
 from qlora_kit.data.audit.finding import by_level
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.packing import Packing, pack
-from qlora_kit.data.prepare import PreparedData, longest_stored_row, prepare
+from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.template.prompt_check import prompt_finding
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.model.tokenizer import stop_ids
-from qlora_kit.schema.data import AUTO, Batching, DataConfig
+from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.root import TrainRecipe
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ def rows_that_fit(recipe: TrainRecipe, base_folder: Path, tokenizer: "PreTrained
     Raises:
         RecipeError: the rows cannot be used, or not even a short one fits.
     """
-    if recipe.data.max_tokens != AUTO:
-        return prepare(recipe.data, tokenizer)
-    longest = longest_stored_row(recipe.data, tokenizer)
-    return prepare(recipe.data, tokenizer, longest_row(recipe, base_folder, longest))
+    return prepare(recipe.data, tokenizer, lambda longest: longest_row(recipe, base_folder, longest))
 
 
 def packing_of(config: DataConfig, data: PreparedData) -> Packing | None:

@@ -68,7 +68,7 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
 def _missing_file(path: str, name: str | None) -> Iterator[Finding]:
     if name is None or Path(name).expanduser().exists():
         return
-    if glob.has_magic(name) and glob.glob(str(Path(name).expanduser()), recursive=True):  # noqa: PTH207
+    if glob.has_magic(name) and glob.glob(str(Path(name).expanduser()), recursive=True):  # noqa: PTH207  Path.glob takes no absolute pattern
         return
     fix = f"{path}=<a file of rows>"
     if HOME_COMMANDS in Path(name).parts:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback
-from trl import SFTConfig
 
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
@@ -19,20 +18,18 @@ from qlora_kit.data.collate import Collator, PackedCollator
 from qlora_kit.data.order import by_length, shuffled
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
+from qlora_kit.engine.fast import FastEngine
 from qlora_kit.engine.head_loss import one_pass_head
 from qlora_kit.engine.packed_attention import check_isolation, isolate_samples
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
-from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
-from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.dataset import training_dataset
-from qlora_kit.training.optimizer import TRANSFORMERS_NAME, effective_optimizer
+from qlora_kit.training.optimizer import effective_optimizer
 from qlora_kit.training.speed import put_engine
 from qlora_kit.training.trainer import KitTrainer, Order
-
-SCHEDULER_NAME = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,7 @@ def build_trainer(
     optimizer, line = effective_optimizer(recipe.optim, has_gpu=torch.cuda.is_available())
     if line:
         say(line)
-    undo: list[Callable[[], None]] = []
-    if packing is not None:
-        undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
-        check_isolation(model, recipe.model.attention)
-    engine = put_engine(model, recipe.engine, _tokens_at_once(recipe, train, packing))
-    if engine is not None:
-        undo.append(engine.undo)
+    undo, engine = _made_ready(model, recipe, train, packing)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = training_dataset(train, packing)
     trainer = KitTrainer(
@@ -102,10 +93,23 @@ def build_trainer(
     trainer.order = _order(recipe, train, len(dataset), processes)
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
-    undo.append(one_pass_head(model.get_base_model()))
-    trainer.undo = undo
+    trainer.undo = [*undo, one_pass_head(model.get_base_model())]
     trainer.engine = engine
     return trainer
+
+
+def _made_ready(
+    model: PeftModel, recipe: TrainRecipe, rows: TokenRows, packing: Packing | None
+) -> tuple[list[Callable[[], None]], FastEngine | None]:
+    """Isolate packed samples and put the engine in, before TRL sees the model; with what takes both off again."""
+    undo: list[Callable[[], None]] = []
+    if packing is not None:
+        undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
+        check_isolation(model, recipe.model.attention)
+    engine = put_engine(model, recipe.engine, _tokens_at_once(recipe, rows, packing))
+    if engine is not None:
+        undo.append(engine.undo)
+    return undo, engine
 
 
 def _tokens_at_once(recipe: TrainRecipe, rows: TokenRows, packing: Packing | None) -> int:
@@ -132,80 +136,6 @@ def _order(recipe: TrainRecipe, rows: TokenRows, items: int, processes: int) -> 
     if recipe.data.batching is Batching.by_length:
         return partial(by_length, rows.lengths, recipe.trainer.batch_size * processes, seed)
     return partial(shuffled, items, seed)
-
-
-def sft_config(
-    recipe: TrainRecipe,
-    optimizer: OptimizerName,
-    checkpoints: Path,
-    *,
-    items: int,
-    evaluates: bool,
-    processes: int = 1,
-    checkpoints_layers: bool = False,
-) -> SFTConfig:
-    """TRL's configuration; every value that its defaults would cut, pack or hide is set here.
-
-    Args:
-        items: training rows, or bins of a packing.
-        processes: that share the items.
-        checkpoints_layers: whether transformers computes every layer again; the fast engine sees to that itself.
-    """
-    loop, optim = recipe.trainer, recipe.optim
-    steps = loop.steps(items, processes)
-    evaluation = "steps" if evaluates and loop.eval_every_steps else "no"
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-        per_device_train_batch_size=loop.batch_size,
-        per_device_eval_batch_size=loop.batch_size,
-        gradient_accumulation_steps=loop.gradient_accumulation,
-        gradient_checkpointing=checkpoints_layers,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        max_steps=steps,
-        **_optimizer_arguments(optim, optimizer, steps),
-        bf16=recipe.quant.compute_dtype is ComputeDtype.bfloat16,
-        fp16=recipe.quant.compute_dtype is ComputeDtype.float16,
-        seed=loop.seed,
-        data_seed=loop.seed,
-        logging_steps=loop.log_every_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=loop.save_every_steps,
-        save_total_limit=loop.keep_checkpoints,
-        eval_strategy=evaluation,
-        eval_steps=loop.eval_every_steps,
-        prediction_loss_only=True,
-        disable_tqdm=True,
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _optimizer_arguments(optim: OptimConfig, optimizer: OptimizerName, steps: int) -> dict[str, Any]:
-    return {
-        "optim": _transformers_name(optimizer),
-        "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": SCHEDULER_NAME[optim.schedule],
-        "warmup_steps": round(optim.warmup_fraction * steps),
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.beta1,
-        "adam_beta2": optim.beta2,
-        "max_grad_norm": optim.max_grad_norm,
-    }
-
-
-def _transformers_name(optimizer: OptimizerName) -> str:
-    """AdamW in one kernel on a GPU: 1 ms for the 448 tensors of an 8B model's adapter."""
-    if optimizer is OptimizerName.adamw and torch.cuda.is_available():
-        return "adamw_torch_fused"
-    return TRANSFORMERS_NAME[optimizer]
 
 
 def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:

@@ -84,12 +84,12 @@ _TAG = re.compile(
 )
 # The second and later bytes of a UTF-8 character, 80 to BF, as Windows-1252 shows them. Quotes, dashes and the ellipsis
 # are left out: they follow an accented letter in good text too.
-_TAILS = "\x80-\xbf€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ"  # noqa: RUF001
+_TAILS = "\x80-\xbf€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ"  # noqa: RUF001  the misread characters themselves
 _WESTERN = re.compile(f"[ÂÃ][{_TAILS}]")
 _CYRILLIC = re.compile(f"(?:[ÐÑ][{_TAILS}]){{2}}")
 _LONGER = re.compile(f"(?:[à-ï][{_TAILS}]{{2}}){{2}}")
 _TAIL_PAIRS = tuple(bytes([left, right]) for left in (_CONTROL, _TAIL) for right in (_CONTROL, _TAIL))
-_ALWAYS_BROKEN = ("â€", "â\x80", "ðŸ", "ð\x9f", "Р°Р", "РµР")  # noqa: RUF001
+_ALWAYS_BROKEN = ("â€", "â\x80", "ðŸ", "ð\x9f", "Р°Р", "РµР")  # noqa: RUF001  the misread characters themselves
 
 
 def oddities(texts: Iterable[str]) -> Oddity:
@@ -165,7 +165,7 @@ def _classes() -> npt.NDArray[np.uint8]:
         for first, last in ranges:
             table[first : last + 1] = kind
     table[0x200C:0x200E] = _JOINER
-    table[[*range(0xA0, 0xC0), *map(ord, "€‚„†‡ˆ‰‹•˜™›Ÿ")]] = _TAIL  # noqa: RUF001
+    table[[*range(0xA0, 0xC0), *map(ord, "€‚„†‡ˆ‰‹•˜™›Ÿ")]] = _TAIL  # noqa: RUF001  the misread characters themselves
     table[0xAD] = _INVISIBLE
     table[0x00:0x20] = table[0x7F:0xA0] = _CONTROL
     table[[0x09, 0x0A, 0x0D]] = 0

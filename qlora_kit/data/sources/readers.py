@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import file_hash
 from qlora_kit.data.formats.bad_rows import kind
 from qlora_kit.data.sources.compressed import BUFFER_BYTES, COMPRESSED_SUFFIXES, kind_suffix, opened
 from qlora_kit.data.sources.csv_rows import csv_entries
 from qlora_kit.data.sources.json_text import JsonText, JsonTextError, shape
-from qlora_kit.data.sources.records import BOM, BadRecord, Entry
+from qlora_kit.data.sources.records import BOM, BadRecord, Entry, FileOnDisk
 
 JSON_SUFFIXES, CSV_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -19,18 +17,8 @@ _ROW_KEYS = frozenset({"messages", "conversations", "conversation", "prompt", "c
 
 
 @dataclass(frozen=True)
-class TextFile:
+class TextFile(FileOnDisk):
     """A file of JSON or CSV rows; what it holds decides how it is read where its name leaves that open."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def sha256(self) -> str:
-        """Hash of the file's bytes, as they lie on the disk."""
-        return file_hash(self.path)
 
     def entries(self, rows: int) -> Iterator[Entry]:
         """Rows with the line that they start in, or their number in an array.

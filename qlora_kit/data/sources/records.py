@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from qlora_kit.core.files import file_hash
 from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind
 
 BOM = b"\xef\xbb\xbf"
@@ -35,6 +37,22 @@ class Part(Protocol):
 
     def sha256(self) -> str:
         """Hash of what it holds, in hex."""
+
+
+@dataclass(frozen=True)
+class FileOnDisk:
+    """A part that is one file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The path as it was given."""
+        return str(self.path)
+
+    def sha256(self) -> str:
+        """Hash of the file's bytes, as they lie on the disk."""
+        return file_hash(self.path)
 
 
 def parse(record: Record) -> Mapping[str, object]:

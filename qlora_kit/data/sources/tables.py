@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash
-from qlora_kit.data.sources.records import Entry
+from qlora_kit.data.sources.records import Entry, FileOnDisk
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,18 +22,8 @@ Loader = Callable[..., "Dataset"]
 
 
 @dataclass(frozen=True)
-class ParquetFile:
+class ParquetFile(FileOnDisk):
     """A Parquet file, one row group in memory at a time."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def sha256(self) -> str:
-        """Hash of the file's bytes."""
-        return file_hash(self.path)
 
     def entries(self, rows: int) -> Iterator[Entry]:
         """Rows by number.
@@ -51,18 +41,8 @@ class ParquetFile:
 
 
 @dataclass(frozen=True)
-class ArrowFile:
+class ArrowFile(FileOnDisk):
     """An Arrow file, in the random access format (Feather) or as a stream, mapped into memory."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def sha256(self) -> str:
-        """Hash of the file's bytes."""
-        return file_hash(self.path)
 
     def entries(self, rows: int) -> Iterator[Entry]:
         """Rows by number.

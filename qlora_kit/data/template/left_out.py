@@ -83,20 +83,21 @@ def _tools_ignored(conversation: Conversation, template: ChatTemplate, text: str
     return without == text
 
 
-def _letters(number: int) -> str:
+def letters(number: int) -> str:
+    """A number in letters alone, which no template trims or splits."""
     return "".join("abcdefghij"[int(digit)] for digit in str(number))
 
 
 def _words(index: int) -> str:
-    return f"Qzxwords{_letters(index)}xzq"
+    return f"Qzxwords{letters(index)}xzq"
 
 
 def _thought(index: int) -> str:
-    return f"Qzxthought{_letters(index)}xzq"
+    return f"Qzxthought{letters(index)}xzq"
 
 
 def _call(index: int, place: int) -> str:
-    return f"Qzxcall{_letters(index)}x{_letters(place)}xzq"
+    return f"Qzxcall{letters(index)}x{letters(place)}xzq"
 
 
 def _refusal(conversation: Conversation, what: str) -> RecipeError:

@@ -13,6 +13,7 @@ from itertools import accumulate
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
+from qlora_kit.data.template.left_out import letters
 from qlora_kit.data.template.turns import RenderedRow, Span, found_by_rendering, refused
 
 _MARK = re.compile("Qzxtextof([a-j]+)xzq")
@@ -110,7 +111,7 @@ def _plain_settings(settings: Mapping[str, object] | None) -> Settings | None:
 def _scaffold(
     template: ChatTemplate, roles: tuple[str, ...], trained: tuple[int, ...], settings: Settings
 ) -> Scaffold | None:
-    messages = tuple(Message(role, f"Qzxtextof{_letters(index)}xzq") for index, role in enumerate(roles))
+    messages = tuple(Message(role, f"Qzxtextof{letters(index)}xzq") for index, role in enumerate(roles))
     conversation = Conversation(messages, "", 0, template_settings=dict(settings))
     padded = [replace(message, content=f" {message.content} ") for message in messages]
     try:
@@ -150,10 +151,6 @@ def _trims(pieces: tuple[str, ...], padded: tuple[str, ...]) -> tuple[Callable[[
         rights.append(after)
         lefts.append(before)
     return tuple(_TRIMS[sides] for sides in zip(lefts[:-1], rights[1:], strict=True))
-
-
-def _letters(number: int) -> str:
-    return "".join("abcdefghij"[int(digit)] for digit in str(number))
 
 
 def _number(letters: str) -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.data.prepare import longest_stored_row, prepare
+from qlora_kit.data.prepare import prepare
 from qlora_kit.schema.data import DataConfig, LongRows
 from tests.prepared_rows import TOKENIZER, refusal, texts, write
 from tests.tiny_models import llama3_tokenizer
@@ -93,6 +93,8 @@ def test_long_conversations_are_split_between_turns_and_keep_the_system_text(tmp
 def test_rows_of_any_length_pass_where_the_limit_is_to_be_found(tmp_path):
     train = write(tmp_path / "a.jsonl", ("a", "b" * 900))
     config = DataConfig(train_file=train, max_tokens="auto")
-    assert longest_stored_row(config, TOKENIZER) == len(prepare(config, TOKENIZER, 2000).train[0].input_ids)
+    seen = []
+    prepare(config, TOKENIZER, lambda longest: seen.append(longest) or 2000)
+    assert seen == [len(prepare(config, TOKENIZER, 2000).train[0].input_ids)]
     with pytest.raises(RecipeError, match=r"longer than data\.max_tokens=100"):
         prepare(config, TOKENIZER, 100)

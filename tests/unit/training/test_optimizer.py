@@ -5,7 +5,7 @@ from transformers.training_args import OptimizerNames
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
-from qlora_kit.training.optimizer import TRANSFORMERS_NAME, choose_optimizer, effective_optimizer
+from qlora_kit.training.optimizer import TRANSFORMERS_NAME, effective_optimizer, transformers_name
 
 
 @pytest.mark.parametrize("name", OptimizerName)
@@ -36,31 +36,8 @@ def test_every_name_is_one_of_transformers():
     assert set(TRANSFORMERS_NAME.values()) <= known
 
 
-def test_the_line_on_a_gpu_names_the_optimizer_and_what_its_state_takes():
-    """41,943,040 weights: 8-bit moments are 2 bytes each, and two scales of 4 bytes for every 256."""
-    name, line = choose_optimizer(OptimConfig(), 41_943_040, 70_000_000_000, has_gpu=True)
-    assert name is OptimizerName.paged_adamw_8bit
-    assert line == (
-        "optim.name=paged_adamw_8bit: 85.2 MB of state for 41.9 M trained weights, updated as one "
-        "(32-bit AdamW: 335.5 MB, 0.5% of the 70.0 GB that are free)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "state"),
-    [("paged_adamw_32bit", "8.0 MB"), ("adamw_8bit", "2.0 MB"), ("paged_lion_8bit", "1.0 MB"), ("adamw", "8.0 MB")],
-)
-def test_each_optimizers_state(name, state):
-    chosen, line = choose_optimizer(OptimConfig(name=OptimizerName[name]), 1_000_000, 10**9, has_gpu=True)
-    assert chosen is OptimizerName[name]
-    assert f"optim.name={name}: {state} of state for 1.0 M trained weights" in line
-    assert ("updated as one" in line) is (name != "adamw")
-
-
-def test_a_full_device_is_no_error():
-    assert "none is free" in choose_optimizer(OptimConfig(), 1000, 0, has_gpu=True)[1]
-
-
-def test_without_a_gpu_the_choice_and_the_line_are_as_before():
-    for optim in (OptimConfig(), OptimConfig(name=OptimizerName.adamw)):
-        assert choose_optimizer(optim, 1000, 10**9, has_gpu=False) == effective_optimizer(optim, has_gpu=False)
+def test_adamw_is_one_kernel_on_a_gpu_and_the_others_keep_their_names():
+    for name in OptimizerName:
+        assert transformers_name(name, has_gpu=False) == TRANSFORMERS_NAME[name]
+        expected = "adamw_torch_fused" if name is OptimizerName.adamw else TRANSFORMERS_NAME[name]
+        assert transformers_name(name, has_gpu=True) == expected

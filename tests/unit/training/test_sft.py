@@ -24,9 +24,10 @@ from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
+from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.dataset import training_dataset
-from qlora_kit.training.sft import build_trainer, fit, held_out_loss, sft_config
+from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 from tests.drawn_rows import drawn_rows
 from tests.stored_rows import stored_rows
 from tests.tiny_models import build_tiny_model
