@@ -1,7 +1,7 @@
 """Token rows -> the tensors of one forward pass: padded side by side, or one after another without padding."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -53,18 +53,32 @@ class Collator:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+class Outline(NamedTuple):
+    """What every packed batch can be made to look like, whatever its samples are.
+
+    Attributes:
+        samples: in a batch; further ones are empty.
+        longest: tokens of a sample at the most.
+    """
+
+    samples: int
+    longest: int
+
+
 class PackedCollator:
     """Lays the samples of a batch one after another in a single row, and says where each begins.
 
     Args:
-        filled_to: tokens that every batch is filled up to, by a last sample of which nothing is trained; None fills
-            nothing. For attention that is compiled for one length and would be compiled again for every other.
+        filled_to: tokens that every batch is filled up to, by samples of which nothing is trained; None fills nothing.
+            For attention that is compiled for one length, and layers that are recorded for one.
         filler: the token it is filled with.
+        outline: that batches get too; one that does not fit into it keeps its own.
     """
 
-    def __init__(self, filled_to: int | None = None, filler: int = 0) -> None:
+    def __init__(self, filled_to: int | None = None, filler: int = 0, outline: Outline | None = None) -> None:
         self.filled_to = filled_to
         self.filler = filler
+        self.outline = outline
 
     def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor | int]":
         """A batch of T tokens in S samples, without padding and without an attention mask.
@@ -73,7 +87,7 @@ class PackedCollator:
             `input_ids`, `labels` and `position_ids`: int64 of shape (1, T); positions start anew in each sample, and
             the first token of a sample has the label -100, since another sample would predict it.
             `cu_seq_lens_q`, `cu_seq_lens_k`: int32 of shape (S + 1,), where each sample begins, and T.
-            `max_length_q`, `max_length_k`: tokens of the longest sample.
+            `max_length_q`, `max_length_k`: tokens of the longest sample, or of the outline's.
         """
         import torch
 
@@ -84,13 +98,16 @@ class PackedCollator:
         if missing > 0:
             input_ids = np.append(input_ids, np.full(missing, self.filler))
             labels = np.append(labels, np.full(missing, IGNORED_LABEL))
-            lengths = np.append(lengths, missing)
+            lengths = np.append(lengths, _pieces(missing, self.outline.longest if self.outline else missing))
         bounds = np.concatenate(([0], np.cumsum(lengths)))
         labels[bounds[:-1]] = IGNORED_LABEL
         position_ids = np.arange(len(input_ids)) - np.repeat(bounds[:-1], lengths)
         rows = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        starts = torch.from_numpy(bounds.astype(np.int32))
         longest = int(lengths.max())
+        if self.outline and longest <= self.outline.longest and len(lengths) <= self.outline.samples:
+            bounds = np.append(bounds, np.full(self.outline.samples - len(lengths), bounds[-1]))
+            longest = self.outline.longest
+        starts = torch.from_numpy(bounds.astype(np.int32))
         return {
             **{name: torch.from_numpy(array)[None] for name, array in rows.items()},
             "cu_seq_lens_q": starts,
@@ -98,3 +115,8 @@ class PackedCollator:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _pieces(tokens: int, longest: int) -> Ints:
+    """Lengths of as few samples as these tokens make."""
+    return np.diff(np.append(np.arange(0, tokens, longest), tokens))

@@ -5,7 +5,7 @@ training. Without gradients, in eval mode and with a cache the layer's own forwa
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
+from qlora_kit.engine.graphs import LayerGraphs
 from qlora_kit.schema.engine import EngineConfig
 
 KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST = range(4)
@@ -41,6 +42,8 @@ class FastLayer:
     Attributes:
         parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
         level: see `recompute.py`.
+        graphs: of all layers; None where every kernel is started by itself.
+        place: among the layers that have graphs.
     """
 
     def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
@@ -51,27 +54,45 @@ class FastLayer:
         self.dtype = dtype
         self.level = KEEP_ALL
         self.met_a_cache = False
+        self.graphs: LayerGraphs | None = None
+        self.place = 0
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **settings: Any) -> Any:
         """The next hidden states `[rows, tokens, hidden]`, as the layer's own forward returns them."""
         if not self.layer.training or not torch.is_grad_enabled():
+            if self.graphs is not None and self.place == 0:
+                self.graphs.let_go()
             return self.plain(hidden_states, *rest, **settings)
         if rest or settings.get("past_key_values") is not None:
             self.met_a_cache = True
             return self.plain(hidden_states, *rest, **settings)
+        parts = self.parts
+        if parts is None or not all(linear.is_as_made() for linear in parts.linears):
+            return self._again(self.plain, hidden_states, settings)
+        if self.graphs is None or self.level == LAYER_FROM_HOST or self._draws():
+            return self._fast(hidden_states, settings)
+        trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
+        return self.graphs.run(self.place, self._fast, hidden_states, settings, trained)
 
-        def run(h: Tensor) -> Any:
-            if self.parts is None or not all(linear.is_as_made() for linear in self.parts.linears):
-                return self.plain(h, **settings)
-            with torch.autocast(h.device.type, enabled=False):
-                return self._by_hand(self.parts, h.to(self.dtype), settings)
+    def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            found: Tensor = self._again(self._by_hand, hidden_states.to(self.dtype), settings)
+        return found
 
+    def _again(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
+        """The layer's result, of which less is kept than its backward needs, if its level says so."""
         if self.level < LAYER_AGAIN and (self.parts is not None or self.level == KEEP_ALL):
-            return run(hidden_states)
+            return run(hidden_states, **settings)
         to_host = self.level == LAYER_FROM_HOST
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if to_host else nullcontext():
-            return checkpoint(run, hidden_states, use_reentrant=False)
+            return checkpoint(
+                partial(run, **settings), hidden_states, use_reentrant=False, preserve_rng_state=self._draws()
+            )
+
+    def _draws(self) -> bool:
+        """Whether a training step draws random numbers in this layer."""
+        return self.parts is None or self.parts.attention.attention_dropout > 0
 
     def put_in(self) -> None:
         """Become the layer's forward."""
@@ -84,7 +105,9 @@ class FastLayer:
         else:
             self.layer.forward = self._instance_forward
 
-    def _by_hand(self, parts: LayerParts, h: Tensor, settings: dict[str, Any]) -> Tensor:
+    def _by_hand(self, h: Tensor, **settings: Any) -> Tensor:
+        parts = self.parts
+        assert parts is not None
         cos, sin = None, None
         if parts.uses_rope:
             cos, sin = (angle.to(h.dtype) for angle in settings["position_embeddings"])
@@ -101,11 +124,16 @@ class FastEngine:
     Attributes:
         said: lines for the user: what runs plain, and why.
         layers: decoder layers that have another forward now; none where nothing could be sped up.
+        graphs: of the layers; None without a GPU, or where the recipe wants none.
     """
 
-    def __init__(self, layers: list[FastLayer], said: list[str]) -> None:
+    def __init__(self, layers: list[FastLayer], said: list[str], graphs: LayerGraphs | None = None) -> None:
         self.layers = layers
         self.said = said
+        self.graphs = graphs
+        recordable = [layer for layer in layers if layer.parts is not None]
+        for place, layer in enumerate(recordable):
+            layer.graphs, layer.place = graphs, place
 
     @property
     def fast_layers(self) -> int:
@@ -125,14 +153,20 @@ class FastEngine:
         """
         if len(levels) != len(self.layers):
             raise ValueError(f"{len(levels)} levels for {len(self.layers)} layers")
+        self._let_go()
         for layer, level in zip(self.layers, levels, strict=True):
             layer.level = level
 
     def undo(self) -> None:
         """Give every layer its own forward back."""
+        self._let_go()
         for layer in self.layers:
             layer.take_out()
         self.layers = []
+
+    def _let_go(self) -> None:
+        if self.graphs is not None:
+            self.graphs.let_go()
 
 
 def speed_up(
@@ -165,7 +199,9 @@ def speed_up(
             parts = None
         found.append(FastLayer(layer, parts, dtype))
     said = [f"{count} of {len(found)} layers run plain, because {why}" for why, count in reasons.items()]
-    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said)
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
+    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said, graphs)
     if levels is not None and engine.layers:
         engine.set_levels(levels)
     for fast in engine.layers:

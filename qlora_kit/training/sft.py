@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -14,7 +15,7 @@ from transformers import PrinterCallback
 
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
-from qlora_kit.data.collate import Collator, PackedCollator
+from qlora_kit.data.collate import Collator, Outline, PackedCollator
 from qlora_kit.data.order import by_length, shuffled
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
@@ -86,7 +87,7 @@ def build_trainer(
         ),
         train_dataset=dataset,
         eval_dataset=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
-        data_collator=_collator(recipe, tokenizer.pad_token_id, packing),
+        data_collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
         processing_class=tokenizer,
         callbacks=[watch],
     )
@@ -117,12 +118,27 @@ def _tokens_at_once(recipe: TrainRecipe, rows: TokenRows, packing: Packing | Non
     return recipe.trainer.batch_size * (packing.capacity if packing is not None else int(rows.lengths.max()))
 
 
-def _collator(recipe: TrainRecipe, pad_token_id: int, packing: Packing | None) -> Collator | PackedCollator:
+def _collator(
+    recipe: TrainRecipe, pad_token_id: int, packing: Packing | None, outline: Outline | None
+) -> Collator | PackedCollator:
     if packing is None:
         return Collator(pad_token_id)
-    if recipe.model.attention is Attention.flex_attention:
-        return PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id)
+    if recipe.model.attention is Attention.flex_attention or outline is not None:
+        return PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id, outline)
     return PackedCollator()
+
+
+def _outline(
+    recipe: TrainRecipe, rows: TokenRows, packing: Packing | None, engine: FastEngine | None
+) -> Outline | None:
+    """What packed batches look like for layers that are recorded; None where none are."""
+    if packing is None or engine is None or engine.graphs is None:
+        return None
+    lengths = np.asarray(rows.lengths)[packing.rows]
+    longest = int(lengths.max())
+    filled = np.add.reduceat(lengths, packing.offsets[:-1])
+    samples = np.diff(packing.offsets) + -(-(packing.capacity - filled) // longest)
+    return Outline(recipe.trainer.batch_size * int(samples.max()), longest)
 
 
 def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRecipe, processes: int) -> Dataset:

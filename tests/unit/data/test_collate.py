@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.data.collate import Collator, PackedCollator, feature
+from qlora_kit.data.collate import Collator, Outline, PackedCollator, feature
 from tests.stored_rows import stored_rows
 
 ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]
@@ -67,3 +67,24 @@ def test_a_packed_batch_is_filled_up_by_a_sample_of_its_own(rows):
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 8]
     full = PackedCollator(filled_to=5, filler=3)([feature(rows, [1, 0])])
     assert full["input_ids"].tolist() == [[7, 2, 5, 6, 2]]
+
+
+def test_an_outline_gives_batches_of_other_samples_one_look(rows):
+    collate = PackedCollator(filled_to=14, filler=3, outline=Outline(samples=6, longest=4))
+    batch = collate([feature(rows, [1, 0])])
+    assert batch["input_ids"].tolist() == [[7, 2, 5, 6, 2, *[3] * 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 9, 13, 14, 14]
+    assert batch["max_length_q"] == 4
+    other = collate([feature(rows, [2]), feature(rows, [2])])
+    assert other["cu_seq_lens_q"].tolist() == [0, 4, 8, 12, 14, 14, 14]
+    assert other["labels"][0, 8:].tolist() == [-100] * 6
+
+
+def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
+    many = PackedCollator(filled_to=5, outline=Outline(samples=1, longest=4))([feature(rows, [1, 0])])
+    assert many["cu_seq_lens_q"].tolist() == [0, 2, 5]
+    assert many["max_length_q"] == 3
+    long = PackedCollator(filled_to=4, outline=Outline(samples=3, longest=2))([feature(rows, [2])])
+    assert long["cu_seq_lens_q"].tolist() == [0, 4]
+    assert long["max_length_q"] == 4

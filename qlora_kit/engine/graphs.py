@@ -1,0 +1,297 @@
+"""CUDA graphs of decoder layers: what a layer launches is recorded once, and from then on launched as a whole.
+
+A layer of the fast engine is about 100 kernels in a training step. Started one by one they keep the host busy for 200
+to 400 ms per step of a model with 32 layers, and a GPU that is done sooner waits. A recorded layer takes two starts.
+
+A recording holds for one shape of batch, and for the memory that it was made with: everything that the layers keep for
+the backward pass stays reserved while it exists. So there is one shape at a time, recorded when several batches in a
+row have had it, and let go when another one comes.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_kit.core.say import say
+
+REPEATS = 3  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
+
+
+class Compute(Protocol):
+    """A layer: from hidden states `[rows, tokens, hidden]` and what the model hands to every layer to the next ones."""
+
+    def __call__(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor: ...
+
+
+class Turns:
+    """Decides when to record: counts how often one shape came in a row.
+
+    A shape that did not stay makes the next wait twice as long, so that alternating shapes are soon left alone.
+    """
+
+    def __init__(self) -> None:
+        self._needed = REPEATS
+        self._shape: Hashable = None
+        self._seen = 0
+
+    def is_due(self, shape: Hashable) -> bool:
+        """Whether this batch and those of its shape to come are worth a recording; None never is."""
+        if shape is None or shape != self._shape:
+            if self._seen > self._needed:
+                self._needed *= 2
+            self._shape, self._seen = shape, 0
+        self._seen += shape is not None
+        return self._seen > self._needed
+
+    def start_over(self) -> None:
+        """Count anew, without a grudge against the shape."""
+        self._shape, self._seen = None, 0
+
+
+def shape_of(h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor] = ()) -> Hashable:
+    """All that a recording depends on; None if these arguments hold what cannot be fed to one, such as a cache."""
+    found: list[Hashable] = [(tuple(h.shape), h.dtype, h.requires_grad)]
+    for name, value in _leaves(settings):
+        if isinstance(value, Tensor):
+            if value.requires_grad or value.device != h.device:
+                return None
+            found.append((name, tuple(value.shape), value.dtype))
+        elif value is None or isinstance(value, bool | int | float | str):
+            found.append((name, value))
+        else:
+            return None
+    return (*found, *(parameter.data_ptr() for parameter in parameters))
+
+
+class LayerGraphs:
+    """The recordings of all layers of one model, in one pool of memory.
+
+    Attributes:
+        turn: counts forward passes.
+    """
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.recorded: dict[int, Recorded] = {}
+        self.gradient: Tensor | None = None
+        self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
+        self._turns = Turns()
+        self._replays = False
+        self._is_off = False
+        self._is_stale = False
+        self._statics: dict[Hashable, Tensor] = {}
+        self._memory: _Memory | None = None
+
+    def run(
+        self, place: int, compute: Compute, h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor]
+    ) -> Tensor:
+        """The layer's result `[rows, tokens, hidden]`: computed, or replayed if its shape is recorded.
+
+        Args:
+            place: of the layer; 0 begins a forward pass.
+            parameters: that the layer trains.
+        """
+        shape = shape_of(h, settings, parameters)
+        if place == 0:
+            self._begin(shape, h)
+        if not self._replays:
+            return compute(h, settings)
+        if place not in self.recorded and shape is not None:
+            self._try_to_record(place, compute, h, settings, parameters, shape)
+        known = self.recorded.get(place)
+        if known is None or known.shape != shape or not self._feed(known, h, settings):
+            self._is_stale = True
+            return compute(h, settings)
+        replayed: Tensor = Replay.apply(h, known, self, *parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        return replayed
+
+    def let_go(self) -> None:
+        """Give the memory of all recordings back; the next ones are made when a shape has come often enough again."""
+        self._turns.start_over()
+        self._drop()
+
+    def _begin(self, shape: Hashable, h: Tensor) -> None:
+        self.turn += 1
+        self._fed.clear()
+        self._statics.clear()
+        due = self._turns.is_due(shape) and not self._is_off
+        if self.recorded and (self._is_stale or not due):
+            self._drop()
+        self._replays, self._is_stale = due, False
+        if due and not self.recorded:
+            torch.cuda.empty_cache()
+            self._memory = _Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self.gradient = torch.empty_like(h)
+
+    def _drop(self) -> None:
+        if not self.recorded:
+            return
+        torch.cuda.synchronize()
+        self.recorded, self.gradient, self._memory, self._replays = {}, None, None, False
+        self._fed.clear()
+        self._statics.clear()
+        torch.cuda.empty_cache()
+
+    def _try_to_record(
+        self,
+        place: int,
+        compute: Compute,
+        h: Tensor,
+        settings: Mapping[str, Any],
+        parameters: Sequence[Tensor],
+        shape: Hashable,
+    ) -> None:
+        before = self.recorded.get(place - 1)
+        chained = before is not None and before.output.data_ptr() == h.data_ptr()
+        fixed = {name: self._static(value) for name, value in _leaves(settings) if isinstance(value, Tensor)}
+        try:
+            start = before.output if before is not None and chained else torch.empty_like(h)
+            assert self.gradient is not None and self._memory is not None
+            given = _with_tensors(settings, fixed)
+            start = start.detach().requires_grad_(h.requires_grad)
+            self.recorded[place] = Recorded(shape, fixed, start, parameters, self.gradient)
+            self.recorded[place].record(partial(compute, settings=given), self._memory)
+        except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
+            self._is_off = self._is_stale = True
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            say(f"layers are started kernel by kernel: they could not be recorded as CUDA graphs ({reason})")
+
+    def _static(self, value: Tensor) -> Tensor:
+        """A copy's place; layers that are handed one tensor share it."""
+        key = (value.data_ptr(), tuple(value.shape), value.dtype)
+        if key not in self._statics:
+            self._statics[key] = torch.empty_like(value)
+        return self._statics[key]
+
+    def _feed(self, known: "Recorded", h: Tensor, settings: Mapping[str, Any]) -> bool:
+        """Bring the inputs to where the recording reads them; False if another layer still needs what lies there."""
+        given = {name: value for name, value in _leaves(settings) if isinstance(value, Tensor)}
+        for name, static in known.fixed.items():
+            if self._fed.get(id(static), given[name].data_ptr()) != given[name].data_ptr():
+                return False
+        for name, static in known.fixed.items():
+            if id(static) not in self._fed:
+                static.copy_(given[name])
+                self._fed[id(static)] = given[name].data_ptr()
+        if h.data_ptr() != known.start.data_ptr():
+            known.start.copy_(h.detach())
+        return True
+
+
+class Recorded:
+    """One layer's forward and backward pass as two CUDA graphs.
+
+    Both are recorded at once, and what the forward pass saved for the backward pass stays referenced, so that no later
+    layer is recorded into that memory. What the backward pass writes on the way may lie where later layers keep theirs:
+    in a step they are done by then.
+
+    Attributes:
+        start: where the hidden states are read.
+        fixed: where tensors of the settings are read, by name.
+        output: hidden states after the layer.
+        gradients: of the parameters; that of the hidden states is written to `gradient`, for all layers the same place.
+    """
+
+    def __init__(
+        self,
+        shape: Hashable,
+        fixed: Mapping[str, Tensor],
+        start: Tensor,
+        parameters: Sequence[Tensor],
+        gradient: Tensor,
+    ) -> None:
+        self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
+        self.needs_input = start.requires_grad
+        self._kept: list[Tensor] = []
+        self._wanted = [start, *parameters] if self.needs_input else list(parameters)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+    def record(self, compute: Callable[[Tensor], Tensor], memory: "_Memory") -> None:
+        """Run the layer and its backward once without any kernel being started, and keep what would have been.
+
+        Raises:
+            RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
+        """
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory.stream), torch.enable_grad():
+            with _recording(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
+                result = compute(self.start)
+            # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
+            # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
+            with _recording(self.backward_graph, memory):
+                found = torch.autograd.grad(result, self._wanted, self.gradient)
+                if self.needs_input:
+                    self.gradient.copy_(found[0])
+        self.output = result.detach()
+        self.gradients = found[1:] if self.needs_input else found
+
+    def _keep(self, saved: Tensor) -> Tensor:
+        self._kept.append(saved.detach())
+        return saved
+
+
+class Replay(Function):
+    """A recorded layer: takes hidden states, the recording, the owner of all, and the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, known: Recorded, owner: LayerGraphs, *_: Tensor) -> Tensor:
+        """The hidden states after the layer, in memory that the next forward pass writes over."""
+        ctx.known, ctx.owner, ctx.turn = known, owner, owner.turn
+        known.forward_graph.replay()
+        return known.output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of hidden states and parameters, in memory that the next layer and step write over."""
+        known, owner = ctx.known, ctx.owner
+        if ctx.turn != owner.turn or owner.gradient is None:
+            raise RuntimeError(
+                "the backward pass of an earlier forward pass: with CUDA graphs it has to come before the next forward "
+                "pass; set engine.cuda_graphs=false"
+            )
+        if grad.data_ptr() != owner.gradient.data_ptr():
+            owner.gradient.copy_(grad)
+        known.backward_graph.replay()
+        return owner.gradient if known.needs_input else None, None, None, *known.gradients
+
+
+class _Memory(NamedTuple):
+    """Where recordings are made: a pool that only they allocate from, and a stream for the time of recording."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
+    """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat."""
+    graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, tuple | list):
+            yield from ((f"{name}.{index}", part) for index, part in enumerate(value))
+        else:
+            yield name, value
+
+
+def _with_tensors(settings: Mapping[str, Any], fixed: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings with other tensors in them."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found[name] = fixed.get(name, value)
+        if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            found[name] = tuple(fixed.get(f"{name}.{index}", part) for index, part in enumerate(value))
+    return found

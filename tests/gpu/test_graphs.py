@@ -1,0 +1,184 @@
+"""Recorded layers give the numbers of layers that are started kernel by kernel, and never those of another batch."""
+
+import pytest
+import torch
+
+from qlora_kit.adapter.attach import attach_lora, train_in_fp32
+from qlora_kit.data.collate import Collator, Outline, PackedCollator, feature
+from qlora_kit.engine.fast import speed_up
+from qlora_kit.engine.graphs import REPEATS
+from qlora_kit.engine.packed_attention import isolate_samples
+from qlora_kit.model.load import load_base
+from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
+from qlora_kit.schema.lora import LoraConfig
+from qlora_kit.schema.model import Attention
+from qlora_kit.schema.quant import QuantConfig
+from tests.drawn_rows import drawn_rows
+from tests.tiny_models import FAMILIES, build_tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTHS = [93, 41, 70, 12, 88, 93, 20, 55, 93, 30, 61, 5]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return drawn_rows(tmp_path_factory.mktemp("rows") / "store", LENGTHS, seed=3)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def folder(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param) / "base"
+    return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    place = tmp_path_factory.mktemp("llama") / "base"
+    return build_tiny_model("llama", place, spread=0.05, dtype=torch.bfloat16)
+
+
+def load(folder):
+    model = attach_lora(load_base(folder, QuantConfig()), LoraConfig(r=16, alpha=16)).train()
+    train_in_fp32(model)
+    generator = torch.Generator().manual_seed(1)
+    for part in model.parameters():
+        if part.requires_grad:
+            part.data = (torch.randn(part.shape, generator=generator) / part.shape[-1] ** 0.5).to(part.device)
+    return model
+
+
+def engine_of(model, **settings):
+    return speed_up(model, EngineConfig(mode=EngineMode.fast, **settings))
+
+
+def on_gpu(batch):
+    return {name: part.to("cuda") if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+
+
+def padded(rows, indices):
+    return on_gpu(Collator(0)([feature(rows, [index]) for index in indices]))
+
+
+def loss_of(model, batch):
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = model(**batch, use_cache=False).logits.float()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss_of(model, batch).backward()
+    return torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
+
+
+def record(model, engine, batch):
+    for _ in range(REPEATS + 1):
+        gradients(model, batch)
+    assert len(engine.graphs.recorded) == len(engine.layers)
+
+
+def same(found, expected):
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-3
+
+
+BATCHES = [[0, 1, 2, 3], [5, 4, 6, 7], [8, 9, 10, 11], [0, 4, 5, 8]]  # each 93 tokens wide
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecorded(folder, rows, level):
+    model = load(folder)
+    batches = [padded(rows, indices) for indices in BATCHES]
+    engine = engine_of(model, cuda_graphs=False)
+    engine.set_levels([level] * len(engine.layers))
+    expected = [gradients(model, batch) for batch in batches]
+    engine.undo()
+    engine = engine_of(model)
+    engine.set_levels([level] * len(engine.layers))
+    record(model, engine, batches[0])
+    for batch, wanted in zip(batches, expected, strict=True):
+        same(gradients(model, batch), wanted)
+    assert len(engine.graphs.recorded) == len(engine.layers)
+
+
+@pytest.mark.parametrize("compute", [Compute.fp8_backward, Compute.fp8])
+def test_fp8_is_recorded_too(llama, rows, compute):
+    model = load(llama)
+    batches = [padded(rows, indices) for indices in BATCHES]
+    engine = engine_of(model, cuda_graphs=False, compute=compute)
+    expected = [gradients(model, batch) for batch in batches]
+    engine.undo()
+    engine = engine_of(model, compute=compute)
+    record(model, engine, batches[0])
+    for batch, wanted in zip(batches, expected, strict=True):
+        same(gradients(model, batch), wanted)
+
+
+def test_gradients_add_up_over_micro_batches_and_weights_may_change(llama, rows):
+    model = load(llama)
+    batches = [padded(rows, indices) for indices in BATCHES]
+    engine = engine_of(model)
+    record(model, engine, batches[0])
+    first, second = gradients(model, batches[1]), gradients(model, batches[2])
+    model.zero_grad()
+    for batch in batches[1:3]:
+        loss_of(model, batch).backward()
+    same(torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad]), first + second)
+    with torch.no_grad():
+        for part in model.parameters():
+            if part.requires_grad:
+                part.mul_(1.5)
+    moved = gradients(model, batches[1])
+    engine.undo()
+    engine_of(model, cuda_graphs=False)
+    same(moved, gradients(model, batches[1]))
+
+
+def test_another_shape_and_evaluation_give_the_memory_back(llama, rows):
+    model = load(llama)
+    engine = engine_of(model)
+    batch, other = padded(rows, BATCHES[0]), padded(rows, [1, 3])
+    plain_other = gradients(model, other)
+    record(model, engine, batch)
+    same(gradients(model, other), plain_other)
+    assert not engine.graphs.recorded
+    model.zero_grad()
+    gradients(model, batch)
+    for _ in range(3 * REPEATS):
+        gradients(model, batch)
+    assert engine.graphs.recorded
+    model.eval()
+    with torch.no_grad():
+        loss_of(model, batch)
+    assert not engine.graphs.recorded
+
+
+def test_a_backward_pass_after_another_forward_pass_is_refused(llama, rows):
+    model = load(llama)
+    engine = engine_of(model)
+    batch = padded(rows, BATCHES[0])
+    record(model, engine, batch)
+    first = loss_of(model, batch)
+    loss_of(model, padded(rows, BATCHES[1]))
+    with pytest.raises(RuntimeError, match=r"the backward pass of an earlier forward pass.*engine\.cuda_graphs=false"):
+        first.backward()
+
+
+def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
+    model = load(folder)
+    isolate_samples(model.get_base_model(), Attention.sdpa)
+    bins = [[0, 1, 2], [5, 4, 6], [8, 9, 10, 11], [3, 7]]
+    plain = [on_gpu(PackedCollator()([feature(rows, indices)])) for indices in bins]
+    collate = PackedCollator(256, 0, Outline(8, 93))
+    same_shape = [on_gpu(collate([feature(rows, indices)])) for indices in bins]
+    engine = engine_of(model, cuda_graphs=False)
+    expected = [gradients(model, batch) for batch in plain]
+    engine.undo()
+    engine = engine_of(model)
+    record(model, engine, same_shape[0])
+    for batch, wanted in zip(same_shape, expected, strict=True):
+        found = gradients(model, batch)
+        assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2  # flash attention sums in another order
+    assert len(engine.graphs.recorded) == len(engine.layers)

@@ -1,0 +1,62 @@
+"""When layers are recorded, and what a recording depends on."""
+
+import torch
+
+from qlora_kit.engine.graphs import REPEATS, Turns, shape_of
+
+
+def due(turns, shape, times):
+    return [turns.is_due(shape) for _ in range(times)]
+
+
+def test_a_shape_is_recorded_once_it_came_often_enough_in_a_row():
+    turns = Turns()
+    assert due(turns, "a", REPEATS + 2) == [False] * REPEATS + [True, True]
+
+
+def test_a_shape_that_did_not_stay_makes_the_next_wait_longer():
+    turns = Turns()
+    due(turns, "a", REPEATS + 1)
+    assert due(turns, "b", 2 * REPEATS + 1) == [False] * 2 * REPEATS + [True]
+
+
+def test_shapes_that_never_repeat_are_never_due_and_cost_no_patience():
+    turns = Turns()
+    assert not any(turns.is_due(number) for number in range(100))
+    assert due(turns, "a", REPEATS + 1)[-1]
+
+
+def test_what_cannot_be_recorded_is_never_due():
+    assert not any(due(Turns(), None, 10))
+
+
+def test_evaluation_costs_no_patience():
+    turns = Turns()
+    due(turns, "a", REPEATS + 1)
+    turns.start_over()
+    assert due(turns, "a", REPEATS + 1)[-1]
+
+
+def test_a_recording_depends_on_shapes_settings_and_addresses_but_not_on_values():
+    h, mask, weight = torch.zeros(2, 5, 4), torch.ones(2, 5), torch.ones(3)
+
+    def found(h=h, weight=weight, **settings):
+        return shape_of(h, {"mask": mask, "longest": 5, "angles": (mask, mask)} | settings, [weight])
+
+    assert found() == found(mask=torch.zeros(2, 5))
+    others = [
+        found(h=torch.zeros(2, 6, 4)),
+        found(h=torch.zeros(2, 5, 4, requires_grad=True)),
+        found(mask=torch.ones(2, 6)),
+        found(mask=None),
+        found(longest=6),
+        found(angles=(mask, torch.ones(1))),
+        found(weight=torch.ones(3)),
+    ]
+    assert all(other is not None and other != found() for other in others)
+
+
+def test_a_cache_or_a_trained_setting_cannot_be_recorded():
+    h = torch.zeros(2, 5, 4)
+    assert shape_of(h, {"past_key_values": object()}) is None
+    assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
