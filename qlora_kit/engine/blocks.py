@@ -20,14 +20,15 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.elementwise import (
     Activation,
-    gated,
-    gated_backward,
     rms_norm,
     rms_norm_add,
     rms_norm_backward,
+    rms_norm_backward_add,
+    rms_scale,
     rope,
 )
-from qlora_kit.engine.lora_product import LinearGroup
+from qlora_kit.engine.lora_product import LinearGroup, Normed
+from qlora_kit.engine.low_rank import LowRank, gated, gated_backward, total
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,21 @@ class Norm:
         """`residual + norm(x)`."""
         return rms_norm_add(x, self.weight, self.eps, self.adds_one, residual)
 
-    def backward(self, x: Tensor, grad: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Gradient of x, plus another that reached x past the norm."""
-        return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad, residual)
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of x."""
+        return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad)
+
+    def backward_add(self, x: Tensor, grad: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Normed]:
+        """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
+
+        Args:
+            grad: of the norm; None where that of x is not needed.
+        """
+        factor = 1.0 + self.weight.float() if self.adds_one else self.weight
+        if grad is None:
+            return None, Normed(x, rms_scale(x, self.eps), factor)
+        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual)
+        return found, Normed(x, scale, factor)
 
 
 @dataclass(frozen=True)
@@ -94,10 +107,20 @@ class Mlp:
     after: Norm | None = None
 
     def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """gate and up `[T, width]`, and the thin product."""
-        outputs, thin = self.group.forward(x, thin)
+        """gate and up `[T, width]` without what adapters add, and the thin product."""
+        outputs, thin = self.group.forward_apart(x, thin)
         gate, up = outputs if len(outputs) > 1 else outputs[0].chunk(2, dim=1)
         return gate, up, thin
+
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LowRank | None, LowRank | None]:
+        """What adapters add to gate and to up."""
+        found = self.group.low_ranks(thin, dtype)
+        if len(found) > 1:
+            return found[0], found[1]
+        if found[0] is None:
+            return None, None
+        of_gate, of_up = found[0].right.chunk(2, dim=1)
+        return LowRank(found[0].left, of_gate), LowRank(found[0].left, of_up)
 
 
 def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection) -> tuple[Tensor, ...]:
@@ -160,12 +183,11 @@ class NormProject(Function):
         if len(parts.group.linears) == 1:
             grads = [torch.cat(grads, dim=1)]
         rows = h.flatten(0, 1)
-        needs_input = ctx.needs_input_grad[0]
-        dx, trained = parts.group.backward(parts.norm.forward(rows), grads, thin, needs_input=needs_input)
-        dh = None
-        if dx is not None:
-            dh = parts.norm.backward(rows, dx, residual.flatten(0, 1)).view_as(h)
-        return dh, None, None, None, *trained
+        inner = parts.group.backward_inner(grads)
+        dx = parts.group.backward_input(grads, inner) if ctx.needs_input_grad[0] else None
+        dh, x = parts.norm.backward_add(rows, dx, residual.flatten(0, 1))
+        trained = parts.group.backward_parameters(x, grads, thin, inner)
+        return None if dh is None else dh.view_as(h), None, None, None, *trained
 
 
 class ProjectAdd(Function):
@@ -173,11 +195,10 @@ class ProjectAdd(Function):
 
     @staticmethod
     def forward(ctx: Any, attention: Tensor, residual: Tensor, parts: Output, *_: Tensor) -> Tensor:
-        rows = attention.flatten(0, 1)
-        (y,), thin = parts.group.forward(rows)
+        added, y, thin = _added(residual, attention.flatten(0, 1), parts.group, parts.after)
         ctx.parts = parts
-        ctx.save_for_backward(attention, thin, None if parts.after is None else y)
-        return _added(residual, y, parts.after)
+        ctx.save_for_backward(attention, thin, y)
+        return added
 
     @staticmethod
     @once_differentiable
@@ -197,11 +218,12 @@ class GatedMlp(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, parts: Mlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
         gate, up, thin = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
-        (y,), thin_down = parts.down.forward(gated(gate, up, parts.activation))
+        product = gated(gate, up, parts.activation, parts.low_ranks(thin, h.dtype))
+        added, y, thin_down = _added(h, product, parts.down, parts.after)
         ctx.parts = parts
         kept = (None, None) if recompute_gate_up else (gate, up)
-        ctx.save_for_backward(h, thin, thin_down, None if parts.after is None else y, *kept)
-        return _added(h, y, parts.after)
+        ctx.save_for_backward(h, thin, thin_down, y, *kept)
+        return added
 
     @staticmethod
     @once_differentiable
@@ -209,31 +231,44 @@ class GatedMlp(Function):
         h, thin, thin_down, y, gate, up = ctx.saved_tensors
         parts: Mlp = ctx.parts
         rows, d_out = h.flatten(0, 1), grad.flatten(0, 1)
-        x = parts.norm.forward(rows)
         if gate is None:
-            gate, up, _ = parts.gate_and_up(x, thin)
+            gate, up, _ = parts.gate_and_up(parts.norm.forward(rows), thin)
         dy = d_out if parts.after is None else parts.after.backward(y, d_out)
-        inner = parts.down.backward_inner([dy])
-        d_product = parts.down.backward_input([dy], inner)
-        product, *through = gated_backward(gate, up, d_product, parts.activation)
-        of_down = parts.down.backward_parameters(product, [dy], thin_down, inner)
+        inner_down = parts.down.backward_inner([dy])
+        d_product = parts.down.backward_input([dy], None)
+        more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
+        product, d_gate, d_up, inner = gated_backward(gate, up, d_product, parts.activation, more)
+        of_down = parts.down.backward_parameters(product, [dy], thin_down, inner_down)
         del d_product, product, gate, up
+        through = [d_gate, d_up]
         if len(parts.group.linears) == 1:
-            through = [torch.cat(through, dim=1)]
-        dx, trained = parts.group.backward(x, through, thin, needs_input=ctx.needs_input_grad[0])
-        dh = None if dx is None else parts.norm.backward(rows, dx, d_out).view_as(h)
-        return dh, None, None, *trained, *of_down
+            through, inner = [torch.cat(through, dim=1)], None
+        inner = parts.group.backward_inner(through) if inner is None else inner
+        dx = parts.group.backward_input(through, inner) if ctx.needs_input_grad[0] else None
+        dh, x = parts.norm.backward_add(rows, dx, d_out)
+        trained = parts.group.backward_parameters(x, through, thin, inner)
+        return None if dh is None else dh.view_as(h), None, None, *trained, *of_down
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-def _added(residual: Tensor, y: Tensor, after: Norm | None) -> Tensor:
-    """The residual stream `[rows, tokens, hidden]` after y `[T, hidden]`, which may be written over."""
+def _added(
+    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
+
+    Returns:
+        With it the module's output where a norm stands after it, and the thin product.
+    """
+    rows = residual.flatten(0, 1)
     if after is not None:
-        return after.add_to(residual.flatten(0, 1), y).view_as(residual)
-    return y.add_(residual.flatten(0, 1)).view_as(residual)
+        (y,), thin = group.forward(x)
+        return after.add_to(rows, y).view_as(residual), y, thin
+    (y,), thin = group.forward_apart(x)
+    (more,) = group.low_ranks(thin, x.dtype)
+    return total([y, rows], more).view_as(residual), None, thin
 
 
 def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:

@@ -44,19 +44,23 @@ def rms_norm_add(x: Tensor, weight: Tensor, eps: float, adds_one: bool, residual
     return found
 
 
-def rms_norm_backward(
-    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """Gradient of the norm's input `[T, width]` from x and the output's gradient.
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor) -> Tensor:
+    """Gradient of the norm's input `[T, width]` from x and the output's gradient."""
+    found: Tensor = _run(_rms_norm_backward, x, weight, eps, adds_one, grad)
+    return found
 
-    Args:
-        residual: `[T, width]`, a gradient that reaches the same input past the norm; it is added.
-    """
-    found: Tensor
-    if residual is None:
-        found = _run(_rms_norm_backward, x, weight, eps, adds_one, grad)
-    else:
-        found = _run(_rms_norm_backward_add, x, weight, eps, adds_one, grad, residual)
+
+def rms_norm_backward_add(
+    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same plus `residual` `[T, width]`, a gradient that reaches x past the norm; with it `rms_scale` of x."""
+    found: tuple[Tensor, Tensor] = _run(_rms_norm_backward_add, x, weight, eps, adds_one, grad, residual)
+    return found
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """What the norm multiplies each row by before its weight: fp32 `[T, 1]`."""
+    found: Tensor = _run(_rms_scale, x, eps)
     return found
 
 
@@ -84,7 +88,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, adds_one: bool) -> Tensor:
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = wide * _rms_scale(x, eps)
     if adds_one:
         return (normed * (1.0 + weight.float())).to(x.dtype)
     return (weight * normed.to(x.dtype)).to(x.dtype)
@@ -94,22 +98,25 @@ def _rms_norm_add(x: Tensor, weight: Tensor, eps: float, adds_one: bool, residua
     return residual + _rms_norm(x, weight, eps, adds_one)
 
 
-def _input_gradient(x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor) -> Tensor:
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    normed = wide * scale
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _input_gradient(x: Tensor, weight: Tensor, adds_one: bool, grad: Tensor, scale: Tensor) -> Tensor:
+    normed = x.float() * scale
     weighted = grad.float() * (1.0 + weight.float() if adds_one else weight.float())
     return scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
 
 
 def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor) -> Tensor:
-    return _input_gradient(x, weight, eps, adds_one, grad).to(x.dtype)
+    return _input_gradient(x, weight, adds_one, grad, _rms_scale(x, eps)).to(x.dtype)
 
 
 def _rms_norm_backward_add(
     x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor
-) -> Tensor:
-    return (_input_gradient(x, weight, eps, adds_one, grad) + residual.float()).to(x.dtype)
+) -> tuple[Tensor, Tensor]:
+    scale = _rms_scale(x, eps)
+    return (_input_gradient(x, weight, adds_one, grad, scale) + residual.float()).to(x.dtype), scale
 
 
 def _activated(gate: Tensor, is_silu: bool) -> Tensor:

@@ -6,7 +6,7 @@ fp32 and cast to x's dtype for the products; their gradients come back in the dt
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from qlora_kit.engine.fp8 import Fp8Weight, Rounded, quantize_rows
 from qlora_kit.engine.frozen_weight import Accumulates, FrozenWeight, NotFastError
+from qlora_kit.engine.low_rank import LowRank, total
 
 MakeWeight = Callable[[str, torch.nn.Module], FrozenWeight]
 
@@ -106,17 +107,40 @@ class LinearGroup:
             x: `[T, in]`.
             thin: from an earlier call with the same x.
         """
-        # Weights change between steps only, so what the forward pass cast serves the backward pass too.
-        cast = self._cast[x.dtype] = self._cast_now(x.dtype)
-        if thin is None and cast.all_a is not None:
-            thin = x @ cast.all_a.t()
+        cast, thin, rounded = self._begun(x, thin)
         outputs, start = [], 0
-        rounded = quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
         for linear, scaled_b in zip(self.linears, cast.scaled_b, strict=True):
             part = None if thin is None or scaled_b is None else (thin[:, start : start + linear.rank], scaled_b)
             outputs.append(_output(linear, x, part, rounded))
             start += linear.rank
         return outputs, thin
+
+    def forward_apart(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """As `forward`, without what the adapters add: that is `low_ranks` of the thin product."""
+        _, thin, rounded = self._begun(x, thin)
+        return [_output(linear, x, None, rounded) for linear in self.linears], thin
+
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> list[LowRank | None]:
+        """What each module's adapter adds to its output, as factors."""
+        found: list[LowRank | None] = []
+        start = 0
+        for linear, scaled_b in zip(self.linears, self._held(dtype).scaled_b, strict=True):
+            left = None if thin is None or scaled_b is None else thin[:, start : start + linear.rank]
+            found.append(None if left is None or scaled_b is None else LowRank(left, scaled_b.t()))
+            start += linear.rank
+        return found
+
+    def low_rank_of_input(self, inner: Tensor | None) -> LowRank | None:
+        """What the adapters add to the input's gradient, as factors."""
+        all_a = None if inner is None else self._held(inner.dtype).all_a
+        return None if inner is None or all_a is None else LowRank(inner, all_a)
+
+    def _begun(self, x: Tensor, thin: Tensor | None) -> "tuple[_Cast, Tensor | None, Rounded | None]":
+        # Weights change between steps only, so what the forward pass cast serves the backward pass too.
+        cast = self._cast[x.dtype] = self._cast_now(x.dtype)
+        if thin is None and cast.all_a is not None:
+            thin = x @ cast.all_a.t()
+        return cast, thin, quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
 
     def backward(
         self, x: Tensor, grads: Sequence[Tensor], thin: Tensor | None, *, needs_input: bool = True
@@ -141,36 +165,32 @@ class LinearGroup:
 
     def backward_input(self, grads: Sequence[Tensor], inner: Tensor | None) -> Tensor:
         """Gradient of the input `[T, in]`; `inner` is what `backward_inner` gave."""
-        all_a = None if inner is None else self._held(inner.dtype).all_a
-        accumulates = all(isinstance(linear.weight, Accumulates) for linear in self.linears)
-        # Whichever product comes second is added in its own kernel, which a product in fp8 cannot do.
-        dx = inner @ all_a if accumulates and inner is not None and all_a is not None else None
+        more = self.low_rank_of_input(inner)
+        if more is None or not all(isinstance(linear.weight, Accumulates) for linear in self.linears):
+            parts = [linear.weight.backward(grad) for linear, grad in zip(self.linears, grads, strict=True)]
+            return total(parts, more)
+        # The thin product first: the weights' products are added in their own kernels, without a temporary.
+        dx = more.left @ more.right
         for linear, grad in zip(self.linears, grads, strict=True):
-            if dx is None:
-                dx = linear.weight.backward(grad)
-            elif isinstance(linear.weight, Accumulates):
+            if isinstance(linear.weight, Accumulates):
                 linear.weight.add_backward(grad, dx)
-            else:
-                dx += linear.weight.backward(grad)
-        if dx is None:
-            raise ValueError("a group holds at least one linear module")
-        if not accumulates and inner is not None and all_a is not None:
-            dx.addmm_(inner, all_a)
         return dx
 
     def backward_parameters(
-        self, x: Tensor, grads: Sequence[Tensor], thin: Tensor | None, inner: Tensor | None
+        self, x: "Tensor | Normed", grads: Sequence[Tensor], thin: Tensor | None, inner: Tensor | None
     ) -> list[Tensor]:
         """Gradients of `parameters()`, in the dtype that each is held in."""
         if thin is None or inner is None:
             return []
         found, start = [], 0
-        all_a = product_in_fp32(inner.t(), x)
+        all_a = product_in_fp32(inner.t(), x) if isinstance(x, Tensor) else x.product(inner)
         for linear, grad in zip(self.linears, grads, strict=True):
             if linear.a is None or linear.b is None:
                 continue
             end = start + linear.rank
-            of_b = product_in_fp32(grad.t(), thin[:, start:end]).mul_(linear.scaling)
+            of_b = product_in_fp32(grad.t(), thin[:, start:end])
+            if linear.scaling != 1:
+                of_b.mul_(linear.scaling)
             found += [all_a[start:end].to(linear.a.dtype), of_b.to(linear.b.dtype)]
             start = end
         return found
@@ -185,6 +205,25 @@ class LinearGroup:
         parts = [linear.a.detach() for linear in self.adapted if linear.a is not None]
         all_a = None if not parts else (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
         return _Cast(all_a, [None if linear.b is None else _scaled_b(linear, dtype) for linear in self.linears])
+
+
+class Normed(NamedTuple):
+    """An input `h * scale * weight` that is not made: what an RMS norm gives.
+
+    Attributes:
+        h: `[T, width]`.
+        scale: fp32 `[T, 1]`.
+        weight: `[width]`.
+    """
+
+    h: Tensor
+    scale: Tensor
+    weight: Tensor
+
+    def product(self, inner: Tensor) -> Tensor:
+        """`inner^T @ x` in fp32, for inner `[T, r]`."""
+        scaled = torch.mul(inner, self.scale, out=torch.empty_like(inner))
+        return product_in_fp32(scaled.t(), self.h).mul_(self.weight)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from qlora_kit.engine.elementwise import (
     rms_norm,
     rms_norm_add,
     rms_norm_backward,
+    rms_norm_backward_add,
+    rms_scale,
     rope,
     run_compiled,
 )
@@ -52,7 +54,11 @@ def test_norms_equal_those_of_transformers(norm, dtype):
     assert torch.equal(rms_norm(x.detach(), *settings), expected.detach())
     assert torch.equal(rms_norm_add(x.detach(), *settings, residual), residual + expected.detach())
     close(rms_norm_backward(x.detach(), *settings, grad), x.grad)
-    close(rms_norm_backward(x.detach(), *settings, grad, residual), x.grad + residual)
+    with_residual, scale = rms_norm_backward_add(x.detach(), *settings, grad, residual)
+    close(with_residual, x.grad + residual)
+    factor = norm.weight.float() + settings[2]
+    close((x.detach().float() * scale * factor).to(dtype), expected.detach())
+    assert torch.equal(scale, rms_scale(x.detach(), 1e-3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
