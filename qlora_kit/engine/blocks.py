@@ -237,13 +237,12 @@ class GatedMlp(Function):
         inner_down = parts.down.backward_inner([dy])
         d_product = parts.down.backward_input([dy], None)
         more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
-        product, d_gate, d_up, inner = gated_backward(gate, up, d_product, parts.activation, more)
+        product, *through = gated_backward(gate, up, d_product, parts.activation, more)
         of_down = parts.down.backward_parameters(product, [dy], thin_down, inner_down)
         del d_product, product, gate, up
-        through = [d_gate, d_up]
         if len(parts.group.linears) == 1:
-            through, inner = [torch.cat(through, dim=1)], None
-        inner = parts.group.backward_inner(through) if inner is None else inner
+            through = [torch.cat(through, dim=1)]
+        inner = parts.group.backward_inner(through)
         dx = parts.group.backward_input(through, inner) if ctx.needs_input_grad[0] else None
         dh, x = parts.norm.backward_add(rows, dx, d_out)
         trained = parts.group.backward_parameters(x, through, thin, inner)

@@ -19,8 +19,10 @@ from torch.autograd.function import Function, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes
 
-REPEATS = 3  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
+REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
+SPARE = 1.1  # memory that has to be free, for what a step was seen to take: pools do not share their gaps
 
 
 class Compute(Protocol):
@@ -123,11 +125,25 @@ class LayerGraphs:
         due = self._turns.is_due(shape) and not self._is_off
         if self.recorded and (self._is_stale or not due):
             self._drop()
-        self._replays, self._is_stale = due, False
         if due and not self.recorded:
-            torch.cuda.empty_cache()
-            self._memory = _Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            self.gradient = torch.empty_like(h)
+            due = self._open(h)
+        self._replays, self._is_stale = due, False
+
+    def _open(self, h: Tensor) -> bool:
+        """Prepare to record; False if the recordings could take more memory than there is."""
+        torch.cuda.empty_cache()
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        free = torch.cuda.mem_get_info()[0]
+        if free < SPARE * needed:
+            self._give_up(f"a step takes {human_bytes(needed)}, and {human_bytes(free)} are free")
+            return False
+        self._memory = _Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.gradient = torch.empty_like(h)
+        return True
+
+    def _give_up(self, why: str) -> None:
+        self._is_off = self._is_stale = True
+        say(f"layers are started kernel by kernel, not recorded as CUDA graphs: {why}")
 
     def _drop(self) -> None:
         if not self.recorded:
@@ -158,9 +174,7 @@ class LayerGraphs:
             self.recorded[place] = Recorded(shape, fixed, start, parameters, self.gradient)
             self.recorded[place].record(partial(compute, settings=given), self._memory)
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
-            self._is_off = self._is_stale = True
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            say(f"layers are started kernel by kernel: they could not be recorded as CUDA graphs ({reason})")
+            self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""
@@ -195,7 +209,8 @@ class Recorded:
         start: where the hidden states are read.
         fixed: where tensors of the settings are read, by name.
         output: hidden states after the layer.
-        gradients: of the parameters; that of the hidden states is written to `gradient`, for all layers the same place.
+        parameters: that the layer trains.
+        gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
     """
 
     def __init__(
@@ -209,6 +224,7 @@ class Recorded:
         self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
         self.needs_input = start.requires_grad
         self._kept: list[Tensor] = []
+        self.parameters = list(parameters)
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
@@ -230,6 +246,30 @@ class Recorded:
                     self.gradient.copy_(found[0])
         self.output = result.detach()
         self.gradients = found[1:] if self.needs_input else found
+
+    def keep_gradients(self) -> None:
+        """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is gradient:
+                parameter.grad = gradient.clone()
+
+    def hand_over(self) -> list[Tensor | None]:
+        """Make the recorded gradients those of the parameters; the result is what is left for autograd to add.
+
+        Autograd would copy each, which is 448 short kernels a step for 32 layers. Several processes need it to, since
+        they learn from it that a gradient is there.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return list(self.gradients)
+        added = []
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                added.append((parameter.grad, gradient))
+        if added:
+            torch._foreach_add_([sum_ for sum_, _ in added], [gradient for _, gradient in added])
+        return [None] * len(self.gradients)
 
     def _keep(self, saved: Tensor) -> Tensor:
         self._kept.append(saved.detach())
@@ -258,8 +298,9 @@ class Replay(Function):
             )
         if grad.data_ptr() != owner.gradient.data_ptr():
             owner.gradient.copy_(grad)
+        known.keep_gradients()
         known.backward_graph.replay()
-        return owner.gradient if known.needs_input else None, None, None, *known.gradients
+        return owner.gradient if known.needs_input else None, None, None, *known.hand_over()
 
 
 class _Memory(NamedTuple):

@@ -15,17 +15,13 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from qlora_kit.core.say import say
 from qlora_kit.data.collate import IGNORED_LABEL
+from qlora_kit.engine.four_bit import runs_triton
 
 TILE_BYTES = 256_000_000  # of logits that exist at a time
 # Settings of families whose logits are scaled, capped, or joined by a loss of the router.
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 ROUTED = "output_router_logits"
-
-# Logits [tokens, vocabulary] and targets [tokens] -> log-probability of the target, and whether it is the most likely
-# token. Where a gradient is wanted, the logits are overwritten with it.
-Fold = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
 def one_pass_head(model: PreTrainedModel) -> Callable[[], None]:
@@ -138,7 +134,7 @@ class OnePassLogProbs(torch.autograd.Function):
                 torch.mm(chosen, weight.t(), out=logits)
                 if bias is not None:
                     logits += bias
-                log_probs[part], is_top1[part] = _fold(kind)(logits, targets[part], wanted)
+                log_probs[part], is_top1[part] = _fold(logits, targets[part], wanted)
                 if wanted:
                     _product(logits, weight, gradient[part])
         ctx.save_for_backward(gradient, positions)
@@ -165,7 +161,7 @@ class OnePassLogProbs(torch.autograd.Function):
 
 def _chunk(tokens: int, weight: torch.Tensor) -> int:
     """Tokens whose logits fit a tile, such that all chunks are about equally long."""
-    size = weight.element_size() if weight.is_cuda and _compiler.works else 4
+    size = weight.element_size() if runs_triton(weight) else 4
     most = max(1, TILE_BYTES // (size * len(weight)))
     return -(-tokens // -(-tokens // most)) if tokens else 0
 
@@ -179,7 +175,10 @@ def _product(logits: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> N
 
 
 def fold_in_place(logits: torch.Tensor, targets: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Fold` with one fp32 tile, which is the logits themselves where they are in fp32."""
+    """Log-probabilities of `targets [m]`, and whether each is the most likely token, from logits `[m, vocabulary]`.
+
+    Where a gradient is wanted, the logits are overwritten with it. One fp32 tile is made, unless they are in fp32.
+    """
     values, at = logits.float(), targets.unsqueeze(1)
     highest, first = values.max(1, keepdim=True)
     log_probs = values.gather(1, at).sub_(highest)
@@ -192,51 +191,9 @@ def fold_in_place(logits: torch.Tensor, targets: torch.Tensor, wanted: bool) -> 
     return log_probs.squeeze(1), first.squeeze(1) == targets
 
 
-def fold_fused(
-    logits: torch.Tensor, targets: torch.Tensor, chosen: torch.Tensor, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Fold` written for a compiler: in fp32 it stores nothing but a value for each token.
-
-    The targets' logits, `chosen` `[tokens, 1]`, come from outside: reading here and there what the same kernel
-    overwrites would keep the compiler from making it one kernel.
-    """
-    values = logits.float()
-    highest = values.amax(1, keepdim=True)
-    log_total = (values - highest).exp().sum(1, keepdim=True).log()
-    log_probs = chosen.float() - highest - log_total
-    is_top1 = values.argmax(1) == targets
-    if wanted:
-        is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1)
-        others = -(values - highest - log_total).exp()
-        logits.copy_(torch.where(is_target, -torch.expm1(log_probs), others))
-    return log_probs.squeeze(1), is_top1
-
-
-class _Compiler:
-    """Compiles the fold when it is first needed on a GPU; says once if that is not possible."""
-
-    def __init__(self) -> None:
-        self.works = True
-        self._compiled: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
-
-    def fold(self, logits: torch.Tensor, targets: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The compiled fold, or the one in place."""
-        from torch._dynamo.exc import TorchDynamoException
-
-        if self._compiled is None:
-            self._compiled = torch.compile(fold_fused, dynamic=True)
-        if self.works:
-            try:
-                return self._compiled(logits, targets, logits.gather(1, targets.unsqueeze(1)), wanted)
-            except TorchDynamoException as error:
-                # Raised before the kernel runs, so the logits are whole.
-                self.works = False
-                say(f"the loss runs uncompiled, slower: torch.compile failed ({str(error).splitlines()[0]})")
+def _fold(logits: torch.Tensor, targets: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if not runs_triton(logits):
         return fold_in_place(logits, targets, wanted)
+    from qlora_kit.engine import head_triton
 
-
-_compiler = _Compiler()
-
-
-def _fold(kind: str) -> Fold:
-    return _compiler.fold if kind == "cuda" else fold_in_place
+    return head_triton.fold(logits, targets, wanted)

@@ -15,7 +15,7 @@ from qlora_kit.engine import elementwise
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.four_bit import runs_triton
 
-LARGEST_RANK = 128  # a tile of a larger one would not stay in registers
+LARGEST_RANK = 64  # a tile of a larger one would not stay in registers and shared memory
 
 
 class LowRank(NamedTuple):
@@ -45,20 +45,14 @@ def gated_backward(
     grad: Tensor,
     activation: Activation,
     more: tuple[LowRank | None, LowRank | None, LowRank | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The product again, and the gradients of gate and up; `more` belongs to gate, up and grad in this order.
-
-    Returns:
-        After these three, where it cost nothing to make, the gradients' products with the transposes of both rights,
-        side by side `[T, r of gate + r of up]`; else None.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product again, and the gradients of gate and up; `more` belongs to gate, up and grad in this order."""
     if not _in_one_kernel(gate, *more):
         gate, up, grad = (plus(part, one) for part, one in zip((gate, up, grad), more, strict=True))
-        return *elementwise.gated_backward(gate, up, grad, activation), None
+        return elementwise.gated_backward(gate, up, grad, activation)
     from qlora_kit.engine import low_rank_triton
 
-    *found, inner = low_rank_triton.gated_backward(gate, up, grad.contiguous(), more, activation is Activation.silu)
-    return found[0], found[1], found[2], inner if inner.shape[1] else None
+    return low_rank_triton.gated_backward(gate, up, grad.contiguous(), more, activation is Activation.silu)
 
 
 def total(parts: Sequence[Tensor], more: LowRank | None) -> Tensor:

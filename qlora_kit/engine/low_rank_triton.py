@@ -13,7 +13,6 @@ import triton.language as tl
 
 TILE = (16, 128)  # tokens, columns: the fastest of eleven that were tried on an H100
 WARPS = 4
-PROGRAMS = 2048  # to start at the least, so that an H100 has enough of them to wait for memory
 NARROWEST = 16  # terms of the shortest sum that the matrix units take
 MOST_PARTS = 3
 NONE = 0  # rank where nothing is added
@@ -54,32 +53,6 @@ def _plus(
 
 
 _plus_jit = triton.jit(_plus)
-
-
-def _summed(
-    so_far: tl.tensor,
-    values: tl.tensor,
-    right: tl.tensor,
-    term_step: tl.tensor,
-    column_step: tl.tensor,
-    column: tl.tensor,
-    columns: tl.tensor,
-    rank: tl.constexpr,
-    terms: tl.constexpr,
-) -> tl.tensor:
-    """`so_far + values @ right^T` for the columns of a tile."""
-    if rank > 0:
-        term = tl.arange(0, terms)
-        turned = tl.load(
-            right + term[None, :] * term_step + column[:, None] * column_step,
-            mask=(term < rank)[None, :] & (column < columns)[:, None],
-            other=0.0,
-        )
-        so_far += tl.dot(values, turned, input_precision="ieee")
-    return so_far
-
-
-_summed_jit = triton.jit(_summed)
 
 
 def _tanh(x: tl.tensor) -> tl.tensor:
@@ -170,7 +143,6 @@ def _gated_backward(
     product: tl.tensor,
     gate_grad: tl.tensor,
     up_grad: tl.tensor,
-    inner: tl.tensor,
     tokens: tl.tensor,
     columns: tl.tensor,
     gate_step: tl.tensor,
@@ -190,7 +162,6 @@ def _gated_backward(
     grad_left_step: tl.tensor,
     grad_term_step: tl.tensor,
     grad_column_step: tl.tensor,
-    columns_part: tl.tensor,
     gate_rank: tl.constexpr,
     gate_terms: tl.constexpr,
     up_rank: tl.constexpr,
@@ -201,52 +172,30 @@ def _gated_backward(
     tokens_each: tl.constexpr,
     columns_each: tl.constexpr,
 ) -> None:
-    """The product again, the gradients of both factors, and a part of the sums of these gradients with both rights.
-
-    A program goes over `columns_part` columns of its tokens; `inner [parts, T, ranks of gate and up]` is float32.
-    """
-    part = tl.program_id(1)
-    token = (tl.program_id(0) * tokens_each + tl.arange(0, tokens_each)).to(tl.int64)
-    gate_inner = tl.zeros((tokens_each, gate_terms), dtype=tl.float32)
-    up_inner = tl.zeros((tokens_each, up_terms), dtype=tl.float32)
-    for start in range(part * columns_part, min((part + 1) * columns_part, columns), columns_each):
-        column = start + tl.arange(0, columns_each)
-        inside = (token < tokens)[:, None] & (column < columns)[None, :]
-        place = token[:, None] * columns + column[None, :]
-        g = tl.load(gate + token[:, None] * gate_step + column[None, :], mask=inside, other=0.0)
-        g = _plus_jit(
-            g, gate_left, gate_right, gate_left_step, gate_term_step, gate_column_step, token, column, tokens, columns,
-            gate_rank, gate_terms,
-        )  # fmt: skip
-        u = tl.load(up + token[:, None] * up_step + column[None, :], mask=inside, other=0.0)
-        u = _plus_jit(
-            u, up_left, up_right, up_left_step, up_term_step, up_column_step, token, column, tokens, columns,
-            up_rank, up_terms,
-        )  # fmt: skip
-        d = tl.load(grad + place, mask=inside, other=0.0)
-        d = _plus_jit(
-            d, grad_left, grad_right, grad_left_step, grad_term_step, grad_column_step, token, column, tokens, columns,
-            grad_rank, grad_terms,
-        )  # fmt: skip
-        activated = _activated_jit(g, is_silu)
-        tl.store(product + place, (activated * u).to(product.dtype.element_ty), mask=inside)
-        of_up = (d * activated).to(up_grad.dtype.element_ty)
-        tl.store(up_grad + place, of_up, mask=inside)
-        of_gate = (d * u * _slope_jit(g, is_silu)).to(gate_grad.dtype.element_ty)
-        tl.store(gate_grad + place, of_gate, mask=inside)
-        gate_inner = _summed_jit(
-            gate_inner, of_gate, gate_right, gate_term_step, gate_column_step, column, columns, gate_rank, gate_terms
-        )
-        up_inner = _summed_jit(
-            up_inner, of_up, up_right, up_term_step, up_column_step, column, columns, up_rank, up_terms
-        )
-    row = (part * tokens + token)[:, None] * (gate_rank + up_rank)
-    if gate_rank > 0:
-        term = tl.arange(0, gate_terms)[None, :]
-        tl.store(inner + row + term, gate_inner, mask=(token < tokens)[:, None] & (term < gate_rank))
-    if up_rank > 0:
-        term = tl.arange(0, up_terms)[None, :]
-        tl.store(inner + row + gate_rank + term, up_inner, mask=(token < tokens)[:, None] & (term < up_rank))
+    """The product again, and the gradients of both factors."""
+    token = (tl.program_id(1) * tokens_each + tl.arange(0, tokens_each)).to(tl.int64)
+    column = tl.program_id(0) * columns_each + tl.arange(0, columns_each)
+    inside = (token < tokens)[:, None] & (column < columns)[None, :]
+    place = token[:, None] * columns + column[None, :]
+    g = tl.load(gate + token[:, None] * gate_step + column[None, :], mask=inside, other=0.0)
+    g = _plus_jit(
+        g, gate_left, gate_right, gate_left_step, gate_term_step, gate_column_step, token, column, tokens, columns,
+        gate_rank, gate_terms,
+    )  # fmt: skip
+    u = tl.load(up + token[:, None] * up_step + column[None, :], mask=inside, other=0.0)
+    u = _plus_jit(
+        u, up_left, up_right, up_left_step, up_term_step, up_column_step, token, column, tokens, columns,
+        up_rank, up_terms,
+    )  # fmt: skip
+    d = tl.load(grad + place, mask=inside, other=0.0)
+    d = _plus_jit(
+        d, grad_left, grad_right, grad_left_step, grad_term_step, grad_column_step, token, column, tokens, columns,
+        grad_rank, grad_terms,
+    )  # fmt: skip
+    activated = _activated_jit(g, is_silu)
+    tl.store(product + place, (activated * u).to(product.dtype.element_ty), mask=inside)
+    tl.store(up_grad + place, (d * activated).to(up_grad.dtype.element_ty), mask=inside)
+    tl.store(gate_grad + place, (d * u * _slope_jit(g, is_silu)).to(gate_grad.dtype.element_ty), mask=inside)
 
 
 def _sum(
@@ -308,25 +257,18 @@ def gated_backward(
     grad: torch.Tensor,
     factors: tuple[Factors | None, Factors | None, Factors | None],
     is_silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The product, the gradients of gate and up, and `[T, ranks]` of their products with both rights.
-
-    The third pair of factors is added to `grad`, which is dense.
-    """
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The product, and the gradients of gate and up; the third pair of factors is added to `grad`, which is dense."""
     product, gate_grad, up_grad = (torch.empty_like(grad) for _ in range(3))
     described = [_described(one, product) for one in factors]
     places = [part for found, _ in described for part in found]
     sizes = [part for _, found in described for part in found]
-    rows, tiles = triton.cdiv(grad.shape[0], TILE[0]), triton.cdiv(grad.shape[1], TILE[1])
-    parts = min(tiles, triton.cdiv(PROGRAMS, rows))
-    ranks = sizes[0] + sizes[2]
-    inner = torch.empty((parts, grad.shape[0], ranks), dtype=torch.float32, device=grad.device)
     with torch.cuda.device(grad.get_device()):
-        _gated_backward_jit[(rows, parts)](
-            gate, up, grad, product, gate_grad, up_grad, inner, *grad.shape, gate.stride(0), up.stride(0), *places,
-            triton.cdiv(tiles, parts) * TILE[1], *sizes, is_silu, *TILE, num_warps=WARPS,
+        _gated_backward_jit[_grid(grad)](
+            gate, up, grad, product, gate_grad, up_grad, *grad.shape, gate.stride(0), up.stride(0), *places, *sizes,
+            is_silu, *TILE, num_warps=WARPS,
         )  # fmt: skip
-    return product, gate_grad, up_grad, inner.sum(dim=0).to(grad.dtype)
+    return product, gate_grad, up_grad
 
 
 def total(parts: Sequence[torch.Tensor], factors: Factors | None) -> torch.Tensor:

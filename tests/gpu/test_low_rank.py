@@ -10,7 +10,7 @@ from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TOKENS, COLUMNS = 70, 200  # no multiples of the kernels' tiles
-RANKS = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (LARGEST_RANK, 64, 1), (LARGEST_RANK + 1, 4, 4)]
+RANKS = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (LARGEST_RANK, 32, 1), (LARGEST_RANK + 1, 4, 4)]
 # Share of a result's norm: one rounding to 8 bits in bfloat16, and sums in another order in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -57,14 +57,10 @@ def test_gated_products_and_their_gradients(dtype, ranks):
         is_silu = activation is Activation.silu
         found = low_rank.gated(gate, up, activation, (more[0], more[1]))
         assert error(found, elementwise._gated(exact[0], exact[1], is_silu)) < most
-        *through, inner = low_rank.gated_backward(gate, up, grad, activation, tuple(more))
+        through = low_rank.gated_backward(gate, up, grad, activation, tuple(more))
         for one, wanted in zip(through, elementwise._gated_backward(*exact, is_silu), strict=True):
             assert one.dtype is dtype
             assert error(one, wanted) < most
-        if max(ranks) <= LARGEST_RANK:
-            pairs = zip(through[1:], more[:2], strict=True)
-            sums = torch.cat([one.float() @ part.right.t().float() for one, part in pairs if part is not None], dim=1)
-            assert error(inner, sums) < most
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -76,14 +72,3 @@ def test_sums(dtype, rank):
         more = factors(TOKENS, COLUMNS, rank, dtype)
         exact = whole(sum(part.float() for part in values), more)
         assert error(low_rank.total([part.clone() for part in values], more), exact) < 2 * TOLERANCE[dtype]
-
-
-def test_a_long_sum_is_split_and_complete():
-    torch.manual_seed(0)
-    columns = 14336
-    gate, up, grad = (drawn(40, columns, dtype=torch.bfloat16) for _ in range(3))
-    more = factors(40, columns, 16, torch.bfloat16), factors(40, columns, 16, torch.bfloat16), None
-    _, of_gate, of_up, inner = low_rank.gated_backward(gate, up, grad, Activation.silu, more)
-    pairs = (of_gate, more[0]), (of_up, more[1])
-    exact = torch.cat([one.float() @ part.right.t().float() for one, part in pairs], dim=1)
-    assert error(inner, exact) < TOLERANCE[torch.bfloat16]

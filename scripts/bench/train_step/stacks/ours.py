@@ -28,7 +28,7 @@ from train_step.runs import Run
 from train_step.shapes import device, random_base, tiny_tokenizer
 from train_step.step_profile import StepProfile
 
-RECOMPUTE = {"plain": "all", "fast": "auto", "no recompute": "none"}
+RECOMPUTE = {"plain": "all", "fast": "auto", "no recompute": "none", "least memory": "1MB"}
 
 
 def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:

@@ -1,0 +1,34 @@
+"""The kernel of the output head gives what torch gives, ties and certain targets included."""
+
+import pytest
+import torch
+
+from qlora_kit.engine.head_loss import fold_in_place
+from qlora_kit.engine.head_triton import fold
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [100, 4096, 128256])
+def test_the_kernel_agrees_with_torch(wanted, dtype, vocabulary):
+    draw = torch.Generator().manual_seed(5)
+    logits = (torch.randn(9, vocabulary, generator=draw) * 3).to(dtype)
+    targets = torch.randint(vocabulary, (9,), generator=draw)
+    logits[0, 4] = logits[0, vocabulary - 2] = 30.0
+    targets[0] = vocabulary - 2  # as likely as an earlier token, so not the first choice
+    logits[1, 5], targets[1] = 80.0, 5
+    logits[2, vocabulary - 1], targets[2] = 25.0, vocabulary - 1
+    before, targets = logits.cuda(), targets.cuda()
+    one, other = before.clone(), before.clone()
+    expected, _ = fold_in_place(one, targets, wanted)
+    found, top1 = fold(other, targets, wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Of equal values the first counts, which argmax does not promise on a GPU.
+    assert torch.equal(top1.cpu(), logits.argmax(1) == targets.cpu())
+    assert top1.tolist()[:3] == [False, True, True]
+    if wanted:
+        torch.testing.assert_close(other, one, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-6)
+    else:
+        assert torch.equal(other, before)
