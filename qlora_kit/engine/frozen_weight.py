@@ -3,7 +3,7 @@
 A 4-bit weight is dequantized for each of the two and let go, so no 16-bit copy outlives a product.
 """
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import bitsandbytes
 import torch
@@ -28,19 +28,6 @@ class FrozenWeight(Protocol):
 
     def backward(self, grad: Tensor) -> Tensor:
         """`grad @ W`: from `[T, out]` to `[T, in]`, in grad's dtype; a tensor that nothing else holds."""
-        ...
-
-
-@runtime_checkable
-class Accumulates(Protocol):
-    """A frozen weight that can add its products to what is there, without a temporary."""
-
-    def add_forward(self, x: Tensor, into: Tensor) -> None:
-        """`into += x @ W^T` in place: x `[T, in]`, into `[T, out]`."""
-        ...
-
-    def add_backward(self, grad: Tensor, into: Tensor) -> None:
-        """`into += grad @ W` in place: grad `[T, out]`, into `[T, in]`."""
         ...
 
 
@@ -83,14 +70,6 @@ class Bf16Weight:
     def backward(self, grad: Tensor) -> Tensor:
         """`grad @ W`: from `[T, out]` to `[T, in]`."""
         return grad @ self.matrix()
-
-    def add_forward(self, x: Tensor, into: Tensor) -> None:
-        """`into += x @ W^T` in place."""
-        into.addmm_(x, self.matrix().t())
-
-    def add_backward(self, grad: Tensor, into: Tensor) -> None:
-        """`into += grad @ W` in place."""
-        into.addmm_(grad, self.matrix())
 
     def _of_one_kernel(self) -> FourBit | None:
         """NF4 on a GPU, where one kernel gives the bits for which bitsandbytes needs two; None elsewhere."""

@@ -8,18 +8,17 @@ the backward pass stays reserved while it exists. So there is one shape at a tim
 row have had it, and let go when another one comes.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes
+from qlora_kit.engine.recorded import GraphMemory, Recorded
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
 SPARE = 1.1  # memory that has to be free, for what a step was seen to take: pools do not share their gaps
@@ -88,7 +87,7 @@ class LayerGraphs:
         self._is_off = False
         self._is_stale = False
         self._statics: dict[Hashable, Tensor] = {}
-        self._memory: _Memory | None = None
+        self._memory: GraphMemory | None = None
 
     def run(
         self, place: int, compute: Compute, h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor]
@@ -137,7 +136,7 @@ class LayerGraphs:
         if free < SPARE * needed:
             self._give_up(f"a step takes {human_bytes(needed)}, and {human_bytes(free)} are free")
             return False
-        self._memory = _Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.gradient = torch.empty_like(h)
         return True
 
@@ -198,84 +197,6 @@ class LayerGraphs:
         return True
 
 
-class Recorded:
-    """One layer's forward and backward pass as two CUDA graphs.
-
-    Both are recorded at once, and what the forward pass saved for the backward pass stays referenced, so that no later
-    layer is recorded into that memory. What the backward pass writes on the way may lie where later layers keep theirs:
-    in a step they are done by then.
-
-    Attributes:
-        start: where the hidden states are read.
-        fixed: where tensors of the settings are read, by name.
-        output: hidden states after the layer.
-        parameters: that the layer trains.
-        gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
-    """
-
-    def __init__(
-        self,
-        shape: Hashable,
-        fixed: Mapping[str, Tensor],
-        start: Tensor,
-        parameters: Sequence[Tensor],
-        gradient: Tensor,
-    ) -> None:
-        self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
-        self.needs_input = start.requires_grad
-        self._kept: list[Tensor] = []
-        self.parameters = list(parameters)
-        self._wanted = [start, *parameters] if self.needs_input else list(parameters)
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-
-    def record(self, compute: Callable[[Tensor], Tensor], memory: "_Memory") -> None:
-        """Run the layer and its backward once without any kernel being started, and keep what would have been.
-
-        Raises:
-            RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
-        """
-        memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream), torch.enable_grad():
-            with _recording(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
-                result = compute(self.start)
-            # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
-            # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
-            with _recording(self.backward_graph, memory):
-                found = torch.autograd.grad(result, self._wanted, self.gradient)
-                if self.needs_input:
-                    self.gradient.copy_(found[0])
-        self.output = result.detach()
-        self.gradients = found[1:] if self.needs_input else found
-
-    def keep_gradients(self) -> None:
-        """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            if parameter.grad is gradient:
-                parameter.grad = gradient.clone()
-
-    def hand_over(self) -> list[Tensor | None]:
-        """Make the recorded gradients those of the parameters; the result is what is left for autograd to add.
-
-        Autograd would copy each, which is 448 short kernels a step for 32 layers. Several processes need it to, since
-        they learn from it that a gradient is there.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return list(self.gradients)
-        added = []
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                added.append((parameter.grad, gradient))
-        if added:
-            torch._foreach_add_([sum_ for sum_, _ in added], [gradient for _, gradient in added])
-        return [None] * len(self.gradients)
-
-    def _keep(self, saved: Tensor) -> Tensor:
-        self._kept.append(saved.detach())
-        return saved
-
-
 class Replay(Function):
     """A recorded layer: takes hidden states, the recording, the owner of all, and the parameters."""
 
@@ -301,23 +222,6 @@ class Replay(Function):
         known.keep_gradients()
         known.backward_graph.replay()
         return owner.gradient if known.needs_input else None, None, None, *known.hand_over()
-
-
-class _Memory(NamedTuple):
-    """Where recordings are made: a pool that only they allocate from, and a stream for the time of recording."""
-
-    pool: Any
-    stream: torch.cuda.Stream
-
-
-@contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
-    """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat."""
-    graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qlora_kit.engine.fp8 import Fp8Weight, Rounded, quantize_rows
-from qlora_kit.engine.frozen_weight import Accumulates, FrozenWeight, NotFastError
+from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.low_rank import LowRank, total
 
 MakeWeight = Callable[[str, torch.nn.Module], FrozenWeight]
@@ -107,18 +107,18 @@ class LinearGroup:
             x: `[T, in]`.
             thin: from an earlier call with the same x.
         """
-        cast, thin, rounded = self._begun(x, thin)
-        outputs, start = [], 0
-        for linear, scaled_b in zip(self.linears, cast.scaled_b, strict=True):
-            part = None if thin is None or scaled_b is None else (thin[:, start : start + linear.rank], scaled_b)
-            outputs.append(_output(linear, x, part, rounded))
-            start += linear.rank
-        return outputs, thin
+        outputs, thin = self.forward_apart(x, thin)
+        pairs = zip(outputs, self.low_ranks(thin, x.dtype), strict=True)
+        return [total([y], more) for y, more in pairs], thin
 
     def forward_apart(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """As `forward`, without what the adapters add: that is `low_ranks` of the thin product."""
-        _, thin, rounded = self._begun(x, thin)
-        return [_output(linear, x, None, rounded) for linear in self.linears], thin
+        # Weights change between steps only, so what the forward pass cast serves the backward pass too.
+        cast = self._cast[x.dtype] = self._cast_now(x.dtype)
+        if thin is None and cast.all_a is not None:
+            thin = x @ cast.all_a.t()
+        rounded = quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
+        return [_frozen_output(linear, x, rounded) for linear in self.linears], thin
 
     def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> list[LowRank | None]:
         """What each module's adapter adds to its output, as factors."""
@@ -134,13 +134,6 @@ class LinearGroup:
         """What the adapters add to the input's gradient, as factors."""
         all_a = None if inner is None else self._held(inner.dtype).all_a
         return None if inner is None or all_a is None else LowRank(inner, all_a)
-
-    def _begun(self, x: Tensor, thin: Tensor | None) -> "tuple[_Cast, Tensor | None, Rounded | None]":
-        # Weights change between steps only, so what the forward pass cast serves the backward pass too.
-        cast = self._cast[x.dtype] = self._cast_now(x.dtype)
-        if thin is None and cast.all_a is not None:
-            thin = x @ cast.all_a.t()
-        return cast, thin, quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
 
     def backward(
         self, x: Tensor, grads: Sequence[Tensor], thin: Tensor | None, *, needs_input: bool = True
@@ -165,16 +158,10 @@ class LinearGroup:
 
     def backward_input(self, grads: Sequence[Tensor], inner: Tensor | None) -> Tensor:
         """Gradient of the input `[T, in]`; `inner` is what `backward_inner` gave."""
-        more = self.low_rank_of_input(inner)
-        if more is None or not all(isinstance(linear.weight, Accumulates) for linear in self.linears):
-            parts = [linear.weight.backward(grad) for linear, grad in zip(self.linears, grads, strict=True)]
-            return total(parts, more)
-        # The thin product first: the weights' products are added in their own kernels, without a temporary.
-        dx = more.left @ more.right
-        for linear, grad in zip(self.linears, grads, strict=True):
-            if isinstance(linear.weight, Accumulates):
-                linear.weight.add_backward(grad, dx)
-        return dx
+        # Summed at the end: cuBLAS is slower where it adds to what is there (2.92 against 2.62 ms for gate and up of an
+        # 8B model at 8,192 tokens on an H100), and a product in fp8 cannot.
+        parts = [linear.weight.backward(grad) for linear, grad in zip(self.linears, grads, strict=True)]
+        return total(parts, self.low_rank_of_input(inner))
 
     def backward_parameters(
         self, x: "Tensor | Normed", grads: Sequence[Tensor], thin: Tensor | None, inner: Tensor | None
@@ -241,25 +228,13 @@ def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).float()
 
 
-def _output(linear: AdaptedLinear, x: Tensor, adapter: tuple[Tensor, Tensor] | None, rounded: Rounded | None) -> Tensor:
-    """A module's output `[T, out]`.
-
-    Args:
-        adapter: `x A^T` and s B; None where the module has none.
-        rounded: x in fp8, where a module of the group takes it so.
-    """
+def _frozen_output(linear: AdaptedLinear, x: Tensor, rounded: Rounded | None) -> Tensor:
+    """A module's output `[T, out]` without its adapter; `rounded` is x in fp8, where a module of the group takes it."""
     weight = linear.weight
-    if adapter is not None and isinstance(weight, Accumulates):
-        # The thin product first: the other order would read the whole output once more.
-        y = adapter[0] @ adapter[1].t()
-        weight.add_forward(x, y)
+    if isinstance(weight, Fp8Weight) and rounded is not None and weight.is_forward_fp8:
+        y = weight.forward_rounded(rounded).to(x.dtype)
     else:
-        if isinstance(weight, Fp8Weight) and rounded is not None and weight.is_forward_fp8:
-            y = weight.forward_rounded(rounded).to(x.dtype)
-        else:
-            y = weight.forward(x)
-        if adapter is not None:
-            y.addmm_(adapter[0], adapter[1].t())
+        y = weight.forward(x)
     return y if linear.bias is None else y.add_(linear.bias.to(y.dtype))
 
 

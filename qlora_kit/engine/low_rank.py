@@ -15,7 +15,7 @@ from qlora_kit.engine import elementwise
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.four_bit import runs_triton
 
-LARGEST_RANK = 64  # a tile of a larger one would not stay in registers and shared memory
+LARGEST_RANK = 256  # of the kernels, which unroll the sum; a larger one is no small part of the work any more
 
 
 class LowRank(NamedTuple):

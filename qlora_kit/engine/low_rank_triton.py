@@ -13,7 +13,7 @@ import triton.language as tl
 
 TILE = (16, 128)  # tokens, columns: the fastest of eleven that were tried on an H100
 WARPS = 4
-NARROWEST = 16  # terms of the shortest sum that the matrix units take
+TERMS = (16, 32)  # of a sum at a time: the fewest that the matrix units take, and as many as stay in registers
 MOST_PARTS = 3
 NONE = 0  # rank where nothing is added
 
@@ -36,8 +36,8 @@ def _plus(
 ) -> tl.tensor:
     """A tile in float32, with its part of `left @ right` added."""
     found = values.to(tl.float32)
-    if rank > 0:
-        term = tl.arange(0, terms)
+    for start in tl.static_range(0, rank, terms):
+        term = start + tl.arange(0, terms)
         a = tl.load(
             left + token[:, None] * left_step + term[None, :],
             mask=(token < tokens)[:, None] & (term < rank)[None, :],
@@ -290,8 +290,8 @@ def _described(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, int, int, int], tuple[int, int]]:
     """Tensors and steps for a kernel, then the rank and the length of the sum; any tensor where there is no product."""
     if factors is None:
-        return (instead, instead, 0, 0, 0), (NONE, NARROWEST)
+        return (instead, instead, 0, 0, 0), (NONE, TERMS[0])
     left, right = factors
     rank = left.shape[1]
     steps = left.stride(0), right.stride(0), right.stride(1)
-    return (left, right, *steps), (rank, max(NARROWEST, triton.next_power_of_2(rank)))
+    return (left, right, *steps), (rank, TERMS[0] if rank <= TERMS[0] else TERMS[1])

@@ -18,6 +18,7 @@ from tests.tiny_models import FAMILIES, build_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+LAYERS = 6  # more than two, so that the memory of one layer is reused by others
 LENGTHS = [93, 41, 70, 12, 88, 93, 20, 55, 93, 30, 61, 5]
 
 
@@ -29,13 +30,13 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param) / "base"
-    return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16)
+    return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     place = tmp_path_factory.mktemp("llama") / "base"
-    return build_tiny_model("llama", place, spread=0.05, dtype=torch.bfloat16)
+    return build_tiny_model("llama", place, spread=0.05, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
 
 
 def load(folder):

@@ -39,16 +39,6 @@ def test_products_equal_those_of_the_module(linear):
     torch.testing.assert_close(weight.backward(grad), x.grad, rtol=0, atol=ROUNDING * 192)
 
 
-def test_products_are_added_in_place(linear):
-    weight = Bf16Weight(linear, torch.float32)
-    x, grad, y, dx = drawn(5, 128), drawn(5, 192), drawn(5, 192), drawn(5, 128)
-    expected_y, expected_dx = y + weight.forward(x), dx + weight.backward(grad)
-    weight.add_forward(x, y)
-    weight.add_backward(grad, dx)
-    torch.testing.assert_close(y, expected_y, rtol=0, atol=ROUNDING * 128)
-    torch.testing.assert_close(dx, expected_dx, rtol=0, atol=ROUNDING * 192)
-
-
 def test_the_products_dtype_is_the_one_asked_for(linear):
     weight = Bf16Weight(linear, torch.bfloat16)
     assert weight.forward(drawn(5, 128).bfloat16()).dtype is torch.bfloat16

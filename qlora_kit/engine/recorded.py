@@ -1,0 +1,107 @@
+"""One decoder layer as two CUDA graphs: its forward pass and its backward pass."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class GraphMemory(NamedTuple):
+    """Where recordings are made: a pool that only they allocate from, and a stream for the time of recording."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[None]:
+    """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat."""
+    graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+class Recorded:
+    """One layer's forward and backward pass as two CUDA graphs.
+
+    Both are recorded at once, and what the forward pass saved for the backward pass stays referenced, so that no later
+    layer is recorded into that memory. What the backward pass writes on the way may lie where later layers keep theirs:
+    in a step they are done by then.
+
+    Attributes:
+        start: where the hidden states are read.
+        fixed: where tensors of the settings are read, by name.
+        output: hidden states after the layer.
+        parameters: that the layer trains.
+        gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
+    """
+
+    def __init__(
+        self,
+        shape: Hashable,
+        fixed: Mapping[str, Tensor],
+        start: Tensor,
+        parameters: Sequence[Tensor],
+        gradient: Tensor,
+    ) -> None:
+        self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
+        self.needs_input = start.requires_grad
+        # Beside the pool, where layers whose backward pass comes later would write over them.
+        self.gradients = [torch.empty_like(parameter) for parameter in parameters]
+        self._kept: list[Tensor] = []
+        self.parameters = list(parameters)
+        self._wanted = [start, *parameters] if self.needs_input else list(parameters)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory) -> None:
+        """Run the layer and its backward once without any kernel being started, and keep what would have been.
+
+        Raises:
+            RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
+        """
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory.stream), torch.enable_grad():
+            with _recording(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
+                result = compute(self.start)
+            # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
+            # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
+            with _recording(self.backward_graph, memory):
+                found = torch.autograd.grad(result, self._wanted, self.gradient)
+                if self.needs_input:
+                    self.gradient.copy_(found[0])
+                if self.gradients:
+                    torch._foreach_copy_(self.gradients, found[-len(self.gradients) :])
+        self.output = result.detach()
+
+    def keep_gradients(self) -> None:
+        """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is gradient:
+                parameter.grad = gradient.clone()
+
+    def hand_over(self) -> list[Tensor | None]:
+        """Make the recorded gradients those of the parameters; the result is what is left for autograd to add.
+
+        Autograd would copy each, which is 448 short kernels a step for 32 layers. Several processes need it to, since
+        they learn from it that a gradient is there.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return list(self.gradients)
+        added = []
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                added.append((parameter.grad, gradient))
+        if added:
+            torch._foreach_add_([sum_ for sum_, _ in added], [gradient for _, gradient in added])
+        return [None] * len(self.gradients)
+
+    def _keep(self, saved: Tensor) -> Tensor:
+        self._kept.append(saved.detach())
+        return saved
