@@ -10,117 +10,16 @@ What is kept for the backward is the input of each part, gate and up, and the th
 product are computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from qlora_kit.engine.elementwise import (
-    Activation,
-    rms_norm,
-    rms_norm_add,
-    rms_norm_backward,
-    rms_norm_backward_add,
-    rms_scale,
-    rope,
-)
-from qlora_kit.engine.lora_product import LinearGroup, Normed
-from qlora_kit.engine.low_rank import LowRank, gated, gated_backward, total
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A frozen RMS norm; see `elementwise.rms_norm`."""
-
-    weight: Tensor
-    eps: float
-    adds_one: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm of each row of `[T, width]`."""
-        return rms_norm(x, self.weight, self.eps, self.adds_one)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """`residual + norm(x)`."""
-        return rms_norm_add(x, self.weight, self.eps, self.adds_one, residual)
-
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of x."""
-        return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad)
-
-    def backward_add(self, x: Tensor, grad: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Normed]:
-        """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
-
-        Args:
-            grad: of the norm; None where that of x is not needed.
-        """
-        factor = 1.0 + self.weight.float() if self.adds_one else self.weight
-        if grad is None:
-            return None, Normed(x, rms_scale(x, self.eps), factor)
-        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual)
-        return found, Normed(x, scale, factor)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """From the layer's input to attention.
-
-    Attributes:
-        group: q, k and v, or one module with the three side by side.
-        heads: of q, of k and of v.
-        q_norm: over the width of a head; None in most families, like `k_norm`.
-    """
-
-    norm: Norm
-    group: LinearGroup
-    heads: tuple[int, int, int]
-    head_dim: int
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-    def split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """q, k and v, `[T, heads, head_dim]` each."""
-        widths = [n * self.head_dim for n in self.heads]
-        parts = outputs if len(outputs) > 1 else torch.split(outputs[0], widths, dim=1)
-        return [part.view(len(part), n, self.head_dim) for part, n in zip(parts, self.heads, strict=True)]
-
-
-@dataclass(frozen=True)
-class Output:
-    """From attention back to the residual stream; `after` is a norm of what is added, in Gemma."""
-
-    group: LinearGroup
-    after: Norm | None = None
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """The gated MLP; `group` is gate and up, or one module with the two side by side."""
-
-    norm: Norm
-    group: LinearGroup
-    down: LinearGroup
-    activation: Activation
-    after: Norm | None = None
-
-    def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """gate and up `[T, width]` without what adapters add, and the thin product."""
-        outputs, thin = self.group.forward_apart(x, thin)
-        gate, up = outputs if len(outputs) > 1 else outputs[0].chunk(2, dim=1)
-        return gate, up, thin
-
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LowRank | None, LowRank | None]:
-        """What adapters add to gate and to up."""
-        found = self.group.low_ranks(thin, dtype)
-        if len(found) > 1:
-            return found[0], found[1]
-        if found[0] is None:
-            return None, None
-        of_gate, of_up = found[0].right.chunk(2, dim=1)
-        return LowRank(found[0].left, of_gate), LowRank(found[0].left, of_up)
+from qlora_kit.engine.elementwise import rope
+from qlora_kit.engine.lora_product import LinearGroup
+from qlora_kit.engine.low_rank import gated, gated_backward, rope_of_sum, total
+from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
 def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection) -> tuple[Tensor, ...]:
@@ -155,13 +54,21 @@ class NormProject(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection, *_: Tensor) -> Any:
         rows = h.flatten(0, 1)
-        outputs, thin = parts.group.forward(parts.norm.forward(rows))
-        q, k, v = parts.split(outputs)
-        raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
-        q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
-        if cos is not None and sin is not None:
-            angles = _by_token(cos, h), _by_token(sin, h)
-            q, k = rope(q, *angles), rope(k, *angles)
+        x, angles = parts.norm.forward(rows), _angles(cos, sin, h)
+        raw: list[Tensor] = []
+        if angles is not None and not parts.has_head_norms:
+            outputs, thin = parts.group.forward_apart(x)
+            q, k, v = parts.split(outputs)
+            of_q, of_k, of_v = parts.low_ranks(thin, x.dtype)
+            q, k = rope_of_sum(q, *angles, of_q), rope_of_sum(k, *angles, of_k)
+            v = total([v.flatten(1)], of_v).view_as(v)
+        else:
+            outputs, thin = parts.group.forward(x)
+            q, k, v = parts.split(outputs)
+            raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
+            q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
+            if angles is not None:
+                q, k = rope(q, *angles), rope(k, *angles)
         ctx.parts = parts
         ctx.save_for_backward(h, cos, sin, thin, *raw)
         return *(part.view(*h.shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v)), h
@@ -172,8 +79,7 @@ class NormProject(Function):
         h, cos, sin, thin, *raw = ctx.saved_tensors
         parts: Projection = ctx.parts
         dq, dk, dv = (grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad))
-        if cos is not None:
-            angles = _by_token(cos, h), _by_token(sin, h)
+        if (angles := _angles(cos, sin, h)) is not None:
             dq, dk = rope(dq, *angles, back=True), rope(dk, *angles, back=True)
         if parts.k_norm is not None:
             dk = _head_norm_backward(parts.k_norm, raw.pop(), dk)
@@ -279,6 +185,9 @@ def _head_norm_backward(norm: Norm, x: Tensor, grad: Tensor) -> Tensor:
     return norm.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
 
 
-def _by_token(angle: Tensor, h: Tensor) -> Tensor:
-    """cos or sin of `[rows or 1, tokens, width]` as `[T, width]`; angles in h's dtype already."""
-    return angle.expand(*h.shape[:2], angle.shape[-1]).flatten(0, 1)
+def _angles(cos: Tensor | None, sin: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`; both are in h's dtype already."""
+    if cos is None or sin is None:
+        return None
+    wide = *h.shape[:2], cos.shape[-1]
+    return cos.expand(wide).flatten(0, 1), sin.expand(wide).flatten(0, 1)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.engine.blocks import Mlp, Norm, Output, Projection
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import NotFastError
 from qlora_kit.engine.lora_product import AdaptedLinear, LinearGroup, MakeWeight, adapted_linear
+from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
 class Window(Enum):

@@ -17,6 +17,10 @@ from qlora_kit.engine.fp8 import Fp8Weight, Rounded, quantize_rows
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.low_rank import LowRank, total
 
+PARTS = (8, 4, 2)  # that the tokens of a long sum are cut into
+SHORTEST_PART = 256  # tokens
+WIDE_ENOUGH = 8192  # columns of a product with enough tiles as it is
+NARROW = 256  # columns of one that is still small
 MakeWeight = Callable[[str, torch.nn.Module], FrozenWeight]
 
 
@@ -170,12 +174,12 @@ class LinearGroup:
         if thin is None or inner is None:
             return []
         found, start = [], 0
-        all_a = product_in_fp32(inner.t(), x) if isinstance(x, Tensor) else x.product(inner)
+        all_a = summed_over_tokens(inner, x) if isinstance(x, Tensor) else x.product(inner)
         for linear, grad in zip(self.linears, grads, strict=True):
             if linear.a is None or linear.b is None:
                 continue
             end = start + linear.rank
-            of_b = product_in_fp32(grad.t(), thin[:, start:end])
+            of_b = summed_over_tokens(grad, thin[:, start:end])
             if linear.scaling != 1:
                 of_b.mul_(linear.scaling)
             found += [all_a[start:end].to(linear.a.dtype), of_b.to(linear.b.dtype)]
@@ -210,7 +214,7 @@ class Normed(NamedTuple):
     def product(self, inner: Tensor) -> Tensor:
         """`inner^T @ x` in fp32, for inner `[T, r]`."""
         scaled = torch.mul(inner, self.scale, out=torch.empty_like(inner))
-        return product_in_fp32(scaled.t(), self.h).mul_(self.weight)
+        return summed_over_tokens(scaled, self.h).mul_(self.weight)
 
 
 @dataclass(frozen=True)
@@ -221,11 +225,20 @@ class _Cast:
     scaled_b: list[Tensor | None]
 
 
-def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in fp32; on a GPU 16-bit factors are summed in fp32 and never rounded between."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+def summed_over_tokens(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T @ right` in fp32 for left `[T, r]`, right `[T, n]`; on a GPU 16-bit factors are never rounded between.
+
+    The result is small and the sum long, so that cuBLAS would keep a quarter of an H100 busy: tokens are cut into parts
+    whose products are made side by side.
+    """
+    if not (left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)):
+        return (left.t() @ right).float()
+    tokens, narrow, wide = len(left), *sorted((left.shape[1], right.shape[1]))
+    parts = next((parts for parts in PARTS if tokens % parts == 0 and tokens // parts >= SHORTEST_PART), 1)
+    if wide > WIDE_ENOUGH or narrow > NARROW or parts == 1:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    cut_left, cut_right = (factor.view(parts, tokens // parts, factor.shape[1]) for factor in (left, right))
+    return torch.bmm(cut_left.transpose(1, 2), cut_right, out_dtype=torch.float32).sum(dim=0)
 
 
 def _frozen_output(linear: AdaptedLinear, x: Tensor, rounded: Rounded | None) -> Tensor:

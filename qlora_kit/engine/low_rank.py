@@ -67,6 +67,16 @@ def total(parts: Sequence[Tensor], more: LowRank | None) -> Tensor:
     return low_rank_triton.total([part.contiguous() for part in parts], more)
 
 
+def rope_of_sum(x: Tensor, cos: Tensor, sin: Tensor, more: LowRank | None) -> Tensor:
+    """Heads of `x + left @ right`, rotated: x `[T, heads, width]`, angles `[T, rotated width]`."""
+    rows = x.flatten(1)
+    if cos.shape[1] != x.shape[2] or not _in_one_kernel(rows, more) or more is None:
+        return elementwise.rope(total([rows], more).view_as(x), cos, sin)
+    from qlora_kit.engine import low_rank_triton
+
+    return low_rank_triton.rope(rows, cos.contiguous(), sin.contiguous(), more, x.shape[2]).view(x.shape)
+
+
 def _in_one_kernel(x: Tensor, *more: LowRank | None) -> bool:
     ranks = [one.left.shape[1] for one in more if one is not None]
     return runs_triton(x) and any(ranks) and max(ranks) <= LARGEST_RANK

@@ -5,6 +5,7 @@ import torch
 
 from qlora_kit.engine import elementwise, low_rank
 from qlora_kit.engine.elementwise import Activation
+from qlora_kit.engine.lora_product import summed_over_tokens
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,3 +73,32 @@ def test_sums(dtype, rank):
         more = factors(TOKENS, COLUMNS, rank, dtype)
         exact = whole(sum(part.float() for part in values), more)
         assert error(low_rank.total([part.clone() for part in values], more), exact) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("head_dim", "rotated"), [(64, 64), (96, 96), (64, 32)], ids=["64", "96", "half of 64"])
+@pytest.mark.parametrize("rank", [0, 16, 40])
+def test_rotated_sums(dtype, head_dim, rotated, rank):
+    torch.manual_seed(0)
+    heads = 3
+    x = drawn(TOKENS, 2 * heads * head_dim, dtype=dtype)[:, : heads * head_dim]
+    angle = drawn(TOKENS, rotated, dtype=torch.float32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    more = factors(TOKENS, heads * head_dim, rank, dtype)
+    exact = elementwise._rope(whole(x, more).view(TOKENS, heads, head_dim), cos.float(), sin.float(), False)
+    found = low_rank.rope_of_sum(x.view(TOKENS, heads, head_dim), cos, sin, more)
+    assert found.shape == exact.shape
+    assert error(found, exact) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [8192, 2050, 7])
+@pytest.mark.parametrize(("narrow", "wide"), [(16, 4096), (48, 1024), (16, 14336), (512, 600)])
+def test_sums_over_tokens_lose_nothing_in_parts(tokens, narrow, wide):
+    torch.manual_seed(0)
+    left = drawn(tokens, narrow + 5, dtype=torch.bfloat16)[:, :narrow]
+    right = drawn(tokens, wide, dtype=torch.bfloat16)
+    for one, other in ((left, right), (right, left)):
+        exact = one.double().t() @ other.double()
+        found = summed_over_tokens(one, other)
+        assert found.dtype is torch.float32
+        assert ((found - exact).norm() / exact.norm()).item() < 1e-5

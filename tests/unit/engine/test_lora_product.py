@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_kit.engine.frozen_weight import Bf16Weight, NotFastError
-from qlora_kit.engine.lora_product import LinearGroup, adapted_linear, product_in_fp32
+from qlora_kit.engine.lora_product import LinearGroup, adapted_linear, summed_over_tokens
 
 NAMES = ("one", "two", "three")
 WIDTHS = {"one": 24, "two": 40, "three": 8}
@@ -110,7 +110,7 @@ def test_16_bit_products_give_fp32_gradients():
     dx, trained = group.backward(x, [grad], thin)
     assert y.dtype is dx.dtype is thin.dtype is torch.bfloat16
     assert [part.dtype for part in trained] == [torch.float32] * 2
-    assert product_in_fp32(grad.t(), x).dtype is torch.float32
+    assert summed_over_tokens(grad, x).dtype is torch.float32
 
 
 @pytest.mark.parametrize(

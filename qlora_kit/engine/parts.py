@@ -1,0 +1,126 @@
+"""What a decoder layer is made of, as the blocks of `blocks.py` take it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engine.elementwise import (
+    Activation,
+    rms_norm,
+    rms_norm_add,
+    rms_norm_backward,
+    rms_norm_backward_add,
+    rms_scale,
+)
+from qlora_kit.engine.lora_product import LinearGroup, Normed
+from qlora_kit.engine.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMS norm; see `elementwise.rms_norm`."""
+
+    weight: Tensor
+    eps: float
+    adds_one: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of each row of `[T, width]`."""
+        return rms_norm(x, self.weight, self.eps, self.adds_one)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + norm(x)`."""
+        return rms_norm_add(x, self.weight, self.eps, self.adds_one, residual)
+
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of x."""
+        return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad)
+
+    def backward_add(self, x: Tensor, grad: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Normed]:
+        """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
+
+        Args:
+            grad: of the norm; None where that of x is not needed.
+        """
+        factor = 1.0 + self.weight.float() if self.adds_one else self.weight
+        if grad is None:
+            return None, Normed(x, rms_scale(x, self.eps), factor)
+        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual)
+        return found, Normed(x, scale, factor)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """From the layer's input to attention.
+
+    Attributes:
+        group: q, k and v, or one module with the three side by side.
+        heads: of q, of k and of v.
+        q_norm: over the width of a head; None in most families, like `k_norm`.
+    """
+
+    norm: Norm
+    group: LinearGroup
+    heads: tuple[int, int, int]
+    head_dim: int
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether q or k is normed over each head."""
+        return self.q_norm is not None or self.k_norm is not None
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of q, of k and of v."""
+        return [n * self.head_dim for n in self.heads]
+
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> Sequence[LowRank | None]:
+        """What adapters add to q, to k and to v."""
+        found = self.group.low_ranks(thin, dtype)
+        if len(found) > 1 or (whole := found[0]) is None:
+            return found * (3 // len(found))
+        return [LowRank(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
+
+    def split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """q, k and v, `[T, heads, head_dim]` each."""
+        parts = outputs if len(outputs) > 1 else torch.split(outputs[0], self.widths, dim=1)
+        return [part.view(len(part), n, self.head_dim) for part, n in zip(parts, self.heads, strict=True)]
+
+
+@dataclass(frozen=True)
+class Output:
+    """From attention back to the residual stream; `after` is a norm of what is added, in Gemma."""
+
+    group: LinearGroup
+    after: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The gated MLP; `group` is gate and up, or one module with the two side by side."""
+
+    norm: Norm
+    group: LinearGroup
+    down: LinearGroup
+    activation: Activation
+    after: Norm | None = None
+
+    def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """gate and up `[T, width]` without what adapters add, and the thin product."""
+        outputs, thin = self.group.forward_apart(x, thin)
+        gate, up = outputs if len(outputs) > 1 else outputs[0].chunk(2, dim=1)
+        return gate, up, thin
+
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LowRank | None, LowRank | None]:
+        """What adapters add to gate and to up."""
+        found = self.group.low_ranks(thin, dtype)
+        if len(found) > 1:
+            return found[0], found[1]
+        if found[0] is None:
+            return None, None
+        of_gate, of_up = found[0].right.chunk(2, dim=1)
+        return LowRank(found[0].left, of_gate), LowRank(found[0].left, of_up)
