@@ -150,7 +150,8 @@ def auto_budget(
     workspace = workspace or Workspace()
     widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
     dequantized = wide * shape.hidden_size * widest
-    # The MLP's backward holds the product, its gradient, and those of gate and up; beside them two of the hidden width.
-    temporary = wide * tokens * (4 * shape.intermediate_size + 2 * shape.hidden_size)
+    # The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
+    # width: of the layer's output and of its input, in the parts that are summed.
+    temporary = wide * tokens * (4 * shape.intermediate_size + 4 * shape.hidden_size)
     spared = free_bytes / _SPARED_PARTS
     return max(0.0, free_bytes - spared - dequantized - temporary - workspace.logits - workspace.trained)

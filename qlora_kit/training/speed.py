@@ -8,6 +8,7 @@ from peft import PeftModel
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
+from qlora_kit.engine.head_loss import TILE_BYTES
 from qlora_kit.engine.recompute import (
     Amount,
     LayerExtras,
@@ -22,7 +23,9 @@ from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 
 TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weight
-LOGITS_BYTES = 1e9  # what the tiles of the output head take at most
+# Beside a tile of logits the head and the norm before it hold, for each hidden value of a token: two copies of 32 bits
+# and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
+HEAD_BYTES = 22
 LAYER_AGAIN = 2  # the level that computes a whole layer again
 
 
@@ -77,7 +80,8 @@ def layer_levels(model: PeftModel, config: EngineConfig, tokens: int) -> list[in
     if wanted.amount is Amount.auto:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        workspace = Workspace(logits=LOGITS_BYTES, trained=float(TRAINED_BYTES * trained))
+        head = 2.0 * TILE_BYTES + HEAD_BYTES * tokens * shape.hidden_size
+        workspace = Workspace(logits=head, trained=float(TRAINED_BYTES * trained))
         budget = auto_budget(shape, free_memory_bytes(), tokens, workspace)
     levels = plan_levels(shape, tokens, budget, extras=extras)
     if (needed := peak_bytes(shape, levels, tokens, extras=extras)) > budget:
