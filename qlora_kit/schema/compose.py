@@ -1,6 +1,5 @@
 """Composes a command line into a frozen recipe; every mistake is collected and reported at once."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from itertools import islice, product
@@ -21,6 +20,7 @@ from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
 from qlora_kit.schema.store import RECIPE_OF_VERB, register
+from qlora_kit.schema.value_problems import first_line, nearest, value_problems
 
 MOST_SWEEP_JOBS_CHECKED = 200
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
@@ -89,7 +89,7 @@ def load_recipe(verb: str, path: Path) -> Sealed:
     try:
         return typed_recipe(verb, OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{path} is not a {verb} recipe: {_first_line(error)}") from error
+        raise RecipeError(f"{path} is not a {verb} recipe: {first_line(error)}") from error
 
 
 def typed_recipe(verb: str, tree: Any) -> Sealed:
@@ -116,7 +116,7 @@ def _compose(verb: str, lines: list[str]) -> Composed:
     try:
         recipe = typed_recipe(verb, tree)
     except OmegaConfBaseException as error:
-        raise RecipeError(_first_line(error)) from error
+        raise RecipeError(first_line(error)) from error
     return Composed(recipe, choices, _origins(recipe, overrides, choices))
 
 
@@ -152,7 +152,7 @@ def _failed_compose_problems(verb: str, overrides: list[Override], error: Except
     except (HydraException, OmegaConfBaseException) as option_error:
         return [_compose_problem(option_error)]
     values = [override for override in overrides if not _is_group(override)]
-    return _value_problems(tree, values) or [_compose_problem(error)]
+    return value_problems(tree, values) or [_compose_problem(error)]
 
 
 def _parse(lines: list[str]) -> list[Override]:
@@ -162,7 +162,7 @@ def _parse(lines: list[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([line])
         except HydraException as error:
-            problems.append(Problem(f"cannot read '{line}': {_first_line(error)}", "the command line", "key=value"))
+            problems.append(Problem(f"cannot read '{line}': {first_line(error)}", "the command line", "key=value"))
     if problems:
         raise RecipeError(problems)
     return parsed
@@ -186,7 +186,7 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
         )
     if walk.find_path(root, key):
         return None
-    near = walk.nearest_path(root, key) or (None if "." in key else _nearest(key, list(groups())))
+    near = walk.nearest_path(root, key) or (None if "." in key else nearest(key, list(groups())))
     fix = f"{near}={override.value()}" if near else f"qlora-kit {_verb_of(root)} --help lists every field"
     return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
 
@@ -198,45 +198,11 @@ def _option_problem(group: str, override: Override) -> Problem | None:
     for option in wanted:
         if option is None or str(option) in known or override.is_sweep_override():
             continue
-        near = _nearest(str(option), known)
+        near = nearest(str(option), known)
         what = f"there is no {group} named '{option}'" + (f"; did you mean '{near}'?" if near else "")
         what += f"\n  known    {', '.join(known)}"
         return Problem(what, f"command line: {override.input_line}", f"{group}={near or known[0]}")
     return None
-
-
-def _value_problems(tree: DictConfig, overrides: list[Override]) -> list[Problem]:
-    """Values of the wrong type, each tried on its own so that all are found."""
-    problems = []
-    for override in overrides:
-        if override.is_sweep_override():
-            continue
-        try:
-            OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-        except (OmegaConfBaseException, ValueError) as error:
-            key = override.key_or_group
-            expected = _expected_type(tree, key)
-            what = f"{key} cannot be {override.value()!r}: " + (f"it is {expected}" if expected else _first_line(error))
-            problems.append(Problem(what, f"command line: {override.input_line}", _example(tree, key)))
-    return problems
-
-
-def _expected_type(tree: DictConfig, path: str) -> str:
-    group: Any = OmegaConf.get_type(tree)
-    for part in path.split(".")[:-1]:
-        group = walk.group_class(walk.fields_of(group)[part][0]) if group and part in walk.fields_of(group) else None
-    name = path.rsplit(".", 1)[-1]
-    if group is None or name not in walk.fields_of(group):
-        return ""
-    return walk.type_name(walk.fields_of(group)[name][0])
-
-
-def _example(tree: DictConfig, path: str) -> str:
-    value = OmegaConf.select(tree, path)
-    shown = getattr(value, "name", value)
-    if OmegaConf.is_list(value):
-        shown = "[" + ",".join(str(item) for item in value) + "]"
-    return f"{path}={'null' if shown is None else shown}"
 
 
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
@@ -283,12 +249,10 @@ def _compose_problem(error: Exception) -> Problem:
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)
     if key:
-        nearest = next(
-            (near for verb in RECIPE_OF_VERB if (near := walk.nearest_path(RECIPE_OF_VERB[verb], key))), None
-        )
-        hint = f"; did you mean '{nearest.rsplit('.', 1)[-1]}'?" if nearest else ""
+        found = next((near for verb in RECIPE_OF_VERB if (near := walk.nearest_path(RECIPE_OF_VERB[verb], key))), None)
+        hint = f"; did you mean '{found.rsplit('.', 1)[-1]}'?" if found else ""
         return Problem(f"recipe {where} holds the unknown key '{key}'{hint}", f"recipes/{where}.yaml")
-    return Problem(f"recipe {where} cannot be composed: {_first_line(error)}", where)
+    return Problem(f"recipe {where} cannot be composed: {first_line(error)}", where)
 
 
 def _found(pattern: str, text: str) -> str:
@@ -296,14 +260,5 @@ def _found(pattern: str, text: str) -> str:
     return match.group(1) if match else ""
 
 
-def _nearest(name: str, known: list[str]) -> str | None:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return close[0] if close else None
-
-
 def _verb_of(root: type[Sealed]) -> str:
     return next(verb for verb, recipe in RECIPE_OF_VERB.items() if recipe is root)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
