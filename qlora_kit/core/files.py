@@ -14,8 +14,8 @@ from typing import Any
 ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+def _beside(path: Path, state: str = "partial") -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{state}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,7 +62,7 @@ def staged_directory(place: Path) -> Iterator[Path]:
 
 
 def _replace(place: Path, staged: Path) -> None:
-    before = _beside(place)
+    before = _beside(place, "before")
     if place.exists():
         place.rename(before)
     try:
@@ -72,6 +72,22 @@ def _replace(place: Path, staged: Path) -> None:
             before.rename(place)
         raise
     shutil.rmtree(before, ignore_errors=True)
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Undo what a killed process left half done: put back what it had moved aside, remove what it had not finished.
+
+    For a process that is alone in the folder, by a lock.
+    """
+    for before in folder.glob(".*.before"):
+        place = folder / before.name[1:].rsplit(".", 2)[0]
+        if not place.exists():
+            before.rename(place)
+    for left in (*folder.glob(".*.before"), *folder.glob(".*.partial")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def file_hash(path: Path) -> str:

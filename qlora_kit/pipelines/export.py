@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_kit.core.errors import FidelityError, KitError, RunError
-from qlora_kit.core.files import size_on_disk, staged_directory
+from qlora_kit.core.files import clear_left_overs, size_on_disk, staged_directory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.prepare import PreparedData
@@ -46,10 +46,11 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
     """
     data = opened.rows()
     rows = data.scored(config.score_rows)
-    reference = _reference(opened, rows) if rows else None
-    with _merged(opened, config) as (merged, report):
-        jobs = list(export_jobs(config, merged, opened.recipe.name, _calibration(data, config)))
-        done = [_write(opened, config, job, report, rows, reference) for job in jobs]
+    with _alone(opened):
+        reference = _reference(opened, rows) if rows else None
+        with _merged(opened, config) as (merged, report):
+            jobs = list(export_jobs(config, merged, opened.recipe.name, _calibration(data, config)))
+            done = [_write(opened, config, job, report, rows, reference) for job in jobs]
     failed = [export for export in done if export.error]
     rejected = [export.name for export in done if export.rejected]
     if failed:
@@ -60,6 +61,26 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
             fix="more bits or smaller groups, more export.calibration_rows, or a higher export.max_mean_kl",
         )
     return done
+
+
+@contextmanager
+def _alone(opened: OpenedRun) -> Iterator[None]:
+    """Hold the run's exports, and clear away what a killed export left there."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(opened.directory.path / ".export.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            "another export of this run is at work", str(opened.directory.exports), "wait for it, or stop it"
+        ) from None
+    try:
+        opened.directory.exports.mkdir(exist_ok=True)
+        clear_left_overs(opened.directory.exports)
+        yield
+    finally:
+        lock.release()
 
 
 def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Scores:
@@ -76,8 +97,8 @@ def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Scores:
 @contextmanager
 def _merged(opened: OpenedRun, config: ExportConfig) -> Iterator[tuple[Path, MergeReport]]:
     began = time.perf_counter()
-    opened.directory.exports.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=opened.directory.exports, prefix=".merged.") as folder:
+    exports = opened.directory.exports
+    with tempfile.TemporaryDirectory(dir=exports, prefix=".merged.", suffix=".partial") as folder:
         adapter = opened.directory.adapter
         report = merge(
             opened.base_folder, adapter, opened.recipe.quant, config.merge_base, opened.tokenizer, Path(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.core.files import size_on_disk, staged_directory, write_text
+from qlora_kit.core.files import clear_left_overs, size_on_disk, staged_directory, write_text
 
 
 def test_staged_directory_takes_its_place(tmp_path):
@@ -56,3 +56,16 @@ def test_write_text_leaves_no_partial_file(tmp_path):
     assert (tmp_path / "deep" / "a.txt").read_bytes() == "é\n".encode()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.txt"]
     assert size_on_disk(tmp_path) == 3
+
+
+def test_what_a_killed_process_left_is_undone(tmp_path):
+    (tmp_path / ".new.12345678.partial").mkdir()
+    (tmp_path / ".new.12345678.partial" / "half").write_text("")
+    (tmp_path / ".file.json.12345678.partial").write_text("half")
+    for name in (".moved.12345678.before", ".replaced.12345678.before", "replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "from").write_text(name)
+    clear_left_overs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved", "replaced"]
+    assert (tmp_path / "moved" / "from").read_text() == ".moved.12345678.before"
+    assert (tmp_path / "replaced" / "from").read_text() == "replaced"
