@@ -25,6 +25,7 @@ VERBS = {
     "eval": Verb("qlora_kit.cli.eval", "Score base, adapter, merged and every export on held-out rows."),
     "plan": Verb("qlora_kit.cli.plan", "Memory by part and steps of a recipe, without loading a weight."),
     "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the trained tokens marked."),
+    "report": Verb("qlora_kit.cli.report", "Write a run's page: curves, rows, and how good each file is."),
     "chat": Verb("qlora_kit.cli.chat", "Talk to a run's adapter or to any export."),
     "recipes": Verb("qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes."),
     "doctor": Verb("qlora_kit.cli.doctor", "Check Python, packages, devices and write access."),

@@ -14,6 +14,7 @@ EXTRA_OF_MODULE = {
     "gptqmodel": "gptq",
     "optimum": "gptq",
     "llmcompressor": "compressed",
+    "lm_eval": "harness",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",

@@ -23,7 +23,8 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
     """Load a GPTQ or AWQ folder through transformers, ready to score.
 
     On a GPU in the file's dtype (transformers turns AWQ to float16); without one on the CPU, in float32 around
-    kernels that multiply in bfloat16.
+    kernels that multiply in bfloat16. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and
+    SGLang read it: transformers knows one number of bits for all.
 
     Raises:
         RecipeError: gptqmodel or optimum is not installed.
@@ -62,6 +63,8 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
 
     on_gpu = torch.cuda.is_available()
     try:
+        if _layers_differ(folder):
+            return _load_mixed(folder)
         with warnings.catch_warnings():
             # Naming a kernel makes transformers warn that everything but its name is ignored.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
@@ -73,9 +76,32 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
                 **({} if on_gpu else _cpu_kernel(folder, method)),
             )
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise RunError(f"transformers could not load the {method.upper()} folder {folder}: {error}") from error
+        reader = "gptqmodel" if _layers_differ(folder) else "transformers"
+        raise RunError(f"{reader} could not load the {method.upper()} folder {folder}: {error}") from error
     if not on_gpu:
         _without_compiler(model)
+    return model.eval()
+
+
+def _layers_differ(folder: Path) -> bool:
+    return bool(read_json(folder / "config.json")["quantization_config"].get("dynamic"))
+
+
+def _load_mixed(folder: Path) -> "PreTrainedModel":
+    import torch
+
+    gptqmodel = require("gptqmodel", "Loading GPTQ files")
+    on_gpu = torch.cuda.is_available()
+    wrapper = gptqmodel.GPTQModel.load(
+        str(folder),
+        device="cuda:0" if on_gpu else "cpu",
+        backend=gptqmodel.BACKEND.AUTO if on_gpu else gptqmodel.BACKEND.GPTQ_TORCH,
+        # Its kernels take no float32 while loading; around them the rest is widened afterwards.
+        dtype="auto" if on_gpu else torch.bfloat16,
+    )
+    model: PreTrainedModel = wrapper.model
+    if not on_gpu:
+        _without_compiler(model.float())
     return model.eval()
 
 

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Answers, Scores, gather_scores, predicted_positions
+from qlora_kit.evaluation.stopping import stop_tokens, until_stop
 
 ROWS_AT_ONCE = 4
 
@@ -32,6 +33,12 @@ class TorchScorer:
         self._pad_token_id = pad_token_id
         self._mode = mode
 
+    @contextmanager
+    def lent(self) -> Iterator[Any]:
+        """The model itself in its mode, for a library that runs it."""
+        with self._mode():
+            yield self._model
+
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], ids: torch.Tensor | None, top_tokens: int) -> Scores:
         """Scores at every trained position, from full-vocabulary log-softmax in fp32."""
@@ -52,8 +59,8 @@ class TorchScorer:
     @torch.no_grad()
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> Answers:
         """Greedy answers in left-padded batches."""
-        answers: list[list[int]] = []
-        stops = _stop_ids(self._model.generation_config)
+        answers: list[tuple[list[int], bool]] = []
+        stops = stop_tokens(self._model.generation_config)
         began = time.perf_counter()
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -61,7 +68,10 @@ class TorchScorer:
             padded = [[self._pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in batch]
             mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch]
             settings = GenerationConfig(
-                do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self._pad_token_id, eos_token_id=stops
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self._pad_token_id,
+                eos_token_id=stops or None,
             )
             with self._mode():
                 output = self._model.generate(
@@ -69,9 +79,11 @@ class TorchScorer:
                     attention_mask=torch.tensor(mask, device=self._model.device),
                     generation_config=settings,
                 )
-            answers += [_until_stop(row, stops) for row in output[:, width:].tolist()]
+            answers += [until_stop(row, stops) for row in output[:, width:].tolist()]
         seconds = time.perf_counter() - began
-        return Answers(answers, sum(len(answer) for answer in answers) / max(seconds, 1e-9))
+        token_ids = [answer for answer, _ in answers]
+        speed = sum(len(answer) for answer in token_ids) / max(seconds, 1e-9)
+        return Answers(token_ids, speed, [stopped for _, stopped in answers])
 
     def close(self) -> None:
         """Let go of the model and give its memory back."""
@@ -79,15 +91,3 @@ class TorchScorer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _stop_ids(config: Any) -> list[int]:
-    stops = config.eos_token_id
-    return list(stops) if isinstance(stops, list) else [stops]
-
-
-def _until_stop(token_ids: list[int], stops: list[int]) -> list[int]:
-    for position, token in enumerate(token_ids):
-        if token in stops:
-            return token_ids[:position]
-    return token_ids

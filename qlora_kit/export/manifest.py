@@ -1,7 +1,7 @@
 """manifest.json of an artifact: what it is, from what, with which versions, and how faithful."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record beside an exported artifact."""
+    """The record beside an exported artifact.
+
+    Attributes:
+        faults: why it is rejected, in words.
+        reader: what scored it.
+        contract: whether its readers give the token ids that training saw.
+        servers: what each server was found to make of it, and whether it was run for that.
+        serve: the commands to serve it.
+    """
 
     name: str
     format: str
@@ -26,6 +34,11 @@ class Manifest:
     fidelity: Mapping[str, float]
     max_mean_kl: float | None
     rejected: bool
+    faults: Sequence[str] = ()
+    reader: str = ""
+    contract: Mapping[str, object] = field(default_factory=dict)
+    servers: Sequence[Mapping[str, object]] = ()
+    serve: Sequence[Mapping[str, object]] = ()
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into the artifact's folder."""

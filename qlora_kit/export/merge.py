@@ -1,78 +1,151 @@
-"""Merges a trained adapter into its base, in fp32, and saves bf16."""
+"""Merges a trained adapter into its base: tensor by tensor, added in fp32, written in bf16."""
 
-import gc
-import json
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
-
-from qlora_kit.adapter.attach import load_adapter
 from qlora_kit.core.errors import RunError
-from qlora_kit.model.load import load_base
+from qlora_kit.core.units import human_bytes
+from qlora_kit.export.merging.audit import audit_changes, audit_folder, changes_hash
+from qlora_kit.export.merging.carry import carry_files, says_tied
+from qlora_kit.export.merging.deltas import Adapter, read_adapter, refuse_unlearned
+from qlora_kit.export.merging.plan import Plan, make_plan
+from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounded_modules
+from qlora_kit.export.merging.write_shards import Written, write_shards
 from qlora_kit.model.weight_names import tensor_shapes
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
+ROOM_FOR_SMALL_FILES = 50_000_000  # bytes; tokenizer and settings
+
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How many modules the adapter touches, and how many of them were merged."""
+    """What was merged.
+
+    Attributes:
+        adapted: modules that the adapter updates.
+        merged: those of them that were merged.
+        base: what the update was added to.
+        saved: tensors that the adapter holds in full and that took the base's place.
+        unlearned: adapted modules whose update is zero.
+        changed: tensors with a value that differs from the base's, in bf16.
+        changed_sha256: over the names and checksums of those.
+        tied: whether the head is the embedding.
+        untied: whether the base's was and the trained one is not.
+        size: bytes of the weights.
+    """
 
     adapted: int
     merged: int
     base: str
+    saved: int = 0
+    unlearned: int = 0
+    changed: int = 0
+    changed_sha256: str = ""
+    tied: bool = False
+    untied: bool = False
+    size: int = 0
+    seconds: float = 0.0
 
 
 def adapted_modules(adapter: Path) -> int:
     """Modules with a LoRA update in a saved adapter, by its tensors."""
-    return sum(".lora_A." in name for name in tensor_shapes(adapter))
+    return sum(".lora_A." in name or name.endswith(".lora_embedding_A") for name in tensor_shapes(adapter))
 
 
 def merge(
     base_folder: Path, adapter: Path, quant: QuantConfig, merge_base: MergeBase, tokenizer: Any, out: Path
 ) -> MergeReport:
-    """Write the merged model as bf16 safetensors with tokenizer and generation config.
+    """Write the merged model as bf16 safetensors with tokenizer, generation config and licences.
 
     `dequantized` adds the update to exactly the weights that it was trained on; `original` to the 16-bit weights.
-    Neither rounds back to 4 bit, which loses about half of what a small model learned.
+    Neither rounds back to 4 bit, which loses about half of what a small model learned. A base that is stored in 4 or
+    8 bit is read back, whatever `merge_base` says. The folder is checked as it lies on disk.
 
     Args:
         out: an existing, empty folder.
     Raises:
-        RunError: not every adapted module was merged.
+        RunError: a file of the base is damaged, the adapter is of another base or learned nothing, there is no room,
+            or the merged folder does not pass its audit.
     """
-    model = load_adapter(_base_in_fp32(base_folder, quant, merge_base), adapter)
-    adapted = adapted_modules(adapter)
-    model.merge_adapter(safe_merge=True)
-    merged = sum(isinstance(module, LoraLayer) and module.merged for module in model.modules())
-    if merged != adapted or merged == 0:
-        raise RunError(f"the adapter touches {adapted} modules, but {merged} were merged")
-    plain = model.unload().to(torch.bfloat16)
-    generation = base_folder / "generation_config.json"
-    plain.save_pretrained(out)
+    began = time.perf_counter()
+    trained = read_adapter(adapter)
+    zero = refuse_unlearned(trained)
+    stored = is_stored_rounded(base_folder)
+    as_trained = stored or (merge_base is not MergeBase.original and quant.kind is not QuantKind.none)
+    base = read_headers(base_folder)
+    rounded = _rounded(base_folder, trained, quant, stored, as_trained)
+    plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained)
+    refuse_full_disk(plan.size, out)
+    written = _write(plan, quant, out)
+    carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
-    if generation.is_file():
-        (out / generation.name).write_bytes(generation.read_bytes())
-    _scrub_quantization(out / "config.json")
-    del model, plain
-    gc.collect()
-    return MergeReport(adapted, merged, merge_base.name)
+    _audit(plan, written, zero)
+    audit_folder(out, base_folder, base, _tokens(base_folder, plan, tokenizer))
+    merged = sum(piece.update is not None for piece in plan.pieces)
+    if merged != adapted_modules(adapter):
+        raise RunError(f"the adapter touches {adapted_modules(adapter)} modules, but {merged} were merged")
+    return MergeReport(
+        adapted=adapted_modules(adapter),
+        merged=merged,
+        base=MergeBase.dequantized.name if as_trained else MergeBase.original.name,
+        saved=len(trained.replaced),
+        unlearned=len(zero),
+        changed=sum(tensor.changed for tensor in written),
+        changed_sha256=changes_hash(written),
+        tied=plan.tied,
+        untied=plan.untied,
+        size=plan.size,
+        seconds=round(time.perf_counter() - began, 2),
+    )
 
 
-def _base_in_fp32(base_folder: Path, quant: QuantConfig, merge_base: MergeBase) -> Any:
-    if merge_base is MergeBase.original or quant.kind is QuantKind.none:
-        return AutoModelForCausalLM.from_pretrained(
-            base_folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+def refuse_full_disk(needed: int, out: Path) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        RunError: with what is needed and what is free, in bytes.
+    """
+    free = shutil.disk_usage(out).free
+    if needed + ROOM_FOR_SMALL_FILES > free:
+        raise RunError(
+            f"the merged model takes {human_bytes(needed)}, and {human_bytes(free)} are free on the disk of {out}",
+            where=str(out),
+            fix=f"free {human_bytes(needed + ROOM_FOR_SMALL_FILES - free)} there",
         )
-    model = load_base(base_folder, quant, compute_dtype=torch.float32)
-    return model.dequantize().to(torch.float32)
 
 
-def _scrub_quantization(config: Path) -> None:
-    values = json.loads(config.read_text(encoding="utf-8"))
-    if values.pop("quantization_config", None) is not None:
-        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _rounded(base_folder: Path, trained: Adapter, quant: QuantConfig, stored: bool, as_trained: bool) -> set[str]:
+    """The modules that were rounded in training, where the merge has to know them."""
+    starts = any(update.init for update in trained.updates.values())
+    return rounded_modules(base_folder, quant) if not stored and (as_trained or starts) else set()
+
+
+def _write(plan: Plan, quant: QuantConfig, out: Path) -> list[Written]:
+    from tqdm import tqdm
+
+    from qlora_kit.model.device import this_device
+
+    with tqdm(total=plan.size, desc="merge", unit="B", unit_scale=True, disable=None) as bar:
+        return write_shards(plan, Rounding(quant, this_device()), out, bar.update)
+
+
+def _audit(plan: Plan, written: list[Written], zero: set[str]) -> None:
+    updated = {piece.name: piece.update.module for piece in plan.pieces if piece.update}
+    expected = {name for name, module in updated.items() if module not in zero}
+    optional = {piece.name for piece in plan.pieces if piece.touched} - expected
+    audit_changes(written, expected, optional)
+
+
+def _tokens(base_folder: Path, plan: Plan, tokenizer: Any) -> int | None:
+    """Length of the tokenizer; None where the base itself ships one that is longer than its embedding, as Gemma 3."""
+    from qlora_kit.model.tokenizer import load_tokenizer
+
+    rows = [piece.shape[0] for piece in plan.pieces if piece.name.endswith("embed_tokens.weight")]
+    if not rows or len(tokenizer) <= rows[0]:
+        return len(tokenizer)
+    return None if len(load_tokenizer(base_folder)) >= len(tokenizer) else len(tokenizer)

@@ -13,8 +13,9 @@ from qlora_kit.schema.model import ModelConfig
 
 DEMO = "demo"
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+# README.md names the licence.
+HUB_FILES = ["*.safetensors", *TOKENIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Second copies of the same weights.
 HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

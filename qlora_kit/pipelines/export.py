@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.errors import FidelityError, KitError, RunError
@@ -13,16 +13,15 @@ from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import open_artifact, open_trained
-from qlora_kit.evaluation.scores import Fidelity, Scores, compare
+from qlora_kit.evaluation.artifacts import open_trained
+from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.export.calibration import calibration_rows
-from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport, merge
-from qlora_kit.export.targets.table import ExportJob, export_jobs
+from qlora_kit.export.targets.adapter import BaseName
+from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
+from qlora_kit.pipelines.finish_export import TOP_TOKENS, Reference, finish
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.export import ExportConfig
-
-TOP_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Exported:
     folder: Path
     seconds: float
     fidelity: Fidelity | None = None
-    rejected: bool = False
+    faults: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -49,16 +48,16 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
     with _alone(opened):
         reference = _reference(opened, rows) if rows else None
         with _merged(opened, config) as (merged, report):
-            jobs = list(export_jobs(config, merged, opened.recipe.name, _calibration(data, config)))
-            done = [_write(opened, config, job, report, rows, reference) for job in jobs]
+            source = _source(opened, merged, _calibration(opened, data, config))
+            done = [_write(opened, config, job, report, reference) for job in export_jobs(config, source)]
     failed = [export for export in done if export.error]
-    rejected = [export.name for export in done if export.rejected]
+    rejected = [export for export in done if export.faults]
     if failed:
         raise RunError("\n".join(f"{export.name} was not written: {export.error}" for export in failed))
     if rejected:
         raise FidelityError(
-            f"{', '.join(rejected)}: mean KL above export.max_mean_kl={config.max_mean_kl}; the manifest says rejected",
-            fix="more bits or smaller groups, more export.calibration_rows, or a higher export.max_mean_kl",
+            "\n".join(f"{export.name} is rejected: {fault}" for export in rejected for fault in export.faults),
+            fix="for KL: more bits or smaller groups, more export.calibration_rows, or a higher export.max_mean_kl",
         )
     return done
 
@@ -83,7 +82,7 @@ def _alone(opened: OpenedRun) -> Iterator[None]:
         lock.release()
 
 
-def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Scores:
+def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Reference:
     say(f"scoring the trained model on {len(rows)} held-out rows")
     recipe = opened.recipe
     trained, _ = open_trained(
@@ -91,7 +90,14 @@ def _reference(opened: OpenedRun, rows: Sequence[TokenRow]) -> Scores:
     )
     scores = trained.score(rows, None, TOP_TOKENS)
     trained.close()
-    return scores
+    return Reference(rows, scores)
+
+
+def _source(opened: OpenedRun, merged: Path, calibration: list[list[int]]) -> Source:
+    model = opened.recipe.model
+    return Source(
+        merged, opened.directory.adapter, BaseName(model.source, model.revision), opened.recipe.name, calibration
+    )
 
 
 @contextmanager
@@ -108,17 +114,19 @@ def _merged(opened: OpenedRun, config: ExportConfig) -> Iterator[tuple[Path, Mer
         yield Path(folder), report
 
 
-def _calibration(data: PreparedData, config: ExportConfig) -> list[list[int]]:
-    return calibration_rows(data.train, config.calibration_rows)
+def _calibration(opened: OpenedRun, data: PreparedData, config: ExportConfig) -> list[list[int]]:
+    return calibration_rows(
+        data.train,
+        config.calibration_rows,
+        held_out=data.held_out,
+        tokenizer=opened.tokenizer,
+        general_share=config.calibration_general,
+        seed=opened.recipe.trainer.seed,
+    )
 
 
 def _write(
-    opened: OpenedRun,
-    config: ExportConfig,
-    job: ExportJob,
-    report: MergeReport,
-    rows: Sequence[TokenRow],
-    reference: Scores | None,
+    opened: OpenedRun, config: ExportConfig, job: ExportJob, report: MergeReport, reference: Reference | None
 ) -> Exported:
     place = opened.directory.exports / job.name
     began = time.perf_counter()
@@ -127,35 +135,12 @@ def _write(
         with staged_directory(place) as folder:
             job.write(folder)
             seconds = time.perf_counter() - began
-            fidelity = _fidelity(opened, job, folder, rows, reference) if reference else None
-            limit = config.max_mean_kl
-            rejected = fidelity is not None and limit is not None and fidelity.mean_kl > limit
-            measured = asdict(fidelity) if fidelity else {}
-            Manifest(
-                name=job.name,
-                format=job.format,
-                file=job.file,
-                settings=job.settings,
-                merge=report,
-                run=str(opened.directory.path),
-                seconds=round(seconds, 1),
-                fidelity=measured,
-                max_mean_kl=limit,
-                rejected=rejected,
-            ).write(folder)
+            found = finish(opened, job, folder, report, reference, config.max_mean_kl, seconds)
     except Exception as error:
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
         say(f"{job.name}: failed: {kind}{error}")
         return Exported(job.name, place, time.perf_counter() - began, error=f"{kind}{error}")
-    kl = f", mean KL {fidelity.mean_kl:.4f}" if fidelity else ""
-    state = " REJECTED" if rejected else ""
+    kl = f", mean KL {found.fidelity.mean_kl:.4f}" if found.fidelity else ""
+    state = " REJECTED" if found.faults else ""
     say(f"{job.name}: {human_bytes(size_on_disk(place))} in {human_seconds(seconds)}{kl}{state}")
-    return Exported(job.name, place, seconds, fidelity, rejected)
-
-
-def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, rows: Sequence[TokenRow], reference: Scores) -> Fidelity:
-    scorer = open_artifact(job.format, folder / job.file, opened.tokenizer)
-    try:
-        return compare(reference, scorer.score(rows, reference.ids, TOP_TOKENS))
-    finally:
-        scorer.close()
+    return Exported(job.name, place, seconds, found.fidelity, found.faults)

@@ -166,7 +166,8 @@ def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
 
 
 def _export(export: ExportConfig) -> Iterator[Finding]:
-    names = [*export.gguf, *export.gptq, *export.awq, *export.merged]
+    targets = (export.gguf, export.gptq, export.awq, export.merged, export.compressed, export.bnb, export.adapter)
+    names = [name for group in targets for name in group]
     if not names:
         yield Finding("export", "no export is named", "export=[gguf_q4_k_m]")
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -179,7 +180,16 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
         if merged.dtype != "bfloat16":
             path = f"export.merged.{name}.dtype"
             yield Finding(path, f"{path}={merged.dtype} is not written; only bfloat16 is", f"{path}=bfloat16")
-    modules = {"gguf": export.gguf, "libgguf": export.gguf, "gptqmodel": export.gptq or export.awq}
+    for name, gguf in export.gguf.items():
+        if gguf.mix.needs_imatrix and not gguf.imatrix:
+            path = f"export.gguf.{name}.imatrix"
+            yield Finding(path, f"{gguf.mix.value} files are garbage without an importance matrix", f"{path}=true")
+    modules = {
+        "gguf": export.gguf,
+        "libgguf": export.gguf,
+        "gptqmodel": export.gptq or export.awq,
+        "llmcompressor": export.compressed,
+    }
     for module, wanted in modules.items():
         if wanted and not is_present(module):
             fix = f"pip install 'qlora-kit[{EXTRA_OF_MODULE[module]}]'"

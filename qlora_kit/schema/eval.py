@@ -15,3 +15,14 @@ class EvalConfig(Sealed):
     top_tokens: int = knob(256, "Most likely tokens compared one by one; the rest is one bucket.", minimum=2)
     batch_size: int = knob(50, "Rows answered at once.", minimum=1)
     max_new_tokens: int = knob(48, "Longest answer.", unit="tokens", minimum=1)
+    stop_prompts: int = knob(
+        0, "Where there is no task: prompts answered to see whether answers end by themselves.", minimum=0
+    )
+    text_file: str | None = knob(None, "A UTF-8 text whose perplexity is measured, such as wikitext's test split.")
+    text_window: int = knob(512, "Tokens of the text that are read at once.", unit="tokens", minimum=2)
+    text_stride: int | None = knob(
+        None, "From one window to the next, each token still counted once; unset: no overlap.", unit="tokens", minimum=1
+    )
+    text_windows: int | None = knob(32, "Windows from the start of the text; null: all of it.", minimum=1)
+    lm_eval: list[str] = knob([], "Tasks of lm-evaluation-harness: names, YAML files, or folders of them.")
+    lm_eval_limit: int | None = knob(None, "Rows of each of those tasks; unset: all.", unit="rows", minimum=1)

@@ -14,17 +14,42 @@ class MergeBase(Enum):
 
 
 class GgufMix(Enum):
-    """llama.cpp's file types: one name for a mix of block formats."""
+    """llama.cpp's file types: one name for a mix of block formats, more bits first."""
 
     F16 = "F16"
+    BF16 = "BF16"
     Q8_0 = "Q8_0"
     Q6_K = "Q6_K"
     Q5_K_M = "Q5_K_M"
     Q5_K_S = "Q5_K_S"
+    Q5_1 = "Q5_1"
+    Q5_0 = "Q5_0"
     Q4_K_M = "Q4_K_M"
     Q4_K_S = "Q4_K_S"
+    Q4_1 = "Q4_1"
+    Q4_0 = "Q4_0"
+    IQ4_NL = "IQ4_NL"
+    IQ4_XS = "IQ4_XS"
+    Q3_K_L = "Q3_K_L"
     Q3_K_M = "Q3_K_M"
+    Q3_K_S = "Q3_K_S"
+    IQ3_M = "IQ3_M"
+    IQ3_S = "IQ3_S"
+    IQ3_XS = "IQ3_XS"
+    IQ3_XXS = "IQ3_XXS"
     Q2_K = "Q2_K"
+    Q2_K_S = "Q2_K_S"
+    IQ2_M = "IQ2_M"
+    IQ2_S = "IQ2_S"
+    IQ2_XS = "IQ2_XS"
+    IQ2_XXS = "IQ2_XXS"
+    IQ1_M = "IQ1_M"
+    IQ1_S = "IQ1_S"
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether its files are garbage without an importance matrix."""
+        return self.value in ("Q2_K_S", "IQ3_XS", "IQ3_XXS") or self.value.startswith(("IQ2", "IQ1"))
 
 
 @dataclass
@@ -39,6 +64,31 @@ class GgufTarget(Sealed):
     """One file for llama.cpp, Ollama and what is built on them."""
 
     mix: GgufMix = knob(GgufMix.Q4_K_M, "File type.")
+    imatrix: bool = knob(
+        True, "Fit blocks to the inputs that calibration rows cause; file types of 8 and 16 bits do without."
+    )
+    overrides: dict[str, str] = knob(
+        {}, "Block types by glob on GGUF tensor names, such as 'blk.*.ffn_down.weight': Q6_K; the last match counts."
+    )
+    shard_gb: float | None = knob(None, "Split into files of at most this size.", unit="GB", above=0)
+
+
+class GptqMethod(Enum):
+    """How the codes of a GPTQ file are chosen."""
+
+    gptq = "gptq"
+    rounding = "rounding"
+
+
+@dataclass
+class GptqOverride(Sealed):
+    """What is different for the layers that a pattern names."""
+
+    bits: int | None = knob(None, "Bits a weight: 2, 3, 4 or 8; null takes the target's.", minimum=2, maximum=8)
+    group_size: int | None = knob(
+        None, "Weights that share a scale; null takes the target's.", unit="weights", minimum=-1
+    )
+    skip: bool = knob(False, "These layers stay in 16 bits.")
 
 
 @dataclass
@@ -49,6 +99,13 @@ class GptqTarget(Sealed):
     group_size: int = knob(128, "Weights that share a scale; -1 is a whole row.", unit="weights", minimum=-1)
     desc_act: bool = knob(False, "Quantize columns in order of activation size: closer, slower to serve.")
     sym: bool = knob(True, "Symmetric range without zero points.")
+    method: GptqMethod = knob(GptqMethod.gptq, "rounding takes the nearest values and looks at no rows: the yardstick.")
+    damping: float = knob(
+        0.05, "gptq: share of the mean input energy added to each channel's before inverting.", above=0, maximum=0.99
+    )
+    overrides: dict[str, GptqOverride] = knob(
+        {}, "Layers that differ, by pattern: '*.down_proj', or 're:' and a regular expression; the first match counts."
+    )
 
 
 @dataclass
@@ -60,6 +117,58 @@ class AwqTarget(Sealed):
     zero_point: bool = knob(True, "Asymmetric range with zero points.")
 
 
+class CompressedScheme(Enum):
+    """Schemes of compressed-tensors that vLLM and SGLang serve: bits of weights (W) and of activations (A)."""
+
+    W4A16 = "W4A16"
+    W8A16 = "W8A16"
+    W8A8 = "W8A8"
+    FP8 = "FP8"
+    FP8_DYNAMIC = "FP8_DYNAMIC"
+    NVFP4 = "NVFP4"
+    NVFP4A16 = "NVFP4A16"
+    MXFP4 = "MXFP4"
+
+
+@dataclass
+class CompressedTarget(Sealed):
+    """A compressed-tensors folder, as vLLM and SGLang load it."""
+
+    scheme: CompressedScheme = knob(CompressedScheme.W4A16, "Formats of weights and activations.")
+    group_size: int = knob(128, "W4A16: weights that share a scale.", unit="weights", minimum=-1)
+    smoothing: float = knob(0.8, "W8A8: share of activation outliers moved into the weights.", minimum=0, maximum=1)
+    kv_cache_fp8: bool = knob(False, "Scales for an fp8 key-value cache are measured and stored.")
+
+
+class BnbKind(Enum):
+    """Formats that bitsandbytes loads as they are stored."""
+
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+@dataclass
+class BnbTarget(Sealed):
+    """A bitsandbytes folder: transformers, vLLM and further training load it without quantizing again."""
+
+    kind: BnbKind = knob(BnbKind.nf4, "Number format of the linear weights.")
+    double_quant: bool = knob(True, "nf4: quantize the scales too.")
+
+
+class AdapterFormat(Enum):
+    """Forms of an adapter that is served beside its base."""
+
+    peft = "peft"
+    gguf = "gguf"
+
+
+@dataclass
+class AdapterTarget(Sealed):
+    """The adapter alone, for servers that load LoRA at run time."""
+
+    format: AdapterFormat = knob(AdapterFormat.peft, "peft: vLLM, SGLang, transformers; gguf: llama.cpp, Ollama.")
+
+
 @dataclass
 class ExportConfig(Sealed):
     """One merge, any number of files."""
@@ -67,7 +176,12 @@ class ExportConfig(Sealed):
     merge_base: MergeBase = knob(
         MergeBase.dequantized, "dequantized is what the adapter was trained on; original is the 16-bit base."
     )
-    calibration_rows: int = knob(32, "Training rows that GPTQ and AWQ look at.", unit="rows", minimum=1)
+    calibration_rows: int = knob(
+        32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1
+    )
+    calibration_general: float = knob(
+        0.25, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
+    )
     score_rows: int = knob(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
     max_mean_kl: float | None = knob(
         None, "Reject a file whose mean KL is above this; exit code 3.", unit="nats", above=0
@@ -76,3 +190,6 @@ class ExportConfig(Sealed):
     gptq: dict[str, GptqTarget] = knob({}, "GPTQ folders to write, by name.")
     awq: dict[str, AwqTarget] = knob({}, "AWQ folders to write, by name.")
     merged: dict[str, MergedTarget] = knob({}, "16-bit folders to write, by name.")
+    compressed: dict[str, CompressedTarget] = knob({}, "compressed-tensors folders to write, by name.")
+    bnb: dict[str, BnbTarget] = knob({}, "bitsandbytes folders to write, by name.")
+    adapter: dict[str, AdapterTarget] = knob({}, "Adapters to write, by name.")

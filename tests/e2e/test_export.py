@@ -9,7 +9,18 @@ from tests.e2e.conftest import kit, only_run, train_line
 
 pytestmark = pytest.mark.slow
 
-EXPORTS = ["gguf_q8_0", "gguf_q4_k_m", "gptq_4bit_g64", "awq_4bit_g64", "merged_16bit"]
+EXPORTS = [
+    "gguf_q8_0",
+    "gguf_q4_k_m",
+    "gptq_4bit_g64",
+    "gptq_4bit_rounding",
+    "awq_4bit_g64",
+    "merged_16bit",
+    "bnb_nf4",
+    "w4a16_g64",
+    "fp8_dynamic",
+]
+ADAPTERS = ["adapter_gguf", "adapter_peft"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +34,9 @@ def trained(workshop, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(trained):
     folder, _ = trained
-    done = kit(folder, "export", "run=latest", f"export=[{','.join(EXPORTS)}]", "export.score_rows=4", timeout=580)
+    names = ",".join([*EXPORTS, *ADAPTERS])
+    groups = "export.gptq.gptq_4bit_rounding.group_size=64"
+    done = kit(folder, "export", "run=latest", f"export=[{names}]", groups, "export.score_rows=4", timeout=580)
     return folder, done
 
 
@@ -55,10 +68,19 @@ def test_every_export_is_written_and_measured(exported):
     folder, done = exported
     assert done.returncode == 0, done.stderr
     exports = only_run(folder) / "exports"
-    assert sorted(path.name for path in exports.iterdir()) == sorted(EXPORTS)
+    assert sorted(path.name for path in exports.iterdir()) == sorted([*EXPORTS, *ADAPTERS])
+    for name in ADAPTERS:
+        manifest = read_json(exports / name / "manifest.json")
+        # On the 16-bit base, not on the rounded one that it was trained on; measured: 0.04
+        assert manifest["fidelity"]["mean_kl"] < 0.2
+        assert manifest["faults"] == []
     for name in EXPORTS:
         manifest = read_json(exports / name / "manifest.json")
-        assert manifest["merge"] == {"adapted": 14, "merged": 14, "base": "dequantized"}
+        merge = manifest["merge"]
+        assert (merge["adapted"], merge["merged"], merge["changed"], merge["base"]) == (14, 14, 14, "dequantized")
+        assert (manifest["contract"]["compared"], manifest["contract"]["holds"]) == (20, True)
+        assert manifest["faults"] == []
+        assert {"README.md", "lock.json"} <= {path.name for path in (exports / name).iterdir()}
         assert manifest["fidelity"]["positions"] > 0
         assert (exports / name / manifest["file"]).exists()
         assert manifest["rejected"] is False
@@ -83,7 +105,7 @@ def test_eval_prints_one_row_an_artifact(scored):
         "base",
         "adapter",
         "merged_16bit",
-        *sorted(set(EXPORTS) - {"merged_16bit"}),
+        *sorted({*EXPORTS, *ADAPTERS} - {"merged_16bit"}),
     ]
     for row in rows:
         assert row["name"] in done.stdout
@@ -107,7 +129,8 @@ def test_a_file_outside_its_bound_is_rejected(exported):
     line = ["export", "run=latest", "export=gguf_q2_k", "export.max_mean_kl=1e-6", "export.score_rows=4"]
     done = kit(folder, *line)
     assert done.returncode == 3
-    assert "above export.max_mean_kl=1e-06; the manifest says rejected" in done.stderr
+    assert "gguf_q2_k is rejected: mean KL" in done.stderr
+    assert "is above export.max_mean_kl=1e-06" in done.stderr
     assert read_json(only_run(folder) / "exports" / "gguf_q2_k" / "manifest.json")["rejected"] is True
 
 

@@ -35,14 +35,14 @@ def span(low: Tensor, high: Tensor, *, bits: int, zero_point: bool) -> Grid:
     """The grid whose codes cover low .. high, or, without a zero point, the range symmetric about zero."""
     top = 2**bits - 1
     if zero_point:
-        scale = _storable((high - low) / top)
+        scale = storable((high - low) / top)
         return Grid(scale, (-low / scale).round().clamp(0, top), bits)
     middle = 2 ** (bits - 1)
-    scale = _storable(torch.maximum(-low / middle, high / (middle - 1)))
+    scale = storable(torch.maximum(-low / middle, high / (middle - 1)))
     return Grid(scale, torch.full_like(scale, middle), bits)
 
 
-def _storable(scale: Tensor) -> Tensor:
+def storable(scale: Tensor) -> Tensor:
     return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).to(scale.dtype)
 
 

@@ -1,12 +1,12 @@
 """Which tensor gets which block type in each llama.cpp mix.
 
-Follows `llama_tensor_get_type_impl` and `tensor_type_fallback` in llama.cpp's `src/llama-quant.cpp` (autumn 2026) for
-dense models without an importance matrix. One difference to releases before 2026: a fused `attn_qkv` is treated as
-`attn_v` is.
+Follows `llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_requires_imatrix` in llama.cpp's
+`src/llama-quant.cpp` (autumn 2026) for dense models. One difference to releases before 2026: a fused `attn_qkv` is
+treated as `attn_v` is.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from qlora_kit.core.errors import RecipeError
 
@@ -14,19 +14,35 @@ from qlora_kit.core.errors import RecipeError
 BLOCK_SIZES = {
     "F32": 1,
     "F16": 1,
+    "BF16": 1,
     "Q8_0": 32,
     "Q4_0": 32,
+    "Q4_1": 32,
     "Q5_0": 32,
     "Q5_1": 32,
+    "IQ4_NL": 32,
     "Q2_K": 256,
     "Q3_K": 256,
     "Q4_K": 256,
     "Q5_K": 256,
     "Q6_K": 256,
+    "IQ4_XS": 256,
+    "IQ3_S": 256,
+    "IQ3_XXS": 256,
+    "IQ2_S": 256,
+    "IQ2_XS": 256,
+    "IQ2_XXS": 256,
+    "IQ1_M": 256,
+    "IQ1_S": 256,
 }
 
 # what a type becomes when the row is no multiple of its block
 _NARROW_ROW_TYPES = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_NARROW_ROW_TYPES |= {name: "IQ4_NL" for name in BLOCK_SIZES if name.startswith("IQ") and name != "IQ4_NL"}
+
+_FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+_UNWEIGHTED_TYPES = _FLOAT_TYPES | {"Q8_0"}  # kernels that have no use for an importance matrix
+_TYPES_THAT_NEED_AN_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 
 # architectures whose 80-layer model llama.cpp calls 70B, which gives attn_v more bits
 _SEVENTY_B_ARCHITECTURES = frozenset({"llama", "qwen2"})
@@ -34,17 +50,20 @@ _SEVENTY_B_ARCHITECTURES = frozenset({"llama", "qwen2"})
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the type rules look at besides the tensor: architecture, layers, heads, tied embeddings."""
+    """What the type rules look at besides the tensor: architecture, layers, heads, tied embeddings, and whether there
+    is an importance matrix."""
 
     architecture: str
     layers: int
     heads: int
     kv_heads: int
     tied_embeddings: bool
+    has_imatrix: bool = False
 
     @property
-    def heads_per_kv_head(self) -> int:
-        return self.heads // self.kv_heads
+    def shares_values(self) -> bool:
+        """Whether four or more heads read the same values, which makes attn_v small and worth more bits."""
+        return self.heads // self.kv_heads >= 4
 
     @property
     def is_seventy_b(self) -> bool:
@@ -57,13 +76,21 @@ Rule = Callable[[int, ModelShape], str | None]
 
 @dataclass(frozen=True)
 class Mix:
-    """One mix: its `general.file_type`, its usual type, and the rules for the tensors that differ."""
+    """One mix: its `general.file_type`, its usual type, and what differs.
+
+    `rules`: by role (attn_v, ffn_down, ...) the type in a layer of a model; None is the usual type.
+    `output`: type of the output matrix, and of embeddings that are tied to it. `embedding`: of embeddings that are not.
+    `lifts_seventy_b`: whether the values of a 70B model get 5 bits where they would have 3 or 4.
+    `needs_imatrix`: types that need an importance matrix in this mix, beyond those that need one in any.
+    """
 
     file_type: int
     base: str
-    attn_v: Rule | None = None
-    ffn_down: Rule | None = None
-    attn_output: Rule | None = None
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    output: str = "Q6_K"
+    embedding: str | None = None
+    lifts_seventy_b: bool = True
+    needs_imatrix: frozenset[str] = frozenset()
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -79,8 +106,24 @@ def _always(tensor_type: str) -> Rule:
     return lambda layer, model: tensor_type
 
 
-def _q2_k_attn_v(layer: int, model: ModelShape) -> str | None:
-    return "Q4_K" if model.heads_per_kv_head >= 4 else "Q3_K"
+def _first_eighth(tensor_type: str) -> Rule:
+    return lambda layer, model: tensor_type if layer < model.layers // 8 else None
+
+
+def _middle(tensor_type: str) -> Rule:
+    return lambda layer, model: tensor_type if model.layers // 8 <= layer < 7 * model.layers // 8 else None
+
+
+def _shared_values(shared: str, otherwise: str | None = None) -> Rule:
+    return lambda layer, model: shared if model.shares_values else otherwise
+
+
+def _first_eighth_with_imatrix(tensor_type: str) -> Rule:
+    return lambda layer, model: tensor_type if model.has_imatrix and layer < model.layers // 8 else None
+
+
+def _first_eighth_without_imatrix(tensor_type: str) -> Rule:
+    return lambda layer, model: tensor_type if not model.has_imatrix and layer < model.layers // 8 else None
 
 
 def _q3_k_m_attn_v(layer: int, model: ModelShape) -> str | None:
@@ -95,21 +138,84 @@ def _q4_k_s_attn_v(layer: int, model: ModelShape) -> str | None:
     return "Q5_K" if layer < 4 else None
 
 
-def _q4_k_s_ffn_down(layer: int, model: ModelShape) -> str | None:
-    return "Q5_K" if layer < model.layers // 8 else None
+def _iq3_xxs_attn_v(layer: int, model: ModelShape) -> str | None:
+    if model.shares_values:
+        return "Q4_K"
+    return None if model.has_imatrix else "IQ3_S"
 
+
+def _iq3_xxs_ffn_down(layer: int, model: ModelShape) -> str | None:
+    if model.has_imatrix:
+        return None
+    return "Q4_K" if layer < model.layers // 8 else "Q3_K"
+
+
+def _two_bit_mix(file_type: int, base: str, *, raised: str, embedding: str, attn_output: str | None = None) -> Mix:
+    """A mix of 1 or 2 bits. `raised`: type of attn_v and of the first layers' ffn_down."""
+    rules = {"attn_v": _shared_values("Q4_K", raised), "ffn_down": _first_eighth(raised)}
+    if attn_output:
+        rules["attn_output"] = _always(attn_output)
+    return Mix(file_type, base, rules, output="Q5_K", embedding=embedding, lifts_seventy_b=False)
+
+
+_FOUR_BIT_I = {"attn_v": _shared_values("Q5_K"), "ffn_down": _first_eighth_without_imatrix("Q5_K")}
+_IQ3_XXS: dict[str, Rule] = {
+    "attn_v": _iq3_xxs_attn_v,
+    "attn_q": _always("IQ2_S"),
+    "attn_k": _always("IQ2_S"),
+    "attn_output": _always("IQ3_S"),
+    "ffn_down": _iq3_xxs_ffn_down,
+}
+_IQ3_XS: dict[str, Rule] = {
+    "attn_v": _shared_values("Q4_K"),
+    "attn_q": _always("IQ3_XXS"),
+    "attn_k": _always("IQ3_XXS"),
+    "ffn_gate": _middle("IQ3_XXS"),
+    "ffn_up": _middle("IQ3_XXS"),
+}
 
 # file types: enum llama_ftype in llama.cpp's include/llama.h
 MIXES: dict[str, Mix] = {
     "F16": Mix(1, "F16"),
-    "Q8_0": Mix(7, "Q8_0"),
+    "BF16": Mix(32, "BF16"),
+    "Q8_0": Mix(7, "Q8_0", output="Q8_0"),
     "Q6_K": Mix(18, "Q6_K"),
-    "Q5_K_M": Mix(17, "Q5_K", attn_v=_q6_for_more_bits, ffn_down=_q6_for_more_bits),
+    "Q5_K_M": Mix(17, "Q5_K", {"attn_v": _q6_for_more_bits, "ffn_down": _q6_for_more_bits}),
     "Q5_K_S": Mix(16, "Q5_K"),
-    "Q4_K_M": Mix(15, "Q4_K", attn_v=_q6_for_more_bits, ffn_down=_q6_for_more_bits),
-    "Q4_K_S": Mix(14, "Q4_K", attn_v=_q4_k_s_attn_v, ffn_down=_q4_k_s_ffn_down),
-    "Q3_K_M": Mix(12, "Q3_K", attn_v=_q3_k_m_attn_v, ffn_down=_q3_k_m_ffn_down, attn_output=_always("Q4_K")),
-    "Q2_K": Mix(10, "Q2_K", attn_v=_q2_k_attn_v, ffn_down=_always("Q3_K"), attn_output=_always("Q3_K")),
+    "Q5_1": Mix(9, "Q5_1"),
+    "Q5_0": Mix(8, "Q5_0", {"ffn_down": _first_eighth_with_imatrix("Q5_1")}),
+    "Q4_K_M": Mix(15, "Q4_K", {"attn_v": _q6_for_more_bits, "ffn_down": _q6_for_more_bits}),
+    "Q4_K_S": Mix(14, "Q4_K", {"attn_v": _q4_k_s_attn_v, "ffn_down": _first_eighth("Q5_K")}),
+    "Q4_1": Mix(3, "Q4_1"),
+    "Q4_0": Mix(2, "Q4_0", {"ffn_down": _first_eighth_with_imatrix("Q4_1")}),
+    "IQ4_NL": Mix(25, "IQ4_NL", _FOUR_BIT_I),
+    "IQ4_XS": Mix(30, "IQ4_XS", _FOUR_BIT_I),
+    "Q3_K_L": Mix(13, "Q3_K", dict.fromkeys(("attn_v", "ffn_down", "attn_output"), _always("Q5_K"))),
+    "Q3_K_M": Mix(12, "Q3_K", {"attn_v": _q3_k_m_attn_v, "ffn_down": _q3_k_m_ffn_down, "attn_output": _always("Q4_K")}),
+    "Q3_K_S": Mix(11, "Q3_K"),
+    "IQ3_M": Mix(
+        27, "IQ3_S", {"attn_v": _always("Q4_K"), "ffn_down": _first_eighth("Q4_K"), "attn_output": _always("Q4_K")}
+    ),
+    "IQ3_S": Mix(26, "IQ3_S", {"attn_v": _shared_values("Q4_K")}),
+    "IQ3_XS": Mix(22, "IQ3_S", _IQ3_XS),
+    "IQ3_XXS": Mix(23, "IQ3_XXS", _IQ3_XXS, output="Q5_K", embedding="IQ3_S"),
+    "Q2_K": Mix(
+        10,
+        "Q2_K",
+        {"attn_v": _shared_values("Q4_K", "Q3_K")} | dict.fromkeys(("ffn_down", "attn_output"), _always("Q3_K")),
+    ),
+    "Q2_K_S": Mix(
+        21,
+        "Q2_K",
+        {"attn_v": _shared_values("Q4_K"), "ffn_down": _first_eighth("Q4_K")},
+        needs_imatrix=frozenset({"Q2_K"}),
+    ),
+    "IQ2_M": _two_bit_mix(29, "IQ2_S", raised="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
+    "IQ2_S": _two_bit_mix(28, "IQ2_XS", raised="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
+    "IQ2_XS": _two_bit_mix(20, "IQ2_XS", raised="Q2_K", embedding="Q2_K"),
+    "IQ2_XXS": _two_bit_mix(19, "IQ2_XXS", raised="Q2_K", embedding="Q2_K"),
+    "IQ1_M": _two_bit_mix(31, "IQ1_M", raised="Q2_K", embedding="Q2_K", attn_output="IQ2_XXS"),
+    "IQ1_S": _two_bit_mix(24, "IQ1_S", raised="Q2_K", embedding="Q2_K", attn_output="IQ2_XXS"),
 }
 
 
@@ -125,7 +231,24 @@ def find_mix(name: str) -> Mix:
     return mix
 
 
-def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: ModelShape) -> str:
+def is_weighted(tensor_type: str) -> bool:
+    """Whether an importance matrix changes the blocks of this type."""
+    return tensor_type not in _UNWEIGHTED_TYPES
+
+
+def requires_imatrix(name: str, tensor_type: str, mix: Mix) -> bool:
+    """Whether a tensor of this type is garbage without an importance matrix; llama.cpp refuses it then."""
+    if name in ("token_embd.weight", "output.weight"):
+        return False
+    return tensor_type in _TYPES_THAT_NEED_AN_IMATRIX or tensor_type in mix.needs_imatrix
+
+
+def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix that multiplies; norms, biases and other vectors stay in 32 bits."""
+    return len(shape) >= 2 and name.endswith(".weight") and not name.endswith("_norm.weight")
+
+
+def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: ModelShape, wanted: str | None = None) -> str:
     """The type of one tensor.
 
     Args:
@@ -133,32 +256,26 @@ def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: ModelShape) 
         shape: torch order, the row width last.
         mix: the mix asked for.
         model: shape of the model it belongs to.
+        wanted: a type that replaces the mix's choice; another one where the row is no multiple of its block.
     """
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
+    if not is_quantizable(name, shape):
         return "F32"
-    if mix.base == "F16":
-        return "F16"
-    return _fitting(_wanted(name, shape[-1], mix, model), shape[-1])
+    if wanted is None and mix.base in _FLOAT_TYPES:
+        return mix.base
+    return _fitting(wanted or _wanted(name, shape[-1], mix, model), shape[-1])
 
 
 def _wanted(name: str, width: int, mix: Mix, model: ModelShape) -> str:
     if name == "output.weight" or (name == "token_embd.weight" and model.tied_embeddings):
-        return "Q8_0" if mix.base == "Q8_0" or width % BLOCK_SIZES[mix.base] else "Q6_K"
+        return "Q8_0" if width % BLOCK_SIZES[mix.base] else mix.output
     if name == "token_embd.weight":
-        return mix.base
+        return mix.embedding or mix.base
     layer, role = _layer_and_role(name)
-    if role in ("attn_v", "attn_qkv"):
-        chosen = _applied(mix.attn_v, layer, model) or mix.base
-        return "Q5_K" if model.is_seventy_b and chosen in ("Q3_K", "Q4_K") else chosen
-    if role == "ffn_down":
-        return _applied(mix.ffn_down, layer, model) or mix.base
-    if role == "attn_output":
-        return _applied(mix.attn_output, layer, model) or mix.base
-    return mix.base
-
-
-def _applied(rule: Rule | None, layer: int, model: ModelShape) -> str | None:
-    return rule(layer, model) if rule else None
+    is_values = role in ("attn_v", "attn_qkv")
+    rule = mix.rules.get("attn_v" if is_values else role)
+    chosen = (rule(layer, model) if rule else None) or mix.base
+    lifted = is_values and mix.lifts_seventy_b and model.is_seventy_b and chosen in ("Q3_K", "Q4_K")
+    return "Q5_K" if lifted else chosen
 
 
 def _layer_and_role(name: str) -> tuple[int, str]:

@@ -93,6 +93,13 @@ def read_picked_rows(tensor: StoredTensor, picked: "npt.NDArray[np.int64]") -> "
     return _as_float32(_mapped(tensor)[picked], tensor.dtype)
 
 
+def read_stored_rows(tensor: StoredTensor, picked: "slice | npt.NDArray[np.int64]") -> "npt.NDArray[np.uint16]":
+    """Some rows of a 16-bit tensor, bit by bit, as a uint16 array of shape [rows, width]."""
+    import numpy as np
+
+    return _mapped(tensor)[picked].view(np.uint16)
+
+
 @lru_cache(maxsize=64)
 def _mapped(tensor: StoredTensor) -> "npt.NDArray[np.generic]":
     import numpy as np

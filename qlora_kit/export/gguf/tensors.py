@@ -1,14 +1,21 @@
 """The tensors of a model under their GGUF names: shapes, where the values come from, what is done to them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields
-from qlora_kit.export.gguf.mixes import Mix, ModelShape, tensor_type
-from qlora_kit.export.gguf.safetensors_rows import StoredTensor, find_tensors, read_picked_rows, read_rows
+from qlora_kit.export.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
+from qlora_kit.export.gguf.overrides import overridden_types
+from qlora_kit.export.gguf.safetensors_rows import (
+    StoredTensor,
+    find_tensors,
+    read_picked_rows,
+    read_rows,
+    read_stored_rows,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +27,7 @@ class PlannedTensor:
     """One tensor of the file: GGUF name, block type, and the stored tensor it is made from.
 
     `rotated_heads`: heads whose rows are reordered for llama.cpp's rotary embedding, 0 for none.
-    `offset`: added to every value.
+    `offset`: added to every value. `importance`: weight of each column when blocks are fitted, float32 [width].
     """
 
     name: str
@@ -28,6 +35,19 @@ class PlannedTensor:
     stored: StoredTensor
     rotated_heads: int = 0
     offset: float = 0.0
+    importance: "npt.NDArray[np.float32] | None" = field(default=None, compare=False, repr=False)
+
+    @property
+    def takes_stored_bits(self) -> bool:
+        """Whether the 16-bit numbers of the file are made from those that are stored, without widening them."""
+        kinds = {"F16": ("F16", "BF16"), "BF16": ("BF16",)}
+        return self.stored.dtype in kinds.get(self.type, ()) and not self.offset
+
+    def stored_rows(self, start: int, stop: int) -> "npt.NDArray[np.uint16]":
+        """Rows start..stop of a 16-bit matrix as they are stored and ordered as in the file."""
+        if self.rotated_heads:
+            return read_stored_rows(self.stored, _paired_order(self.stored.rows, self.rotated_heads)[start:stop])
+        return read_stored_rows(self.stored, slice(start, stop))
 
     def rows(self, start: int, stop: int) -> "npt.NDArray[np.float32]":
         """Rows start..stop as they belong into the file, float32 of shape [stop - start, width]."""
@@ -58,12 +78,23 @@ def _paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
 
 
 def plan_tensors(
-    model_dir: Path, architecture: Architecture, config: ConfigFields, mix: Mix
+    model_dir: Path,
+    architecture: Architecture,
+    config: ConfigFields,
+    mix: Mix,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    has_imatrix: bool = False,
 ) -> tuple[list[PlannedTensor], ModelShape]:
     """Every tensor of the file in layer order, and the shape the type rules looked at.
 
+    Args:
+        overrides: glob on GGUF names to the type that replaces the mix's choice.
+        has_imatrix: whether there will be an importance matrix; some rules depend on it.
+
     Raises:
-        RecipeError: a tensor has no GGUF name in this architecture, or one that llama.cpp needs is missing.
+        RecipeError: a tensor has no GGUF name in this architecture, one that llama.cpp needs is missing, an override
+            cannot be followed, or a type needs an importance matrix and there is none.
     """
     stored = _without_unused(find_tensors(model_dir), config)
     model = ModelShape(
@@ -72,19 +103,34 @@ def plan_tensors(
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         tied_embeddings="lm_head.weight" not in stored,
+        has_imatrix=has_imatrix,
     )
-    names = _gguf_names(stored, architecture, model.layers)
+    names = gguf_names(stored, architecture, model.layers)
+    wanted = overridden_types(overrides or {}, {names[source]: tensor.shape for source, tensor in stored.items()})
     planned = [
         PlannedTensor(
             name=names[source],
-            type=tensor_type(names[source], tensor.shape, mix, model),
+            type=tensor_type(names[source], tensor.shape, mix, model, wanted.get(names[source])),
             stored=tensor,
             rotated_heads=_rotated_heads(source, architecture, model),
             offset=architecture.norm_offset if names[source].endswith("_norm.weight") else 0.0,
         )
         for source, tensor in stored.items()
     ]
+    if not has_imatrix:
+        _refuse_types_that_need_an_imatrix(planned, mix)
     return sorted(planned, key=lambda tensor: _place(tensor.name)), model
+
+
+def _refuse_types_that_need_an_imatrix(tensors: list[PlannedTensor], mix: Mix) -> None:
+    needing = [tensor for tensor in tensors if requires_imatrix(tensor.name, tensor.type, mix)]
+    if needing:
+        raise RecipeError(
+            f"{needing[0].type} without an importance matrix gives garbage: {needing[0].name} "
+            f"and {len(needing) - 1} other tensors would have types that need one",
+            where="export.gguf.<name>.imatrix",
+            fix="imatrix: true",
+        )
 
 
 def _without_unused(stored: Mapping[str, StoredTensor], config: ConfigFields) -> dict[str, StoredTensor]:
@@ -104,12 +150,17 @@ def _without_unused(stored: Mapping[str, StoredTensor], config: ConfigFields) ->
     return kept
 
 
-def _gguf_names(stored: Mapping[str, StoredTensor], architecture: Architecture, layers: int) -> dict[str, str]:
+def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) -> dict[str, str]:
+    """llama.cpp's name of every Hugging Face tensor name.
+
+    Raises:
+        RecipeError: one has none.
+    """
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture.gguf_name], layers)
-    names = {source: table.get_name(source, try_suffixes=(".weight", ".bias")) for source in stored}
+    names = {source: table.get_name(source, try_suffixes=(".weight", ".bias")) for source in sources}
     unnamed = [source for source, name in names.items() if name is None]
     if unnamed:
         raise RecipeError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.export.gguf.pre_tokenizers import name_of_pre_tokenizer
 
 _SPACE = "▁"  # stands for a space in sentencepiece-like vocabularies
@@ -88,9 +89,14 @@ def read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config:
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=not is_bytes and _adds_space_prefix(content),
-        chat_template=tokenizer.chat_template,
+        chat_template=_served_template(tokenizer.chat_template),
         strips_after_special=any(entry["special"] and entry["rstrip"] for entry in content["added_tokens"]),
     )
+
+
+def _served_template(template: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
+    """The chat template, with the date that training saw: llama.cpp gives today's to every template that asks."""
+    return with_own_date(template) if isinstance(template, str) else template
 
 
 def _load_tokenizer(model_dir: Path) -> tuple[Any, dict[str, Any]]:

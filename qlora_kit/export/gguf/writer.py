@@ -1,16 +1,20 @@
-"""The whole way from a Hugging Face folder to one GGUF file."""
+"""The whole way from a Hugging Face folder to a GGUF file, or to several that belong together."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.export.gguf.architectures import Architecture, extra_tensors, find_architecture
-from qlora_kit.export.gguf.blocks import converted_pieces, tensor_bytes
+from qlora_kit.export.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
+from qlora_kit.export.gguf.imatrix import ImportanceMatrix
 from qlora_kit.export.gguf.metadata import add_general, add_hyper_parameters, read_config, stop_token_ids
-from qlora_kit.export.gguf.mixes import find_mix
+from qlora_kit.export.gguf.mixes import find_mix, is_weighted, requires_imatrix
+from qlora_kit.export.gguf.shards import shard_paths, split_tensors, tensor_offsets
 from qlora_kit.export.gguf.tensors import PlannedTensor, plan_tensors
 from qlora_kit.export.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
 
@@ -18,54 +22,153 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Extras = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class GgufChoices:
+    """What a file shall be.
+
+    Attributes:
+        mix: a name of `mixes.MIXES`.
+        overrides: glob on GGUF tensor names to the block type that replaces the mix's choice; the last match counts.
+        shard_bytes: most bytes of tensors in one file; None writes a single file.
+    """
+
+    mix: str
+    overrides: Mapping[str, str] | None = None
+    shard_bytes: int | None = None
+
 
 @dataclass(frozen=True)
 class GgufSummary:
-    """What was written: the mix, how many tensors have which type, and the file's size in bytes."""
+    """What was written: the mix, how many tensors have which type, size in bytes, and the files, first one first."""
 
     mix: str
     type_counts: Mapping[str, int]
     bytes: int
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    config: Mapping[str, Any]
+    architecture: Architecture
+    extras: "Extras"
+    tensors: Sequence[PlannedTensor]
+    parts: Sequence[Sequence[str]]
+
+
+def planned_files(model_dir: Path, out_file: Path, choices: GgufChoices, *, has_imatrix: bool = False) -> list[Path]:
+    """The files that `write_gguf` will write, without writing; llama.cpp is given the first.
+
+    Raises:
+        RecipeError: as `write_gguf`.
+    """
+    return shard_paths(out_file, len(_plan(model_dir, choices, has_imatrix).parts))
 
 
 def write_gguf(
-    model_dir: Path, out_file: Path, mix: str, *, name: str | None = None, workers: int | None = None
+    model_dir: Path,
+    out_file: Path,
+    mix: str | GgufChoices,
+    *,
+    name: str | None = None,
+    imatrix: ImportanceMatrix | None = None,
+    workers: int | None = None,
 ) -> GgufSummary:
-    """Write a merged model as one GGUF file, quantized straight from its stored precision.
+    """Write a merged model as one GGUF file or several, quantized straight from its stored precision.
 
     Args:
         model_dir: Hugging Face folder: config.json, safetensors in 16 or 32 bits, tokenizer.
-        out_file: the file to write; written beside its place and renamed, so it is complete or absent.
-        mix: a name of `mixes.MIXES`.
+        out_file: the file to write, or the stem of several; written in a folder beside its place and moved, the first
+            file last, so it is complete or absent.
+        mix: a name of `mixes.MIXES`, or all choices.
         name: `general.name`; the folder's name by default.
+        imatrix: what the blocks are fitted to; left unused by types that have no use for it.
         workers: processes that quantize; by default every usable core, or none for a small model.
 
     Raises:
-        RecipeError: an architecture, tokenizer, mix or weight type that cannot be written; found before writing.
+        RecipeError: an architecture, tokenizer, mix, override or weight type that cannot be written, or a type that
+            needs an importance matrix without one; found before writing.
         RunError: a weight is not finite, or too large for the type.
     """
-    gguf = require("gguf", "writing a GGUF file")
+    require("gguf", "writing a GGUF file")
     require("libgguf", "writing a GGUF file")
-    chosen = find_mix(mix)
+    choices = GgufChoices(mix) if isinstance(mix, str) else mix
+    plan = _plan(model_dir, choices, imatrix is not None)
+    rows = next(tensor.stored.rows for tensor in plan.tensors if tensor.name == "token_embd.weight")
+    vocabulary = read_vocabulary(model_dir, rows, stop_token_ids(model_dir, plan.config), plan.config)
+    is_fitted = imatrix is not None and any(is_weighted(tensor.type) for tensor in plan.tensors)
+    if imatrix is not None and is_fitted:
+        plan = replace(plan, tensors=_with_importance(plan.tensors, imatrix, choices))
+    title = _title(name or model_dir.resolve().name, plan.architecture, vocabulary)
+
+    def describe(writer: Any) -> None:
+        add_general(writer, model_dir, plan.config, title, find_mix(choices.mix).file_type)
+        add_hyper_parameters(writer, plan.architecture, plan.config, rows)
+        add_vocabulary(writer, vocabulary)
+        if imatrix is not None and is_fitted:
+            imatrix.add_metadata(writer)
+
+    places = _write_files(out_file, plan, describe, workers)
+    counts = Counter([tensor.type for tensor in plan.tensors] + ["F32"] * len(plan.extras))
+    size = sum(place.stat().st_size for place in places)
+    return GgufSummary(choices.mix.upper(), dict(counts), size, tuple(places))
+
+
+def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], workers: int | None) -> list[Path]:
+    """Write in a folder beside and move, the first file last: it is the one that readers are given."""
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    places = shard_paths(out_file, len(plan.parts))
+    with TemporaryDirectory(dir=out_file.parent, prefix=f".{out_file.name}.") as folder:
+        staged = [Path(folder) / place.name for place in places]
+        for number, file in enumerate(staged):
+            writer = _open(file, number, plan)
+            try:
+                if number == 0:
+                    describe(writer)
+                _write_head(writer, file, number, plan)
+            finally:
+                writer.close()
+        _write_tensors(staged, plan, workers, out_file.name)
+        for file, place in reversed(list(zip(staged, places, strict=True))):
+            file.replace(place)
+    return places
+
+
+def _plan(model_dir: Path, choices: GgufChoices, has_imatrix: bool) -> _Plan:
+    mix = find_mix(choices.mix)
     config = read_config(model_dir)
     architecture = find_architecture(config)
-    tensors, _ = plan_tensors(model_dir, architecture, config, chosen)
-    embedding_rows = next(tensor.stored.rows for tensor in tensors if tensor.name == "token_embd.weight")
-    vocabulary = read_vocabulary(model_dir, embedding_rows, stop_token_ids(model_dir, config), config)
-    title = _title(name or model_dir.resolve().name, architecture, vocabulary)
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_file.with_name(f".{out_file.name}.partial")
-    writer = gguf.GGUFWriter(partial, architecture.gguf_name)
-    try:
-        add_general(writer, model_dir, config, title, chosen.file_type)
-        add_hyper_parameters(writer, architecture, config, embedding_rows)
-        add_vocabulary(writer, vocabulary)
-        counts = _write_tensors(writer, extra_tensors(architecture, config), tensors, workers)
-        partial.replace(out_file)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return GgufSummary(mix.upper(), counts, out_file.stat().st_size)
+    tensors, _ = plan_tensors(
+        model_dir, architecture, config, mix, overrides=choices.overrides, has_imatrix=has_imatrix
+    )
+    extras = extra_tensors(architecture, config)
+    sizes = {name: values.nbytes for name, values in extras.items()}
+    sizes |= {tensor.name: tensor_bytes(tensor) for tensor in tensors}
+    return _Plan(config, architecture, extras, tensors, split_tensors(sizes, choices.shard_bytes))
+
+
+def _with_importance(
+    tensors: Sequence[PlannedTensor], imatrix: ImportanceMatrix, choices: GgufChoices
+) -> list[PlannedTensor]:
+    mix, means = find_mix(choices.mix), imatrix.means
+    for tensor in tensors:
+        if tensor.name not in means and requires_imatrix(tensor.name, tensor.type, mix):
+            raise RunError(f"the importance matrix holds nothing for {tensor.name}, which {tensor.type} needs")
+    return [replace(t, importance=means.get(t.name)) if is_weighted(t.type) else t for t in tensors]
+
+
+def _open(file: Path, number: int, plan: _Plan) -> Any:
+    import gguf
+
+    writer = gguf.GGUFWriter(file, plan.architecture.gguf_name)
+    if len(plan.parts) > 1:
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(plan.parts))
+        writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, sum(len(part) for part in plan.parts))
+    return writer
 
 
 def _title(name: str, architecture: Architecture, vocabulary: Vocabulary) -> str:
@@ -75,36 +178,42 @@ def _title(name: str, architecture: Architecture, vocabulary: Vocabulary) -> str
     return f"{name} (phi-3)" if needs_marker and not marked else name
 
 
-def _write_tensors(
-    writer: Any, extras: Mapping[str, "npt.NDArray[np.float32]"], tensors: list[PlannedTensor], workers: int | None
-) -> dict[str, int]:
+def _write_head(writer: Any, file: Path, number: int, plan: _Plan) -> None:
+    """Everything of a file but its tensors' values: header, metadata, table of tensors."""
     import gguf
     import numpy as np
 
-    for name, values in extras.items():
-        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-    for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.type]
-        writer.add_tensor_info(tensor.name, tensor.stored.shape, np.dtype(np.float32), tensor_bytes(tensor), kind)
-    writer.write_header_to_file()
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    float32 = np.dtype(np.float32)
+    for name in plan.parts[number]:
+        if name in plan.extras:
+            values = plan.extras[name]
+            writer.add_tensor_info(name, values.shape, float32, values.nbytes)
+        else:
+            tensor = planned[name]
+            kind = gguf.GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(name, tensor.stored.shape, float32, tensor_bytes(tensor), kind)
+    writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in extras.values():
-        writer.write_tensor_data(values)
-    pieces = converted_pieces(tensors, workers)
-    for tensor in tensors:
-        writer.write_tensor_data(_joined(pieces, tensor_bytes(tensor)))
-    writer.close()
-    return dict(Counter([tensor.type for tensor in tensors] + ["F32"] * len(extras)))
 
 
-def _joined(pieces: Iterator["npt.NDArray[np.uint8]"], size: int) -> "npt.NDArray[np.uint8]":
-    import numpy as np
+def _write_tensors(files: Sequence[Path], plan: _Plan, workers: int | None, title: str) -> None:
+    from tqdm import tqdm
 
-    whole = np.empty(size, dtype=np.uint8)
-    filled = 0
-    while filled < size:
-        piece = next(pieces)
-        whole[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    return whole
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    placed: list[PlacedTensor] = []
+    for file, part in zip(files, plan.parts, strict=True):
+        sizes = [plan.extras[n].nbytes if n in plan.extras else tensor_bytes(planned[n]) for n in part]
+        offsets = tensor_offsets([*sizes, 0], file.stat().st_size)
+        with file.open("r+b") as stream:
+            stream.truncate(offsets[-1])
+            for name, offset in zip(part, offsets, strict=False):
+                if name in plan.extras:
+                    stream.seek(offset)
+                    stream.write(plan.extras[name].tobytes())
+                else:
+                    placed.append(PlacedTensor(planned[name], file, offset))
+    values = sum(tensor.stored.rows * tensor.stored.width for tensor in plan.tensors)
+    with tqdm(total=values, desc=title, unit=" weights", unit_scale=True, disable=None) as bar:
+        write_blocks(placed, workers, bar.update)

@@ -14,71 +14,96 @@ from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
+from qlora_kit.export.targets.gptq_layers import LayerSettings, check_bits, dynamic_entries, linear_shapes, plan_layers
+from qlora_kit.export.targets.gptq_layout import PACKED
+from qlora_kit.export.targets.rounding import write_rounding
 from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
-from qlora_kit.schema.export import GptqTarget
+from qlora_kit.schema.export import GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (2, 3, 4, 8)
 # What a reader needs; the library also notes its temporary folder and its scheduling.
-KEPT_SETTINGS = ("bits", "group_size", "desc_act", "sym", "lm_head", "quant_method", "checkpoint_format", "pack_dtype")
+KEPT_SETTINGS = (
+    "bits",
+    "group_size",
+    "desc_act",
+    "sym",
+    "lm_head",
+    "quant_method",
+    "checkpoint_format",
+    "pack_dtype",
+    "dynamic",
+)
 KEPT_META = ("quantizer", "uri", "damp_percent", "static_groups", "true_sequential", "act_group_aware")
-PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: Sequence[Sequence[int]]) -> None:
     """Quantise a merged 16-bit model folder with GPTQ (Frantar et al. 2022), on a GPU when there is one.
 
+    With `target.method` rounding the same layout is filled by plain rounding.
+
     Args:
         out_dir: an existing, empty folder.
-        calibration: token-id rows, already rendered with the chat template.
+        calibration: token-id rows, already rendered with the chat template; rounding looks at none.
 
     Raises:
-        RecipeError: bits or group size do not fit the model, no calibration rows, or gptqmodel is not installed.
+        RecipeError: bits, a group size or an override do not fit the model, no calibration rows, or gptqmodel is not
+            installed.
         RunError: gptqmodel left layers unquantised.
     """
+    if target.method is GptqMethod.rounding:
+        write_rounding(model_dir, out_dir, target)
+        return
     rows = [list(row) for row in calibration if len(row)]
-    if target.bits not in BITS:
-        choices = " | ".join(map(str, BITS))
-        raise RecipeError(f"GPTQ files hold {choices} bits, not {target.bits}", where="bits", fix=f"bits: {choices}")
+    check_bits(target)
     if not rows:
         raise RecipeError("GPTQ needs calibration rows and got none")
-    if problem := check_group_size(target.group_size, linear_input_widths(read_json(model_dir / "config.json"))):
-        raise RecipeError([problem])
+    plan = _plan(model_dir, target)
     model_dir = model_dir.resolve()
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve()) as work:
         made = Path(work) / "quantised"
         _set_up_environment()
         # It writes a folder `logs` into the working folder.
         with contextlib.chdir(work), _quiet(), _progress(model_dir) as layer_done:
-            _quantise(model_dir, made, Path(work) / "offloaded", target, rows, layer_done)
+            _quantise(model_dir, made, _config(target, plan, Path(work) / "offloaded"), rows, layer_done)
         quantization = _portable(read_json(made / "config.json")["quantization_config"])
-        splice_checkpoint(model_dir, out_dir, _packed_tensors(made), quantization)
+        packed = _packed_tensors(made)
+        _check_overrides(packed, plan, target)
+        splice_checkpoint(model_dir, out_dir, packed, quantization)
 
 
-def _quantise(
-    model_dir: Path,
-    made: Path,
-    offloaded: Path,
-    target: GptqTarget,
-    rows: list[list[int]],
-    layer_done: Callable[..., None],
-) -> None:
+def _plan(model_dir: Path, target: GptqTarget) -> dict[str, LayerSettings]:
+    """The settings of each layer where patterns change some, else nothing."""
+    if target.overrides:
+        return plan_layers(linear_shapes(model_dir), target)
+    if problem := check_group_size(target.group_size, linear_input_widths(read_json(model_dir / "config.json"))):
+        raise RecipeError([problem])
+    return {}
+
+
+def _config(target: GptqTarget, plan: Mapping[str, LayerSettings], offloaded: Path) -> Any:
     gptqmodel = require("gptqmodel", "GPTQ export")
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    config = gptqmodel.QuantizeConfig(
+    sizes = {target.group_size, *(layer.group_size for layer in plan.values() if layer.quantised)}
+    return gptqmodel.QuantizeConfig(
         bits=target.bits,
         group_size=target.group_size,
         desc_act=target.desc_act,
         sym=target.sym,
+        damp_percent=target.damping,
         # Ordering columns by group has no meaning with desc_act, nor when there is one group; the library refuses both.
-        act_group_aware=not target.desc_act and target.group_size != WHOLE_ROW,
+        act_group_aware=not target.desc_act and WHOLE_ROW not in sizes,
+        dynamic=dynamic_entries(plan, target) or None,
         offload_to_disk=True,
         offload_to_disk_path=str(offloaded),
     )
+
+
+def _quantise(model_dir: Path, made: Path, config: Any, rows: list[list[int]], layer_done: Callable[..., None]) -> None:
+    gptqmodel = require("gptqmodel", "GPTQ export")
+    import torch
+
+    on_gpu = torch.cuda.is_available()
     model = gptqmodel.GPTQModel.load(
         str(model_dir),
         config,
@@ -149,3 +174,14 @@ def _packed_tensors(made: Path) -> dict[str, dict[str, "Tensor"]]:
     if not found:
         raise RunError("gptqmodel quantised no layer of this model")
     return found
+
+
+def _check_overrides(packed: Mapping[str, object], plan: Mapping[str, LayerSettings], target: GptqTarget) -> None:
+    base = LayerSettings(target.bits, target.group_size)
+    wanted = [name for name, settings in plan.items() if settings.quantised and settings != base]
+    left = [name for name in wanted if f"{name}.weight" not in packed]
+    if left:
+        raise RunError(
+            f"gptqmodel quantised {len(wanted) - len(left)} of {len(wanted)} layers that overrides name; not {left[0]}",
+            fix=f"overrides: {{'{left[0]}': {{skip: true}}}} in front of the others",
+        )

@@ -8,9 +8,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.schema.export import AwqTarget, ExportConfig, GgufTarget, GptqTarget
+from qlora_kit.export.targets.adapter import BaseName, write_adapter
+from qlora_kit.schema.export import (
+    AdapterFormat,
+    AdapterTarget,
+    AwqTarget,
+    BnbTarget,
+    CompressedTarget,
+    ExportConfig,
+    GgufTarget,
+    GptqTarget,
+)
 
 Rows = Sequence[Sequence[int]]
+# What scores each format here, as a user would load it.
+READERS = {
+    "merged": "transformers",
+    "gguf": "llama.cpp",
+    "gptq": "transformers with gptqmodel",
+    "awq": "transformers with gptqmodel",
+    "compressed": "transformers with compressed-tensors",
+    "bnb": "transformers with bitsandbytes",
+    "adapter": "peft",
+    "adapter_gguf": "llama.cpp",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every export is made from.
+
+    Attributes:
+        merged: folder of the merged 16-bit model.
+        adapter: folder of the trained adapter.
+        base: what the adapter belongs to.
+        name: first part of a GGUF file's name.
+        calibration: token ids of rows for the formats that look at activations.
+    """
+
+    merged: Path
+    adapter: Path
+    base: BaseName
+    name: str
+    calibration: Rows
 
 
 @dataclass(frozen=True)
@@ -24,23 +64,24 @@ class ExportJob:
     write: Callable[[Path], None]
 
 
-def export_jobs(export: ExportConfig, merged: Path, model_name: str, calibration: Rows) -> Iterator[ExportJob]:
-    """The jobs of a recipe, quick ones first.
-
-    Args:
-        merged: folder of the merged 16-bit model.
-        model_name: first part of a GGUF file's name.
-        calibration: token ids of rows for the formats that look at activations.
-    """
+def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
+    """The jobs of a recipe, quick ones first."""
+    merged, rows = source.merged, source.calibration
+    for name, adapter in export.adapter.items():
+        yield _adapter(name, adapter, source)
     for name, sixteen in export.merged.items():
         yield ExportJob(name, "merged", ".", settings_of(sixteen), partial(_copy, merged))
-    for name, gguf in export.gguf.items():
-        file = f"{model_name}.{gguf.mix.value}.gguf"
-        yield ExportJob(name, "gguf", file, settings_of(gguf), partial(_gguf, merged, gguf, file))
+    for name, bnb in export.bnb.items():
+        yield ExportJob(name, "bnb", ".", settings_of(bnb), partial(_bnb, merged, bnb))
+    yield from _gguf(export.gguf, merged, source.name, rows)
+    for name, compressed in export.compressed.items():
+        yield ExportJob(
+            name, "compressed", ".", settings_of(compressed), partial(_compressed, merged, compressed, rows)
+        )
     for name, gptq in export.gptq.items():
-        yield ExportJob(name, "gptq", ".", settings_of(gptq), partial(_gptq, merged, gptq, calibration))
+        yield ExportJob(name, "gptq", ".", settings_of(gptq), partial(_gptq, merged, gptq, rows))
     for name, awq in export.awq.items():
-        yield ExportJob(name, "awq", ".", settings_of(awq), partial(_awq, merged, awq, calibration))
+        yield ExportJob(name, "awq", ".", settings_of(awq), partial(_awq, merged, awq, rows))
 
 
 def settings_of(target: Any) -> dict[str, object]:
@@ -52,10 +93,39 @@ def _copy(merged: Path, out: Path) -> None:
     shutil.copytree(merged, out, dirs_exist_ok=True)
 
 
-def _gguf(merged: Path, target: GgufTarget, file: str, out: Path) -> None:
-    from qlora_kit.export.gguf.writer import write_gguf
+def _gguf(targets: dict[str, GgufTarget], merged: Path, model_name: str, calibration: Rows) -> Iterator[ExportJob]:
+    if not targets:
+        return
+    from qlora_kit.export.gguf.imatrix import ImportanceMatrix
+    from qlora_kit.export.targets.gguf import gguf_file_name, write_gguf_target
 
-    write_gguf(merged, out / file, target.mix.value)
+    imatrix = ImportanceMatrix(merged, calibration)  # one for all files, measured when the first one needs it
+    for name, target in targets.items():
+        write = partial(write_gguf_target, merged, target, model_name, imatrix)
+        yield ExportJob(name, "gguf", gguf_file_name(merged, target, model_name), settings_of(target), write)
+
+
+def _adapter(name: str, target: AdapterTarget, source: Source) -> ExportJob:
+    is_gguf = target.format is AdapterFormat.gguf
+    file = f"{source.name}.adapter.gguf" if is_gguf else "."
+    write = partial(_write_adapter, source, target, file)
+    return ExportJob(name, "adapter_gguf" if is_gguf else "adapter", file, settings_of(target), write)
+
+
+def _write_adapter(source: Source, target: AdapterTarget, file: str, out: Path) -> None:
+    write_adapter(source.adapter, source.merged, out, target, source.base, file)
+
+
+def _bnb(merged: Path, target: BnbTarget, out: Path) -> None:
+    from qlora_kit.export.targets.bnb import write_bnb
+
+    write_bnb(merged, out, target)
+
+
+def _compressed(merged: Path, target: CompressedTarget, calibration: Rows, out: Path) -> None:
+    from qlora_kit.export.targets.compressed import write_compressed
+
+    write_compressed(merged, out, target, calibration)
 
 
 def _gptq(merged: Path, target: GptqTarget, calibration: Rows, out: Path) -> None:

@@ -63,3 +63,21 @@ def test_broken_weights_are_reported(tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match="could not load the AWQ folder"):
         load_quantized(tmp_path)
+
+
+@pytest.mark.slow
+def test_broken_weights_of_layers_that_differ_are_reported(tmp_path: Path) -> None:
+    folder_of(
+        tmp_path,
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        quantization_config={
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": 4,
+            "group_size": 64,
+            "dynamic": {"-:^lm_head$": {}},
+        },
+    )
+    with pytest.raises(RunError, match="gptqmodel could not load the GPTQ folder"):
+        load_quantized(tmp_path)

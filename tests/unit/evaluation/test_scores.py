@@ -1,13 +1,18 @@
 """KL and loss against slow, obvious references."""
 
+import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.data.tokens import TokenRow
+from qlora_kit.evaluation.intervals import mean_by_row
 from qlora_kit.evaluation.scores import (
+    Answers,
+    Fidelity,
     Scores,
     compare,
     gather_scores,
@@ -18,11 +23,14 @@ from qlora_kit.evaluation.scores import (
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from tests.tiny_models import build_tiny_model
 
+ROWS = torch.arange(50) // 5
+
 
 def scores_of(logits, targets, ids):
     logprobs = torch.log_softmax(logits.double(), -1)
     wanted = logprobs.topk(ids).indices if isinstance(ids, int) else ids
-    return Scores(logprobs.gather(1, targets[:, None])[:, 0], logprobs.argmax(-1), wanted, logprobs.gather(1, wanted))
+    target = logprobs.gather(1, targets[:, None])[:, 0]
+    return Scores(target, logprobs.argmax(-1), wanted, logprobs.gather(1, wanted), ROWS)
 
 
 @pytest.fixture
@@ -84,6 +92,79 @@ def test_scores_are_read_at_the_trained_positions():
     assert scores.target.tolist() == pytest.approx([float(logprobs[0, 7]), float(logprobs[1, 8])])
     assert scores.top.tolist() == [9, 9]
     assert scores.ids.tolist() == [[9, 8, 7], [9, 8, 7]]
+    assert (scores.target.dtype, scores.logprobs.dtype) == (torch.float64, torch.float64)
+
+
+def test_each_position_knows_its_row():
+    rows = [TokenRow((5, 6, 7, 8), trained, "rows.jsonl", 1) for trained in ((0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0))]
+    logprobs = torch.log_softmax(torch.arange(20.0).reshape(2, 10), -1)
+    given = [logprobs, logprobs[:0], logprobs[:1]]
+    scores = gather_scores(zip(rows, given, strict=True), None, 3)
+    assert scores.rows.tolist() == [0, 0, 2]
+    again = gather_scores(zip(rows, given, strict=True), scores.ids[:, :2], 3)
+    assert again.logprobs.tolist() == scores.logprobs[:, :2].tolist()
+
+
+def test_intervals_are_those_of_loss_and_kl_by_row(pair):
+    logits, other, targets = pair
+    reference = scores_of(logits, targets, 40)
+    found = scores_of(other, targets, reference.ids)
+    fidelity = compare(reference, found)
+    losses = torch.nn.functional.cross_entropy(other.double(), targets, reduction="none")
+    assert fidelity.loss_interval == pytest.approx(mean_by_row(losses, ROWS))
+    assert fidelity.mean_kl_interval == pytest.approx(mean_by_row(torch.tensor(slow_kl(logits, other)), ROWS), abs=1e-6)
+    assert fidelity.same_top_interval[0] < fidelity.same_top < fidelity.same_top_interval[1]
+    assert fidelity.rows == 10
+
+
+def test_a_small_loss_that_every_row_shows_is_told_from_noise(pair):
+    """The two losses lie well inside each other's intervals; their difference does not hold zero."""
+    logits, _, targets = pair
+    reference = scores_of(logits, targets, 40)
+    wobble = 0.002 * torch.randn(50, generator=torch.Generator().manual_seed(1)).double()
+    worse = compare(reference, replace(reference, target=reference.target - 0.01 + wobble))
+    assert worse.loss_change == pytest.approx(0.01, abs=0.001)
+    assert worse.loss_interval[0] < compare(reference, reference).loss < worse.loss_interval[1]
+    assert worse.is_worse
+    assert 0.008 < worse.loss_change_interval[0] < 0.01 < worse.loss_change_interval[1] < 0.012
+
+    noise = compare(reference, replace(reference, target=reference.target - 0.0001 + wobble))
+    assert not noise.is_worse
+    better = compare(reference, replace(reference, target=reference.target + 0.01))
+    assert not better.is_worse and better.loss_change_interval[1] < 0
+
+
+def test_a_kl_interval_ends_at_zero(pair):
+    logits, _, targets = pair
+    other = logits.clone()
+    other[0, :20] += 9
+    reference = scores_of(logits, targets, 40)
+    assert compare(reference, scores_of(other, targets, reference.ids)).mean_kl_interval[0] == 0
+
+
+def test_a_record_reads_back_whichever_version_wrote_it(pair):
+    logits, other, targets = pair
+    reference = scores_of(logits, targets, 40)
+    fidelity = compare(reference, scores_of(other, targets, reference.ids))
+    record = json.loads(json.dumps(asdict(fidelity)))
+    assert Fidelity.from_record(record) == fidelity
+    assert Fidelity.from_record({**record, "of_a_later_version": 1}) == fidelity
+    names = ("loss", "perplexity", "mean_kl", "p99_kl", "same_top", "positions")
+    old = Fidelity.from_record({name: record[name] for name in names})
+    assert (old.loss, old.positions, old.rows, old.loss_interval) == (fidelity.loss, 50, None, None)
+    assert not old.is_worse
+
+
+def test_a_reader_need_not_tell_what_stopped():
+    assert Answers([[1]], 2.0).stopped == []
+
+
+def test_a_row_on_its_own_has_no_interval(pair):
+    logits, _, targets = pair
+    reference = replace(scores_of(logits, targets, 40), rows=torch.zeros(50, dtype=torch.int64))
+    fidelity = compare(reference, reference)
+    assert (fidelity.rows, fidelity.loss_interval, fidelity.loss_change_interval) == (1, None, None)
+    assert not fidelity.is_worse
 
 
 def test_padding_does_not_change_scores(tmp_path):

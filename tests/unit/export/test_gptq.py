@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.evaluation.quantized import load_quantized
+from qlora_kit.export.dequantized import dequantized_weights
+from qlora_kit.export.targets import gptq
 from qlora_kit.export.targets.gptq import _quiet, write_gptq
-from qlora_kit.schema.export import GptqTarget
+from qlora_kit.schema.export import GptqOverride, GptqTarget
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
@@ -152,6 +154,86 @@ def test_other_settings_are_read_without_a_compiler(
     assert apart(load_quantized(out)(SAMPLE).logits.float(), original) < most
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 3])
+def test_two_and_three_bits_are_written_and_read(bits: int, exported: Exported, tmp_path: Path) -> None:
+    source, out = exported.source, tmp_path / "out"
+    out.mkdir()
+    write_gptq(source, out, GptqTarget(bits, 32), ROWS)
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.qweight"].shape == (512 * bits // 32, 256)
+    wanted = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    read = dequantized_weights(out, source)
+    for name, parameter in wanted.named_parameters():
+        if (weight := read(name)) is not None:
+            parameter.copy_(weight)
+    model = load_quantized(out)
+    assert apart(model(SAMPLE).logits.float(), wanted(SAMPLE).logits) < 0.03
+    made = model.generate(SAMPLE, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, SAMPLE.shape[1] + 4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_layers_that_patterns_name_are_written_and_read(exported: Exported, tmp_path: Path) -> None:
+    source, out = exported.source, tmp_path / "out"
+    out.mkdir()
+    overrides = {
+        "*.down_proj": GptqOverride(bits=8, group_size=-1),
+        "model.layers.1.self_attn.o_proj": GptqOverride(skip=True),
+    }
+    write_gptq(source, out, GptqTarget(group_size=64, overrides=overrides), ROWS)
+    tensors = load_file(out / "model.safetensors")
+    shapes = {name: tuple(tensors[f"model.layers.1.{name}.qweight"].shape) for name in ("mlp.down_proj", "mlp.up_proj")}
+    assert shapes == {"mlp.down_proj": (512 * 8 // 32, 256), "mlp.up_proj": (256 * 4 // 32, 512)}
+    assert tensors["model.layers.1.mlp.down_proj.scales"].shape == (1, 256)
+    assert "model.layers.1.self_attn.o_proj.weight" in tensors
+    wanted = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    read = dequantized_weights(out, source)
+    for name, parameter in wanted.named_parameters():
+        if (weight := read(name)) is not None:
+            parameter.copy_(weight)
+    model = load_quantized(out)
+    assert isinstance(model.get_submodule("model.layers.1.self_attn.o_proj"), torch.nn.Linear)
+    assert apart(model(SAMPLE).logits.float(), wanted(SAMPLE).logits) < 0.03
+
+
+@pytest.mark.slow
+def test_damping_reaches_the_library(exported: Exported, tmp_path: Path) -> None:
+    made = {}
+    for damping in (0.05, 0.9):
+        out = tmp_path / str(damping)
+        out.mkdir()
+        write_gptq(exported.source, out, GptqTarget(group_size=64, damping=damping), ROWS)
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert settings["meta"]["damp_percent"] == damping
+        made[damping] = load_file(out / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.qweight"
+    assert not torch.equal(made[0.05][name], made[0.9][name])
+    # The default is the library's own.
+    assert torch.equal(made[0.05][name], load_file(exported.out / "model.safetensors")[name])
+
+
+def test_the_default_damping_is_the_library_s() -> None:
+    gptqmodel = pytest.importorskip("gptqmodel")
+    assert GptqTarget().damping == gptqmodel.QuantizeConfig(bits=4, group_size=64).damp_percent
+
+
+@pytest.mark.slow
+def test_a_layer_that_the_library_leaves_alone_is_named(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    name = "model.layers.1.mlp.down_proj"
+    whole = gptq._packed_tensors
+    monkeypatch.setattr(gptq, "_packed_tensors", lambda made: {k: v for k, v in whole(made).items() if name not in k})
+    target = GptqTarget(group_size=64, overrides={"*.down_proj": GptqOverride(bits=8)})
+    with pytest.raises(RunError, match=f"quantised 1 of 2 layers that overrides name; not {name}"):
+        write_gptq(exported.source, out, target, ROWS)
+
+
 def test_what_is_deprecated_for_the_library_is_no_news_to_the_user(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -189,6 +271,7 @@ def test_failure_half_way_leaves_nothing(exported: Exported, tmp_path: Path, mon
         (GptqTarget(bits=5), ROWS, "bits"),
         (GptqTarget(group_size=100), ROWS, "group_size=100 does not divide in_features=256"),
         (GptqTarget(group_size=64), [], "calibration"),
+        (GptqTarget(group_size=64, overrides={"*.nothing": GptqOverride(bits=8)}), ROWS, "matches no linear layer"),
     ],
 )
 def test_refusals_leave_nothing_behind(target: GptqTarget, rows: list[list[int]], message: str, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.export.gguf.mixes import MIXES, ModelShape, find_mix, tensor_type
+from qlora_kit.export.gguf.mixes import MIXES, ModelShape, find_mix, is_weighted, requires_imatrix, tensor_type
+from qlora_kit.schema.export import GgufMix
 
 
 def llama_tensors(
@@ -48,10 +49,101 @@ PUBLISHED_8B = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", PUBLISHED_8B)
 def test_8b_shape_gets_the_types_of_published_files(mix: str) -> None:
     model = ModelShape("llama", layers=32, heads=32, kv_heads=8, tied_embeddings=False)
     assert counts(mix, model, llama_tensors(32, 4096, 14336, 1024, 128256, tied=False)) == PUBLISHED_8B[mix]
+
+
+# types that differ from the usual one in the snapshots of llama.cpp's own test of its rules (tests/snapshots/
+# qwen3-0.6b.schema): 28 layers, 16 heads, 8 of keys and values, an output matrix of its own, no importance matrix
+SNAPSHOT_06B: dict[str, dict[str, int]] = {
+    "BF16": {"BF16": 198},
+    "Q4_0": {"Q4_0": 197, "Q6_K": 1},
+    "Q4_1": {"Q4_1": 197, "Q6_K": 1},
+    "Q5_0": {"Q5_0": 197, "Q6_K": 1},
+    "Q5_1": {"Q5_1": 197, "Q6_K": 1},
+    "Q3_K_S": {"Q3_K": 197, "Q6_K": 1},
+    "Q3_K_L": {"Q3_K": 113, "Q5_K": 84, "Q6_K": 1},
+    "Q2_K_S": {"Q2_K": 194, "Q4_K": 3, "Q6_K": 1},
+    "IQ4_NL": {"IQ4_NL": 194, "Q5_K": 3, "Q6_K": 1},
+    "IQ4_XS": {"IQ4_XS": 194, "Q5_K": 3, "Q6_K": 1},
+    "IQ3_M": {"IQ3_S": 138, "Q4_K": 59, "Q6_K": 1},
+    "IQ3_S": {"IQ3_S": 197, "Q6_K": 1},
+    "IQ3_XS": {"IQ3_S": 99, "IQ3_XXS": 98, "Q6_K": 1},
+    "IQ3_XXS": {"IQ3_XXS": 56, "IQ3_S": 57, "IQ2_S": 56, "Q4_K": 3, "Q3_K": 25, "Q5_K": 1},
+    "IQ2_M": {"IQ2_S": 137, "IQ3_S": 60, "Q5_K": 1},
+    "IQ2_S": {"IQ2_XS": 137, "IQ3_S": 60, "Q5_K": 1},
+    "IQ2_XS": {"IQ2_XS": 165, "Q2_K": 32, "Q5_K": 1},
+    "IQ2_XXS": {"IQ2_XXS": 165, "Q2_K": 32, "Q5_K": 1},
+    "IQ1_M": {"IQ1_M": 137, "IQ2_XXS": 28, "Q2_K": 32, "Q5_K": 1},
+    "IQ1_S": {"IQ1_S": 137, "IQ2_XXS": 28, "Q2_K": 32, "Q5_K": 1},
+}
+
+
+def test_every_mix_is_compared_with_llama_cpp() -> None:
+    assert set(SNAPSHOT_06B) | set(PUBLISHED_8B) == set(MIXES) == {mix.value for mix in GgufMix}
+
+
+@pytest.mark.parametrize("mix", SNAPSHOT_06B)
+def test_types_are_those_of_llama_cpps_snapshot(mix: str) -> None:
+    model = ModelShape("qwen3", layers=28, heads=16, kv_heads=8, tied_embeddings=False)
+    found = counts(mix, model, llama_tensors(28, 1024, 3072, 1024, 151936, tied=False))
+    assert {kind: number for kind, number in found.items() if kind != "F32"} == SNAPSHOT_06B[mix]
+
+
+# by hand from llama.cpp's rules: what an importance matrix, shared values and 80 layers change
+WITH_IMATRIX = ModelShape("llama", layers=32, heads=32, kv_heads=8, tied_embeddings=False, has_imatrix=True)
+WITHOUT = ModelShape("llama", layers=32, heads=32, kv_heads=8, tied_embeddings=False)
+LLAMA_70B = ModelShape("llama", layers=80, heads=64, kv_heads=8, tied_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("mix", "name", "model", "expected"),
+    [
+        ("Q4_0", "blk.3.ffn_down", WITH_IMATRIX, "Q4_1"),
+        ("Q4_0", "blk.4.ffn_down", WITH_IMATRIX, "Q4_0"),
+        ("Q4_0", "blk.3.ffn_down", WITHOUT, "Q4_0"),
+        ("Q5_0", "blk.3.ffn_down", WITH_IMATRIX, "Q5_1"),
+        ("IQ4_XS", "blk.0.ffn_down", WITH_IMATRIX, "IQ4_XS"),
+        ("IQ4_XS", "blk.0.ffn_down", WITHOUT, "Q5_K"),
+        ("IQ4_NL", "blk.9.attn_v", WITH_IMATRIX, "Q5_K"),
+        ("IQ3_XXS", "blk.0.ffn_down", WITH_IMATRIX, "IQ3_XXS"),
+        ("IQ3_XXS", "blk.0.attn_v", WITH_IMATRIX, "Q4_K"),
+        ("IQ3_S", "blk.0.attn_v", WITHOUT, "Q4_K"),
+        ("IQ3_XS", "blk.4.ffn_up", WITHOUT, "IQ3_XXS"),
+        ("IQ3_XS", "blk.28.ffn_gate", WITHOUT, "IQ3_S"),
+        ("Q2_K_S", "blk.9.attn_v", WITHOUT, "Q4_K"),
+        ("IQ2_XS", "blk.9.attn_v", LLAMA_70B, "Q4_K"),
+        ("Q3_K_S", "blk.9.attn_v", LLAMA_70B, "Q5_K"),
+        ("IQ3_S", "blk.9.attn_v", LLAMA_70B, "Q5_K"),
+    ],
+)
+def test_rules_that_depend_on_the_model(mix: str, name: str, model: ModelShape, expected: str) -> None:
+    assert tensor_type(f"{name}.weight", (4096, 4096), MIXES[mix], model) == expected
+
+
+def test_codebook_types_fall_back_to_blocks_of_32() -> None:
+    model = ModelShape("llama", layers=30, heads=9, kv_heads=3, tied_embeddings=True, has_imatrix=True)
+    for mix in ("IQ4_XS", "IQ3_S", "IQ2_XS", "IQ1_S"):
+        assert tensor_type("blk.5.attn_q.weight", (576, 576), MIXES[mix], model) == "IQ4_NL"
+        assert tensor_type("token_embd.weight", (49152, 576), MIXES[mix], model) == "Q8_0"
+
+
+def test_which_types_are_garbage_without_an_importance_matrix() -> None:
+    assert requires_imatrix("blk.0.ffn_up.weight", "IQ3_XXS", MIXES["Q4_K_M"])
+    assert requires_imatrix("blk.0.ffn_up.weight", "Q2_K", MIXES["Q2_K_S"])
+    assert not requires_imatrix("blk.0.ffn_up.weight", "Q2_K", MIXES["Q2_K"])
+    assert not requires_imatrix("blk.0.ffn_up.weight", "IQ3_S", MIXES["IQ3_S"])
+    assert not requires_imatrix("token_embd.weight", "IQ2_XS", MIXES["IQ2_XS"])
+    assert [kind for kind in ("F16", "BF16", "Q8_0", "Q6_K", "IQ4_NL") if is_weighted(kind)] == ["Q6_K", "IQ4_NL"]
+
+
+@pytest.mark.parametrize("mix", GgufMix)
+def test_the_recipe_knows_which_mixes_need_one(mix: GgufMix) -> None:
+    tensors = llama_tensors(32, 4096, 14336, 1024, 128256, tied=False)
+    kinds = {name: tensor_type(name, shape, MIXES[mix.value], WITHOUT) for name, shape in tensors.items()}
+    assert mix.needs_imatrix == any(requires_imatrix(name, kind, MIXES[mix.value]) for name, kind in kinds.items())
 
 
 # SmolLM2-135M: 576 is no multiple of 256, the embedding is tied

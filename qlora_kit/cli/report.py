@@ -1,0 +1,46 @@
+"""`qlora-kit report`: a run's page."""
+
+from pathlib import Path
+
+from qlora_kit.cli.line import parse_line
+from qlora_kit.core.errors import EXIT_OK, RecipeError
+
+HELP = """usage: qlora-kit report [run=DIR|latest] [out=FILE.html]
+
+Writes one HTML file about a run: curves, rows, how close each exported file is to the trained model, size against KL,
+commands to serve, and what it takes to make the run again. It needs no network, loads no weight, and says what a run
+lacks: one that was stopped has a page too. run= is the newest run unless given; out= is report.html in its directory.
+
+Examples:
+  qlora-kit report
+  qlora-kit report run=latest out=report.html
+  qlora-kit report run=outputs/my_run/2026-01-31_12-00-00"""
+
+OWN = ("run", "out", "debug")
+
+
+def run(arguments: list[str]) -> int:
+    """Write the page; returns the exit code."""
+    for word in arguments:
+        key = word.split("=", 1)[0]
+        if not word.startswith("-") and ("=" not in word or key not in OWN):
+            fix = f"run={word}" if "=" not in word else "qlora-kit report --help"
+            raise RecipeError(f"report knows run= and out=, but not '{word}'", "the command line", fix)
+    line = parse_line(arguments)
+    if line.wants_help:
+        print(HELP)
+        return EXIT_OK
+    out = _out(line.value("out"))
+
+    from qlora_kit.pipelines.report import report
+
+    print(f"page: {report(line.value('run') or 'latest', out)}")
+    return EXIT_OK
+
+
+def _out(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    if Path(name).suffix not in (".html", ".htm"):
+        raise RecipeError(f"out must name an HTML file, got {name or 'nothing'}", "the command line", "out=report.html")
+    return Path(name).expanduser()

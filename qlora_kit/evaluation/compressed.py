@@ -1,0 +1,61 @@
+"""compressed-tensors folders, loaded the way a user of transformers loads them."""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.extras import is_present, missing_extra
+from qlora_kit.core.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "compressed-tensors"
+
+
+def load_compressed(folder: Path) -> "PreTrainedModel":
+    """Load a compressed-tensors folder through transformers, ready to score.
+
+    Weights are unpacked once; activations, and a key-value cache where the file has scales for it, are rounded at
+    every step as a server's kernels round them. On a GPU in the file's dtype, on a CPU in float32.
+
+    Raises:
+        RecipeError: compressed-tensors is not installed.
+        RunError: the folder is of another kind, or its weights cannot be loaded.
+    """
+    path = folder / "config.json"
+    method = str(read_json(path).get("quantization_config", {}).get("quant_method", "none")) if path.exists() else ""
+    if method != METHOD:
+        raise RunError(f"{folder} is not a compressed-tensors folder: it names the quantization '{method}'")
+    if not is_present("compressed_tensors"):
+        raise missing_extra("llmcompressor", "Loading compressed-tensors files")
+    try:
+        # Unpacking draws a bar of its own.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _load(folder)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"transformers could not load the compressed-tensors folder {folder}: {error}") from error
+
+
+def _load(folder: Path) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    on_gpu = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        # Asking to unpack makes transformers warn that nothing else of what is asked counts.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if on_gpu else torch.float32,
+            device_map={"": "cuda:0" if on_gpu else "cpu"},
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    # 4-bit floats unpack to bfloat16 whatever was asked for.
+    return (model if on_gpu else model.float()).eval()

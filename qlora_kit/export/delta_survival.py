@@ -1,0 +1,171 @@
+"""How much of what training changed is left in the weights of an exported file.
+
+For one weight let W be the base that the adapter was merged into, D the update, M = W + D the merged weight, Q the
+weight that the exported file stands for, and E = Q - M what its rounding adds.
+
+    kept  = <Q - W, D> / <D, D> = 1 + <E, D> / <D, D>
+    noise = ||E|| / ||D||
+
+`kept` is the length of the file's own update along the direction that was learned. It is 1 where rounding does not
+care about D: with small steps, and also with steps far wider than D as long as W lies anywhere between them, for then
+rounding moves as many weights along D as against it. It falls to 0 where W lies on the file's own grid, as a base
+that was itself dequantized may, and D is too small to reach the next value: every weight falls back to W. `noise` says
+how loud the rounding is; a 4-bit file has values well above 1 and still works, because E has no direction.
+
+GPTQ and AWQ bend the weights on purpose so that outputs stay; `kept` judges weights, not outputs, and is for them a
+little pessimistic. D is read from the stored merged weight, so it has that file's rounding in it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qlora_kit.export.dequantized import WeightReader
+
+# Below this the file is nearer to the base than to what was trained.
+LEAST_KEPT = 0.5
+ROWS_AT_ONCE = 1024
+NAMED_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class LayerSurvival:
+    """One weight: `kept` and `noise` as defined above, and its update's size relative to the base, ||D|| / ||W||."""
+
+    name: str
+    kept: float
+    noise: float
+    relative_update: float
+    energy: float
+    """<D, D>, the layer's part in the summary."""
+
+
+@dataclass(frozen=True)
+class DeltaSurvival:
+    """All adapted weights of one file; `kept` and `noise` are those of all of them as one long vector."""
+
+    layers: tuple[LayerSurvival, ...]
+
+    @property
+    def kept(self) -> float:
+        return sum(layer.kept * layer.energy for layer in self.layers) / self._energy
+
+    @property
+    def noise(self) -> float:
+        squared = sum(layer.noise**2 * layer.energy for layer in self.layers) / self._energy
+        return float(squared**0.5)
+
+    @property
+    def worst(self) -> LayerSurvival:
+        return min(self.layers, key=lambda layer: layer.kept)
+
+    @property
+    def _energy(self) -> float:
+        return sum(layer.energy for layer in self.layers)
+
+    def below(self, least_kept: float = LEAST_KEPT) -> list[LayerSurvival]:
+        """The layers with less of the update than this share, least first."""
+        return sorted((layer for layer in self.layers if layer.kept < least_kept), key=lambda layer: layer.kept)
+
+    def warning(self, artifact: str, least_kept: float = LEAST_KEPT) -> str | None:
+        """What to tell the user if some layers have lost too much, and what to do about it; None if all is well."""
+        lost = self.below(least_kept)
+        if not lost:
+            return None
+        named = ", ".join(f"{layer.name} {layer.kept:.0%}" for layer in lost[:NAMED_LAYERS])
+        return (
+            f"{artifact} keeps {self.kept:.0%} of what was learned; "
+            f"{len(lost)} of {len(self.layers)} weights keep less than {least_kept:.0%}: {named}\n"
+            "  the steps of the format are wider than the update, and the base lies on them\n"
+            "  try      more bits, or smaller groups (group_size: 32)\n"
+            "  or       GPTQ, AWQ or a GGUF importance matrix instead of plain rounding\n"
+            "  or       merge into the 16-bit base (export.merge_base=original)\n"
+            "  or       keep the adapter apart and let the server add it"
+        )
+
+
+def delta_survival(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
+    """The share of an update that is left after rounding, `kept` above: 1 all of it, 0 none, nan without an update.
+
+    Args:
+        merged, base, quantized: W + D, W and Q, all [out_features, in_features], of any float dtype.
+    """
+    return _measure("", merged, base, quantized).kept
+
+
+def noise_to_delta(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
+    """Size of the rounding error relative to the update, `noise` above; nan without an update."""
+    return _measure("", merged, base, quantized).noise
+
+
+def survey(
+    merged_dir: Path,
+    base_weight: "WeightReader",
+    stored_weight: "WeightReader",
+    layer_done: Callable[[str], object] | None = None,
+) -> DeltaSurvival:
+    """Measure every adapted weight of an exported file, holding one weight at a time.
+
+    Args:
+        merged_dir: the merged 16-bit folder.
+        base_weight: gives the base's weight that a merged one was made from, by the merged name, any float dtype;
+            None for weights that the adapter does not touch. Exactly the base that was merged into, dequantized or
+            original, or its difference to the other is taken for learning.
+        stored_weight: gives the weight that the file stands for, see `dequantized.dequantized_weights`; None for one
+            that it does not hold.
+        layer_done: called with the name after each weight.
+
+    Raises:
+        RunError: a shape differs, or no adapted weight of the file can be read.
+    """
+    layers = []
+    for name, merged in _matrices(merged_dir):
+        base = base_weight(name)
+        if base is None:
+            continue
+        quantized = stored_weight(name)
+        if quantized is None:
+            continue
+        if not merged.shape == base.shape == quantized.shape:
+            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in (merged, base, quantized))
+            raise RunError(f"'{name}' has the shapes {shapes} in the merged model, the base and the file")
+        measured = _measure(name, merged, base, quantized)
+        if measured.energy > 0:
+            layers.append(measured)
+        if layer_done:
+            layer_done(name)
+    if not layers:
+        raise RunError(f"no weight that the adapter changed could be compared with {merged_dir}")
+    return DeltaSurvival(tuple(layers))
+
+
+def _matrices(folder: Path) -> "Iterator[tuple[str, Tensor]]":
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if len(file.get_slice(name).get_shape()) == 2:
+                    yield name, file.get_tensor(name)
+
+
+def _measure(name: str, merged: "Tensor", base: "Tensor", quantized: "Tensor") -> LayerSurvival:
+    along = energy = noise = whole = 0.0
+    for start in range(0, len(merged), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        m, w, q = (tensor[rows].double() for tensor in (merged, base, quantized))
+        update, error = m - w, q - m
+        along += float((error * update).sum())
+        energy += float(update.square().sum())
+        noise += float(error.square().sum())
+        whole += float(w.square().sum())
+    if energy == 0:
+        return LayerSurvival(name, float("nan"), float("nan"), 0.0, 0.0)
+    relative = (energy / whole) ** 0.5 if whole else float("inf")
+    return LayerSurvival(name, 1 + along / energy, (noise / energy) ** 0.5, relative, energy)

@@ -1,0 +1,162 @@
+"""The weights that a finished artifact stands for, one tensor at a time, under the names of the merged model."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.extras import require
+from qlora_kit.core.files import read_json
+from qlora_kit.export.targets.gptq_layout import PACKED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WeightReader = Callable[[str], "Tensor | None"]
+
+AWQ_PACKED = ("qweight", "qzeros", "scales")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
+FITTING_ROUNDS = 3
+
+
+def stored_tensors(folder: Path) -> WeightReader:
+    """Tensors of a folder's safetensors files as they are stored, by name; None for a name that is not there."""
+    from safetensors import safe_open
+
+    file_of: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> "Tensor | None":
+        if name not in file_of:
+            return None
+        with safe_open(file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return read
+
+
+def dequantized_weights(artifact: Path, merged_dir: Path) -> WeightReader:
+    """A reader of the weights that an artifact stands for, float32 [out_features, in_features], by the merged name.
+
+    Args:
+        artifact: a GGUF file (of several, the first), or a folder in GPTQ's or AWQ's layout or in 16 bits.
+        merged_dir: the 16-bit folder it was made from.
+
+    AWQ moves factors between neighbouring weights; they are fitted to the merged weight and taken out again. A GGUF
+    file's query and key rows are put back into the merged model's order.
+
+    Raises:
+        RunError: a layout whose weights this cannot unpack.
+    """
+    if artifact.is_file():
+        return _gguf_weights(artifact, read_json(merged_dir / "config.json"))
+    settings = read_json(artifact / "config.json").get("quantization_config") or {}
+    method, read = settings.get("quant_method"), stored_tensors(artifact)
+    if method is None:
+        return read
+    if method == "gptq":
+        return _gptq_weights(read)
+    if method == "awq":
+        return _awq_weights(read, stored_tensors(merged_dir))
+    raise RunError(f"{artifact} is in the layout '{method}', whose weights cannot be compared one by one")
+
+
+def _packed(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "dict[str, Tensor] | None":
+    module = name.removesuffix(".weight")
+    found = {kind: tensor for kind in kinds if (tensor := read(f"{module}.{kind}")) is not None}
+    return found if len(found) == len(kinds) else None
+
+
+def _gptq_weights(read: WeightReader) -> WeightReader:
+    from qlora_kit.export.targets.gptq_layout import unpacked_weight
+
+    def weight(name: str) -> "Tensor | None":
+        packed = _packed(read, name, PACKED)
+        return read(name) if packed is None else unpacked_weight(packed)
+
+    return weight
+
+
+def _awq_weights(read: WeightReader, merged: WeightReader) -> WeightReader:
+    from qlora_kit.export.awq.packing import unpacked_weight
+
+    def weight(name: str) -> "Tensor | None":
+        packed, source = _packed(read, name, AWQ_PACKED), merged(name)
+        if packed is None or source is None:
+            return read(name)
+        width = len(packed["qweight"]) // len(packed["scales"])
+        return without_factors(unpacked_weight(packed, width), source.float())
+
+    return weight
+
+
+def without_factors(scaled: "Tensor", like: "Tensor") -> "Tensor":
+    """A weight with a factor on each row and each column, divided by the factors that fit `like` best.
+
+    Both float32 [out_features, in_features]. Least squares for columns and rows in turn, each with the other taken out
+    before, so that large factors do not weigh more; a factor is fitted to hundreds of weights, so it takes out the
+    folded scale and next to nothing of the rounding error.
+    """
+    import torch
+
+    square = like.square()
+    columns, rows = torch.ones(1, like.shape[1]), torch.ones(len(like), 1)
+    for _ in range(FITTING_ROUNDS):
+        columns = _factors(scaled / rows, like, square, 0)
+        rows = _factors(scaled / columns, like, square, 1)
+    return scaled / rows / columns
+
+
+def _factors(scaled: "Tensor", like: "Tensor", square: "Tensor", dim: int) -> "Tensor":
+    import torch
+
+    factors = (scaled * like).sum(dim, keepdim=True) / square.sum(dim, keepdim=True)
+    # A row or column of zeros has no factor.
+    return torch.where(factors.isfinite() & (factors != 0), factors, 1)
+
+
+def _gguf_weights(file: Path, config: Mapping[str, Any]) -> WeightReader:
+    gguf = require("gguf", "Reading GGUF files")
+    import torch
+
+    readers = [gguf.GGUFReader(part) for part in _shards(file)]
+    architecture = readers[0].fields["general.architecture"].contents()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+
+    def weight(name: str) -> "Tensor | None":
+        tensor = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if tensor is None:
+            return None
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        heads = _rotated_heads(name, config)
+        return values[_stored_row_of(len(values), heads)] if heads else values
+
+    return weight
+
+
+def _shards(file: Path) -> list[Path]:
+    named = SHARD.search(file.name)
+    if not named:
+        return [file]
+    return sorted(file.parent.glob(f"{file.name[: named.start()]}-*-of-{named.group(1)}.gguf"))
+
+
+def _rotated_heads(name: str, config: Mapping[str, Any]) -> int:
+    from qlora_kit.export.gguf.architectures import find_architecture
+
+    heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
+    key = next((key for part, key in heads.items() if part in name), None)
+    return int(config[key]) if key and find_architecture(config).pairs_rotary_halves else 0
+
+
+def _stored_row_of(rows: int, heads: int) -> "Tensor":
+    """For each row of the merged model its row in the file, where the two halves of a head alternate."""
+    import torch
+
+    return torch.arange(rows).reshape(heads, rows // heads // 2, 2).transpose(1, 2).reshape(rows)

@@ -1,0 +1,1 @@
+"""A merge that reads the base tensor by tensor and never holds the model."""

@@ -1,0 +1,106 @@
+"""Checks of a merged folder as it lies on disk, before anybody loads it; each thing that is wrong has a name."""
+
+from collections.abc import Collection, Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from qlora_kit.core.errors import Problem, RunError
+from qlora_kit.core.files import read_json
+from qlora_kit.export.merging.carry import carried, says_tied, vocabulary_size
+from qlora_kit.export.merging.plan import EMBEDDING, HEAD
+from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_headers
+from qlora_kit.export.merging.rounded import weight_beside
+from qlora_kit.export.merging.write_shards import Written
+
+SHOWN = 5  # names in a message
+
+
+def audit_changes(written: Iterable[Written], expected: Collection[str], optional: Collection[str]) -> None:
+    """Check that the merge changed the tensors that the adapter changes, and no other.
+
+    Args:
+        expected: tensors with an update that is not zero.
+        optional: tensors whose update is zero or that the adapter saved in full, which may be as before.
+    Raises:
+        RunError: the merge changed nothing, left out a tensor, or changed one that is not the adapter's.
+    """
+    changed = {tensor.name for tensor in written if tensor.changed}
+    left_out = set(expected) - changed
+    surplus = changed - set(expected) - set(optional)
+    fix = "train for longer or with a higher optim.learning_rate, or serve the adapter beside its base"
+    if expected and left_out == set(expected):
+        raise RunError(
+            f"the merge changed nothing: after rounding to bfloat16, each of the {len(left_out)} adapted tensors "
+            "is what it was in the base",
+            fix=fix,
+        )
+    if left_out:
+        raise RunError(
+            f"the merge left {len(left_out)} of {len(expected)} adapted tensors unchanged: {_some(left_out)}"
+        )
+    if surplus:
+        raise RunError(f"the merge changed {len(surplus)} tensors that the adapter does not touch: {_some(surplus)}")
+
+
+def changes_hash(written: Iterable[Written]) -> str:
+    """SHA-256 over the names and checksums of the changed tensors, in hex."""
+    lines = sorted(f"{tensor.name} {tensor.checksum:08x}\n" for tensor in written if tensor.changed)
+    return sha256("".join(lines).encode()).hexdigest()
+
+
+def audit_folder(folder: Path, base: Path, base_names: Iterable[str], tokens: int | None = None) -> None:
+    """Check a merged folder against its base: files, names of tensors, tie, vocabulary, files that are carried.
+
+    Args:
+        base_names: names of the base's tensors.
+        tokens: length of the tokenizer that is served with it.
+    Raises:
+        RunError: a file is truncated or missing, or one problem for each thing that does not fit.
+    """
+    tensors = read_headers(folder)
+    problems = [
+        *_names(tensors, base_names, says_tied(folder)),
+        *_kinds(tensors),
+        *_vocabulary(tensors, vocabulary_size(read_json(folder / "config.json")), tokens),
+        *(f"{path.name} of the base is missing" for path in carried(base) if not (folder / path.name).is_file()),
+    ]
+    if "quantization_config" in read_json(folder / "config.json"):
+        problems.append("config.json says that these 16-bit weights are quantized")
+    if problems:
+        raise RunError([Problem(f"the merged model is wrong: {what}", where=str(folder)) for what in problems])
+
+
+def _names(tensors: Mapping[str, StoredTensor], base_names: Iterable[str], tied: bool) -> Iterable[str]:
+    expected = {name for name in base_names if weight_beside(name) is None}
+    heads = {name for name in (*expected, *tensors) if name.endswith(HEAD)}
+    embedded = any(name.endswith(EMBEDDING) for name in expected)
+    missing, unexpected = expected - set(tensors) - heads, set(tensors) - expected - heads
+    if missing:
+        yield f"{len(missing)} tensors are missing: {_some(missing)}"
+    if unexpected:
+        yield f"{len(unexpected)} tensors are unexpected: {_some(unexpected)}"
+    stored = [name for name in heads if name in tensors]
+    if tied and embedded and stored:
+        yield f"the head is untied: config.json says tie_word_embeddings, but {stored[0]} is stored too"
+    if not tied and embedded and not stored:
+        yield f"the head is missing: config.json says that it is not tied, and no {HEAD} is stored"
+
+
+def _kinds(tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
+    other = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.dtype != "BF16"}
+    if other:
+        yield f"{len(other)} tensors are not bfloat16: {_some(other)}"
+
+
+def _vocabulary(tensors: Mapping[str, StoredTensor], rows: int | None, tokens: int | None) -> Iterable[str]:
+    tables = {name: tensor.rows for name, tensor in tensors.items() if name.endswith((EMBEDDING, HEAD))}
+    for name, found in tables.items():
+        if rows is not None and found != rows:
+            yield f"{name} has {found} rows, and config.json says vocab_size={rows}"
+        elif tokens is not None and tokens > found:
+            yield f"the tokenizer has {tokens} tokens, and {name} has {found} rows"
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:SHOWN]
+    return ", ".join(shown) + (", ..." if len(names) > SHOWN else "")

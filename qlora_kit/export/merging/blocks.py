@@ -1,0 +1,110 @@
+"""Finished rows of one tensor: the base's values, rounded where they were in training, plus the adapter's update."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.export.merging.deltas import Update
+from qlora_kit.export.merging.plan import Piece
+from qlora_kit.export.merging.read_base import FLOATS, read_rows, read_whole
+from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SLICE = 1 << 19  # values that are merged at once on a CPU; their float32 copy stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows as they are written, on the CPU, and whether the adapter changed a value of them."""
+
+    values: "Tensor"
+    changed: bool
+
+
+def merge_rows(piece: Piece, update: Update | None, rounding: Rounding, start: int, stop: int) -> Block:
+    """Rows start..stop of a tensor that can be merged row by row.
+
+    Raises:
+        RunError: the source ends early, or a merged value is not finite.
+    """
+    import torch
+
+    stored = read_rows(piece.source, start, stop)
+    if update is not None:
+        return _added(piece, stored.to(rounding.device), update, start)
+    if piece.source.dtype not in FLOATS:
+        return Block(stored, changed=False)
+    if piece.replaced and not bool(stored.isfinite().all()):
+        raise not_finite(piece)
+    return Block(stored.to(torch.bfloat16), changed=False)
+
+
+def merge_whole(piece: Piece, rounding: Rounding) -> Block:
+    """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialisation took out.
+
+    Raises:
+        RunError: the source ends early, or a merged value is not finite.
+    """
+    import torch
+
+    update = piece.update
+    if piece.state:
+        weight = read_stored(piece.source, piece.state, rounding.device)
+    elif piece.rounds:
+        weight = rounding.exact(read_whole(piece.source))
+    else:
+        weight = read_whole(piece.source).to(rounding.device).float()
+    if update is None:
+        return Block(weight.to(torch.bfloat16).cpu(), changed=False)
+    loaded = update.load(rounding.device)
+    if not update.init:
+        return _added(piece, weight, loaded)
+    return _added(piece, _as_started(piece, weight, rounding), loaded, before=weight)
+
+
+def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
+    """The weight that was left when the initialisation had taken its factors out of the one met in training."""
+    update = piece.update
+    assert update is not None  # the caller's condition
+    if piece.state:
+        met = weight
+    elif piece.met_rounded:
+        met = rounding.met(read_whole(piece.source))
+    else:
+        met = rounding.unrounded(read_whole(piece.source))
+    taken = taken_out(met, update.rank, update.init)
+    if update.init == "olora":
+        taken *= update.scaling
+    if piece.state or piece.rounds:
+        return rounding.round_trip((met - taken).cpu())  # peft rounds what is left again
+    return weight - taken
+
+
+def _added(piece: Piece, weight: "Tensor", update: Update, start: int = 0, before: "Tensor | None" = None) -> Block:
+    import torch
+
+    step = len(weight) if weight.is_cuda else max(1, SLICE // weight.shape[1])
+    old = weight if before is None else before
+    values = torch.empty(weight.shape, dtype=torch.bfloat16)
+    changed = False
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        sums = weight[rows].to(torch.float32, copy=True)
+        update.add(sums, start + first)
+        if not bool(sums.sum().isfinite()):
+            raise not_finite(piece)
+        values[rows] = sums  # rounds to the nearest, on a GPU while it is copied
+        changed = changed or not torch.equal(values[rows], old[rows].to("cpu", torch.bfloat16))
+    return Block(values, changed)
+
+
+def not_finite(piece: Piece) -> RunError:
+    """The error for a tensor whose merged values are no numbers."""
+    where = str(piece.source.file)
+    return RunError(
+        f"{piece.name} is not finite when merged: {piece.source.file.name} is damaged, or the adapter has diverged",
+        where=where,
+        fix="fetch the base again, or export an earlier checkpoint",
+    )

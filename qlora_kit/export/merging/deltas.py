@@ -1,0 +1,204 @@
+"""What an adapter adds to its base, read from its two files; tensors stay on disk until a weight needs them.
+
+Names and scales are those of peft: scale alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023);
+DoRA gives each row of the sum a trained length (Liu et al. 2024).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.files import read_json
+from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_header, read_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# Initial values that leave the base as it is, and those that take their product out of it.
+PLAIN_INITS = (True, False, "default", "gaussian", "orthogonal", "eva")
+SUBTRACTED_INITS = ("olora", "pissa")
+
+# Fields of peft's configuration that change what is added, in ways that the kit never trains.
+REFUSED = (
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A loaded low-rank update, float32: `left` [rows, r], scaled, `right` [r, columns], lengths [rows] for DoRA."""
+
+    left: "Tensor"
+    right: "Tensor"
+    lengths: "Tensor | None"
+
+    def add(self, weight: "Tensor", start: int = 0) -> None:
+        """Add to a float32 weight, or to its rows from `start` on, in place."""
+        stop = start + len(weight)
+        weight.addmm_(self.left[start:stop], self.right)
+        if self.lengths is not None:
+            weight.mul_((self.lengths[start:stop] / weight.norm(dim=1)).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one module, on disk."""
+
+    module: str
+    a: StoredTensor
+    b: StoredTensor
+    scaling: float
+    magnitude: StoredTensor | None = None
+    embedding: bool = False
+    init: str = ""  # of SUBTRACTED_INITS, or empty
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight that it is added to."""
+        return (self.a.shape[1], self.b.shape[0]) if self.embedding else (self.b.shape[0], self.a.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def load(self, where: "device") -> Update:
+        """Read the factors, in float32.
+
+        Raises:
+            RunError: a value is not finite.
+        """
+        a, b = (_finite(part).to(where) for part in (self.a, self.b))
+        left, right = (a.t(), b.t().contiguous()) if self.embedding else (b, a)
+        lengths = None if self.magnitude is None else _finite(self.magnitude).to(where).view(-1)
+        return Update((left * self.scaling).contiguous(), right, lengths)
+
+    def learned(self) -> bool:
+        """Whether a factor has left the zeros from which it starts."""
+        first, second = (self.a, self.b) if self.embedding else (self.b, self.a)
+        return bool(read_whole(first).any()) and bool(read_whole(second).any())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter: updates by module name, and the tensors that replace the base's, by tensor name."""
+
+    folder: Path
+    updates: Mapping[str, LowRank]
+    replaced: Mapping[str, StoredTensor]
+    keeps_tie: bool = False
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read where everything lies in an adapter's folder; no tensor is loaded.
+
+    Raises:
+        RunError: a file is missing or broken, or the adapter is of a kind whose update is not a low-rank product.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise RunError(f"{folder} is no adapter: it has no {name}", where=str(folder))
+    config = read_json(folder / CONFIG)
+    _refuse(config, folder / CONFIG)
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    replaced: dict[str, StoredTensor] = {}
+    for tensor in read_header(folder / WEIGHTS):
+        name = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if match := _FACTOR.fullmatch(name):
+            parts.setdefault(match[1], {})[match[2].removeprefix("lora_")] = tensor
+        elif "lora_" in name or "trainable_tokens" in name:
+            raise RunError(f"the adapter holds {tensor.name}, which cannot be merged", where=str(folder / WEIGHTS))
+        else:
+            replaced[name] = tensor
+    updates = {module: _low_rank(module, found, config, folder) for module, found in sorted(parts.items())}
+    return Adapter(folder, updates, replaced, bool(config.get("ensure_weight_tying")))
+
+
+def refuse_unlearned(adapter: Adapter) -> set[str]:
+    """The modules whose update is zero.
+
+    Raises:
+        RunError: all of them are, and nothing else is saved.
+    """
+    zero = {module for module, update in adapter.updates.items() if not update.learned()}
+    if len(zero) == len(adapter.updates) and not adapter.replaced:
+        raise RunError(
+            f"the adapter learned nothing: the update of each of its {len(zero)} modules is zero, "
+            "as before the first step of training",
+            where=str(adapter.folder / WEIGHTS),
+            fix="train it first, or export the base itself",
+        )
+    return zero
+
+
+def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any], folder: Path) -> LowRank:
+    embedding = "embedding_A" in found or "embedding_B" in found
+    prefix = "embedding_" if embedding else ""
+    a, b = found.get(f"{prefix}A"), found.get(f"{prefix}B")
+    magnitude = found.get("magnitude_vector")
+    where = str(folder / WEIGHTS)
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise RunError(f"the adapter's tensors for {module} are no pair of factors", where=where)
+    if bool(config.get("use_dora")) != (magnitude is not None) or (embedding and magnitude is not None):
+        raise RunError(f"the adapter's use_dora does not fit what it holds for {module}", where=where)
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    rank = a.shape[0]
+    expected = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    if rank != expected:
+        raise RunError(f"{CONFIG} gives {module} rank {expected:g}, its factors have {rank}", where=where)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    init = config.get("init_lora_weights")
+    return LowRank(module, a, b, scaling, magnitude, embedding, init if init in SUBTRACTED_INITS else "")
+
+
+def _by_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
+    """peft's rule: the first key that matches the module's whole name or its end from a dot on, as an expression."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def _refuse(config: Mapping[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RunError(f"the adapter is {kind}; only LoRA adapters can be merged", where=str(path))
+    for field in REFUSED:
+        if config.get(field):
+            raise RunError(f"an adapter with {field}={config[field]} cannot be merged", where=str(path))
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS and init not in SUBTRACTED_INITS:
+        raise RunError(
+            f"an adapter with init_lora_weights={init} cannot be merged: what it took out of the base is not saved",
+            where=str(path),
+        )
+
+
+def _finite(stored: StoredTensor) -> "Tensor":
+    if stored.dtype not in FLOATS:
+        raise RunError(f"the adapter's {stored.name} is stored as {stored.dtype}", where=str(stored.file))
+    values = read_whole(stored).float()
+    if not bool(values.isfinite().all()):
+        raise RunError(
+            f"the adapter's {stored.name} holds values that are not finite; its training has diverged",
+            where=str(stored.file),
+            fix="export an earlier checkpoint, or train with a lower optim.learning_rate",
+        )
+    return values

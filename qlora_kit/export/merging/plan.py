@@ -1,0 +1,228 @@
+"""What the merged folder will hold, decided before a weight is read: each tensor, its source, and its file."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.export.merging.deltas import Adapter, LowRank
+from qlora_kit.export.merging.read_base import BYTES, FLOATS, StoredTensor, read_rows
+from qlora_kit.export.merging.rounded import stored_shape, weight_beside
+
+SHARD_BYTES = 4_000_000_000
+LARGEST_BASE_SHARD = 6_000_000_000  # bytes; a base that was sharded for its readers keeps its shards
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the merged model.
+
+    Attributes:
+        source: the base's tensor, or the one that the adapter saved in its place.
+        file: the base's file that it comes from.
+        dtype: safetensors type name as written; floats become BF16.
+        state: bitsandbytes' tensors beside it, where the base is stored in 4 or 8 bit.
+        met_rounded: it was rounded in training.
+        rounds: it is merged as rounded.
+    """
+
+    name: str
+    source: StoredTensor
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: LowRank | None = None
+    state: Mapping[str, StoredTensor] = field(default_factory=dict)
+    met_rounded: bool = False
+    rounds: bool = False
+    replaced: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes when written."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes the whole tensor at once; else a few rows at a time."""
+        return bool(self.state) or self.rounds or (self.update is not None and bool(self.update.init))
+
+    @property
+    def touched(self) -> bool:
+        """Whether the adapter changes it."""
+        return self.replaced or self.update is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The merged model before it is written.
+
+    Attributes:
+        shards: the pieces of each file, in order, by file name.
+        tied: whether the head is the embedding.
+        untied: whether the base's config.json says so and the merged model's must not.
+        vocabulary: rows of the embedding, where the adapter changed their number.
+    """
+
+    shards: Mapping[str, tuple[Piece, ...]]
+    tied: bool
+    untied: bool
+    vocabulary: int | None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for shard in self.shards.values() for piece in shard]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors when written."""
+        return sum(piece.size for piece in self.pieces)
+
+
+def make_plan(
+    base: Mapping[str, StoredTensor], adapter: Adapter, tied: bool, rounded: Collection[str], merge_rounded: bool
+) -> Plan:
+    """Say what the merged folder holds.
+
+    Args:
+        base: the base's tensors.
+        tied: what its config.json says of head and embedding.
+        rounded: modules that were rounded in training.
+        merge_rounded: whether those are merged as rounded.
+    Raises:
+        RunError: the adapter is not one of this base.
+    """
+    pieces = _base_pieces(base, rounded, merge_rounded)
+    embedding = next((name for name in pieces if name.endswith(EMBEDDING)), "")
+    head = next((name for name in pieces if name.endswith(HEAD)), HEAD)
+    shared = tied and bool(embedding)
+    if shared and head not in pieces:
+        pieces = _with_head(pieces, embedding, head)
+    edited = _edited(pieces, adapter)
+    still_tied = shared and _same(pieces[embedding], pieces[head]) and _edited_alike(edited, embedding, head, adapter)
+    rows = edited[embedding].shape[0] if embedding else 0
+    grown = bool(embedding) and rows != pieces[embedding].shape[0]
+    if still_tied:
+        del edited[head]
+    return Plan(_shards(edited.values()), still_tied, shared and not still_tied, rows if grown else None)
+
+
+def _base_pieces(base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool) -> dict[str, Piece]:
+    state: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in base.items():
+        weight = weight_beside(name)
+        if weight in base:
+            state.setdefault(str(weight), {})[name] = tensor
+    beside = {name for found in state.values() for name in found}
+    return {
+        name: _base_piece(tensor, state.get(name, {}), name.removesuffix(".weight") in rounded, merge_rounded)
+        for name, tensor in base.items()
+        if name not in beside
+    }
+
+
+def _base_piece(tensor: StoredTensor, state: Mapping[str, StoredTensor], rounded: bool, merge_rounded: bool) -> Piece:
+    return Piece(
+        name=tensor.name,
+        source=tensor,
+        file=tensor.file.name,
+        shape=stored_shape(tensor, state) if state else tensor.shape,
+        dtype="BF16" if state or tensor.dtype in FLOATS else tensor.dtype,
+        state=state,
+        met_rounded=rounded,
+        rounds=rounded and merge_rounded,
+    )
+
+
+def _with_head(pieces: Mapping[str, Piece], embedding: str, head: str) -> dict[str, Piece]:
+    """The pieces with a head of the embedding's values, right behind it."""
+    found = {}
+    for name, piece in pieces.items():
+        found[name] = piece
+        if name == embedding:
+            found[head] = replace(piece, name=head)
+    return found
+
+
+def _edited(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, Piece]:
+    edited = dict(pieces)
+    for name, saved in adapter.replaced.items():
+        piece = pieces[_find(name, pieces, adapter)]
+        free = 1 if piece.name.endswith((EMBEDDING, HEAD)) else 0  # tokens may have been added
+        if saved.dtype not in FLOATS or saved.shape[free:] != piece.shape[free:]:
+            raise _foreign(adapter, f"its {name} is {list(saved.shape)} where the base's is {list(piece.shape)}")
+        edited[piece.name] = Piece(piece.name, saved, piece.file, saved.shape, "BF16", replaced=True)
+    for module, update in adapter.updates.items():
+        piece = edited[_find(f"{module}.weight", pieces, adapter)]
+        if piece.shape != update.shape:
+            raise _foreign(
+                adapter,
+                f"its update of {module} is {list(update.shape)} where the base's weight is {list(piece.shape)}",
+            )
+        edited[piece.name] = replace(piece, update=update)
+    return edited
+
+
+def _find(name: str, pieces: Mapping[str, Piece], adapter: Adapter) -> str:
+    """The base's name of a tensor; checkpoints of models with a vision tower write another prefix than the model."""
+    if name in pieces:
+        return name
+    start = name.find("layers.")
+    tail = name[start:] if start >= 0 else ".".join(name.split(".")[-2:])
+    near = [other for other in pieces if other.endswith(f".{tail}") and "vision" not in other]
+    if len(near) != 1:
+        raise _foreign(adapter, f"it changes {name}, which the base does not have")
+    return near[0]
+
+
+def _foreign(adapter: Adapter, what: str) -> RunError:
+    return RunError(f"the adapter does not fit this base: {what}", where=str(adapter.folder))
+
+
+def _edited_alike(edited: Mapping[str, Piece], embedding: str, head: str, adapter: Adapter) -> bool:
+    first, second = edited[embedding], edited[head]
+    if not first.touched and not second.touched:
+        return True
+    if adapter.keeps_tie and first.touched:
+        return True
+    both_saved = first.replaced and second.replaced and first.update is None and second.update is None
+    return both_saved and _same(first, second)
+
+
+def _same(left: Piece, right: Piece) -> bool:
+    import torch
+
+    one, two = left.source, right.source
+    if one == two:
+        return True
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return all(
+        torch.equal(read_rows(one, start, stop), read_rows(two, start, stop)) for start, stop in row_spans(one, 1 << 22)
+    )
+
+
+def row_spans(tensor: StoredTensor, values: int) -> Iterable[tuple[int, int]]:
+    """Spans of rows with about this many values each."""
+    step = max(1, values // max(1, tensor.width))
+    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
+
+
+def _shards(pieces: Iterable[Piece]) -> dict[str, tuple[Piece, ...]]:
+    """The base's own files where they are of a size that readers expect, else files of at most SHARD_BYTES."""
+    by_file: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(piece.file, []).append(piece)
+    if max(sum(piece.size for piece in shard) for shard in by_file.values()) <= LARGEST_BASE_SHARD:
+        return {name: tuple(shard) for name, shard in sorted(by_file.items())}
+    shards: list[list[Piece]] = [[]]
+    for name in sorted(by_file):
+        for piece in by_file[name]:
+            if shards[-1] and sum(other.size for other in shards[-1]) + piece.size > SHARD_BYTES:
+                shards.append([])
+            shards[-1].append(piece)
+    if len(shards) == 1:
+        return {SINGLE_FILE: tuple(shards[0])}
+    return {f"model-{place:05d}-of-{len(shards):05d}.safetensors": tuple(s) for place, s in enumerate(shards, 1)}

@@ -1,0 +1,167 @@
+"""Base weights as the adapter met them in training: rounded by bitsandbytes and read back, or stored that way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.files import read_json
+from qlora_kit.export.merging.read_base import StoredTensor, read_whole
+from qlora_kit.schema.quant import QuantConfig, QuantKind
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, dtype
+
+# What bitsandbytes stores beside a weight, by the end of the name after the module's.
+STATE_4BIT = (".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map")
+STATE_4BIT_KINDS = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
+STATE_8BIT = (".SCB", ".weight_format")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the frozen linear weights were held in training."""
+
+    quant: QuantConfig
+    device: "device"
+
+    def unrounded(self, weight: "Tensor") -> "Tensor":
+        """A weight that is only brought to the format of the activations; float32."""
+        return weight.to(self._compute()).to(self.device).float()
+
+    def met(self, weight: "Tensor") -> "Tensor":
+        """The weight that the products of training read: rounded, and read back in the format of the activations."""
+        return self.round_trip(weight.to(self._compute())).float()
+
+    def exact(self, weight: "Tensor") -> "Tensor":
+        """The rounded weight in float32, without the rounding to the format of the activations on top."""
+        return self.round_trip(weight.to(self._compute()).float()).float()
+
+    def _compute(self) -> "dtype":
+        from qlora_kit.model.load import torch_dtype
+
+        return torch_dtype(self.quant.compute_dtype)
+
+    def round_trip(self, weight: "Tensor") -> "Tensor":
+        """Round to the recipe's format with bitsandbytes' own parameter classes, and read back.
+
+        Args:
+            weight: a floating-point weight [rows, columns] on the CPU.
+        """
+        import bitsandbytes as bnb
+
+        dense: Tensor
+        if self.quant.kind is QuantKind.int8:
+            eight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(self.device)
+            dense = bnb.functional.int8_vectorwise_dequant(eight.data, eight.SCB)
+        else:
+            four = bnb.nn.Params4bit(
+                weight,
+                requires_grad=False,
+                compress_statistics=self.quant.double_quant,
+                quant_type=self.quant.kind.value,
+            ).to(self.device)
+            dense = bnb.functional.dequantize_4bit(four.data, four.quant_state)
+        return dense
+
+
+def rounded_modules(base: Path, quant: QuantConfig) -> set[str]:
+    """Names of the modules whose weight the recipe's loading would round.
+
+    Asks transformers' own rule on the architecture, built without weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from qlora_kit.model.load import bitsandbytes_config
+
+    wanted = bitsandbytes_config(quant, torch.float32)
+    if wanted is None:
+        return set()
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    kept = HfQuantizer.get_modules_to_not_convert(model, wanted.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, kept)
+    }
+
+
+def is_stored_rounded(base: Path) -> bool:
+    """Whether the folder itself holds bitsandbytes weights.
+
+    Raises:
+        RunError: it is quantized in another way.
+    """
+    stored: Mapping[str, Any] | None = read_json(base / "config.json").get("quantization_config")
+    if stored and stored.get("quant_method") != "bitsandbytes":
+        raise RunError(
+            f"the base is quantized with {stored.get('quant_method')}; an adapter is merged into 16-bit weights "
+            "or bitsandbytes'",
+            where=str(base / "config.json"),
+        )
+    return bool(stored)
+
+
+def weight_beside(name: str) -> str | None:
+    """The weight that a tensor of bitsandbytes' state belongs to; None for any other tensor."""
+    for end in (*STATE_4BIT, *STATE_4BIT_KINDS, *STATE_8BIT):
+        if name.endswith(end):
+            return f"{name.removesuffix(end)}.weight"
+    return None
+
+
+def stored_shape(weight: StoredTensor, state: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    """Shape of a stored weight when it is read back."""
+    if any(end in name for name in state for end in STATE_8BIT):
+        return weight.shape
+    return tuple(_packed_state(weight, state).shape)
+
+
+def read_stored(weight: StoredTensor, state: Mapping[str, StoredTensor], where: "device") -> "Tensor":
+    """A weight that is stored as bitsandbytes wrote it, in float32 [rows, columns]."""
+    import bitsandbytes as bnb
+
+    values = read_whole(weight).to(where)
+    scales = state.get(f"{weight.name.removesuffix('.weight')}.SCB")
+    dense: Tensor
+    if scales is not None:
+        dense = bnb.functional.int8_vectorwise_dequant(values, read_whole(scales).to(where))
+    else:
+        dense = bnb.functional.dequantize_4bit(values, _packed_state(weight, state, where))
+    return dense.float()
+
+
+def _packed_state(weight: StoredTensor, state: Mapping[str, StoredTensor], where: "device | str" = "cpu") -> Any:
+    from bitsandbytes.functional import QuantState
+
+    found = {name.removeprefix(f"{weight.name}."): read_whole(tensor) for name, tensor in state.items()}
+    try:
+        return QuantState.from_dict(found, device=where)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise RunError(
+            f"{weight.file.name} does not hold the whole 4-bit state of {weight.name} ({error})", where=str(weight.file)
+        ) from error
+
+
+def taken_out(met: "Tensor", rank: int, init: str) -> "Tensor":
+    """What an initialisation took out of the base: the scaled product of its first factors, float32.
+
+    olora: the first `rank` columns of Q times rows of R (Buyukakyuz 2024), which the caller scales; pissa: the
+    largest `rank` singular triples (Meng et al. 2024), where the scale cancels.
+    """
+    import torch
+
+    product: Tensor
+    if init == "olora":
+        q, r = torch.linalg.qr(met)
+        product = q[:, :rank] @ r[:rank]
+    else:
+        u, s, v = torch.linalg.svd(met, full_matrices=False)
+        product = (u[:, :rank] * s[:rank]) @ v[:rank]
+    return product

@@ -1,0 +1,1 @@
+"""What lies beside an exported artifact so that it is served as it was trained."""

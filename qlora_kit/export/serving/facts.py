@@ -1,0 +1,69 @@
+"""What the serving files are written from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.model.source import DEMO
+
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The base model: as the recipe names it, and where it lies."""
+
+    source: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def hub_id(self) -> str | None:
+        """`owner/name` where the base came from the hub; None for a local folder."""
+        if self.source == DEMO:
+            return DEMO_HUB_ID
+        is_local = Path(self.source).expanduser().exists() or self.source.startswith((".", "/", "~"))
+        return None if is_local or self.source.count("/") != 1 else self.source
+
+    @property
+    def shown(self) -> str:
+        """A name to print: the hub's, else the folder's last part; a path may hold what is nobody's business."""
+        return self.hub_id or Path(self.source).name or self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class ServingFacts:
+    """One artifact and where it comes from.
+
+    Attributes:
+        name: of the artifact; servers get it as the model's name.
+        format: merged, gguf, gptq, awq, compressed, bnb, or adapter.
+        file: the path inside the artifact's folder that a reader opens; `.` for a folder.
+        settings: the target's fields.
+        tokenizer: the one that the run trained with.
+        run: None for a base that was never trained.
+        seed: of the run.
+        fidelity: measured values by name.
+        max_mean_kl: the bound that the artifact was held to.
+        rejected: whether it missed the bound.
+    """
+
+    name: str
+    format: str
+    file: str
+    base: BaseFacts
+    tokenizer: Any
+    settings: Mapping[str, object] = field(default_factory=dict)
+    run: RunDirectory | None = None
+    seed: int | None = None
+    fidelity: Mapping[str, object] = field(default_factory=dict)
+    max_mean_kl: float | None = None
+    rejected: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The format, with an adapter for llama.cpp told apart as `adapter_gguf`."""
+        is_gguf_adapter = self.format == "adapter" and self.file.endswith(".gguf")
+        return "adapter_gguf" if is_gguf_adapter else self.format

@@ -1,0 +1,155 @@
+"""README.md of an artifact: what it is, how close to the trained model, what it was trained on, how to serve it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_kit import __version__
+from qlora_kit.core.files import read_json, write_text
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.export.serving.commands import Served, serve_commands
+from qlora_kit.export.serving.facts import ServingFacts
+from qlora_kit.export.serving.licence import Licence, licence_files, read_licence
+from qlora_kit.export.serving.lock import LOCK, data_hashes
+
+MODEL_CARD = "README.md"
+# format -> library of the hub's front matter, relation to the base, tags
+_HUB = {
+    "merged": ("transformers", "finetune", ()),
+    "gptq": ("transformers", "quantized", ("gptq",)),
+    "awq": ("transformers", "quantized", ("awq",)),
+    "compressed": ("transformers", "quantized", ("compressed-tensors",)),
+    "bnb": ("transformers", "quantized", ("bitsandbytes",)),
+    "gguf": ("gguf", "quantized", ("gguf", "llama.cpp")),
+    "adapter": ("peft", "adapter", ("lora",)),
+    "adapter_gguf": ("gguf", "adapter", ("gguf", "lora", "llama.cpp")),
+}
+# key of the measured values -> what the table says, and how the number is printed
+_MEASURED = {
+    "loss": ("loss on held-out answers (nats a token)", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "mean_kl": ("mean KL to the trained model (nats)", ".5f"),
+    "p99_kl": ("99th percentile of KL (nats)", ".4f"),
+    "same_top": ("same most likely token", ".2%"),
+    "exact_match": ("exact answers", ".1%"),
+    "stops": ("answers that stop by themselves", ".1%"),
+    "positions": ("positions compared", "d"),
+}
+
+
+def write_model_card(folder: Path, facts: ServingFacts) -> str:
+    """Write README.md; returns its name."""
+    write_text(folder / MODEL_CARD, model_card(facts))
+    return MODEL_CARD
+
+
+def model_card(facts: ServingFacts) -> str:
+    """The card's text: front matter for the hub, then Markdown."""
+    licence = read_licence(facts.base.folder)
+    sections = [
+        *_front_matter(facts, licence),
+        "",
+        f"# {facts.name}",
+        "",
+        f"{_what(facts)} Written by qlora-kit {__version__}; `{LOCK}` says from what.",
+        *_measured(facts),
+        *_trained_on(facts.run),
+        *_serving(facts),
+        *_licence(facts, licence),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _front_matter(facts: ServingFacts, licence: Licence) -> Iterator[str]:
+    library, relation, tags = _HUB.get(facts.kind, ("transformers", "finetune", ()))
+    relation = "quantized" if facts.run is None and relation == "finetune" else relation
+    yield "---"
+    for key, value in (("license", licence.id), ("license_name", licence.name), ("license_link", licence.link)):
+        if value:
+            yield f"{key}: {json.dumps(value, ensure_ascii=False)}"
+    if facts.base.hub_id:
+        yield f"base_model: {json.dumps(facts.base.hub_id)}"
+        yield f"base_model_relation: {relation}"
+    yield f"library_name: {library}"
+    yield "pipeline_tag: text-generation"
+    yield "tags:"
+    trained = ("qlora",) if facts.run is not None else ()
+    for tag in (*trained, *tags, "conversational", "qlora-kit"):
+        yield f"- {tag}"
+    yield "---"
+
+
+def _what(facts: ServingFacts) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in facts.settings.items())
+    form = f"`{facts.kind}`" + (f" ({settings})" if settings else "")
+    at = f" at revision `{facts.base.revision}`" if facts.base.revision else ""
+    done = "fine-tuned with QLoRA" if facts.run is not None else "quantized, not fine-tuned"
+    return f"{facts.base.shown}{at}, {done}, as {form}."
+
+
+def _measured(facts: ServingFacts) -> Iterator[str]:
+    rows = list(_measured_rows(facts.fidelity))
+    if not rows:
+        return
+    reference = "the model that was trained (base and adapter)" if facts.run is not None else "the base"
+    yield from ("", "## Measured", "", f"This very file, on held-out rows, against {reference}.", "")
+    if facts.rejected:
+        yield from (f"**Rejected:** its mean KL is above the bound of {facts.max_mean_kl}.", "")
+    yield from ("| | value |", "|---|---:|")
+    for label, value in rows:
+        yield f"| {label} | {value} |"
+
+
+def _measured_rows(measured: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    for key, value in measured.items():
+        label, form = _MEASURED.get(key, (key.replace("_", " "), ".5g"))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        yield label, format(int(value) if form == "d" else value, form)
+
+
+def _trained_on(run: RunDirectory | None) -> Iterator[str]:
+    if run is None or not run.data.is_file():
+        return
+    recorded = read_json(run.data)
+    yield from ("", "## Trained on", "", "| | rows | tokens | trained tokens |", "|---|---:|---:|---:|")
+    for split, label in (("train", "training"), ("held_out", "held out")):
+        counts: Mapping[str, Any] | None = recorded.get(split)
+        if counts:
+            yield f"| {label} | {counts['rows']:,} | {counts['tokens']:,} | {counts['trained_tokens']:,} |"
+    yield ""
+    for hashes in data_hashes(run).values():
+        yield from (f"- `{name}` sha256 `{digest}`" for name, digest in hashes.items())
+    if run.result.is_file():
+        result = read_json(run.result)
+        if isinstance(result.get("steps"), int | float) and isinstance(result.get("final_loss"), int | float):
+            yield from ("", f"{result['steps']:.0f} steps, training loss {result['final_loss']:.4f} at the end.")
+
+
+def _serving(facts: ServingFacts) -> Iterator[str]:
+    served = Served(
+        name=facts.name,
+        file=facts.file,
+        base=facts.base.hub_id or facts.base.shown,
+        rank=_rank(facts),
+        fp8_cache=facts.settings.get("kv_cache_fp8") is True,
+    )
+    commands = serve_commands(facts.kind, served)
+    if commands:
+        yield from ("", "## Serve", "", "Run these in this folder.")
+    for command in commands:
+        yield from ("", f"**{command.server}** ({command.install})", "", "```bash", *command.lines, "```")
+
+
+def _rank(facts: ServingFacts) -> int:
+    path = facts.run.adapter / "adapter_config.json" if facts.run is not None else None
+    if path is None or not path.is_file():
+        return 16
+    config = read_json(path)
+    return max([int(config.get("r") or 16), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())])
+
+
+def _licence(facts: ServingFacts, licence: Licence) -> Iterator[str]:
+    files = ", ".join(f"`{path.name}`" for path in licence_files(facts.base.folder))
+    yield from ("", "## Licence", "", f"That of the base: {licence.shown}." + (f" See {files}." if files else ""))

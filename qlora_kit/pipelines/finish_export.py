@@ -1,0 +1,122 @@
+"""What is done with a file once it is written: it is scored, made ready to serve, checked, and recorded."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from qlora_kit.core.say import say
+from qlora_kit.data.tokens import TokenRow
+from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
+from qlora_kit.evaluation.contract import check_token_ids
+from qlora_kit.evaluation.contract_servers import check_servers
+from qlora_kit.evaluation.scores import Fidelity, Scores, compare
+from qlora_kit.export.gguf.writer import write_gguf
+from qlora_kit.export.manifest import Manifest
+from qlora_kit.export.merge import MergeReport
+from qlora_kit.export.serving.commands import Served, serve_commands
+from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.export.serving.generation_config import served_stop_ids
+from qlora_kit.export.serving.write import write_serving_files
+from qlora_kit.export.targets.table import READERS, ExportJob
+from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.schema.export import GgufMix
+
+TOP_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What files are compared with: the trained model's scores on held-out rows."""
+
+    rows: Sequence[TokenRow]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What was found of a file.
+
+    Attributes:
+        fidelity: None without held-out rows.
+        faults: why the file must not be served; none for a good one.
+    """
+
+    fidelity: Fidelity | None
+    faults: tuple[str, ...]
+
+
+def finish(
+    opened: OpenedRun,
+    job: ExportJob,
+    folder: Path,
+    merge: MergeReport,
+    reference: Reference | None,
+    max_mean_kl: float | None,
+    seconds: float,
+) -> Finished:
+    """Score a written artifact, add its serving files, check what its readers make of it, and write its manifest."""
+    fidelity = _fidelity(opened, job, folder, reference) if reference else None
+    faults: list[str] = []
+    if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
+        faults.append(f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}")
+    facts = _facts(opened, job, fidelity, max_mean_kl, rejected=bool(faults))
+    write_serving_files(folder, facts)
+    stops = served_stop_ids(opened.base_folder, opened.tokenizer)
+    contract = check_token_ids(facts.format, folder, job.file, opened.tokenizer, stops)
+    faults += [str(failure) for failure in contract.failures]
+    servers = check_servers(facts.format, folder, job.file)
+    faults += [f"{check.server}: {problem}" for check in servers for problem in check.problems]
+    for note in contract.notes:
+        say(f"{job.name}: {note}")
+    served = Served(job.name, str(opened.directory.exports / job.name), job.file, facts.base.shown)
+    Manifest(
+        name=job.name,
+        format=job.format,
+        file=job.file,
+        settings=job.settings,
+        merge=merge,
+        run=str(opened.directory.path),
+        seconds=round(seconds, 1),
+        fidelity=asdict(fidelity) if fidelity else {},
+        max_mean_kl=max_mean_kl,
+        rejected=bool(faults),
+        faults=faults,
+        reader=READERS[job.format],
+        contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
+        servers=[asdict(check) for check in servers],
+        serve=[asdict(command) for command in serve_commands(facts.kind, served)],
+    ).write(folder)
+    return Finished(fidelity, tuple(faults))
+
+
+def adapter_base(opened: OpenedRun) -> AdapterBase:
+    """What an exported adapter is opened on."""
+    return AdapterBase(opened.base_folder, partial(write_gguf, mix=GgufMix.F16.value))
+
+
+def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, reference: Reference) -> Fidelity:
+    scorer = open_artifact(job.format, folder / job.file, opened.tokenizer, adapter_base(opened))
+    try:
+        return compare(reference.scores, scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS))
+    finally:
+        scorer.close()
+
+
+def _facts(
+    opened: OpenedRun, job: ExportJob, fidelity: Fidelity | None, max_mean_kl: float | None, *, rejected: bool
+) -> ServingFacts:
+    recipe = opened.recipe
+    return ServingFacts(
+        name=job.name,
+        format=job.format.removesuffix("_gguf"),
+        file=job.file,
+        settings=job.settings,
+        base=BaseFacts(recipe.model.source, opened.base_folder, recipe.model.revision),
+        tokenizer=opened.tokenizer,
+        run=opened.directory,
+        seed=recipe.trainer.seed,
+        fidelity=asdict(fidelity) if fidelity else {},
+        max_mean_kl=max_mean_kl,
+        rejected=rejected,
+    )

@@ -1,0 +1,142 @@
+"""What the page of a run shows, as it was read from the run directory; whatever a run lacks is None or empty."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qlora_kit.schema.root import TrainRecipe
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that the run has not, or what is wrong with it, and the command that makes it."""
+
+    what: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one source of a split; tokens are counted without padding."""
+
+    split: str
+    name: str
+    rows: int | None
+    tokens: int | None
+    trained_tokens: int | None
+    skipped: int | None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training or held-out rows."""
+
+    name: str
+    rows: int | None
+    tokens: int | None
+    trained_tokens: int | None
+    longest_row: int | None
+    max_tokens: int | None
+    long_rows: Mapping[str, int] = field(default_factory=dict)
+    sources: Sequence[Source] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The base, the adapter, or an exported file, with what was measured on held-out rows. KL and loss in nats.
+
+    Attributes:
+        format: that its manifest names; of the base and the adapter, their names.
+        is_export: whether it is a file to serve, neither the base nor the run's own adapter.
+        positions: tokens that the loss and the KL are means of.
+        task: share of right answers.
+        stops: share of answers that ended by themselves.
+        seconds: to write it.
+        rejected: its KL is above `max_mean_kl`.
+        is_evaluated: whether `eval` scored it; else the numbers are those of the export.
+        loss_change: loss less that of the adapter on the same tokens.
+        intervals: lowest and highest value at 95% confidence, by the name of the field.
+        others: further scores by name, such as the perplexity of a text or a task of lm-eval.
+        serve: a server and what to install for it, in words, and the lines to paste.
+    """
+
+    name: str
+    format: str
+    is_export: bool = True
+    size_bytes: float | None = None
+    loss: float | None = None
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    same_top: float | None = None
+    positions: int | None = None
+    task: float | None = None
+    stops: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    rejected: bool = False
+    max_mean_kl: float | None = None
+    is_evaluated: bool = False
+    loss_change: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
+    serve: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt with answers by the name of who gave them."""
+
+    prompt: str
+    expected: str
+    answers: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions and hardware."""
+
+    python: str = ""
+    platform: str = ""
+    cpu_count: int | None = None
+    gpus: Sequence[str] = ()
+    cuda: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """A run.
+
+    Attributes:
+        path: of its directory, as a command would name it.
+        started: date and time, or empty.
+        recipe: None where recipe.yaml is of another version.
+        metrics: one mapping a logged step.
+        result: what result.json holds; empty before the run ended.
+    """
+
+    path: str
+    name: str
+    started: str
+    is_finished: bool
+    recipe: TrainRecipe | None
+    recipe_yaml: str
+    overrides: Sequence[str]
+    environment: Environment
+    metrics: Sequence[Mapping[str, float]]
+    result: Mapping[str, float]
+    splits: Sequence[Split]
+    artifacts: Sequence[Artifact]
+    samples: Sequence[Sample]
+    missing: Sequence[Missing]
+
+    @property
+    def quoted(self) -> str:
+        """The path as a shell takes it."""
+        return shlex.quote(self.path)
+
+    @property
+    def exports(self) -> list[Artifact]:
+        """Files to serve."""
+        return [artifact for artifact in self.artifacts if artifact.is_export]

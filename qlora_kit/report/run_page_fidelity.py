@@ -1,0 +1,227 @@
+"""How close each file is to the trained model: table, plot of size against KL, commands to serve, samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.report.charts import Axis, scientific, tick_text
+from qlora_kit.report.page import text
+from qlora_kit.report.run_page_curves import two_sizes
+from qlora_kit.report.run_page_facts import Artifact, RunPage, Sample
+from qlora_kit.report.run_page_scatter import MARKS, Mark, mark_svg, scatter
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers.
+
+    Attributes:
+        name: at its head, with `unit` below.
+        value: of an artifact.
+        write: a value as text.
+        interval: the field whose interval is shown below the value.
+    """
+
+    name: str
+    unit: str
+    value: Callable[[Artifact], float | None]
+    write: Callable[[float], str]
+    interval: str = ""
+
+    def cell(self, one: Artifact) -> str:
+        """An artifact's value, and its interval below, as HTML."""
+        value = self.value(one)
+        if value is None:
+            return NONE
+        interval = one.intervals.get(self.interval)
+        if interval is None:
+            return text(self.write(value))
+        low, high = (self.write(end) for end in interval)
+        span = f"{low.removesuffix('%')}..{high}"
+        return f"{text(self.write(value))}<small>{text(span)}</small>"
+
+
+def decimals(places: int, sign: str = "") -> Callable[[float], str]:
+    """Numbers with so many places, in scientific form where they would be nearly lost."""
+
+    def write(value: float) -> str:
+        if not math.isfinite(value):
+            return "not a number"
+        if value == 0:
+            return "0"
+        is_tiny = abs(value) < 10.0 ** (1 - places) and places > 0
+        return scientific(value) if is_tiny and not sign else f"{value:{sign}.{places}f}"
+
+    return write
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+COLUMNS = (
+    Column("size", "", lambda one: one.size_bytes, human_bytes),
+    Column("mean KL", "nats", lambda one: one.mean_kl, decimals(5), "mean_kl"),
+    Column("p99 KL", "nats", lambda one: one.p99_kl, decimals(4)),
+    Column("same top", "token", lambda one: one.same_top, _share, "same_top"),
+    Column("loss", "nats", lambda one: one.loss, decimals(4)),
+    Column("to adapter", "nats", lambda one: one.loss_change, decimals(4, "+"), "loss_change"),
+    Column("task", "score", lambda one: one.task, _share, "task"),
+    Column("stops", "by itself", lambda one: one.stops, _share, "stops"),
+    Column("speed", "tokens/s", lambda one: one.tokens_per_second, decimals(0)),
+    Column("made in", "", lambda one: one.seconds, human_seconds),
+)
+
+
+def fidelity_table(artifacts: Sequence[Artifact]) -> str:
+    """One line an artifact; columns that nobody fills are left out."""
+    if not artifacts:
+        return ""
+    more = [_other(name) for name in dict.fromkeys(name for one in artifacts for name in one.others)]
+    shown = [column for column in (*COLUMNS, *more) if any(column.value(one) is not None for one in artifacts)]
+    heads = "".join(f'<th class="number">{text(column.name)} <small>{column.unit}</small></th>' for column in shown)
+    body = "".join(_row(one, shown) for one in artifacts)
+    notes = "".join(f'<p class="note"><b>{text(said)}</b></p>' for said in remarks(artifacts))
+    return (
+        f'<div class="scroll" tabindex="0"><table class="fidelity"><thead><tr><th>model or file</th><th>verdict</th>'
+        f'{heads}</tr></thead><tbody>{body}</tbody></table></div>\n{notes}<p class="note">{_explanation(artifacts)}</p>'
+    )
+
+
+def _other(name: str) -> Column:
+    return Column(name, "", lambda one: one.others.get(name), decimals(3))
+
+
+def _row(one: Artifact, columns: Sequence[Column]) -> str:
+    cells = "".join(f'<td class="number">{column.cell(one)}</td>' for column in columns)
+    state, said = verdict(one)
+    badge = f'<span class="badge {state}">{said}</span>'
+    return f"<tr><td><b>{text(one.name)}</b></td><td>{badge}</td>{cells}</tr>"
+
+
+def verdict(one: Artifact) -> tuple[str, str]:
+    """The state of an artifact, as a CSS class and in words."""
+    if not one.is_export:
+        return "reference", "before" if one.name == "base" else "after"
+    if one.rejected:
+        return "rejected", "rejected"
+    if one.mean_kl is None:
+        return "unknown", "not measured"
+    return ("unknown", "no bound") if one.max_mean_kl is None else ("kept", "kept")
+
+
+def remarks(artifacts: Sequence[Artifact]) -> list[str]:
+    """A sentence for each file that is rejected or, beyond chance, fits held-out rows worse than the adapter."""
+    said = []
+    for one in artifacts:
+        if not one.is_export:
+            continue
+        if one.rejected:
+            kl = "" if one.mean_kl is None else f", {decimals(5)(one.mean_kl)},"
+            bound = "its bound" if one.max_mean_kl is None else f"its bound, export.max_mean_kl={one.max_mean_kl:g}"
+            said.append(f"{one.name} is rejected: its mean KL{kl} is above {bound}.")
+        elif one.intervals.get("loss_change", (0.0, 0.0))[0] > 0:
+            said.append(f"{one.name}: its loss is above the adapter's by more than the choice of rows explains.")
+    return said
+
+
+def _explanation(artifacts: Sequence[Artifact]) -> str:
+    counts = sorted({one.positions for one in artifacts if one.positions})
+    over = f"{' or '.join(f'{count:,}' for count in counts)} " if counts else ""
+    states = {verdict(one)[1] for one in artifacts}
+    said = [
+        "Compared with the model that was trained, the base in its training format with the adapter on it, over "
+        f"{over}trained tokens of held-out rows. KL and loss: lower is better. Same top: how often both hold the same "
+        "token for the most likely."
+    ]
+    if any(one.intervals for one in artifacts):
+        said.append("Below a number: its 95% interval, with the row as the unit.")
+    if "kept" in states:
+        said.append("Kept: the mean KL is within export.max_mean_kl.")
+    if "no bound" in states:
+        said.append("No bound: export.max_mean_kl was not set, so nothing was rejected.")
+    return text(" ".join(said))
+
+
+def size_against_kl(exports: Sequence[Artifact]) -> str:
+    """The plot of files by size and mean KL; empty where no file has both."""
+    drawn = [one for one in exports if _is_drawable(one)]
+    if not drawn:
+        return ""
+    kinds = {name: index for index, name in enumerate(sorted({one.format for one in drawn}))}
+    divisor, unit = (1e9, "GB") if max(one.size_bytes or 0 for one in drawn) >= 2e9 else (1e6, "MB")
+    marks = [_mark(one, kinds[one.format], divisor) for one in drawn]
+    values = [one.mean_kl or 0.0 for one in drawn]
+    bounds = {one.max_mean_kl for one in drawn if one.max_mean_kl is not None}
+    limit = bounds.pop() if len(bounds) == 1 else None
+    axis = Axis(tick_text, tick_text, log=max(values) > 0)
+
+    def draw(size: tuple[float, float]) -> str:
+        return scatter("Size against mean KL", marks, size, Axis(), axis, f"size, {unit}", limit)
+
+    key = "".join(
+        f'<span><svg viewBox="0 0 14 14">{mark_svg(kind, 7, 7)}</svg>{text(name)}</span>'
+        for name, kind in kinds.items()
+    )
+    if any(one.rejected for one in drawn):
+        hollow = f'<path class="mark hollow" d="M7 7{MARKS[0]}"/>'
+        key += f'<span><svg viewBox="0 0 14 14">{hollow}</svg>hollow: rejected</span>'
+    said = ["Mean KL in nats, log scale: lower is closer to the trained model, further left is smaller."]
+    if min(values) == 0 and axis.log:
+        said.append("A KL of 0 lies on the lower border.")
+    if limit is not None:
+        said.append(f"Dashed: the bound, {limit:g}.")
+    if left_out := [one.name for one in exports if not _is_drawable(one)]:
+        said.append(f"Not drawn, for want of a finite KL: {', '.join(left_out)}.")
+    caption = f"<figcaption>{text(' '.join(said))}</figcaption>"
+    return f'<figure><h3>Size against KL</h3><div class="key">{key}</div>{two_sizes(draw, 360.0)}{caption}</figure>'
+
+
+def _is_drawable(one: Artifact) -> bool:
+    return one.size_bytes is not None and one.mean_kl is not None and math.isfinite(one.mean_kl)
+
+
+def _mark(one: Artifact, kind: int, divisor: float) -> Mark:
+    size, kl = one.size_bytes or 0.0, one.mean_kl or 0.0
+    state = ", rejected" if one.rejected else ""
+    title = f"{one.name}: {human_bytes(size)}, mean KL {kl:.3g}{state}"
+    return Mark(one.name, size / divisor, kl, kind, title, hollow=one.rejected)
+
+
+def serving(page: RunPage) -> str:
+    """The commands of each file that has any, the first file's unfolded."""
+    parts: list[str] = []
+    for one in page.exports:
+        lines = "".join(f"<p>{text(server)}</p><pre>{text(command)}</pre>" for server, command in one.serve)
+        if lines:
+            warning = ' <span class="badge rejected">rejected</span>' if one.rejected else ""
+            head = f"<summary>{text(one.name)} <small>{text(one.format)}</small>{warning}</summary>"
+            parts.append(f"<details{'' if parts else ' open'}>{head}{lines}</details>")
+    return f'<div class="serve">{"".join(parts)}</div>' if parts else ""
+
+
+def samples(shown: Sequence[Sample]) -> str:
+    """Held-out prompts with the answer that was wanted and the answers that came."""
+    return "".join(_sample(sample) for sample in shown)
+
+
+def _sample(sample: Sample) -> str:
+    lines = [("wanted", sample.expected)] if sample.expected else []
+    lines += [(_names(names), answer) for answer, names in _by_answer(sample).items()]
+    shown = "".join(f"<dt>{text(who)}</dt><dd>{text(said)}</dd>" for who, said in lines)
+    return f'<article class="sample"><pre>{text(sample.prompt)}</pre><dl>{shown}</dl></article>'
+
+
+def _by_answer(sample: Sample) -> dict[str, list[str]]:
+    """Who gave each answer; files mostly say what the adapter says."""
+    found: dict[str, list[str]] = {}
+    for name, answer in sample.answers:
+        found.setdefault(answer, []).append({"base": "before", "adapter": "after"}.get(name, name))
+    return found
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, and {len(names) - 1} more"

@@ -1,0 +1,49 @@
+"""What a run lacks, in words, with the command that makes it."""
+
+from collections.abc import Iterator
+
+from qlora_kit.data.audit.finding import counted
+from qlora_kit.report.run_page_facts import Missing, RunPage
+
+
+def what_is_missing(page: RunPage) -> list[Missing]:
+    """Everything that a whole run would have and this one has not."""
+    return [*_training(page), *_records(page), *_files(page)]
+
+
+def _training(page: RunPage) -> Iterator[Missing]:
+    steps = int(max((row["step"] for row in page.metrics), default=0))
+    if not page.is_finished:
+        logged = counted(steps, "step is", "steps are") if steps else "no step is"
+        what = f"Training has not ended: {logged} logged, and there is no adapter. If it was stopped, it can go on."
+        yield Missing(what, f"qlora-kit train resume={page.quoted}")
+    elif not steps:
+        yield Missing("metrics.jsonl holds no step, so there are no curves.")
+    if steps and not any("eval_loss" in row for row in page.metrics):
+        if page.splits and all(split.name != "held out" for split in page.splits):
+            fix = "qlora-kit train ... data.eval_share=0.02"
+            yield Missing("No rows are held out, so nothing tells how well the model does on rows it never saw.", fix)
+        else:
+            yield Missing("No held-out loss was measured yet; training measures it at its end.")
+
+
+def _records(page: RunPage) -> Iterator[Missing]:
+    if not page.splits:
+        yield Missing("data.json tells nothing about the rows.")
+    if not page.environment.packages:
+        yield Missing("environment.json tells no versions, so this run cannot be repeated exactly.")
+
+
+def _files(page: RunPage) -> Iterator[Missing]:
+    if not page.is_finished:
+        return
+    if not page.exports:
+        yield Missing("No file to serve was exported yet.", f"qlora-kit export run={page.quoted} export=gguf_q4_k_m")
+    if any(split.name == "held out" for split in page.splits):
+        unscored = [export.name for export in page.exports if not export.is_evaluated]
+        if not any(artifact.is_evaluated for artifact in page.artifacts):
+            what = "Nothing was scored by eval yet, so base, adapter and files cannot be compared."
+            yield Missing(what, f"qlora-kit eval run={page.quoted}")
+        elif unscored:
+            what = f"Not scored by eval yet: {', '.join(unscored)}; their numbers are those of the export."
+            yield Missing(what, f"qlora-kit eval run={page.quoted}")

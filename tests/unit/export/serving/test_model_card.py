@@ -1,0 +1,85 @@
+"""README.md of an artifact: front matter that the hub reads, measured values, counts, commands."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import metadata_load
+
+from qlora_kit.export.serving.facts import BaseFacts
+from qlora_kit.export.serving.model_card import model_card, write_model_card
+from tests.unit.export.serving.conftest import SECRET, Made
+
+
+def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: Path, base: Path) -> None:
+    made = facts(base=BaseFacts("owner/Tiny-1B", base, "abc123"))
+    assert write_model_card(tmp_path, made) == "README.md"
+    assert metadata_load(tmp_path / "README.md") == {
+        "license": "other",
+        "license_name": "tiny-licence",
+        "license_link": "LICENSE",
+        "base_model": "owner/Tiny-1B",
+        "base_model_relation": "quantized",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora", "gguf", "llama.cpp", "conversational", "qlora-kit"],
+    }
+    assert "owner/Tiny-1B at revision `abc123`, fine-tuned with QLoRA, as `gguf` (mix Q4_K_M)." in model_card(made)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "library", "relation"),
+    [("merged", "transformers", "finetune"), ("awq", "transformers", "quantized"), ("adapter", "peft", "adapter")],
+)
+def test_library_and_relation_by_format(facts: Made, base: Path, format_name: str, library: str, relation: str) -> None:
+    card = model_card(facts(format=format_name, file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    assert f"library_name: {library}\n" in card
+    assert f"base_model_relation: {relation}\n" in card
+
+
+def test_a_local_base_is_named_without_its_path(facts: Made, tmp_path: Path) -> None:
+    card = model_card(facts())
+    assert "base_model" not in card
+    assert "Tiny-1B, fine-tuned with QLoRA" in card
+    assert str(tmp_path) not in card and SECRET not in card
+
+
+def test_measured_values_are_in_a_table(facts: Made) -> None:
+    lines = model_card(facts()).splitlines()
+    assert "| loss on held-out answers (nats a token) | 0.5123 |" in lines
+    assert "| mean KL to the trained model (nats) | 0.00432 |" in lines
+    assert "| same most likely token | 98.76% |" in lines
+    assert "| positions compared | 390 |" in lines
+    assert not any("interval" in line for line in lines)  # no single number
+    assert "Rejected" not in "".join(lines)
+
+
+def test_a_rejected_file_says_so_and_an_unmeasured_one_claims_nothing(facts: Made) -> None:
+    assert "**Rejected:** its mean KL is above the bound of 0.001." in model_card(
+        facts(rejected=True, max_mean_kl=0.001)
+    )
+    assert "Measured" not in model_card(facts(fidelity={}))
+
+
+def test_what_it_was_trained_on_in_counts_and_hashes(facts: Made) -> None:
+    card = model_card(facts())
+    assert "| training | 1,200 | 70,584 | 19,820 |" in card
+    assert "- `rows.jsonl` sha256 `ab12`" in card and "- `rows.jsonl` sha256 `cd34`" in card
+    assert "64 steps, training loss 0.0342 at the end." in card
+
+
+def test_a_base_that_was_never_trained(facts: Made, base: Path) -> None:
+    card = model_card(facts(run=None, format="merged", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    assert "Trained on" not in card and "- qlora\n" not in card
+    assert "quantized, not fine-tuned" in card
+    assert "against the base." in card
+
+
+def test_commands_and_licence(facts: Made) -> None:
+    card = model_card(facts())
+    assert "```bash\nllama-server -m ./tiny.Q4_K_M.gguf --alias tiny_q4 --jinja --port 8080\n```" in card
+    assert "That of the base: tiny-licence. See `LICENSE`, `NOTICE.txt`, `USE_POLICY.md`." in card
+
+
+def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> None:
+    card = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    assert "vllm serve owner/Tiny-1B --enable-lora --lora-modules tiny_q4=. --max-lora-rank 64" in card

@@ -1,0 +1,94 @@
+"""Which run is meant, and where its page may go."""
+
+import os
+
+import pytest
+
+from qlora_kit.cli.report import run as report_verb
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.pipelines.report import any_run, report
+from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
+
+RECIPE = recipe_yaml(
+    compose_unchecked("train", ["model=demo", "data=messages", "data.train_file=a.jsonl", "data.max_tokens=256"])
+)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs below outputs/ of the working folder, each newer than the one before."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def run(name, *, finished):
+        directory = RunDirectory(tmp_path / "outputs" / name / "2026-01-31_12-00-00")
+        directory.path.mkdir(parents=True)
+        directory.recipe.write_text(RECIPE)
+        os.utime(directory.recipe, (1000 + len(made), 1000 + len(made)))
+        if finished:
+            directory.adapter.mkdir()
+            directory.result.write_text("{}")
+        made.append(directory)
+        return directory
+
+    return run
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_latest_is_the_newest_whether_finished_or_not(make, order):
+    _, newest = make("old", finished=order[0]), make("new", finished=order[1])
+    assert any_run("latest").path.resolve() == newest.path
+
+
+def test_a_page_lies_in_its_run_unless_told_otherwise(make, tmp_path, capsys):
+    run = make("mine", finished=False)
+    assert report_verb([f"run={run.path}"]) == 0
+    assert (run.path / "report.html").read_text().startswith("<!doctype html>")
+    assert report_verb(["run=latest", "out=mine.html"]) == 0
+    assert "Training has not ended" in (tmp_path / "mine.html").read_text()
+    assert capsys.readouterr().out.splitlines() == [f"page: {run.path / 'report.html'}", "page: mine.html"]
+
+
+def test_a_page_is_written_anew_but_no_other_file_is(make, tmp_path):
+    make("mine", finished=True)
+    place = tmp_path / "own.html"
+    place.write_text("<p>mine</p>")
+    with pytest.raises(RecipeError) as caught:
+        report("latest", place)
+    (problem,) = caught.value.problems
+    assert problem.what == f"{place} was not written by qlora-kit and stays as it is"
+    assert (problem.where, problem.fix) == (f"out={place}", f"out={tmp_path / 'own-report.html'}")
+    assert place.read_text() == "<p>mine</p>"
+    assert report("latest") == report("latest")
+
+
+def test_a_folder_is_no_place(make, tmp_path):
+    make("mine", finished=True)
+    (tmp_path / "pages.html").mkdir()
+    with pytest.raises(RecipeError, match="is a folder") as caught:
+        report("latest", tmp_path / "pages.html")
+    assert caught.value.problems[0].fix == f"out={tmp_path / 'pages.html' / 'report.html'}"
+
+
+def test_a_folder_without_a_recipe_is_no_run(make, tmp_path):
+    with pytest.raises(RecipeError, match="nowhere is not a run directory: it holds no recipe"):
+        any_run("nowhere")
+    with pytest.raises(RecipeError, match="there is no run below outputs/"):
+        any_run("latest")
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        (["latest"], "report knows run= and out=, but not 'latest'", "run=latest"),
+        (["runs=latest"], "report knows run= and out=, but not 'runs=latest'", "qlora-kit report --help"),
+        (["out=page.txt"], "out must name an HTML file, got page.txt", "out=report.html"),
+        (["out="], "out must name an HTML file, got nothing", "out=report.html"),
+    ],
+)
+def test_a_wrong_line_is_told(words, what, fix):
+    with pytest.raises(RecipeError) as caught:
+        report_verb(words)
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.fix) == (what, fix)
