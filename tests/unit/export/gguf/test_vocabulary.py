@@ -125,3 +125,14 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError, match="Punctuation"):
         vocabulary_of(tokenizer, tmp_path)
+
+
+def test_a_template_with_a_date_of_its_own_keeps_it(tmp_path: Path) -> None:
+    tokenizer = llama3_tokenizer()
+    own = "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{{ date_string }}"
+    tokenizer.chat_template = own
+    served = vocabulary_of(tokenizer, tmp_path).chat_template
+    assert isinstance(served, str)
+    assert served.endswith(own) and "26 Jul 2024" in served.removesuffix(own)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert vocabulary_of(tokenizer, tmp_path).chat_template == "{{ messages[0]['content'] }}"
