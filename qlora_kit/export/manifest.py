@@ -53,3 +53,8 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
 def record_scores(folder: Path, scores: Mapping[str, object]) -> None:
     """Add what `eval` measured to an artifact's manifest."""
     write_json(folder / MANIFEST, {**read_manifest(folder), "evaluation": dict(scores)})
+
+
+def record_bases(folder: Path, losses: Mapping[str, float]) -> None:
+    """Add the held-out loss of the file that each merge base gave; the one in the folder has the lowest."""
+    write_json(folder / MANIFEST, {**read_manifest(folder), "merge_bases": dict(losses)})

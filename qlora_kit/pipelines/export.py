@@ -3,25 +3,27 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.core.errors import FidelityError, KitError, RunError
+from qlora_kit.core.errors import FidelityError, KitError, RecipeError, RunError
 from qlora_kit.core.files import clear_left_overs, size_on_disk, staged_directory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import open_trained
+from qlora_kit.evaluation.artifacts import ADAPTERS, open_trained
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.export.calibration import calibration_rows
+from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.export.targets.adapter import BaseName
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
-from qlora_kit.pipelines.finish_export import TOP_TOKENS, Reference, finish
+from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, Reference, finish
 from qlora_kit.pipelines.opened_run import OpenedRun
-from qlora_kit.schema.export import ExportConfig
+from qlora_kit.schema.export import ExportConfig, MergeBase
+from qlora_kit.schema.quant import QuantKind
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
     """
     data = opened.rows()
     rows = data.scored(config.score_rows)
-    with _alone(opened):
+    with _alone(opened), ExitStack() as folders:
         reference = _reference(opened, rows) if rows else None
-        with _merged(opened, config) as (merged, report):
-            source = _source(opened, merged, _calibration(opened, data, config))
-            done = [_write(opened, config, job, report, reference) for job in export_jobs(config, source)]
+        calibration = _calibration(opened, data, config)
+        merges = [folders.enter_context(_merged(opened, base)) for base in _bases(opened, config, reference)]
+        jobs = [list(export_jobs(config, _source(opened, folder, calibration))) for folder, _ in merges]
+        reports = [report for _, report in merges]
+        done = [
+            _write(opened, config, list(zip(same, reports, strict=True)), reference) for same in zip(*jobs, strict=True)
+        ]
     failed = [export for export in done if export.error]
     rejected = [export for export in done if export.faults]
     if failed:
@@ -100,15 +106,27 @@ def _source(opened: OpenedRun, merged: Path, calibration: list[list[int]]) -> So
     )
 
 
+def _bases(opened: OpenedRun, config: ExportConfig, reference: Reference | None) -> list[MergeBase]:
+    if config.merge_base is not MergeBase.measure:
+        return [config.merge_base]
+    if reference is None:
+        raise RecipeError(
+            "export.merge_base=measure compares held-out losses, and this run has no held-out rows",
+            "export.merge_base",
+            "export.merge_base=dequantized",
+        )
+    if opened.recipe.quant.kind is QuantKind.none:
+        return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate
+    return [MergeBase.dequantized, MergeBase.original]
+
+
 @contextmanager
-def _merged(opened: OpenedRun, config: ExportConfig) -> Iterator[tuple[Path, MergeReport]]:
+def _merged(opened: OpenedRun, merge_base: MergeBase) -> Iterator[tuple[Path, MergeReport]]:
     began = time.perf_counter()
     exports = opened.directory.exports
     with tempfile.TemporaryDirectory(dir=exports, prefix=".merged.", suffix=".partial") as folder:
         adapter = opened.directory.adapter
-        report = merge(
-            opened.base_folder, adapter, opened.recipe.quant, config.merge_base, opened.tokenizer, Path(folder)
-        )
+        report = merge(opened.base_folder, adapter, opened.recipe.quant, merge_base, opened.tokenizer, Path(folder))
         seconds = human_seconds(time.perf_counter() - began)
         say(f"merged {report.merged} of {report.adapted} modules into the {report.base} base in {seconds}")
         yield Path(folder), report
@@ -126,21 +144,63 @@ def _calibration(opened: OpenedRun, data: PreparedData, config: ExportConfig) ->
 
 
 def _write(
-    opened: OpenedRun, config: ExportConfig, job: ExportJob, report: MergeReport, reference: Reference | None
+    opened: OpenedRun,
+    config: ExportConfig,
+    candidates: Sequence[tuple[ExportJob, MergeReport]],
+    reference: Reference | None,
 ) -> Exported:
-    place = opened.directory.exports / job.name
+    """Write one file; from each merge, and the better one is kept."""
+    name = candidates[0][0].name
+    place = opened.directory.exports / name
     began = time.perf_counter()
-    say(f"{job.name}: writing")
+    say(f"{name}: writing")
     try:
         with staged_directory(place) as folder:
-            job.write(folder)
-            seconds = time.perf_counter() - began
-            found = finish(opened, job, folder, report, reference, config.max_mean_kl, seconds)
+            found = _best(opened, config, candidates, reference, folder)
     except Exception as error:
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
-        say(f"{job.name}: failed: {kind}{error}")
-        return Exported(job.name, place, time.perf_counter() - began, error=f"{kind}{error}")
+        say(f"{name}: failed: {kind}{error}")
+        return Exported(name, place, time.perf_counter() - began, error=f"{kind}{error}")
     kl = f", mean KL {found.fidelity.mean_kl:.4f}" if found.fidelity else ""
     state = " REJECTED" if found.faults else ""
-    say(f"{job.name}: {human_bytes(size_on_disk(place))} in {human_seconds(seconds)}{kl}{state}")
-    return Exported(job.name, place, seconds, found.fidelity, found.faults)
+    say(f"{name}: {human_bytes(size_on_disk(place))} in {human_seconds(found.seconds)}{kl}{state}")
+    return Exported(name, place, found.seconds, found.fidelity, found.faults)
+
+
+def _best(
+    opened: OpenedRun,
+    config: ExportConfig,
+    candidates: Sequence[tuple[ExportJob, MergeReport]],
+    reference: Reference | None,
+    folder: Path,
+) -> Finished:
+    job, report = candidates[0]
+    if len(candidates) == 1 or job.format in ADAPTERS:
+        return _made(opened, config, job, report, reference, folder)
+    found: dict[str, tuple[Path, Finished]] = {}
+    with ExitStack() as folders:
+        for job, report in candidates:
+            made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}.", suffix=".partial")
+            made_folder = Path(folders.enter_context(made)) / "made"
+            made_folder.mkdir()
+            found[report.base] = made_folder, _made(opened, config, job, report, reference, made_folder)
+        losses = {base: one.fidelity.loss for base, (_, one) in found.items() if one.fidelity is not None}
+        best = min(losses, key=lambda base: losses[base])
+        record_bases(found[best][0], losses)
+        folder.rmdir()
+        found[best][0].rename(folder)
+    say(f"{job.name}: held-out loss by base: {', '.join(f'{base} {loss:.4f}' for base, loss in losses.items())}")
+    return found[best][1]
+
+
+def _made(
+    opened: OpenedRun,
+    config: ExportConfig,
+    job: ExportJob,
+    report: MergeReport,
+    reference: Reference | None,
+    folder: Path,
+) -> Finished:
+    began = time.perf_counter()
+    job.write(folder)
+    return finish(opened, job, folder, report, reference, config.max_mean_kl, time.perf_counter() - began)

@@ -40,10 +40,12 @@ class Finished:
     Attributes:
         fidelity: None without held-out rows.
         faults: why the file must not be served; none for a good one.
+        seconds: that writing it took.
     """
 
     fidelity: Fidelity | None
     faults: tuple[str, ...]
+    seconds: float
 
 
 def finish(
@@ -87,7 +89,7 @@ def finish(
         servers=[asdict(check) for check in servers],
         serve=[asdict(command) for command in serve_commands(facts.kind, served)],
     ).write(folder)
-    return Finished(fidelity, tuple(faults))
+    return Finished(fidelity, tuple(faults), seconds)
 
 
 def adapter_base(opened: OpenedRun) -> AdapterBase:

@@ -11,6 +11,7 @@ class MergeBase(Enum):
 
     dequantized = "dequantized"
     original = "original"
+    measure = "measure"
 
 
 class GgufMix(Enum):
@@ -174,7 +175,9 @@ class ExportConfig(Sealed):
     """One merge, any number of files."""
 
     merge_base: MergeBase = knob(
-        MergeBase.dequantized, "dequantized is what the adapter was trained on; original is the 16-bit base."
+        MergeBase.dequantized,
+        "dequantized is what the adapter was trained on; original is the 16-bit base; measure writes each file from "
+        "both, and keeps the one with the lower held-out loss.",
     )
     calibration_rows: int = knob(
         32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1
