@@ -21,6 +21,7 @@ class Manifest:
         reader: what scored it.
         contract: whether its readers give the token ids that training saw.
         servers: what each server was found to make of it, and whether it was run for that.
+        survival: how much of what was learned is left in the weights; empty where they are not read back.
         serve: the commands to serve it.
     """
 
@@ -38,6 +39,7 @@ class Manifest:
     reader: str = ""
     contract: Mapping[str, object] = field(default_factory=dict)
     servers: Sequence[Mapping[str, object]] = ()
+    survival: Mapping[str, object] = field(default_factory=dict)
     serve: Sequence[Mapping[str, object]] = ()
 
     def write(self, folder: Path) -> None:

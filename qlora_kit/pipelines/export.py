@@ -25,6 +25,8 @@ from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantKind
 
+Merged = tuple[Path, MergeReport]  # the 16-bit folder, and what was merged
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -52,9 +54,8 @@ def export(opened: OpenedRun, config: ExportConfig) -> list[Exported]:
         calibration = _calibration(opened, data, config)
         merges = [folders.enter_context(_merged(opened, base)) for base in _bases(opened, config, reference)]
         jobs = [list(export_jobs(config, _source(opened, folder, calibration))) for folder, _ in merges]
-        reports = [report for _, report in merges]
         done = [
-            _write(opened, config, list(zip(same, reports, strict=True)), reference) for same in zip(*jobs, strict=True)
+            _write(opened, config, list(zip(same, merges, strict=True)), reference) for same in zip(*jobs, strict=True)
         ]
     failed = [export for export in done if export.error]
     rejected = [export for export in done if export.faults]
@@ -121,7 +122,7 @@ def _bases(opened: OpenedRun, config: ExportConfig, reference: Reference | None)
 
 
 @contextmanager
-def _merged(opened: OpenedRun, merge_base: MergeBase) -> Iterator[tuple[Path, MergeReport]]:
+def _merged(opened: OpenedRun, merge_base: MergeBase) -> Iterator[Merged]:
     began = time.perf_counter()
     exports = opened.directory.exports
     with tempfile.TemporaryDirectory(dir=exports, prefix=".merged.", suffix=".partial") as folder:
@@ -146,7 +147,7 @@ def _calibration(opened: OpenedRun, data: PreparedData, config: ExportConfig) ->
 def _write(
     opened: OpenedRun,
     config: ExportConfig,
-    candidates: Sequence[tuple[ExportJob, MergeReport]],
+    candidates: Sequence[tuple[ExportJob, Merged]],
     reference: Reference | None,
 ) -> Exported:
     """Write one file; from each merge, and the better one is kept."""
@@ -170,20 +171,20 @@ def _write(
 def _best(
     opened: OpenedRun,
     config: ExportConfig,
-    candidates: Sequence[tuple[ExportJob, MergeReport]],
+    candidates: Sequence[tuple[ExportJob, Merged]],
     reference: Reference | None,
     folder: Path,
 ) -> Finished:
-    job, report = candidates[0]
+    job, merged = candidates[0]
     if len(candidates) == 1 or job.format in ADAPTERS:
-        return _made(opened, config, job, report, reference, folder)
+        return _made(opened, config, job, merged, reference, folder)
     found: dict[str, tuple[Path, Finished]] = {}
     with ExitStack() as folders:
-        for job, report in candidates:
+        for job, merged in candidates:
             made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}.", suffix=".partial")
             made_folder = Path(folders.enter_context(made)) / "made"
             made_folder.mkdir()
-            found[report.base] = made_folder, _made(opened, config, job, report, reference, made_folder)
+            found[merged[1].base] = made_folder, _made(opened, config, job, merged, reference, made_folder)
         losses = {base: one.fidelity.loss for base, (_, one) in found.items() if one.fidelity is not None}
         best = min(losses, key=lambda base: losses[base])
         record_bases(found[best][0], losses)
@@ -197,10 +198,10 @@ def _made(
     opened: OpenedRun,
     config: ExportConfig,
     job: ExportJob,
-    report: MergeReport,
+    merged: Merged,
     reference: Reference | None,
     folder: Path,
 ) -> Finished:
     began = time.perf_counter()
     job.write(folder)
-    return finish(opened, job, folder, report, reference, config.max_mean_kl, time.perf_counter() - began)
+    return finish(opened, job, folder, *merged, reference, config.max_mean_kl, time.perf_counter() - began)

@@ -20,6 +20,7 @@ from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.export.targets.table import READERS, ExportJob
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import GgufMix
 
 TOP_TOKENS = 256
@@ -52,12 +53,18 @@ def finish(
     opened: OpenedRun,
     job: ExportJob,
     folder: Path,
+    merged: Path,
     merge: MergeReport,
     reference: Reference | None,
     max_mean_kl: float | None,
     seconds: float,
 ) -> Finished:
-    """Score a written artifact, add its serving files, check what its readers make of it, and write its manifest."""
+    """Score a written artifact, add its serving files, check what its readers make of it, and write its manifest.
+
+    Args:
+        folder: of the artifact.
+        merged: the 16-bit folder that it was made from.
+    """
     fidelity = _fidelity(opened, job, folder, reference) if reference else None
     faults: list[str] = []
     if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
@@ -87,6 +94,7 @@ def finish(
         reader=READERS[job.format],
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
+        survival=record(survival(job, folder, merged, opened.directory.adapter)),
         serve=[asdict(command) for command in serve_commands(facts.kind, served)],
     ).write(folder)
     return Finished(fidelity, tuple(faults), seconds)

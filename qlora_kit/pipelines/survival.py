@@ -1,0 +1,58 @@
+"""How much of what was learned is left in a file's weights, and a warning where that is little."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.say import say
+from qlora_kit.export.delta_survival import DeltaSurvival, survey
+from qlora_kit.export.dequantized import WeightReader, dequantized_weights, stored_tensors
+from qlora_kit.export.merging.deltas import Adapter, read_adapter
+from qlora_kit.export.targets.table import ExportJob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("gguf", "gptq", "awq")  # whose weights are read back here
+
+
+def survival(job: ExportJob, folder: Path, merged: Path, adapter: Path) -> DeltaSurvival | None:
+    """Measure a written file; None where its weights are not read back, or where DoRA scaled whole rows.
+
+    Args:
+        folder: of the artifact.
+        merged: the 16-bit folder that it was made from.
+        adapter: what training saved.
+    """
+    trained = read_adapter(adapter)
+    scales_rows = any(update.magnitude is not None for update in trained.updates.values())
+    if job.format not in FORMATS or scales_rows:
+        return None
+    artifact = folder if job.file == "." else folder / job.file
+    found = survey(merged, _without(trained, merged), dequantized_weights(artifact, merged))
+    if text := found.warning(job.name):
+        say(f"warning: {text}")
+    return found
+
+
+def record(found: DeltaSurvival | None) -> dict[str, object]:
+    """A manifest's entry: the share kept, rounding noise by the update's size, and the weight that kept the least."""
+    if found is None:
+        return {}
+    worst = found.worst
+    return {"kept": found.kept, "noise": found.noise, "worst": worst.name, "worst_kept": worst.kept}
+
+
+def _without(adapter: Adapter, merged: Path) -> WeightReader:
+    """The weights that the updates were added to, as the merged ones less their updates."""
+    read = stored_tensors(merged)
+
+    def base_weight(name: str) -> "Tensor | None":
+        update = adapter.updates.get(name.removesuffix(".weight"))
+        if update is None or update.embedding or (stored := read(name)) is None:
+            return None
+        weight = stored.float()
+        learned = weight.new_zeros(weight.shape)
+        update.load(weight.device).add(learned)
+        return weight - learned
+
+    return base_weight
