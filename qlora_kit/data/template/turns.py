@@ -136,7 +136,10 @@ class _Turns:
         earlier = self.messages[:index]
         prompts = [self._tried(earlier, answer_follows=True)]
         if any(map(has_thought, earlier)):  # which the whole text may leave out of turns that are over
-            prompts.append(self._tried([_without_thought(message) for message in earlier], answer_follows=True))
+            # A template may do so itself for turns before the last question, and leave their white space alone.
+            last = max((place for place, message in enumerate(earlier) if message.role == "user"), default=0)
+            kept = [0, last] if any(map(has_thought, earlier[:last])) else [0]
+            prompts += [self._tried(_without_thoughts(earlier, start), answer_follows=True) for start in kept]
         prompts += [_EMPTY_THOUGHT.sub("", prompt) for prompt in prompts if prompt and "</think" in prompt]
         known = [prompt for prompt in prompts if prompt is not None]
         for prompt in known:
@@ -253,5 +256,11 @@ def _no_end(conversation: Conversation, answer: str) -> RecipeError:
     )
 
 
-def _without_thought(message: Message) -> Message:
-    return replace(message, reasoning="", content=answer_of(message)) if has_thought(message) else message
+def _without_thoughts(messages: Sequence[Message], start: int) -> list[Message]:
+    """The messages, from `start` on without thoughts."""
+    return [
+        replace(message, reasoning="", content=answer_of(message))
+        if place >= start and has_thought(message)
+        else message
+        for place, message in enumerate(messages)
+    ]

@@ -276,3 +276,21 @@ def test_a_row_that_holds_the_marks_is_rendered_all_the_same():
     conversation = chat(answer, answer)
     assert trained_texts(conversation) == [answer]
     assert found_by_rendering(conversation, CHATML, (1,)) == rendered(conversation, CHATML, TrainOn.assistant)
+
+
+def test_a_thought_in_the_content_of_a_turn_that_is_over_keeps_the_blanks_that_the_template_keeps():
+    """Qwen 3.5 trims a content before it takes the thought out, so what is left may begin with a blank."""
+    row = chat(
+        "a",
+        "<think>\none\n</think>\n\n one",
+        "b",
+        Message("assistant", "", reasoning="two", tool_calls=(CALL,)),
+        Message("tool", "c", name="add", tool_call_id=CALL.id),
+        Message("assistant", "three"),
+        Message("user", "d"),
+        Message("assistant", "four"),
+    )
+    texts = trained_texts(row, FAMILIES["qwen3_5"].template)
+    assert texts[0] == " one"
+    assert texts[1].startswith("<tool_call>")
+    assert texts[2:] == ["three", "\n</think>\n\nfour"]
