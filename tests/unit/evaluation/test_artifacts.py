@@ -192,7 +192,8 @@ def test_the_reader_of_compressed_tensors_is_named_with_its_extra(
         load_compressed(tmp_path)
 
 
-@pytest.mark.parametrize("read", [load_compressed, load_stored])
+# slow: the fast tests also run where the extra `compressed` is absent
+@pytest.mark.parametrize("read", [pytest.param(load_compressed, marks=pytest.mark.slow), load_stored])
 def test_a_folder_without_weights_is_an_error_of_its_reader(read: Any, tmp_path: Path) -> None:
     methods = {load_compressed: "compressed-tensors", load_stored: "bitsandbytes"}
     settings = f'{{"quant_method": "{methods[read]}", "load_in_8bit": true}}'
