@@ -22,7 +22,7 @@ def calibration_rows(
     *,
     held_out: TokenRows | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    general_share: float = 0.25,
+    general_share: float = 0.0,
     seed: int = 0,
 ) -> list[list[int]]:
     """Token ids of `count` rows: training rows first, then general text about as long.

@@ -183,7 +183,7 @@ class ExportConfig(Sealed):
         32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1
     )
     calibration_general: float = knob(
-        0.25, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
+        0.1, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
     )
     score_rows: int = knob(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
     max_mean_kl: float | None = knob(

@@ -51,9 +51,9 @@ def test_a_small_source_is_not_left_out(data: PreparedData) -> None:
 
 
 def test_the_seed_decides(data: PreparedData) -> None:
-    first = calibration_rows(data.train, 12, tokenizer=TOKENIZER)
-    assert calibration_rows(data.train, 12, tokenizer=TOKENIZER) == first
-    assert calibration_rows(data.train, 12, tokenizer=TOKENIZER, seed=1) != first
+    first = calibration_rows(data.train, 12, tokenizer=TOKENIZER, general_share=0.25)
+    assert calibration_rows(data.train, 12, tokenizer=TOKENIZER, general_share=0.25) == first
+    assert calibration_rows(data.train, 12, tokenizer=TOKENIZER, general_share=0.25, seed=1) != first
 
 
 def test_held_out_contents_and_copies_are_left_out(tmp_path: Path, data: PreparedData) -> None:
@@ -65,7 +65,7 @@ def test_held_out_contents_and_copies_are_left_out(tmp_path: Path, data: Prepare
 
 
 def test_a_quarter_is_general_text_of_typical_length(data: PreparedData) -> None:
-    picked = calibration_rows(data.train, 16, tokenizer=TOKENIZER)
+    picked = calibration_rows(data.train, 16, tokenizer=TOKENIZER, general_share=0.25)
     own = whole(data.train)
     assert [tuple(row) in own for row in picked] == [True] * 12 + [False] * 4
     assert {len(row) for row in picked[12:]} == {int(np.median([len(row) for row in picked[:12]]))}
