@@ -6,13 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
+from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.evaluation.gguf_keys import whole_numbers
 
-# Texts that llama.cpp ends a generation on without being told; llama_vocab::impl::load in src/llama-vocab.cpp.
-_KNOWN_BY_TEXT = frozenset(
-    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>"}
-    | {"<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"}
-)
 _GGUF_KEYS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.eot_token_id": "eot_token_id",
@@ -49,7 +45,7 @@ def gguf_stops(file: Path) -> Stops:
         RunError: the file cannot be read.
     """
     found = whole_numbers(file, _GGUF_KEYS)
-    return Stops(tuple((_GGUF_KEYS[key], token) for key, token in found.items()), _KNOWN_BY_TEXT)
+    return Stops(tuple((_GGUF_KEYS[key], token) for key, token in found.items()), LLAMA_CPP_STOPS)
 
 
 def stop_problems(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
@@ -11,15 +10,15 @@ from qlora_kit.core.say import say
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact, open_trained
+from qlora_kit.evaluation.artifacts import open_artifact, open_trained
 from qlora_kit.evaluation.harness import HarnessTasks, TaskScores, harness_tasks, require_harness, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
 from qlora_kit.evaluation.perplexity import text_fit, text_windows
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
-from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import MANIFEST, read_manifest, record_scores
+from qlora_kit.pipelines.finish_export import adapter_base
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
@@ -167,7 +166,7 @@ def _refuse_long_window(base_folder: Path, window: int) -> None:
 def _score_export(opened: OpenedRun, folder: Path, reference: Scores, exam: _Exam) -> Row:
     manifest = read_manifest(folder)
     subject = _Subject(folder.name, size_on_disk(folder), bool(manifest["rejected"]))
-    beside = AdapterBase(opened.base_folder, partial(write_gguf, mix="F16"))
+    beside = adapter_base(opened)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], opened.tokenizer, beside)
     try:
         row = _row(opened, subject, scorer, reference, exam)

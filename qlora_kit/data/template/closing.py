@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+# Texts that llama.cpp ends a generation on without being told; llama_vocab::impl::load in src/llama-vocab.cpp.
+LLAMA_CPP_STOPS = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>"}
+    | {"<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"}
+)
+
+
 def closing_id(tokenizer: "PreTrainedTokenizerFast") -> int | None:
     """Id of the last token that a trained answer teaches, so the one that a served model writes to stop.
 

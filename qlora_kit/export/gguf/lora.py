@@ -15,7 +15,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields, find_architecture
 from qlora_kit.export.gguf.metadata import read_config
 from qlora_kit.export.gguf.mixes import ModelShape
-from qlora_kit.export.gguf.tensors import _paired_order, _rotated_heads, gguf_names
+from qlora_kit.export.gguf.tensors import gguf_names, paired_order, rotated_heads_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,8 +152,8 @@ def lora_pairs(
     pairs = []
     for module in modules:
         down, up = (stored[f"{_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
-        heads = _rotated_heads(f"{module}.weight", architecture, model)
-        up = up[_paired_order(len(up), heads)] if heads else up
+        heads = rotated_heads_of(f"{module}.weight", architecture, model)
+        up = up[paired_order(len(up), heads)] if heads else up
         scaled = np.ascontiguousarray(up * _own_scale(module, len(down), settings), dtype=np.float32)
         pairs.append(LoraPair(names[f"{module}.weight"], down, scaled))
     return sorted(pairs, key=lambda pair: pair.name)

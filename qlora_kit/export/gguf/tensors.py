@@ -46,7 +46,7 @@ class PlannedTensor:
     def stored_rows(self, start: int, stop: int) -> "npt.NDArray[np.uint16]":
         """Rows start..stop of a 16-bit matrix as they are stored and ordered as in the file."""
         if self.rotated_heads:
-            return read_stored_rows(self.stored, _paired_order(self.stored.rows, self.rotated_heads)[start:stop])
+            return read_stored_rows(self.stored, paired_order(self.stored.rows, self.rotated_heads)[start:stop])
         return read_stored_rows(self.stored, slice(start, stop))
 
     def rows(self, start: int, stop: int) -> "npt.NDArray[np.float32]":
@@ -54,7 +54,7 @@ class PlannedTensor:
         if self.rotated_heads:
             # a projection's bias is one row in memory, yet has one entry per row of the weight
             stored = self.stored if len(self.stored.shape) > 1 else _as_column(self.stored)
-            values = read_picked_rows(stored, _paired_order(stored.rows, self.rotated_heads)[start:stop])
+            values = read_picked_rows(stored, paired_order(stored.rows, self.rotated_heads)[start:stop])
             values = values if len(self.stored.shape) > 1 else values.reshape(1, -1)
         else:
             values = read_rows(self.stored, start, stop)
@@ -70,8 +70,8 @@ def _as_column(vector: StoredTensor) -> StoredTensor:
     return StoredTensor(vector.file, vector.offset, vector.dtype, (vector.shape[0], 1))
 
 
-def _paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
-    """Which stored row each row of the file comes from: the two halves of a head, interleaved."""
+def paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
+    """`[rows]`: which stored row each row of the file comes from: the two halves of a head, interleaved."""
     import numpy as np
 
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
@@ -112,7 +112,7 @@ def plan_tensors(
             name=names[source],
             type=tensor_type(names[source], tensor.shape, mix, model, wanted.get(names[source])),
             stored=tensor,
-            rotated_heads=_rotated_heads(source, architecture, model),
+            rotated_heads=rotated_heads_of(source, architecture, model),
             offset=architecture.norm_offset if names[source].endswith("_norm.weight") else 0.0,
         )
         for source, tensor in stored.items()
@@ -170,7 +170,8 @@ def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) 
     return names
 
 
-def _rotated_heads(source: str, architecture: Architecture, model: ModelShape) -> int:
+def rotated_heads_of(source: str, architecture: Architecture, model: ModelShape) -> int:
+    """Heads whose rows llama.cpp wants in `paired_order`; 0 where a tensor stays as it is."""
     if not architecture.pairs_rotary_halves:
         return 0
     if ".q_proj." in source:

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.export.gguf.pre_tokenizers import name_of_pre_tokenizer
 
 _SPACE = "▁"  # stands for a space in sentencepiece-like vocabularies
 _BYTE_LEVEL_SPACE = "Ġ"  # the same in byte-level ones
 _NEVER_MERGED_SCORE = -1e6  # below every merge rank
-
-# texts that llama.cpp ends a generation on without being told (llama_vocab::impl::load)
-_STOPS_KNOWN_BY_TEXT = frozenset(
-    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>"}
-    | {"<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"}
-)
 
 
 class TokenType(IntEnum):
@@ -261,10 +256,10 @@ def _add_stop_ids(
     if stop_ids and special_ids.get("eos") not in stop_ids and not keep_eos:
         special_ids["eos"] = stop_ids[0]
     rest = [i for i in stop_ids if i != special_ids.get("eos") and i < len(tokens)]
-    rest.sort(key=lambda i: tokens[i] in _STOPS_KNOWN_BY_TEXT)
+    rest.sort(key=lambda i: tokens[i] in LLAMA_CPP_STOPS)
     for key, token_id in zip(("eot", "eom"), rest, strict=False):
         special_ids[key] = token_id
-    unnamed = [tokens[i] for i in rest[2:] if tokens[i] not in _STOPS_KNOWN_BY_TEXT]
+    unnamed = [tokens[i] for i in rest[2:] if tokens[i] not in LLAMA_CPP_STOPS]
     if unnamed:
         raise RecipeError(
             f"a GGUF file names at most three stop tokens; no room for {unnamed}",
