@@ -123,6 +123,9 @@ def _gguf_weights(file: Path, config: Mapping[str, Any]) -> WeightReader:
     gguf = require("gguf", "Reading GGUF files")
     import torch
 
+    from qlora_kit.export.gguf.architectures import find_architecture
+    from qlora_kit.export.gguf.tensors import paired_order, rotated_heads_of
+
     readers = [gguf.GGUFReader(part) for part in _shards(file)]
     architecture = readers[0].fields["general.architecture"].contents()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -134,8 +137,8 @@ def _gguf_weights(file: Path, config: Mapping[str, Any]) -> WeightReader:
         if tensor is None:
             return None
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        heads = _rotated_heads(name, config)
-        return values[_stored_row_of(len(values), heads)] if heads else values
+        heads = rotated_heads_of(name, find_architecture(config), config)
+        return values[paired_order(len(values), heads).argsort()] if heads else values
 
     return weight
 
@@ -145,18 +148,3 @@ def _shards(file: Path) -> list[Path]:
     if not named:
         return [file]
     return sorted(file.parent.glob(f"{file.name[: named.start()]}-*-of-{named.group(1)}.gguf"))
-
-
-def _rotated_heads(name: str, config: Mapping[str, Any]) -> int:
-    from qlora_kit.export.gguf.architectures import find_architecture
-
-    heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
-    key = next((key for part, key in heads.items() if part in name), None)
-    return int(config[key]) if key and find_architecture(config).pairs_rotary_halves else 0
-
-
-def _stored_row_of(rows: int, heads: int) -> "Tensor":
-    """For each row of the merged model its row in the file, where the two halves of a head alternate."""
-    import torch
-
-    return torch.arange(rows).reshape(heads, rows // heads // 2, 2).transpose(1, 2).reshape(rows)

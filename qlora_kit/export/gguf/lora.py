@@ -14,7 +14,6 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields, find_architecture
 from qlora_kit.export.gguf.metadata import read_config
-from qlora_kit.export.gguf.mixes import ModelShape
 from qlora_kit.export.gguf.tensors import gguf_names, paired_order, rotated_heads_of
 
 if TYPE_CHECKING:
@@ -138,21 +137,14 @@ def lora_pairs(
 
     stored = {name: tensor.float().numpy() for name, tensor in load_file(adapter_dir / ADAPTER_WEIGHTS).items()}
     modules = _adapted_modules(stored)
-    model = ModelShape(
-        architecture=architecture.gguf_name,
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
-    )
-    if "lm_head" in modules and model.tied_embeddings:
+    if "lm_head" in modules and config.get("tie_word_embeddings"):
         what = "this model's output head shares the embedding's weights, and llama.cpp adapts only one of the two"
         raise RecipeError(what, where="lora.targets", fix=_ELSEWHERE)
-    names = gguf_names([f"{module}.weight" for module in modules], architecture, model.layers)
+    names = gguf_names([f"{module}.weight" for module in modules], architecture, config["num_hidden_layers"])
     pairs = []
     for module in modules:
         down, up = (stored[f"{_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
-        heads = rotated_heads_of(f"{module}.weight", architecture, model)
+        heads = rotated_heads_of(f"{module}.weight", architecture, config)
         up = up[paired_order(len(up), heads)] if heads else up
         scaled = np.ascontiguousarray(up * _own_scale(module, len(down), settings), dtype=np.float32)
         pairs.append(LoraPair(names[f"{module}.weight"], down, scaled))

@@ -1,8 +1,7 @@
 """Weights of a Hugging Face folder, read a few rows at a time as float32.
 
 The files are mapped into memory rather than loaded, without torch: a worker process starts in a fraction of a second
-and holds only the rows it converts. Layout: 8 bytes length, a JSON table, then the raw values (the safetensors
-format description, huggingface/safetensors README).
+and holds only the rows it converts.
 """
 
 import json
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.export.merging.read_base import read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,7 @@ def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
 
     Raises:
         RecipeError: there are no such files, or a tensor is not stored in 16, 32 or 64 bits.
+        RunError: a file is truncated or not safetensors.
     """
     files = _weight_files(model_dir)
     if not files:
@@ -67,19 +68,14 @@ def _weight_files(model_dir: Path) -> list[Path]:
 
 
 def _tensors_of(file: Path) -> dict[str, StoredTensor]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        table = json.loads(stream.read(length))
     found = {}
-    for name, entry in table.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _NUMPY_TYPES:
+    for tensor in read_header(file):
+        if tensor.dtype not in _NUMPY_TYPES:
             raise RecipeError(
-                f"{file.name} holds '{name}' as {entry['dtype']}: a GGUF file is made from 16- or 32-bit weights",
+                f"{file.name} holds '{tensor.name}' as {tensor.dtype}: a GGUF file is made from 16- or 32-bit weights",
                 fix="export the merged 16-bit model first, and convert that folder",
             )
-        found[name] = StoredTensor(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        found[tensor.name] = StoredTensor(file, tensor.offset, tensor.dtype, tensor.shape)
     return found
 
 

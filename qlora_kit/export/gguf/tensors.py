@@ -112,7 +112,7 @@ def plan_tensors(
             name=names[source],
             type=tensor_type(names[source], tensor.shape, mix, model, wanted.get(names[source])),
             stored=tensor,
-            rotated_heads=rotated_heads_of(source, architecture, model),
+            rotated_heads=rotated_heads_of(source, architecture, config),
             offset=architecture.norm_offset if names[source].endswith("_norm.weight") else 0.0,
         )
         for source, tensor in stored.items()
@@ -170,13 +170,13 @@ def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) 
     return names
 
 
-def rotated_heads_of(source: str, architecture: Architecture, model: ModelShape) -> int:
+def rotated_heads_of(source: str, architecture: Architecture, config: ConfigFields) -> int:
     """Heads whose rows llama.cpp wants in `paired_order`; 0 where a tensor stays as it is."""
     if not architecture.pairs_rotary_halves:
         return 0
     if ".q_proj." in source:
-        return model.heads
-    return model.kv_heads if ".k_proj." in source else 0
+        return int(config["num_attention_heads"])
+    return int(config["num_key_value_heads"]) if ".k_proj." in source else 0
 
 
 def _place(name: str) -> tuple[int, str]:
