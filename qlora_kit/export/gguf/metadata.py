@@ -14,6 +14,7 @@ from qlora_kit.export.gguf.architectures import (
     rope_settings,
     rotary_width,
 )
+from qlora_kit.export.licence import front_matter
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, f
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    card = _model_card(model_dir)
+    card = front_matter(model_dir / "README.md")
     licence = card.get("license") or config.get("license")
     if isinstance(licence, str):
         writer.add_license(licence)
@@ -70,18 +71,6 @@ def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, f
     languages = card.get("language")
     if languages:
         writer.add_languages([str(entry) for entry in (languages if isinstance(languages, list) else [languages])])
-
-
-def _model_card(model_dir: Path) -> Mapping[str, Any]:
-    from huggingface_hub import metadata_load
-
-    readme = model_dir / "README.md"
-    if not readme.is_file():
-        return {}
-    try:
-        return metadata_load(readme) or {}
-    except ValueError:
-        return {}  # a licence line is not worth failing an export for
 
 
 def add_hyper_parameters(writer: Any, architecture: Architecture, config: ConfigFields, vocabulary: int) -> None:

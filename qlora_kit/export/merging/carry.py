@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.export.licence import licence_files
 from qlora_kit.export.merging.plan import Plan
 
 GENERATION = "generation_config.json"
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
@@ -44,8 +44,8 @@ def carry_files(base: Path, plan: Plan, out: Path) -> None:
 
 def carried(base: Path) -> list[Path]:
     """The files of a base that every model made from it keeps."""
-    found = [path for pattern in (GENERATION, *LICENCES) for path in base.glob(pattern) if path.is_file()]
-    return sorted(set(found))
+    generation = base / GENERATION
+    return sorted({*licence_files(base), *([generation] if generation.is_file() else [])})
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

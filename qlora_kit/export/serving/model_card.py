@@ -8,9 +8,9 @@ from typing import Any
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.export.licence import Licence, licence_files, read_licence
 from qlora_kit.export.serving.commands import Served, serve_commands
 from qlora_kit.export.serving.facts import ServingFacts
-from qlora_kit.export.serving.licence import Licence, licence_files, read_licence
 from qlora_kit.export.serving.lock import LOCK, data_hashes
 
 MODEL_CARD = "README.md"

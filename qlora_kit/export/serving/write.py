@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from qlora_kit.export.licence import copy_licence
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import write_generation_config
-from qlora_kit.export.serving.licence import copy_licence
 from qlora_kit.export.serving.lock import write_lock
 from qlora_kit.export.serving.model_card import write_model_card
 from qlora_kit.export.serving.modelfile import write_modelfile

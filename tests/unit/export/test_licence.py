@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.export.serving.licence import Licence, copy_licence, read_licence
+from qlora_kit.export.licence import Licence, copy_licence, read_licence
 
 
 def test_the_cards_own_words(base: Path) -> None:

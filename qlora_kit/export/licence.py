@@ -38,7 +38,7 @@ def licence_files(base_folder: Path) -> list[Path]:
 
 def read_licence(base_folder: Path) -> Licence:
     """The licence by the base's README.md, else by the text of its licence file."""
-    card = _front_matter(base_folder / "README.md")
+    card = front_matter(base_folder / "README.md")
     if isinstance(card.get("license"), str):
         return Licence(card["license"], _text(card, "license_name"), _text(card, "license_link"))
     for path in licence_files(base_folder):
@@ -58,7 +58,8 @@ def copy_licence(base_folder: Path, folder: Path) -> list[str]:
     return names
 
 
-def _front_matter(readme: Path) -> Mapping[str, Any]:
+def front_matter(readme: Path) -> Mapping[str, Any]:
+    """The facts at the head of a model card; none where it is absent or damaged."""
     if not readme.is_file():
         return {}
     from huggingface_hub import metadata_load
