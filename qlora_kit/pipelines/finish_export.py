@@ -1,7 +1,7 @@
 """What is done with a file once it is written: it is scored, made ready to serve, checked, and recorded."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.serving.commands import Served, serve_commands
+from qlora_kit.export.serving.commands import serve_commands
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
+from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.export.targets.table import READERS, ExportJob
 from qlora_kit.pipelines.opened_run import OpenedRun
@@ -66,19 +67,20 @@ def finish(
         merged: the 16-bit folder that it was made from.
     """
     fidelity = _fidelity(opened, job, folder, reference) if reference else None
-    faults: list[str] = []
-    if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
-        faults.append(f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}")
-    facts = _facts(opened, job, fidelity, max_mean_kl, rejected=bool(faults))
+    facts = _facts(opened, job, fidelity)
     write_serving_files(folder, facts)
     stops = served_stop_ids(opened.base_folder, opened.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, opened.tokenizer, stops)
-    faults += [str(failure) for failure in contract.failures]
     servers = check_servers(facts.format, folder, job.file)
-    faults += [f"{check.server}: {problem}" for check in servers for problem in check.problems]
+    faults = (
+        *_too_far(fidelity, max_mean_kl),
+        *map(str, contract.failures),
+        *(f"{check.server}: {problem}" for check in servers for problem in check.problems),
+    )
+    if faults:
+        write_model_card(folder, replace(facts, faults=faults))
     for note in contract.notes:
         say(f"{job.name}: {note}")
-    served = Served(job.name, str(opened.directory.exports / job.name), job.file, facts.base.shown)
     Manifest(
         name=job.name,
         format=job.format,
@@ -95,9 +97,12 @@ def finish(
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
         survival=record(survival(job, folder, merged, opened.directory.adapter)),
-        serve=[asdict(command) for command in serve_commands(facts.kind, served)],
+        serve=[
+            asdict(command)
+            for command in serve_commands(facts.kind, served_of(facts, str(opened.directory.exports / job.name)))
+        ],
     ).write(folder)
-    return Finished(fidelity, tuple(faults), seconds)
+    return Finished(fidelity, faults, seconds)
 
 
 def adapter_base(opened: OpenedRun) -> AdapterBase:
@@ -113,9 +118,12 @@ def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, reference: Refere
         scorer.close()
 
 
-def _facts(
-    opened: OpenedRun, job: ExportJob, fidelity: Fidelity | None, max_mean_kl: float | None, *, rejected: bool
-) -> ServingFacts:
+def _too_far(fidelity: Fidelity | None, max_mean_kl: float | None) -> Iterator[str]:
+    if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
+        yield f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}"
+
+
+def _facts(opened: OpenedRun, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
     recipe = opened.recipe
     return ServingFacts(
         name=job.name,
@@ -127,6 +135,4 @@ def _facts(
         run=opened.directory,
         seed=recipe.trainer.seed,
         fidelity=asdict(fidelity) if fidelity else {},
-        max_mean_kl=max_mean_kl,
-        rejected=rejected,
     )

@@ -66,6 +66,7 @@ def _artifact(
         tokens_per_second=number_of(row, "tokens_per_second") if row.get("answered") else None,
         seconds=number_of(manifest, "seconds"),
         rejected=bool(manifest.get("rejected", False)),
+        faults=_words(manifest.get("faults")),
         max_mean_kl=number_of(manifest, "max_mean_kl"),
         is_evaluated="answered" in row,
         loss_change=number_of(fit, "loss_change"),
@@ -73,6 +74,10 @@ def _artifact(
         others=_others(row),
         serve=_commands(manifest.get("serve")),
     )
+
+
+def _words(found: object) -> list[str]:
+    return [str(one) for one in found] if isinstance(found, list) else []
 
 
 def _others(row: Mapping[str, Any]) -> dict[str, float]:

@@ -53,7 +53,8 @@ class Artifact:
         task: share of right answers.
         stops: share of answers that ended by themselves.
         seconds: to write it.
-        rejected: its KL is above `max_mean_kl`.
+        rejected: it must not be served.
+        faults: why, in words; a record that names none was rejected for its KL.
         is_evaluated: whether `eval` scored it; else the numbers are those of the export.
         loss_change: loss less that of the adapter on the same tokens.
         intervals: lowest and highest value at 95% confidence, by the name of the field.
@@ -75,6 +76,7 @@ class Artifact:
     tokens_per_second: float | None = None
     seconds: float | None = None
     rejected: bool = False
+    faults: Sequence[str] = ()
     max_mean_kl: float | None = None
     is_evaluated: bool = False
     loss_change: float | None = None

@@ -119,7 +119,9 @@ def remarks(artifacts: Sequence[Artifact]) -> list[str]:
     for one in artifacts:
         if not one.is_export:
             continue
-        if one.rejected:
+        if one.rejected and one.faults:
+            said += [f"{one.name} is rejected: {fault}" for fault in one.faults]
+        elif one.rejected:
             kl = "" if one.mean_kl is None else f", {decimals(5)(one.mean_kl)},"
             bound = "its bound" if one.max_mean_kl is None else f"its bound, export.max_mean_kl={one.max_mean_kl:g}"
             said.append(f"{one.name} is rejected: its mean KL{kl} is above {bound}.")
@@ -142,7 +144,7 @@ def _explanation(artifacts: Sequence[Artifact]) -> str:
     if "kept" in states:
         said.append("Kept: the mean KL is within export.max_mean_kl.")
     if "no bound" in states:
-        said.append("No bound: export.max_mean_kl was not set, so nothing was rejected.")
+        said.append("No bound: export.max_mean_kl was not set, so no KL is too large.")
     return text(" ".join(said))
 
 

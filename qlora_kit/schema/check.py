@@ -21,6 +21,7 @@ from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.tracker import TrackerName
 
 RECOMPUTE = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
+EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
     LoraInit.corda: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -170,6 +171,8 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
     names = [name for group in targets for name in group]
     if not names:
         yield Finding("export", "no export is named", "export=[gguf_q4_k_m]")
+    for name in sorted(EVAL_NAMES.keys() & set(names)):
+        yield Finding("export", f"an export cannot be named {name}: that is what eval calls the {EVAL_NAMES[name]}")
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Finding("export", f"two exports are named {name}; each gets a folder of its own")
     for name, gptq in export.gptq.items():

@@ -144,7 +144,9 @@ def test_a_file_outside_its_bound_is_rejected(exported):
     assert done.returncode == 3
     assert "gguf_q2_k is rejected: mean KL" in done.stderr
     assert "is above export.max_mean_kl=1e-06" in done.stderr
-    assert read_json(only_run(folder) / "exports" / "gguf_q2_k" / "manifest.json")["rejected"] is True
+    rejected = only_run(folder) / "exports" / "gguf_q2_k"
+    assert read_json(rejected / "manifest.json")["rejected"] is True
+    assert "**Rejected**, do not serve this file" in (rejected / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("place", ["latest", "exports/gguf_q8_0", "exports/merged_16bit"])

@@ -1,6 +1,6 @@
 """What the serving files are written from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,7 @@ class ServingFacts:
         run: None for a base that was never trained.
         seed: of the run.
         fidelity: measured values by name.
-        max_mean_kl: the bound that the artifact was held to.
-        rejected: whether it missed the bound.
+        faults: why the artifact is rejected; none for a good one.
     """
 
     name: str
@@ -59,8 +58,7 @@ class ServingFacts:
     run: RunDirectory | None = None
     seed: int | None = None
     fidelity: Mapping[str, object] = field(default_factory=dict)
-    max_mean_kl: float | None = None
-    rejected: bool = False
+    faults: Sequence[str] = ()
 
     @property
     def kind(self) -> str:

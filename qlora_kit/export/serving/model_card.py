@@ -53,6 +53,7 @@ def model_card(facts: ServingFacts) -> str:
         f"# {facts.name}",
         "",
         f"{_what(facts)} Written by qlora-kit {__version__}; `{LOCK}` says from what.",
+        *_rejection(facts),
         *_measured(facts),
         *_trained_on(facts.run),
         *_serving(facts),
@@ -88,14 +89,17 @@ def _what(facts: ServingFacts) -> str:
     return f"{facts.base.shown}{at}, {done}, as {form}."
 
 
+def _rejection(facts: ServingFacts) -> Iterator[str]:
+    if facts.faults:
+        yield from ("", "**Rejected**, do not serve this file:", "", *(f"- {fault}" for fault in facts.faults))
+
+
 def _measured(facts: ServingFacts) -> Iterator[str]:
     rows = list(_measured_rows(facts.fidelity))
     if not rows:
         return
     reference = "the model that was trained (base and adapter)" if facts.run is not None else "the base"
     yield from ("", "## Measured", "", f"This very file, on held-out rows, against {reference}.", "")
-    if facts.rejected:
-        yield from (f"**Rejected:** its mean KL is above the bound of {facts.max_mean_kl}.", "")
     yield from ("| | value |", "|---|---:|")
     for label, value in rows:
         yield f"| {label} | {value} |"
@@ -127,15 +131,20 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
             yield from ("", f"{result['steps']:.0f} steps, training loss {result['final_loss']:.4f} at the end.")
 
 
-def _serving(facts: ServingFacts) -> Iterator[str]:
-    served = Served(
+def served_of(facts: ServingFacts, folder: str = ".") -> Served:
+    """What stands in the commands that serve an artifact, for a reader who sees it at `folder`."""
+    return Served(
         name=facts.name,
+        folder=folder,
         file=facts.file,
         base=facts.base.hub_id or facts.base.shown,
         rank=_rank(facts),
         fp8_cache=facts.settings.get("kv_cache_fp8") is True,
     )
-    commands = serve_commands(facts.kind, served)
+
+
+def _serving(facts: ServingFacts) -> Iterator[str]:
+    commands = serve_commands(facts.kind, served_of(facts))
     if commands:
         yield from ("", "## Serve", "", "Run these in this folder.")
     for command in commands:

@@ -108,7 +108,7 @@ def test_keys_names_and_shapes_are_llama_cpps(trained: Trained, tmp_path: Path) 
     assert shapes["blk.1.attn_k.weight.lora_b"] == (4, 128)
     assert shapes["blk.0.ffn_down.weight.lora_a"] == (512, 16)
     assert len(shapes) == 2 * 2 * 7
-    assert {path.name for path in out.iterdir()} == {FILE, "README.md"}
+    assert {path.name for path in out.iterdir()} == {FILE}
 
 
 def test_only_query_and_key_rows_change_places(trained: Trained, tmp_path: Path) -> None:
@@ -138,28 +138,11 @@ def test_peft_form_names_the_base_and_nothing_local(trained: Trained, tmp_path: 
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (adapter / weights).read_bytes()
     beside = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    assert {path.name for path in out.iterdir()} == {"adapter_config.json", weights, "README.md", *beside}
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", weights, *beside}
     assert all((out / name).read_bytes() == (base / name).read_bytes() for name in beside)
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in out.iterdir())
     wanted = log_probabilities(base, adapter)
     assert np.array_equal(log_probabilities(base, out), wanted)
-
-
-def test_the_card_says_how_to_serve_it(trained: Trained, tmp_path: Path) -> None:
-    card = (write(trained, tmp_path / "hub", PEFT) / "README.md").read_text()
-    assert card.startswith("---\nbase_model: owner/model\n")
-    assert f"vllm serve owner/model --revision {HUB.revision} --enable-lora --max-lora-rank 16 " in card
-    card = (write(trained, tmp_path / "local", GGUF, BaseName("/models/mine")) / "README.md").read_text()
-    # The hub takes no path for a base.
-    assert "base_model" not in card
-    assert f"--lora {FILE}" in card
-
-
-def test_the_card_warns_of_what_servers_do_not_load(tmp_path: Path) -> None:
-    trained = train("llama", tmp_path, LoraConfig(r=40, use_dora=True))
-    card = (write(trained, tmp_path / "out", PEFT) / "README.md").read_text()
-    assert "It holds DoRA, which peft loads and vLLM does not." in card
-    assert "--max-lora-rank 64" in card
 
 
 def dora(base: Path, adapter: Path) -> None:

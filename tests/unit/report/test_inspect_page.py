@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,46 +16,12 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.report.histogram import histogram
 from qlora_kit.report.inspect_page import InspectPage, inspect_page, verdict
 from qlora_kit.report.page import page, text, write_page
+from tests.html_reader import read
 from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import FAMILIES, smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
 NASTY = '</style><script>alert("x")</script>&amp;\'"\t\n\x00\x1b\x93\ud800<img src=//evil.example/x onerror=1>'
-VOID = {"meta", "input", "wbr"}
-
-
-class Reader(HTMLParser):
-    """Checks that tags nest, and collects tags, attributes and text."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return "".join(self.texts)
-
-
-def read(html):
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 @pytest.fixture

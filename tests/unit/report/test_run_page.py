@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -14,9 +13,9 @@ from qlora_kit.report.run_page_fidelity import fidelity_table, remarks, size_aga
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.report.run_page_record import hardware_of
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
+from tests.html_reader import read
 
 NASTY = '</style><script>alert("x")</script>&\x00<img src=//evil.example/x onerror=1>'
-VOID = {"meta", "wbr"}
 SPLIT = {"rows": 100, "tokens": 5000, "trained_tokens": 1250, "longest_row": 71, "max_tokens": 256}
 SOURCE = {
     "name": "chats",
@@ -27,36 +26,6 @@ SOURCE = {
     "sha256": {"a.jsonl": "ab12"},
 }
 FIT = {"loss": 0.5, "mean_kl": 0.0125, "p99_kl": 0.25, "same_top": 0.97, "positions": 390}
-
-
-class Reader(HTMLParser):
-    """Checks that tags nest, and collects tags and text."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-def read(html):
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 def text_of(html):
@@ -318,3 +287,11 @@ def test_hardware_in_words():
     gpus = ["NVIDIA H100 80GB HBM3"] * 2
     assert hardware_of(Environment(gpus=gpus, cuda="13.0")) == "2 x NVIDIA H100 80GB HBM3, CUDA 13.0"
     assert hardware_of(Environment(cpu_count=1)) == "1 CPU core"
+
+
+def test_a_rejection_is_told_in_the_manifests_words(finished):
+    faults = ["conversation 3: the template gives other tokens", "vLLM: there is no config.json"]
+    for found, told in ((faults, faults), ("damaged", ["its mean KL is above its bound."])):
+        put(finished.exports / "odd" / "manifest.json", {"format": "awq", "rejected": True, "faults": found})
+        said = text_of(run_page(read_run(finished)))
+        assert all(f"odd is rejected: {fault}" in said for fault in told)

@@ -9,7 +9,15 @@ from qlora_kit.schema.check import check, check_targets
 from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.eval import EvalConfig
-from qlora_kit.schema.export import AwqTarget, ExportConfig, GgufTarget, GptqTarget, MergedTarget
+from qlora_kit.schema.export import (
+    AwqTarget,
+    CompressedTarget,
+    ExportConfig,
+    GgufMix,
+    GgufTarget,
+    GptqTarget,
+    MergedTarget,
+)
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
@@ -221,6 +229,18 @@ EXPORT = {
         "two exports are named a; each gets a folder of its own",
         "",
     ),
+    "a name that eval has": (
+        ExportConfig(gguf={"adapter": GgufTarget()}),
+        "export",
+        "an export cannot be named adapter: that is what eval calls the trained model",
+        "",
+    ),
+    "a type that needs a matrix": (
+        ExportConfig(gguf={"a": GgufTarget(mix=GgufMix.IQ2_XS, imatrix=False)}),
+        "export.gguf.a.imatrix",
+        "IQ2_XS files are garbage without an importance matrix",
+        "export.gguf.a.imatrix=true",
+    ),
     "GPTQ bits": (
         ExportConfig(gptq={"a": GptqTarget(bits=5)}),
         "export.gptq.a.bits",
@@ -254,6 +274,7 @@ def test_findings_of_an_export(case):
         (ExportConfig(gguf={"a": GgufTarget()}), "libgguf", "gguf"),
         (ExportConfig(gptq={"a": GptqTarget()}), "gptqmodel", "gptq"),
         (ExportConfig(awq={"a": AwqTarget()}), "gptqmodel", "gptq"),
+        (ExportConfig(compressed={"a": CompressedTarget()}), "llmcompressor", "compressed"),
     ],
 )
 def test_an_export_whose_package_is_missing(monkeypatch, config, module, extra):

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 from qlora_kit.export.serving.facts import BaseFacts
-from qlora_kit.export.serving.model_card import model_card, write_model_card
+from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
 from tests.unit.export.serving.conftest import SECRET, Made
 
 
@@ -54,9 +54,8 @@ def test_measured_values_are_in_a_table(facts: Made) -> None:
 
 
 def test_a_rejected_file_says_so_and_an_unmeasured_one_claims_nothing(facts: Made) -> None:
-    assert "**Rejected:** its mean KL is above the bound of 0.001." in model_card(
-        facts(rejected=True, max_mean_kl=0.001)
-    )
+    card = model_card(facts(faults=("mean KL 0.0043 is above export.max_mean_kl=0.001", "vLLM: no config.json")))
+    assert "**Rejected**, do not serve this file:\n\n- mean KL 0.0043 is above export.max_mean_kl=0.001\n- vLLM" in card
     assert "Measured" not in model_card(facts(fidelity={}))
 
 
@@ -83,3 +82,8 @@ def test_commands_and_licence(facts: Made) -> None:
 def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> None:
     card = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
     assert "vllm serve owner/Tiny-1B --enable-lora --lora-modules tiny_q4=. --max-lora-rank 64" in card
+
+
+def test_the_commands_hold_the_adapters_largest_rank_and_where_it_lies(facts: Made) -> None:
+    served = served_of(facts(format="adapter", file="."), "/runs/tiny")
+    assert (served.rank, served.folder, served.name) == (48, "/runs/tiny", "tiny_q4")
