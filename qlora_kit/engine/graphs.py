@@ -103,7 +103,7 @@ class LayerGraphs:
             self._begin(shape, h)
         if not self._replays:
             return compute(h, settings)
-        if place not in self.recorded and shape is not None:
+        if place not in self.recorded and shape is not None and not self._is_off:
             self._try_to_record(place, compute, h, settings, parameters, shape)
         known = self.recorded.get(place)
         if known is None or known.shape != shape or not self._feed(known, h, settings):
@@ -122,7 +122,7 @@ class LayerGraphs:
         self._fed.clear()
         self._statics.clear()
         due = self._turns.is_due(shape) and not self._is_off
-        if self.recorded and (self._is_stale or not due):
+        if self._is_stale or not due:
             self._drop()
         if due and not self.recorded:
             due = self._open(h)
@@ -145,7 +145,7 @@ class LayerGraphs:
         say(f"layers are started kernel by kernel, not recorded as CUDA graphs: {why}")
 
     def _drop(self) -> None:
-        if not self.recorded:
+        if self._memory is None:
             return
         torch.cuda.synchronize()
         self.recorded, self.gradient, self._memory, self._replays = {}, None, None, False
@@ -170,8 +170,9 @@ class LayerGraphs:
             assert self.gradient is not None and self._memory is not None
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            self.recorded[place] = Recorded(shape, fixed, start, parameters, self.gradient)
-            self.recorded[place].record(partial(compute, settings=given), self._memory)
+            recorded = Recorded(shape, fixed, start, parameters, self.gradient)
+            recorded.record(partial(compute, settings=given), self._memory)
+            self.recorded[place] = recorded
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
 

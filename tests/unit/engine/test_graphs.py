@@ -2,7 +2,8 @@
 
 import torch
 
-from qlora_kit.engine.graphs import REPEATS, Turns, shape_of
+from qlora_kit.engine import graphs
+from qlora_kit.engine.graphs import REPEATS, LayerGraphs, Turns, shape_of
 
 
 def due(turns, shape, times):
@@ -60,3 +61,30 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
     h = torch.zeros(2, 5, 4)
     assert shape_of(h, {"past_key_values": object()}) is None
     assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
+
+
+class Fails:
+    """A recording that CUDA refuses half-way."""
+
+    def __init__(self, *_):
+        pass
+
+    def record(self, *_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monkeypatch, capsys):
+    def opened(self, h):
+        self._memory, self.gradient = object(), torch.empty_like(h)
+        return True
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graphs, "Recorded", Fails)
+    monkeypatch.setattr(LayerGraphs, "_open", opened)
+    made, h = LayerGraphs(), torch.ones(1, 2, 3)
+    for _ in range(2 * REPEATS + 2):
+        for place in (0, 1):
+            assert torch.equal(made.run(place, lambda hidden, settings: hidden * 2, h, {}, []), h * 2)
+        assert not made.recorded
+    assert made.gradient is None
+    assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted") == 1
