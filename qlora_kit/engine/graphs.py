@@ -21,6 +21,7 @@ from qlora_kit.core.units import human_bytes
 from qlora_kit.engine.recorded import GraphMemory, Recorded
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
+MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
 SPARE = 1.1  # memory that has to be free, for what a step was seen to take: pools do not share their gaps
 
 
@@ -86,6 +87,7 @@ class LayerGraphs:
         self._replays = False
         self._is_off = False
         self._is_stale = False
+        self._misfits = 0
         self._statics: dict[Hashable, Tensor] = {}
         self._memory: GraphMemory | None = None
 
@@ -121,6 +123,9 @@ class LayerGraphs:
         self.turn += 1
         self._fed.clear()
         self._statics.clear()
+        self._misfits += self._is_stale
+        if self._misfits > MOST_MISFITS and not self._is_off:
+            self._give_up("they are called with other settings from step to step")
         due = self._turns.is_due(shape) and not self._is_off
         if self._is_stale or not due:
             self._drop()

@@ -3,7 +3,7 @@
 import torch
 
 from qlora_kit.engine import graphs
-from qlora_kit.engine.graphs import REPEATS, LayerGraphs, Turns, shape_of
+from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Turns, shape_of
 
 
 def due(turns, shape, times):
@@ -63,6 +63,16 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
     assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
 
 
+def without_cuda(monkeypatch, recorded):
+    def opened(self, h):
+        self._memory, self.gradient = object(), torch.empty_like(h)
+        return True
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graphs, "Recorded", recorded)
+    monkeypatch.setattr(LayerGraphs, "_open", opened)
+
+
 class Fails:
     """A recording that CUDA refuses half-way."""
 
@@ -74,13 +84,7 @@ class Fails:
 
 
 def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monkeypatch, capsys):
-    def opened(self, h):
-        self._memory, self.gradient = object(), torch.empty_like(h)
-        return True
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(graphs, "Recorded", Fails)
-    monkeypatch.setattr(LayerGraphs, "_open", opened)
+    without_cuda(monkeypatch, Fails)
     made, h = LayerGraphs(), torch.ones(1, 2, 3)
     for _ in range(2 * REPEATS + 2):
         for place in (0, 1):
@@ -88,3 +92,25 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monke
         assert not made.recorded
     assert made.gradient is None
     assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted") == 1
+
+
+class Misfit:
+    """A recording that fits no later pass."""
+
+    def __init__(self, *_):
+        self.shape = "another"
+
+    def record(self, *_):
+        made.append(self)
+
+
+made = []
+
+
+def test_layers_that_never_fit_their_recordings_are_left_alone(monkeypatch, capsys):
+    without_cuda(monkeypatch, Misfit)
+    layers, h = LayerGraphs(), torch.ones(1, 2, 3)
+    for _ in range(10 * REPEATS):
+        assert torch.equal(layers.run(0, lambda hidden, settings: hidden * 2, h, {}, []), h * 2)
+    assert len(made) == MOST_MISFITS + 1
+    assert capsys.readouterr().err.count("called with other settings from step to step") == 1
