@@ -125,7 +125,7 @@ def _open_gguf_adapter(path: Path, base: AdapterBase, pad_token_id: int) -> Scor
     from qlora_kit.evaluation.llama_lora import LlamaCppLora
 
     # Beside the exports, where there is room for a model; a temporary folder may lie in memory.
-    with tempfile.TemporaryDirectory(prefix=".base.", dir=path.resolve().parent.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".base.", suffix=".partial", dir=path.resolve().parent.parent) as folder:
         file = Path(folder) / "base.gguf"
         base.write_gguf(base.folder, file)
         # llama.cpp maps the file into memory, and what is mapped outlives its name.

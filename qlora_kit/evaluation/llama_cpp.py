@@ -44,7 +44,7 @@ class LlamaCppModel:
         if not gguf_file.is_file():
             raise RunError(f"no GGUF file at {gguf_file}")
         self._file = gguf_file
-        self._threads = threads or _default_threads()
+        self._threads = threads or default_threads()
         self._server: ServerEngine | None = None
         self._engine = self._open_server() if through_server else self._open_engine()
         self._generated = 0
@@ -145,7 +145,7 @@ class LlamaCppModel:
         return self._server
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
     # One core stays free: the threads wait for each other many times a token, and where one of them finds its core
     # taken all stand still. Measured on two busy cores: 1 token/s with two threads, 44 with one.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
-from qlora_kit.evaluation.llama_cpp import _default_threads
+from qlora_kit.evaluation.llama_cpp import default_threads
 from qlora_kit.evaluation.llama_library import LibraryEngine, LibraryUnusable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class LlamaCppLora:
     def __init__(self, base_file: Path, lora_file: Path, *, threads: int | None = None) -> None:
         require("xllamacpp", "scoring a GGUF file")
         try:
-            self._engine = _LoraEngine(base_file, lora_file, threads or _default_threads())
+            self._engine = _LoraEngine(base_file, lora_file, threads or default_threads())
         except LibraryUnusable as error:
             what = f"this xllamacpp cannot load an adapter: {error}"
             raise RunError(what, fix="pip install 'xllamacpp==2026.10.11549'") from error

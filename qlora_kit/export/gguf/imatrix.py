@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.extras import require
 from qlora_kit.export.gguf.architectures import find_architecture
 from qlora_kit.export.gguf.metadata import read_config
 from qlora_kit.export.gguf.safetensors_rows import StoredTensor, find_tensors, read_rows
 from qlora_kit.export.gguf.tensors import gguf_names
+from qlora_kit.export.gguf.whole_file import whole_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,11 +59,8 @@ class ImportanceMatrix:
         """Write llama.cpp's own imatrix file, as `llama-quantize --imatrix` reads it; complete or absent."""
         import numpy as np
 
-        gguf = require("gguf", "writing an importance matrix")
-        partial = out_file.with_name(f".{out_file.name}.partial")
-        writer = gguf.GGUFWriter(partial, "")
         tokens = sum(len(row) for row in self.rows)
-        try:
+        with whole_gguf(out_file, "", "writing an importance matrix") as writer:
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", ["training rows and general text"])
             writer.add_uint32("imatrix.chunk_count", len(self.rows))
@@ -71,14 +68,6 @@ class ImportanceMatrix:
             for name, values in self.means.items():
                 writer.add_tensor(f"{name}.in_sum2", (values * np.float32(tokens)).reshape(1, -1))
                 writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            partial.replace(out_file)
-        finally:
-            writer.close()
-            partial.unlink(missing_ok=True)
 
 
 def _usable(name: str, means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields, find_architecture
 from qlora_kit.export.gguf.metadata import read_config
 from qlora_kit.export.gguf.tensors import gguf_names, paired_order, rotated_heads_of
+from qlora_kit.export.gguf.whole_file import whole_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,28 +52,17 @@ def write_lora_gguf(adapter_dir: Path, model_dir: Path, out_file: Path, base_nam
     Raises:
         RecipeError: llama.cpp has no place for what the adapter holds.
     """
-    gguf = require("gguf", "writing a GGUF file")
     settings = read_json(adapter_dir / ADAPTER_SETTINGS)
     refuse_changed_base(settings)
     _refuse(settings)
     config = read_config(model_dir)
     architecture = find_architecture(config)
     pairs = lora_pairs(adapter_dir, settings, architecture, config)
-    partial = out_file.with_name(f".{out_file.name}.partial")
-    writer = gguf.GGUFWriter(partial, architecture.gguf_name)
-    try:
+    with whole_gguf(out_file, architecture.gguf_name, "writing a GGUF file") as writer:
         _add_keys(writer, f"{base_name} adapter", base_name, float(settings["lora_alpha"]))
         for pair in pairs:
             writer.add_tensor(f"{pair.name}.lora_a", pair.down)
             writer.add_tensor(f"{pair.name}.lora_b", pair.up)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(out_file)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
     return len(pairs)
 
 
