@@ -245,10 +245,10 @@ def _rope(
     half: tl.constexpr = width // 2
     token = (tl.program_id(1) * tokens_each + tl.arange(0, tokens_each)).to(tl.int64)
     lane = tl.arange(0, lanes)
-    start = tl.program_id(0) * head_dim
-    # A lane without a column points behind the last one, where nothing is read or written.
-    first = tl.where(lane < half, start + lane, columns)
-    second = tl.where(lane < half, start + half + lane, columns)
+    # Places stay plain sums: a choice among them would hide that lanes are neighbours, and each value would be loaded
+    # by itself (0.39 against 0.05 ms for the queries of an 8B model at 8,192 tokens on an H100).
+    first = tl.program_id(0) * head_dim + lane
+    second = first + half
     inside = (token < tokens)[:, None] & (lane < half)[None, :]
     a = _plus_jit(
         tl.load(x + token[:, None] * x_step + first[None, :], mask=inside, other=0.0), left, right, left_step,
