@@ -61,6 +61,34 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             undo()
         self.undo = ()
 
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """One micro-batch forward and backward; its loss, detached.
+
+        transformers puts every module into training mode before every batch, and the GPU waits for that: 5 ms for the
+        3,000 modules of an 8B model. Here it is done where the model is not in that mode.
+        """
+        if not model.training or num_items_in_batch is None or self.args.n_gpu > 1 or self._is_not_plain:
+            done: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return done
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate for a batch, six for each weight and token, with the weights counted once."""
+        return 6 * int(inputs["input_ids"].numel()) * self._counted_weights
+
+    @cached_property
+    def _counted_weights(self) -> int:
+        return int(self.model.get_base_model().num_parameters(exclude_embeddings=True))
+
     def compute_loss(
         self,
         model: torch.nn.Module,

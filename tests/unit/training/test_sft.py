@@ -233,3 +233,29 @@ def test_a_leak_ends_the_run(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
     with pytest.raises(RunError, match="packed samples read each other with sdpa"):
         trainer_for(base, recipe_for(Batching.packed), *rows, tmp_path)
+
+
+def gradients(model):
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+@pytest.mark.parametrize("starts_in_training", [True, False])
+def test_a_step_is_that_of_transformers(built, starts_in_training):
+    trainer = built()
+    model = trainer.model
+    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    loss = SFTTrainer.training_step(trainer, model, batch, items)
+    expected = gradients(model)
+    model.zero_grad()
+    model.train(starts_in_training)
+    torch.testing.assert_close(trainer.training_step(model, batch, items), loss, rtol=0, atol=0)
+    assert all(module.training for module in model.modules())
+    found = gradients(model)
+    assert found.keys() == expected.keys() and len(found) > 0
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_batch_counts_as_many_operations_as_with_transformers(built):
+    trainer = built()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.floating_point_ops(batch) == SFTTrainer.floating_point_ops(trainer, batch) > 0
