@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
-from qlora_kit.engine.fp8 import weight_for
+from qlora_kit.engine.fp8 import Fp8Weight, weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs
 from qlora_kit.schema.engine import EngineConfig
@@ -156,6 +156,22 @@ class FastEngine:
         self._let_go()
         for layer, level in zip(self.layers, levels, strict=True):
             layer.level = level
+
+    def keep_copies(self, room: float) -> int:
+        """Keep every weight that is multiplied in fp8 in fp8 as well, if all of them fit into so many bytes.
+
+        Returns:
+            The bytes taken; 0 where they do not fit, or nothing is in fp8.
+        """
+        weights = [linear.weight for layer in self.layers if layer.parts for linear in layer.parts.linears]
+        rounded = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+        taken = sum(weight.copies_bytes for weight in rounded)
+        if taken > room:
+            return 0
+        self._let_go()
+        for weight in rounded:
+            weight.keep_copies()
+        return taken
 
     def undo(self) -> None:
         """Give every layer its own forward back."""

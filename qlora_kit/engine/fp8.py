@@ -121,8 +121,20 @@ class Fp8Weight:
         self._row_scale, self._row_inverse = _scales(absmax.amax(dim=1))
         block_scale, self._block_inverse = _scales(absmax.amax(dim=0))
         self._column_scale = block_scale.repeat_interleave(weight.block_size, dim=1)
-        self._kept = self._rows() if cache and self.is_forward_fp8 else None
-        self._kept_transposed = self._transposed() if cache else None
+        self._kept: Tensor | None = None
+        self._kept_transposed: Tensor | None = None
+        if cache:
+            self.keep_copies()
+
+    @property
+    def copies_bytes(self) -> int:
+        """Memory that `keep_copies` takes: a byte per value and layout."""
+        return (2 if self.is_forward_fp8 else 1) * self.in_features * self.out_features
+
+    def keep_copies(self) -> None:
+        """Unpack once and for all instead of for each product; the numbers are the same."""
+        self._kept = self._rows() if self.is_forward_fp8 else None
+        self._kept_transposed = self._transposed()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, in]` times the transpose of the weight: `[T, out]`, in the format of `x`."""
@@ -145,12 +157,6 @@ class Fp8Weight:
 
     def _transposed(self) -> Tensor:
         return self._weight.fp8_transposed(self._block_inverse[0])
-
-
-def cached_bytes(linear: Any, compute: Compute) -> int:
-    """Memory that `cache` takes for one weight, in bytes."""
-    copies = {Compute.bf16: 0, Compute.fp8_backward: 1, Compute.fp8: 2}[compute]
-    return copies * int(linear.in_features) * int(linear.out_features)
 
 
 def weight_for(

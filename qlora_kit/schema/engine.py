@@ -27,6 +27,10 @@ class EngineConfig(Sealed):
 
     mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is; fast runs the same maths by hand.")
     compute: Compute = knob(Compute.bf16, "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways.")
+    fp8_copies: bool = knob(
+        True,
+        "fp8: weights are kept in fp8 too, one or two bytes each, where half of the memory left over is enough.",
+    )
     recompute: str = knob(
         "auto",
         "What is computed again in the backward pass: none, all, a budget such as 20GB for what is kept, or auto.",

@@ -1,5 +1,7 @@
 """The recipe's engine on a model that is about to be trained, and what its memory allows each layer to keep."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ from qlora_kit.engine.recompute import (
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
+from qlora_kit.schema.model import ModelShape
 
 TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weight
 # Beside a tile of logits the head and the norm before it hold, for each hidden value of a token: two copies of 32 bits
 # and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
 HEAD_BYTES = 22
-LAYER_AGAIN = 2  # the level that computes a whole layer again
+WHATEVER_IS_FREE = {Amount.none: 0, Amount.all: 2}  # the level of every layer: nothing, or a whole layer again
+COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies in fp8: recordings and longer rows need some
 
 
 def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
@@ -45,8 +49,12 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
         say(line)
     if not engine.layers:
         return None
-    levels = layer_levels(model, config, tokens)
+    memory = StepMemory.of(model, tokens)
+    levels = memory.levels(config.recompute)
     engine.set_levels(levels)
+    room = COPIES_SHARE * (memory.budget() - memory.needed(levels)) if config.fp8_copies else 0.0
+    if copies := engine.keep_copies(room):
+        say(f"engine: weights are kept in fp8 as well, {human_bytes(copies)} (engine.fp8_copies=false if you need it)")
     again = ", ".join(
         f"{count} {what}"
         for level, what in ((1, "gate and up"), (2, "whole layers"), (3, "whole layers, from the host's memory"))
@@ -61,29 +69,58 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
 
 def layer_levels(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
     """What each decoder layer computes again: see `engine/recompute.py`."""
-    base: Any = model.get_base_model()
-    shape = shape_of_config(base.config.to_dict())
-    wanted = parse_recompute(config.recompute)
-    if wanted.amount is Amount.none:
-        return [0] * shape.num_layers
-    if wanted.amount is Amount.all:
-        return [LAYER_AGAIN] * shape.num_layers
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ranks = sum(parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name)
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    extras = LayerExtras(
-        ranks=ranks // shape.num_layers,
-        head_norms="q_norm" in names,
-        sandwich="pre_feedforward_layernorm" in names,
-    )
-    budget = wanted.budget_bytes
-    if wanted.amount is Amount.auto:
+    return StepMemory.of(model, tokens).levels(config.recompute)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a training step of a model needs beside its weights.
+
+    Attributes:
+        tokens: of one forward pass on one device, padding included.
+        trained: weights.
+    """
+
+    shape: ModelShape
+    tokens: int
+    extras: LayerExtras
+    trained: int
+
+    @classmethod
+    def of(cls, model: PeftModel, tokens: int) -> "StepMemory":
+        """From a model with its adapter."""
+        base: Any = model.get_base_model()
+        shape = shape_of_config(base.config.to_dict())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        ranks = sum(parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name)
+        names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+        extras = LayerExtras(
+            ranks=ranks // shape.num_layers,
+            head_norms="q_norm" in names,
+            sandwich="pre_feedforward_layernorm" in names,
+        )
+        return cls(shape, tokens, extras, trained)
+
+    def budget(self) -> float:
+        """Bytes that layers may keep, from what is free now."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        head = 2.0 * TILE_BYTES + HEAD_BYTES * tokens * shape.hidden_size
-        workspace = Workspace(logits=head, trained=float(TRAINED_BYTES * trained))
-        budget = auto_budget(shape, free_memory_bytes(), tokens, workspace)
-    levels = plan_levels(shape, tokens, budget, extras=extras)
-    if (needed := peak_bytes(shape, levels, tokens, extras=extras)) > budget:
-        say(f"warning: layers keep {human_bytes(needed)} at the least, where there is room for {human_bytes(budget)}")
-    return levels
+        head = 2.0 * TILE_BYTES + HEAD_BYTES * self.tokens * self.shape.hidden_size
+        workspace = Workspace(logits=head, trained=float(TRAINED_BYTES * self.trained))
+        return auto_budget(self.shape, free_memory_bytes(), self.tokens, workspace)
+
+    def needed(self, levels: Sequence[int]) -> float:
+        """Bytes that layers keep at these levels."""
+        return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
+
+    def levels(self, recompute: str) -> list[int]:
+        """The levels that the recipe's word for it comes to; with a warning where even the last one is too much."""
+        wanted = parse_recompute(recompute)
+        if wanted.amount in WHATEVER_IS_FREE:
+            return [WHATEVER_IS_FREE[wanted.amount]] * self.shape.num_layers
+        budget = self.budget() if wanted.amount is Amount.auto else wanted.budget_bytes
+        levels = plan_levels(self.shape, self.tokens, budget, extras=self.extras)
+        if (needed := self.needed(levels)) > budget:
+            room = human_bytes(budget)
+            say(f"warning: layers keep {human_bytes(needed)} at the least, where there is room for {room}")
+        return levels

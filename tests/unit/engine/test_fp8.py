@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.engine import fp8
 from qlora_kit.engine.four_bit import E4M3_LARGEST, FourBit
-from qlora_kit.engine.fp8 import Fp8Weight, cached_bytes, emulate, quantize_rows, require_fp8, weight_for
+from qlora_kit.engine.fp8 import Fp8Weight, emulate, quantize_rows, require_fp8, weight_for
 from qlora_kit.engine.frozen_weight import Bf16Weight
 from qlora_kit.model.load import disable_cpu_inference_packing
 from qlora_kit.schema.engine import Compute
@@ -164,10 +164,9 @@ def test_a_cache_holds_what_it_says():
     for compute, layouts in ((Compute.fp8, 2), (Compute.fp8_backward, 1)):
         weight = Fp8Weight(linear, compute, cache=True, product=emulate)
         kept = [part for part in (weight._kept, weight._kept_transposed) if part is not None]
-        assert sum(part.nbytes for part in kept) == cached_bytes(linear, compute) == layouts * OUT * IN
+        assert sum(part.nbytes for part in kept) == weight.copies_bytes == layouts * OUT * IN
         bare = Fp8Weight(linear, compute, product=emulate)
         assert bare._kept is None and bare._kept_transposed is None
-    assert cached_bytes(linear, Compute.bf16) == 0
 
 
 def test_gradients_can_be_e5m2():

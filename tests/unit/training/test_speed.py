@@ -1,6 +1,7 @@
 """The recipe's engine is the one that trains, keeps what memory allows, and gives the plain engine's losses."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from trl import SFTTrainer
 
 from qlora_kit.adapter.attach import attach_lora
 from qlora_kit.data.packing import pack
+from qlora_kit.engine import fast
 from qlora_kit.engine.fast import FastLayer
+from qlora_kit.engine.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
-from qlora_kit.schema.engine import EngineConfig, EngineMode
+from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -92,6 +95,22 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert "warning: layers keep" in capsys.readouterr().err
     put_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
     assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
+
+
+def test_weights_are_kept_in_fp8_where_memory_is_left(base, monkeypatch, capsys):
+    def engine(free, **settings):
+        model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
+        monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
+        made = put_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
+        weights = [linear.weight for layer in made.layers for linear in layer.parts.linears]
+        said = "weights are kept in fp8 as well" in capsys.readouterr().err
+        return said, {weight._kept_transposed is not None for weight in weights}
+
+    # The GPU's product is emulated: only what is kept matters here.
+    monkeypatch.setattr(fast, "weight_for", partial(weight_for, product=emulate))
+    assert engine(1e9) == (True, {True})
+    assert engine(1e9, fp8_copies=False) == (False, {False})
+    assert engine(1e6) == (False, {False})
 
 
 def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):
