@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from qlora_kit.export.merging.carry import carry_files, says_tied
 from qlora_kit.export.merging.deltas import Adapter, read_adapter, refuse_unlearned
 from qlora_kit.export.merging.plan import Plan, make_plan
 from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.export.merging.resume import Journal, inputs_hash, take_up
 from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounded_modules
 from qlora_kit.export.merging.write_shards import Written, write_shards
 from qlora_kit.model.weight_names import tensor_shapes
@@ -37,11 +38,12 @@ class MergeReport:
         tied: whether the head is the embedding.
         untied: whether the base's was and the trained one is not.
         size: bytes of the weights.
+        resumed: of these, bytes that an earlier, killed merge had written.
     """
 
     adapted: int
     merged: int
-    base: str
+    base: str = ""
     saved: int = 0
     unlearned: int = 0
     changed: int = 0
@@ -49,6 +51,7 @@ class MergeReport:
     tied: bool = False
     untied: bool = False
     size: int = 0
+    resumed: int = 0
     seconds: float = 0.0
 
 
@@ -66,12 +69,17 @@ def merge(
     Neither rounds back to 4 bit, which loses about half of what a small model learned. A base that is stored in 4 or
     8 bit is read back, whatever `merge_base` says. The folder is checked as it lies on disk.
 
+    A merge that was killed goes on behind the last file that it finished, if everything that it is made from is the
+    same; the weights of any other are removed.
+
     Args:
-        out: an existing, empty folder.
+        out: an existing folder, empty or of a merge that was killed.
     Raises:
         RunError: a file of the base is damaged, the adapter is of another base or learned nothing, there is no room,
             or the merged folder does not pass its audit.
     """
+    from qlora_kit.model.device import this_device
+
     began = time.perf_counter()
     trained = read_adapter(adapter)
     zero = refuse_unlearned(trained)
@@ -80,26 +88,21 @@ def merge(
     base = read_headers(base_folder)
     rounded = _rounded(base_folder, trained, quant, stored, as_trained)
     plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained)
-    refuse_full_disk(plan.size, out)
-    written = _write(plan, quant, out)
+    rounding = Rounding(quant, this_device())
+    journal = take_up(out, plan, inputs_hash(base.values(), adapter, plan, rounding))
+    resumed = sum(piece.size for name in journal.finished for piece in plan.shards[name])
+    refuse_full_disk(plan.size - resumed, out)
+    written = _write(plan, rounding, out, journal)
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
     _audit(plan, written, zero)
     audit_folder(out, base_folder, base, _tokens(base_folder, plan, tokenizer))
-    merged = sum(piece.update is not None for piece in plan.pieces)
-    if merged != adapted_modules(adapter):
-        raise RunError(f"the adapter touches {adapted_modules(adapter)} modules, but {merged} were merged")
-    return MergeReport(
-        adapted=adapted_modules(adapter),
-        merged=merged,
+    report = _report(plan, written, trained, adapter)
+    return replace(
+        report,
         base=MergeBase.dequantized.name if as_trained else MergeBase.original.name,
-        saved=len(trained.replaced),
         unlearned=len(zero),
-        changed=sum(tensor.changed for tensor in written),
-        changed_sha256=changes_hash(written),
-        tied=plan.tied,
-        untied=plan.untied,
-        size=plan.size,
+        resumed=resumed,
         seconds=round(time.perf_counter() - began, 2),
     )
 
@@ -125,13 +128,29 @@ def _rounded(base_folder: Path, trained: Adapter, quant: QuantConfig, stored: bo
     return rounded_modules(base_folder, quant) if not stored and (as_trained or starts) else set()
 
 
-def _write(plan: Plan, quant: QuantConfig, out: Path) -> list[Written]:
+def _write(plan: Plan, rounding: Rounding, out: Path, journal: Journal) -> list[Written]:
     from tqdm import tqdm
 
-    from qlora_kit.model.device import this_device
-
     with tqdm(total=plan.size, desc="merge", unit="B", unit_scale=True, disable=None) as bar:
-        return write_shards(plan, Rounding(quant, this_device()), out, bar.update)
+        written = write_shards(plan, rounding, out, bar.update, journal.finished, journal.record)
+    journal.close()
+    return written
+
+
+def _report(plan: Plan, written: list[Written], trained: Adapter, adapter: Path) -> MergeReport:
+    adapted, merged = adapted_modules(adapter), sum(piece.update is not None for piece in plan.pieces)
+    if merged != adapted:
+        raise RunError(f"the adapter touches {adapted} modules, but {merged} were merged")
+    return MergeReport(
+        adapted=adapted,
+        merged=merged,
+        saved=len(trained.replaced),
+        changed=sum(tensor.changed for tensor in written),
+        changed_sha256=changes_hash(written),
+        tied=plan.tied,
+        untied=plan.untied,
+        size=plan.size,
+    )
 
 
 def _audit(plan: Plan, written: list[Written], zero: set[str]) -> None:

@@ -44,7 +44,7 @@ def audit_changes(written: Iterable[Written], expected: Collection[str], optiona
 
 def changes_hash(written: Iterable[Written]) -> str:
     """SHA-256 over the names and checksums of the changed tensors, in hex."""
-    lines = sorted(f"{tensor.name} {tensor.checksum:08x}\n" for tensor in written if tensor.changed)
+    lines = sorted(f"{tensor.name} {tensor.checksum:016x}\n" for tensor in written if tensor.changed)
     return sha256("".join(lines).encode()).hexdigest()
 
 

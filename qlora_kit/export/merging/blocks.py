@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.deltas import Update
+from qlora_kit.export.merging.packed import PackedWeight
 from qlora_kit.export.merging.plan import Piece
 from qlora_kit.export.merging.read_base import FLOATS, read_rows, read_whole
 from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
@@ -12,7 +13,7 @@ from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
 if TYPE_CHECKING:
     from torch import Tensor
 
-SLICE = 1 << 19  # values that are merged at once on a CPU; their float32 copy stays in a core's cache
+SLICE = 1 << 17  # values that are merged at once on a CPU; their float32 copy stays in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,19 @@ class Block:
     changed: bool
 
 
-def merge_rows(piece: Piece, update: Update | None, rounding: Rounding, start: int, stop: int) -> Block:
+def merge_rows(
+    piece: Piece, update: Update | None, rounding: Rounding, start: int, stop: int, room: "Tensor | None" = None
+) -> Block:
     """Rows start..stop of a tensor that can be merged row by row.
 
+    Args:
+        room: bytes to read the rows into; where the block ends up in them, they are the caller's to use again.
     Raises:
         RunError: the source ends early, or a merged value is not finite.
     """
     import torch
 
-    stored = read_rows(piece.source, start, stop)
+    stored = read_rows(piece.source, start, stop, room)
     if update is not None:
         return _added(piece, stored.to(rounding.device), update, start)
     if piece.source.dtype not in FLOATS:
@@ -41,27 +46,35 @@ def merge_rows(piece: Piece, update: Update | None, rounding: Rounding, start: i
     return Block(stored.to(torch.bfloat16), changed=False)
 
 
-def merge_whole(piece: Piece, rounding: Rounding) -> Block:
+def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor | None" = None) -> Block:
     """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialisation took out.
 
+    Args:
+        room: as for `merge_rows`.
     Raises:
         RunError: the source ends early, or a merged value is not finite.
     """
     import torch
 
     update = piece.update
+    weight: Tensor | PackedWeight
+    values = None
     if piece.state:
         weight = read_stored(piece.source, piece.state, rounding.device)
     elif piece.rounds:
-        weight = rounding.exact(read_whole(piece.source))
+        stored = read_whole(piece.source, room)
+        weight = rounding.exact(stored)
+        if isinstance(weight, PackedWeight) and stored.dtype == torch.bfloat16:
+            values = stored  # all that it held is in the packed weight
     else:
         weight = read_whole(piece.source).to(rounding.device).float()
     if update is None:
-        return Block(weight.to(torch.bfloat16).cpu(), changed=False)
+        return Block(weight[:].to(torch.bfloat16).cpu(), changed=False)
     loaded = update.load(rounding.device)
     if not update.init:
-        return _added(piece, weight, loaded)
-    return _added(piece, _as_started(piece, weight, rounding), loaded, before=weight)
+        return _added(piece, weight, loaded, values=values)
+    dense = weight[:]
+    return _added(piece, _as_started(piece, dense, rounding), loaded, before=dense)
 
 
 def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
@@ -82,21 +95,34 @@ def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
     return weight - taken
 
 
-def _added(piece: Piece, weight: "Tensor", update: Update, start: int = 0, before: "Tensor | None" = None) -> Block:
+def _added(
+    piece: Piece,
+    weight: "Tensor | PackedWeight",
+    update: Update,
+    start: int = 0,
+    before: "Tensor | None" = None,
+    values: "Tensor | None" = None,
+) -> Block:
+    """The sum, in `values` if given; 16-bit rows on a CPU are overwritten, which spares a second block."""
     import torch
 
     step = len(weight) if weight.is_cuda else max(1, SLICE // weight.shape[1])
-    old = weight if before is None else before
-    values = torch.empty(weight.shape, dtype=torch.bfloat16)
+    if not isinstance(weight, PackedWeight) and weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        values = weight
+    if values is None:
+        values = torch.empty(weight.shape, dtype=torch.bfloat16)
     changed = False
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
-        sums = weight[rows].to(torch.float32, copy=True)
+        part = weight[rows]
+        sums = part.to(torch.float32, copy=True)
         update.add(sums, start + first)
         if not bool(sums.sum().isfinite()):
             raise not_finite(piece)
+        if not changed:
+            old = part if before is None else before[rows]
+            changed = not torch.equal(sums.to("cpu", torch.bfloat16), old.to("cpu", torch.bfloat16))
         values[rows] = sums  # rounds to the nearest, on a GPU while it is copied
-        changed = changed or not torch.equal(values[rows], old[rows].to("cpu", torch.bfloat16))
     return Block(values, changed)
 
 

@@ -200,14 +200,16 @@ def _same(left: Piece, right: Piece) -> bool:
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     return all(
-        torch.equal(read_rows(one, start, stop), read_rows(two, start, stop)) for start, stop in row_spans(one, 1 << 22)
+        torch.equal(read_rows(one, start, stop), read_rows(two, start, stop))
+        for start, stop in row_spans(one.shape, 1 << 22)
     )
 
 
-def row_spans(tensor: StoredTensor, values: int) -> Iterable[tuple[int, int]]:
-    """Spans of rows with about this many values each."""
-    step = max(1, values // max(1, tensor.width))
-    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
+def row_spans(shape: tuple[int, ...], values: int) -> Iterable[tuple[int, int]]:
+    """Spans of rows with about this many values each; a scalar is one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, values // max(1, math.prod(shape[1:])))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _shards(pieces: Iterable[Piece]) -> dict[str, tuple[Piece, ...]]:

@@ -58,6 +58,11 @@ class StoredTensor:
         return math.prod(self.shape[1:])
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes per row."""
+        return self.width * BYTES[self.dtype]
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * BYTES[self.dtype]
@@ -113,15 +118,19 @@ def read_header(file: Path) -> list[StoredTensor]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-def read_rows(tensor: StoredTensor, start: int, stop: int) -> "Tensor":
-    """Rows start..stop in the stored dtype, shape [stop - start, width]."""
+def read_rows(tensor: StoredTensor, start: int, stop: int, room: "Tensor | None" = None) -> "Tensor":
+    """Rows start..stop in the stored dtype, shape [stop - start, width].
+
+    Args:
+        room: bytes to read them into; theirs is the memory then.
+    """
     import torch
 
-    row_bytes = tensor.width * BYTES[tensor.dtype]
-    buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+    size = (stop - start) * tensor.row_bytes
+    buffer = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
     view = buffer.numpy().data
     with tensor.file.open("rb", buffering=0) as stream:
-        stream.seek(tensor.offset + start * row_bytes)
+        stream.seek(tensor.offset + start * tensor.row_bytes)
         done = 0
         while done < len(view):
             count = stream.readinto(view[done:])
@@ -131,9 +140,9 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> "Tensor":
     return buffer.view(torch_dtype(tensor.dtype)).view(stop - start, tensor.width)
 
 
-def read_whole(tensor: StoredTensor) -> "Tensor":
+def read_whole(tensor: StoredTensor, room: "Tensor | None" = None) -> "Tensor":
     """The tensor in its stored dtype and shape."""
-    return read_rows(tensor, 0, tensor.rows).view(tensor.shape)
+    return read_rows(tensor, 0, tensor.rows, room).view(tensor.shape)
 
 
 def torch_dtype(name: str) -> "dtype":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
+from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack
 from qlora_kit.export.merging.read_base import StoredTensor, read_whole
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
@@ -34,9 +35,18 @@ class Rounding:
         """The weight that the products of training read: rounded, and read back in the format of the activations."""
         return self.round_trip(weight.to(self._compute())).float()
 
-    def exact(self, weight: "Tensor") -> "Tensor":
-        """The rounded weight in float32, without the rounding to the format of the activations on top."""
-        return self.round_trip(weight.to(self._compute()).float()).float()
+    def exact(self, weight: "Tensor") -> "Tensor | PackedWeight":
+        """The rounded weight in float32, without the rounding to the format of the activations on top.
+
+        On a CPU, 4-bit weights stay packed until their rows are read.
+        """
+        import torch
+
+        compute = self._compute()
+        if self.quant.kind in (QuantKind.nf4, QuantKind.fp4) and self.device.type == "cpu" and can_pack(weight):
+            near = weight if compute == torch.float32 else weight.to(compute)
+            return pack(near, self.quant.kind.value, self.quant.double_quant)
+        return self.round_trip(weight.to(compute).float()).float()
 
     def _compute(self) -> "dtype":
         from qlora_kit.model.load import torch_dtype

@@ -1,46 +1,62 @@
 """Writes the merged tensors, file by file, a few rows at a time.
 
-Threads read and merge blocks; the calling thread writes them in order. At most a handful of blocks is in memory.
+Each thread takes the next rows, reads, merges and writes them, so that they stay in its core's cache and its memory is
+used again; fresh memory for each block, or a thread of its own for the writing, takes longer than the sums.
 """
 
 import json
 import os
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
-from io import RawIOBase
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Lock
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from qlora_kit.core.files import write_json
 from qlora_kit.export.merging.blocks import Block, merge_rows, merge_whole
+from qlora_kit.export.merging.deltas import Update
 from qlora_kit.export.merging.plan import Piece, Plan, row_spans
-from qlora_kit.export.merging.read_base import INDEX, torch_dtype
+from qlora_kit.export.merging.read_base import BYTES, INDEX, torch_dtype
 from qlora_kit.export.merging.rounded import Rounding
 
-BLOCK = 1 << 19  # values that are read, merged and written at once; their float32 copy stays in a core's cache
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1 << 21  # values that are read, merged and written at once
 WRITE_BYTES = 1 << 19  # of one write: with 8 MB at a time Linux 6 looks for large pages, and takes ten times as long
 MOST_WORKERS = 4
-WHOLE_AT_ONCE = 2  # whole tensors in work; each takes about five times its size in 16 bit
+WHOLE_AT_ONCE = 2  # whole tensors in work; each takes up to five times its size in 16 bit
 
 
 @dataclass(frozen=True)
 class Written:
-    """One tensor as it was written: whether the adapter changed a value of it, and the CRC-32 of its bytes."""
+    """One tensor as it was written: whether the adapter changed a value of it, and the checksum of its bytes.
+
+    The checksum is the 64-bit XXH3 over the XXH3s of its spans of rows, of BLOCK values each.
+    """
 
     name: str
     changed: bool
     checksum: int
 
 
-def write_shards(plan: Plan, rounding: Rounding, out: Path, wrote: Callable[[int], object]) -> list[Written]:
+def write_shards(
+    plan: Plan,
+    rounding: Rounding,
+    out: Path,
+    wrote: Callable[[int], object],
+    finished: Mapping[str, list[Written]] | None = None,
+    record: Callable[[str, list[Written]], object] = lambda name, tensors: None,
+) -> list[Written]:
     """Write every file of the plan, and the index where there are several.
 
     Args:
-        wrote: called after each block with its number of bytes.
+        wrote: called after each block with its number of bytes, by one thread at a time.
+        finished: the tensors of the files that are there from an earlier call, by the file's name.
+        record: called with each file that is complete.
     Raises:
         RunError: a source ends early, or a merged value is not finite.
     """
@@ -48,39 +64,41 @@ def write_shards(plan: Plan, rounding: Rounding, out: Path, wrote: Callable[[int
 
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     threads = torch.get_num_threads()
+    written = dict(finished or {})
     # The blocks are small: threads within an operation cost more than they bring beside the threads here.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            ahead = _Ahead(pool, workers + 1, rounding)
-            written = [
-                tensor
-                for name, pieces in plan.shards.items()
-                for tensor in _write_file(out / name, pieces, ahead, wrote)
-            ]
+            for name, pieces in plan.shards.items():
+                if name in written:
+                    wrote(sum(piece.size for piece in pieces))
+                    continue
+                written[name] = _write_file(out / name, pieces, rounding, wrote, pool, workers)
+                record(name, written[name])
     finally:
         torch.set_num_threads(threads)
     if len(plan.shards) > 1:
         where = {piece.name: name for name, pieces in plan.shards.items() for piece in pieces}
         write_json(out / INDEX, {"metadata": {"total_size": plan.size}, "weight_map": where})
-    return written
+    return [tensor for name in plan.shards for tensor in written[name]]
 
 
-def _write_file(path: Path, pieces: Sequence[Piece], ahead: "_Ahead", wrote: Callable[[int], object]) -> list[Written]:
-    changed = {piece.name: piece.replaced for piece in pieces}
-    checksums = dict.fromkeys(changed, 0)
-    with path.open("wb", buffering=0) as stream:
-        _put(stream, memoryview(_header(pieces)))
-        for piece, block in ahead.blocks(pieces):
-            data = block.values.reshape(-1).view(torch_dtype("U8")).numpy().data
-            _put(stream, data)
-            checksums[piece.name] = zlib.crc32(data, checksums[piece.name])
-            changed[piece.name] |= block.changed
-            wrote(len(data))
-    return [Written(name, changed[name], checksums[name]) for name in changed]
+def checksums(path: Path, pieces: Sequence[Piece]) -> dict[str, int] | None:
+    """The checksum of each tensor of a file as it lies there; None where the file is not one of these pieces."""
+    header = shard_header(pieces)
+    if not path.is_file() or path.stat().st_size != len(header) + sum(piece.size for piece in pieces):
+        return None
+    with path.open("rb") as stream:
+        if stream.read(len(header)) != header:
+            return None
+        return {
+            piece.name: _combined([xxh3_64_digest(stream.read(size)) for _, _, size in _spans(piece)])
+            for piece in pieces
+        }
 
 
-def _header(pieces: Sequence[Piece]) -> bytes:
+def shard_header(pieces: Sequence[Piece]) -> bytes:
+    """Length and table of tensors, as a safetensors file begins."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for piece in pieces:
@@ -92,44 +110,131 @@ def _header(pieces: Sequence[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _put(stream: RawIOBase, data: memoryview) -> None:
-    while data:
-        data = data[stream.write(data[:WRITE_BYTES]) or 0 :]
-
-
-class _Ahead:
-    """Merges blocks on threads, a few ahead of the writer, and gives them in order."""
-
-    def __init__(self, pool: ThreadPoolExecutor, depth: int, rounding: Rounding) -> None:
-        self._pool = pool
-        self._depth = depth
-        self._rounding = rounding
-        self._whole = BoundedSemaphore(WHOLE_AT_ONCE)
-
-    def blocks(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Block]]:
-        waiting: deque[tuple[Piece, Future[Block]]] = deque()
+def _write_file(
+    path: Path,
+    pieces: Sequence[Piece],
+    rounding: Rounding,
+    wrote: Callable[[int], object],
+    pool: ThreadPoolExecutor,
+    workers: int,
+) -> list[Written]:
+    with path.open("wb", buffering=0) as stream:
+        shard = _Shard(stream.fileno(), pieces, rounding, wrote)
+        at_work: list[Future[None]] = [pool.submit(shard.work) for _ in range(workers)]
         try:
-            for piece, task in self._tasks(pieces):
-                waiting.append((piece, self._pool.submit(task)))
-                if len(waiting) > self._depth:
-                    piece, block = waiting.popleft()
-                    yield piece, block.result()
-            while waiting:
-                piece, block = waiting.popleft()
-                yield piece, block.result()
+            for thread in at_work:
+                thread.result()
         finally:
-            for _, block in waiting:
-                block.cancel()
+            shard.stop()
+            wait(at_work)  # before the file is closed under them
+    return shard.written()
 
-    def _tasks(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Callable[[], Block]]]:
-        for piece in pieces:
+
+def _spans(piece: Piece) -> Iterator[tuple[int, int, int]]:
+    """First row, next row and bytes of each span as it is written."""
+    width = piece.size // max(1, piece.shape[0] if piece.shape else 1)
+    for start, stop in row_spans(piece.shape, BLOCK):
+        yield start, stop, (stop - start) * width
+
+
+def _combined(digests: Sequence[bytes]) -> int:
+    return xxh3_64_intdigest(b"".join(digests))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows start..stop of a piece and where in the file they begin; the whole piece where `piece.whole`."""
+
+    piece: Piece
+    offset: int
+    start: int
+    stop: int
+    update: Update | None
+
+
+class _Shard:
+    """One file in work, by several threads."""
+
+    def __init__(self, file: int, pieces: Sequence[Piece], rounding: Rounding, wrote: Callable[[int], object]) -> None:
+        self._file = file
+        self._pieces = pieces
+        self._rounding = rounding
+        self._wrote = wrote
+        self._digests: dict[str, dict[int, bytes]] = {piece.name: {} for piece in pieces}
+        self._changed = {piece.name for piece in pieces if piece.replaced}
+        self._tasks = self._all_tasks()
+        self._next = Lock()
+        self._writing = Lock()
+        self._whole = BoundedSemaphore(WHOLE_AT_ONCE)
+        self._stopped = False
+
+    def work(self) -> None:
+        """Take task after task until there is none."""
+        import torch
+
+        room = torch.empty(BLOCK * BYTES["BF16"], dtype=torch.uint8)
+        try:
+            while task := self._take():
+                needed = (task.stop - task.start) * task.piece.source.row_bytes
+                if needed > len(room):
+                    room = torch.empty(needed, dtype=torch.uint8)
+                block = self._merge(task, room)
+                self._keep(task, block)
+        finally:
+            self.stop()  # an error in one thread ends the others
+
+    def stop(self) -> None:
+        """Hand out no more tasks."""
+        self._stopped = True
+
+    def written(self) -> list[Written]:
+        """What became of each tensor."""
+        return [
+            Written(name, name in self._changed, _combined([found[start] for start in sorted(found)]))
+            for name, found in self._digests.items()
+        ]
+
+    def _take(self) -> _Task | None:
+        with self._next:
+            return None if self._stopped else next(self._tasks, None)
+
+    def _all_tasks(self) -> Iterator[_Task]:
+        header = shard_header(self._pieces)
+        self._put(memoryview(header), 0)
+        offset = len(header)
+        for piece in self._pieces:
             if piece.whole:
-                yield piece, partial(self._merge_whole, piece)
-                continue
-            update = piece.update.load(self._rounding.device) if piece.update else None
-            for start, stop in row_spans(piece.source, BLOCK):
-                yield piece, partial(merge_rows, piece, update, self._rounding, start, stop)
+                yield _Task(piece, offset, 0, piece.shape[0], None)
+            else:
+                update = piece.update.load(self._rounding.device) if piece.update else None
+                begin = offset
+                for start, stop, size in _spans(piece):
+                    yield _Task(piece, begin, start, stop, update)
+                    begin += size
+            offset += piece.size
 
-    def _merge_whole(self, piece: Piece) -> Block:
+    def _merge(self, task: _Task, room: "Tensor") -> Block:
+        if not task.piece.whole:
+            return merge_rows(task.piece, task.update, self._rounding, task.start, task.stop, room)
         with self._whole:
-            return merge_whole(piece, self._rounding)
+            return merge_whole(task.piece, self._rounding, room)
+
+    def _keep(self, task: _Task, block: Block) -> None:
+        data = block.values.reshape(-1).view(torch_dtype("U8")).numpy().data
+        if task.piece.whole:
+            begin = 0
+            for start, _, size in _spans(task.piece):
+                self._digests[task.piece.name][start] = xxh3_64_digest(data[begin : begin + size])
+                begin += size
+        else:
+            self._digests[task.piece.name][task.start] = xxh3_64_digest(data)
+        with self._writing:
+            self._put(data, task.offset)
+            if block.changed:
+                self._changed.add(task.piece.name)
+            self._wrote(len(data))
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._file, data[:WRITE_BYTES], offset)
+            data, offset = data[count:], offset + count

@@ -79,6 +79,7 @@ def test_many_small_blocks(
 ) -> None:
     monkeypatch.setattr(write_shards, "BLOCK", 5000)  # 19 rows, which divides no tensor here
     monkeypatch.setattr(blocks, "SLICE", 1800)
+    monkeypatch.setattr(write_shards, "WRITE_BYTES", 700)
     base = make_base("llama", tmp_path)
     adapter = draw_adapter(base, tmp_path / "adapter", VARIANTS[variant], NF4)
     run(base, adapter, NF4, merge_base, tmp_path / "out")

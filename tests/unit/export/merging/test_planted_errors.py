@@ -93,10 +93,10 @@ def test_merge_that_changes_nothing(pair: Pair, tmp_path: Path, monkeypatch: pyt
 def test_merge_that_forgets_a_tensor(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added = blocks._added
 
-    def forget(piece: Any, weight: Any, update: Any, *rest: Any) -> Any:
+    def forget(piece: Any, weight: Any, update: Any, *rest: Any, **named: Any) -> Any:
         if piece.name == "model.layers.0.self_attn.v_proj.weight":
             update = Update(torch.zeros_like(update.left), update.right, None)
-        return added(piece, weight, update, *rest)
+        return added(piece, weight, update, *rest, **named)
 
     monkeypatch.setattr(blocks, "_added", forget)
     with pytest.raises(RunError, match=r"left 1 of 14 adapted tensors unchanged: model.layers.0.self_attn.v_proj"):
