@@ -73,6 +73,13 @@ class DeltaSurvival:
         """The layers with less of the update than this share, least first."""
         return sorted((layer for layer in self.layers if layer.kept < least_kept), key=lambda layer: layer.kept)
 
+    def by_kind(self) -> "dict[str, DeltaSurvival]":
+        """The weights by the last word of their layers' names, such as q_proj, in the order of the file."""
+        kinds: dict[str, list[LayerSurvival]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
+        return {kind: DeltaSurvival(tuple(layers)) for kind, layers in kinds.items()}
+
     def warning(self, artifact: str, least_kept: float = LEAST_KEPT) -> str | None:
         """What to tell the user if some layers have lost too much, and what to do about it; None if all is well."""
         lost = self.below(least_kept)

@@ -35,11 +35,24 @@ def survival(job: ExportJob, folder: Path, merged: Path, adapter: Path) -> Delta
 
 
 def record(found: DeltaSurvival | None) -> dict[str, object]:
-    """A manifest's entry: the share kept, rounding noise by the update's size, and the weight that kept the least."""
+    """A manifest's entry: the share kept, rounding noise by the update's size, the weight that kept the least.
+
+    `kinds` has the same by kind of layer; `warning` is what the user was told, empty where all is well.
+    """
     if found is None:
         return {}
+    kinds = {
+        kind: {"kept": of_kind.kept, "worst_kept": of_kind.worst.kept} for kind, of_kind in found.by_kind().items()
+    }
     worst = found.worst
-    return {"kept": found.kept, "noise": found.noise, "worst": worst.name, "worst_kept": worst.kept}
+    return {
+        "kept": found.kept,
+        "noise": found.noise,
+        "worst": worst.name,
+        "worst_kept": worst.kept,
+        "kinds": kinds,
+        "warning": found.warning("the file") or "",
+    }
 
 
 def _without(adapter: Adapter, merged: Path) -> WeightReader:

@@ -12,6 +12,7 @@ from qlora_kit.report.run_page_curves import curves, series
 from qlora_kit.report.run_page_facts import Missing, RunPage
 from qlora_kit.report.run_page_fidelity import fidelity_table, samples, serving, size_against_kl
 from qlora_kit.report.run_page_record import data_facts, reproduction, setup
+from qlora_kit.report.run_page_weights import merge_bases, survival
 
 STYLE = "run_page.css"
 
@@ -25,6 +26,8 @@ def run_page(run: RunPage) -> str:
         _section("Curves", "curves", curves(run.metrics)),
         _section("Rows", "rows", data_facts(run.splits)),
         _section("Fidelity", "fidelity", fidelity_table(run.artifacts) + size_against_kl(run.exports)),
+        _section("Merge bases", "bases", merge_bases(run.exports)),
+        _section("What is left of the update", "survival", survival(run.exports)),
         _section("Samples", "samples", samples(run.samples)),
         _section("Serving", "serving", serving(run)),
         _section("Making it again", "record", reproduction(run)),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qlora_kit.report.run_page_facts import Artifact, Sample
+from qlora_kit.report.run_page_facts import Artifact, Sample, Survival
 from qlora_kit.report.run_page_records import as_record, as_records, interval_of, number_of, numbers_of, whole_of
 
 TRAINED = ("base", "adapter")
@@ -32,7 +32,12 @@ def exported(name: str, size: int, manifest: Mapping[str, Any], row: Mapping[str
         row: empty where eval.json has none.
     """
     scores = row or as_record(manifest.get("evaluation")) or {"fidelity": manifest.get("fidelity")}
-    return _artifact(name, str(manifest.get("format", "?")), size, scores, manifest)
+    return replace(
+        _artifact(name, str(manifest.get("format", "?")), size, scores, manifest),
+        merge_base=str(as_record(manifest.get("merge")).get("base") or ""),
+        merge_bases=numbers_of(manifest.get("merge_bases")),
+        survival=_survival(as_record(manifest.get("survival"))),
+    )
 
 
 def samples_of(evaluation: Mapping[str, Any]) -> list[Sample]:
@@ -73,6 +78,20 @@ def _artifact(
         intervals={of: interval for of, interval in found.items() if interval is not None},
         others=_others(row),
         serve=_commands(manifest.get("serve")),
+    )
+
+
+def _survival(record: Mapping[str, Any]) -> Survival | None:
+    kept = number_of(record, "kept")
+    if kept is None:
+        return None
+    kinds = {str(kind): as_record(found) for kind, found in as_record(record.get("kinds")).items()}
+    warning = record.get("warning")
+    return Survival(
+        kept=kept,
+        worst_kept=number_of(record, "worst_kept"),
+        kinds={kind: (number_of(found, "kept"), number_of(found, "worst_kept")) for kind, found in kinds.items()},
+        warning=warning if isinstance(warning, str) else None,
     )
 
 

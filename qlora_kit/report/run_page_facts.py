@@ -43,6 +43,24 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Survival:
+    """The share of what was learned that is left in a file's weights: 1 is all of it, 0 none.
+
+    Attributes:
+        kept: of all weights together.
+        worst_kept: of the weight that kept the least.
+        kinds: `kept` and `worst_kept` by kind of layer, such as q_proj.
+        warning: what export said of it, and after the first line what to do about it; empty where all is well, and None
+            in records that do not tell.
+    """
+
+    kept: float
+    worst_kept: float | None = None
+    kinds: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
 class Artifact:
     """The base, the adapter, or an exported file, with what was measured on held-out rows. KL and loss in nats.
 
@@ -60,6 +78,9 @@ class Artifact:
         intervals: lowest and highest value at 95% confidence, by the name of the field.
         others: further scores by name, such as the perplexity of a text or a task of lm-eval.
         serve: a server and what to install for it, in words, and the lines to paste.
+        merge_base: name of the base that the adapter was merged into, or empty.
+        merge_bases: held-out loss by the base that was tried; empty where there was no choice.
+        survival: None where the weights were not read back.
     """
 
     name: str
@@ -83,6 +104,9 @@ class Artifact:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     others: Mapping[str, float] = field(default_factory=dict)
     serve: Sequence[tuple[str, str]] = ()
+    merge_base: str = ""
+    merge_bases: Mapping[str, float] = field(default_factory=dict)
+    survival: Survival | None = None
 
 
 @dataclass(frozen=True)

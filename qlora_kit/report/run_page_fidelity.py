@@ -120,7 +120,7 @@ def remarks(artifacts: Sequence[Artifact]) -> list[str]:
         if not one.is_export:
             continue
         if one.rejected and one.faults:
-            said += [f"{one.name} is rejected: {fault}" for fault in one.faults]
+            said += [f"{one.name} is rejected: {fault.removesuffix('.')}." for fault in one.faults]
         elif one.rejected:
             kl = "" if one.mean_kl is None else f", {decimals(5)(one.mean_kl)},"
             bound = "its bound" if one.max_mean_kl is None else f"its bound, export.max_mean_kl={one.max_mean_kl:g}"

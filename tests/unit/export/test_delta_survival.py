@@ -270,3 +270,15 @@ def test_a_layout_that_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
     with pytest.raises(RunError, match="layout 'compressed-tensors', whose weights cannot be compared"):
         dequantized_weights(tmp_path, tmp_path)
+
+
+def test_weights_are_taken_together_by_kind() -> None:
+    layers = [
+        LayerSurvival(f"model.layers.{number}.self_attn.{kind}.weight", kept, 0.0, 0.01, 1.0)
+        for number, kept in enumerate((0.9, 0.5))
+        for kind in ("q_proj", "o_proj")
+    ]
+    kinds = DeltaSurvival(tuple(layers)).by_kind()
+    assert list(kinds) == ["q_proj", "o_proj"]
+    assert [layer.name for layer in kinds["q_proj"].layers] == [layers[0].name, layers[2].name]
+    assert kinds["o_proj"].worst == layers[3]
