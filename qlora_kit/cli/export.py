@@ -1,15 +1,23 @@
-"""`qlora-kit export`: files to serve from a finished run."""
+"""`qlora-kit export`: files to serve from a finished run, or from a base that was never trained."""
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
 from qlora_kit.core.errors import EXIT_OK, Problem, RecipeError
 from qlora_kit.schema.export import ExportConfig
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qlora_kit.pipelines.exportable import Exportable
+    from qlora_kit.schema.root import ExportRecipe
+
+SUMMARY = "Merge a run's adapter once and write the named files; or write them from a base that was never trained."
 EXAMPLES = [
     "qlora-kit export run=latest export=gguf_q4_k_m",
     "qlora-kit export run=latest 'export=[gguf_q4_k_m,gptq_4bit,awq_4bit,merged_16bit]' export.max_mean_kl=0.05",
     "qlora-kit export run=outputs/my_run/2026-01-31_12-00-00 export=gptq_4bit export.gptq.gptq_4bit.group_size=64",
+    "qlora-kit export base=models/my_base 'export=[gguf_q4_k_m,awq_4bit]' data=rows data.train_file=chats.jsonl",
 ]
 
 
@@ -17,37 +25,58 @@ def run(arguments: list[str]) -> int:
     """Export as the line says; returns the exit code."""
     line = parse_line(arguments)
     if line.wants_help:
-        print(run_verb_help("export", "Merge the adapter once and write the named files.", EXAMPLES))
+        print(run_verb_help("export", SUMMARY, EXAMPLES))
         return EXIT_OK
-    from qlora_kit.schema.compose import Composed, compose_recipe
+    from qlora_kit.schema.check_exported import check_exported
+    from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.schema.root import ExportRecipe
 
-    composed: Composed = compose_recipe("export", line.overrides)
+    composed = compose_recipe("export", line.overrides)
     recipe = cast(ExportRecipe, composed.recipe)
-    _check_group_sizes(recipe.run, recipe.export)
+    option = composed.choices.get("data", "None")
+    if found := check_exported(recipe, None if option == "None" else option):
+        raise RecipeError([composed.problem(finding) for finding in found])
+    subject = _run(recipe) if recipe.base is None else _base(recipe)
 
     from qlora_kit.pipelines.export import export
-    from qlora_kit.pipelines.opened_run import open_run
 
-    export(open_run(recipe.run), recipe.export)
+    export(subject, recipe.export)
     return EXIT_OK
 
 
-def _check_group_sizes(run_name: str, config: ExportConfig) -> None:
-    """Refuse a group size that does not divide a layer's width, before anything heavy is imported."""
-    from pathlib import Path
-
-    from qlora_kit.core.files import read_json
+def _run(recipe: "ExportRecipe") -> "Exportable":
     from qlora_kit.core.rundir import find_run
-    from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
     from qlora_kit.model.source import locate_base
     from qlora_kit.schema.compose import load_recipe
     from qlora_kit.schema.root import TrainRecipe
 
-    directory = find_run(run_name, finished=True)
-    trained = cast(TrainRecipe, load_recipe("train", directory.recipe))
-    folder: Path = locate_base(trained.model)
-    widths = linear_input_widths(read_json(folder / "config.json"))
+    name = recipe.run or "latest"
+    trained = cast(TrainRecipe, load_recipe("train", find_run(name, finished=True).recipe))
+    _check_group_sizes(locate_base(trained.model), recipe.export)
+
+    from qlora_kit.pipelines.exportable import TrainedRun
+    from qlora_kit.pipelines.opened_run import open_run
+
+    return TrainedRun.of(open_run(name))
+
+
+def _base(recipe: "ExportRecipe") -> "Exportable":
+    from qlora_kit.pipelines.named_base import named_base
+
+    named = named_base(recipe)
+    _check_group_sizes(named.folder, recipe.export)
+
+    from qlora_kit.pipelines.untrained_base import open_base
+
+    return open_base(recipe, named)
+
+
+def _check_group_sizes(base_folder: "Path", config: ExportConfig) -> None:
+    """Refuse a group size that does not divide a layer's width, before anything heavy is imported."""
+    from qlora_kit.core.files import read_json
+    from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
+
+    widths = linear_input_widths(read_json(base_folder / "config.json"))
     sizes = {f"export.gptq.{name}.group_size": target.group_size for name, target in config.gptq.items()}
     sizes |= {f"export.awq.{name}.group_size": target.group_size for name, target in config.awq.items()}
     problems = []

@@ -98,8 +98,9 @@ def _torch_speaker(model: Any, tokenizer: Any) -> Any:
 
 
 def _gguf_speaker(path: Path) -> Any:
-    # exports/<name>/<file>: the adapter beside exports/ holds the tokenizer that turns token ids into text.
-    tokenizer = load_tokenizer(path.parent.parent.parent / "adapter")
+    # exports/<name>/<file>: what lies beside exports/ holds the tokenizer that turns token ids into text.
+    home = path.parent.parent.parent
+    tokenizer = load_tokenizer(home / "adapter" if (home / "adapter").is_dir() else home / "tokenizer")
     from qlora_kit.evaluation.llama_cpp import LlamaCppModel
 
     model = LlamaCppModel(path)

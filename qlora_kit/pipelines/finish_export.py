@@ -15,13 +15,13 @@ from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.serving.commands import serve_commands
-from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.export.targets.table import READERS, ExportJob
+from qlora_kit.pipelines.exportable import Exportable
 from qlora_kit.pipelines.opened_run import OpenedRun
-from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import GgufMix
 
 TOP_TOKENS = 256
@@ -29,7 +29,7 @@ TOP_TOKENS = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """What files are compared with: the trained model's scores on held-out rows."""
+    """What files are compared with: scores of the trained model, or of the base, on held-out rows."""
 
     rows: Sequence[TokenRow]
     scores: Scores
@@ -51,7 +51,7 @@ class Finished:
 
 
 def finish(
-    opened: OpenedRun,
+    subject: Exportable,
     job: ExportJob,
     folder: Path,
     merged: Path,
@@ -66,11 +66,11 @@ def finish(
         folder: of the artifact.
         merged: the 16-bit folder that it was made from.
     """
-    fidelity = _fidelity(opened, job, folder, reference) if reference else None
-    facts = _facts(opened, job, fidelity)
+    fidelity = _fidelity(subject, job, folder, reference) if reference else None
+    facts = _facts(subject, job, fidelity)
     write_serving_files(folder, facts)
-    stops = served_stop_ids(opened.base_folder, opened.tokenizer)
-    contract = check_token_ids(facts.format, folder, job.file, opened.tokenizer, stops)
+    stops = served_stop_ids(subject.base.folder, subject.tokenizer)
+    contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
     faults = (
         *_too_far(fidelity, max_mean_kl),
@@ -87,7 +87,7 @@ def finish(
         file=job.file,
         settings=job.settings,
         merge=merge,
-        run=str(opened.directory.path),
+        run=str(subject.directory.path),
         seconds=round(seconds, 1),
         fidelity=asdict(fidelity) if fidelity else {},
         max_mean_kl=max_mean_kl,
@@ -96,10 +96,10 @@ def finish(
         reader=READERS[job.format],
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
-        survival=record(survival(job, folder, merged, opened.directory.adapter)),
+        survival=subject.survival(job, folder, merged),
         serve=[
             asdict(command)
-            for command in serve_commands(facts.kind, served_of(facts, str(opened.directory.exports / job.name)))
+            for command in serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))
         ],
     ).write(folder)
     return Finished(fidelity, faults, seconds)
@@ -107,11 +107,16 @@ def finish(
 
 def adapter_base(opened: OpenedRun) -> AdapterBase:
     """What an exported adapter is opened on."""
-    return AdapterBase(opened.base_folder, partial(write_gguf, mix=GgufMix.F16.value))
+    return _adapter_base(opened.base_folder)
 
 
-def _fidelity(opened: OpenedRun, job: ExportJob, folder: Path, reference: Reference) -> Fidelity:
-    scorer = open_artifact(job.format, folder / job.file, opened.tokenizer, adapter_base(opened))
+def _adapter_base(folder: Path) -> AdapterBase:
+    return AdapterBase(folder, partial(write_gguf, mix=GgufMix.F16.value))
+
+
+def _fidelity(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Fidelity:
+    beside = _adapter_base(subject.base.folder)
+    scorer = open_artifact(job.format, folder / job.file, subject.tokenizer, beside)
     try:
         return compare(reference.scores, scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS))
     finally:
@@ -123,16 +128,16 @@ def _too_far(fidelity: Fidelity | None, max_mean_kl: float | None) -> Iterator[s
         yield f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}"
 
 
-def _facts(opened: OpenedRun, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
-    recipe = opened.recipe
+def _facts(subject: Exportable, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
     return ServingFacts(
         name=job.name,
         format=job.format.removesuffix("_gguf"),
         file=job.file,
         settings=job.settings,
-        base=BaseFacts(recipe.model.source, opened.base_folder, recipe.model.revision),
-        tokenizer=opened.tokenizer,
-        run=opened.directory,
-        seed=recipe.trainer.seed,
+        base=subject.base,
+        tokenizer=subject.tokenizer,
+        run=subject.trained,
+        directory=subject.directory,
+        seed=subject.seed,
         fidelity=asdict(fidelity) if fidelity else {},
     )

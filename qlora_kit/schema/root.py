@@ -37,8 +37,14 @@ class TrainRecipe(Sealed):
 class ExportRecipe(Sealed):
     """`qlora-kit export`."""
 
-    run: str = knob("latest", "A run directory, or latest.")
+    run: str | None = knob(None, "A run directory, or latest; latest unless base is given.")
+    base: str | None = knob(
+        None, "Instead of a run, a base that was never trained: a folder, a hub id, an option of model, or demo."
+    )
+    revision: str | None = knob(None, "base: commit or tag; required for a hub id.")
+    out: str | None = knob(None, "base: folder that gets exports/; outputs/<base>/<time> unless set.")
     debug: bool = knob(False, "Show tracebacks.")
+    data: DataConfig = knob(DataConfig(), "base: rows to calibrate and score on; without, the kit's general text.")
     export: ExportConfig = knob(ExportConfig(), "What to merge into, and the files to write.")
 
 

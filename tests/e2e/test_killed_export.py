@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 
@@ -13,7 +14,34 @@ from tests.e2e.conftest import environment, kit, only_run, train_line
 
 pytestmark = pytest.mark.slow
 
-TARGETS = ["gguf_q4_k_m", "gptq_4bit_g64", "awq_4bit_g64", "merged_16bit"]
+MEASURE = "export.merge_base=measure"
+SHARDS = "export.gguf.gguf_q8_0.shard_gb=0.0001"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A call to kill: the target, the pattern below exports/ and how often it is to match before, and more words."""
+
+    target: str
+    moment: str
+    count: int = 1
+    words: tuple[str, ...] = ()
+
+
+KILLS = {
+    "gguf": Kill("gguf_q4_k_m", ".gguf_q4_k_m.*.partial"),
+    "gguf_shards": Kill("gguf_q8_0", ".gguf_q8_0.*.partial/**/*-00002-of-*.gguf", words=(SHARDS,)),
+    "gptq": Kill("gptq_4bit_g64", ".gptq_4bit_g64.*.partial"),
+    "awq": Kill("awq_4bit_g64", ".awq_4bit_g64.*.partial"),
+    "compressed": Kill("w4a16_g64", ".w4a16_g64.*.partial/.compressed-*/*"),
+    "bnb": Kill("bnb_nf4", ".bnb_nf4.*.partial/.bnb-*/*"),
+    "adapter_peft": Kill("adapter_peft", ".adapter_peft.*.partial/*"),
+    # Scored on the base as GGUF, which is written for that.
+    "adapter_gguf": Kill("adapter_gguf", ".base.*.partial/*"),
+    "merged": Kill("merged_16bit", ".merged_16bit.*.partial"),
+    "second_merge_of_measure": Kill("merged_16bit", ".merged.*/*.safetensors", 2, (MEASURE,)),
+    "second_file_of_measure": Kill("merged_16bit", ".merged_16bit.*.partial/made/config.json", 2, (MEASURE,)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,35 +52,52 @@ def trained(workshop, tmp_path_factory):
     return folder
 
 
-def export_line(target):
-    return ["export", "run=latest", f"export={target}", "export.score_rows=2", "export.calibration_rows=4"]
+def export_line(target, *more):
+    return ["export", "run=latest", f"export={target}", "export.score_rows=2", "export.calibration_rows=4", *more]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_kill_9_during_a_target(trained, target):
-    exports = only_run(trained) / "exports"
+def count_of(folder, pattern):
+    try:
+        return len(list(folder.glob(pattern)))
+    except FileNotFoundError:  # a folder went while it was looked through
+        return 0
+
+
+def kill_at(folder, kill):
+    """Start an export, and kill it when what it is waited for lies there."""
+    exports = only_run(folder) / "exports"
     started = subprocess.Popen(
-        [sys.executable, "-m", "qlora_kit", *export_line(target)],
-        cwd=trained,
+        [sys.executable, "-m", "qlora_kit", *export_line(kill.target, *kill.words)],
+        cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     until = time.monotonic() + 240
-    while not list(exports.glob(f".{target}.*.partial")):
+    while count_of(exports, kill.moment) < kill.count:
         assert time.monotonic() < until and started.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.005)
     os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    assert list(exports.glob(".*.partial"))
-    assert not (exports / target).exists()
+    assert started.wait() == -signal.SIGKILL
 
-    done = kit(trained, *export_line(target), timeout=580)
+
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+def test_kill_9_during_a_target(trained, kill):
+    exports = only_run(trained) / "exports"
+    before = sorted(path.name for path in exports.glob("*")) if exports.exists() else []
+    kill_at(trained, kill)
+    assert [*exports.glob(".*.partial"), *exports.glob(".merged.*")]
+    assert sorted(path.name for path in exports.iterdir() if path.name[0] != ".") == before
+
+    done = kit(trained, *export_line(kill.target, *kill.words), timeout=580)
     assert done.returncode == 0, done.stderr
     assert not list(exports.glob(".*"))
-    manifest = read_json(exports / target / "manifest.json")
-    assert (exports / target / manifest["file"]).exists()
+    place = exports / kill.target
+    assert not list(place.glob(".*"))
+    manifest = read_json(place / "manifest.json")
+    assert (place / manifest["file"]).exists()
+    assert set(manifest.get("merge_bases", {})) == ({"dequantized", "original"} if MEASURE in kill.words else set())
 
 
 def test_two_exports_of_one_run_do_not_meet(trained):

@@ -44,6 +44,7 @@ class ServingFacts:
         settings: the target's fields.
         tokenizer: the one that the run trained with.
         run: None for a base that was never trained.
+        directory: the run's, or that of the exports of a base: its data.json names the rows.
         seed: of the run.
         fidelity: measured values by name.
         faults: why the artifact is rejected; none for a good one.
@@ -56,6 +57,7 @@ class ServingFacts:
     tokenizer: Any
     settings: Mapping[str, object] = field(default_factory=dict)
     run: RunDirectory | None = None
+    directory: RunDirectory | None = None
     seed: int | None = None
     fidelity: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()

@@ -39,7 +39,7 @@ def lock_of(facts: ServingFacts) -> dict[str, object]:
         },
         "chat_template_sha256": _text_hash(facts.tokenizer.chat_template),
         "seed": facts.seed,
-        **_run(facts.run),
+        **(_base(facts.directory) if facts.run is None else _run(facts.run)),
         "packages": package_versions(),
     }
 
@@ -53,9 +53,13 @@ def weights_of(base: BaseFacts) -> list[dict[str, object]]:
     return [{"file": path.name, "bytes": path.stat().st_size, "header_sha256": _header_hash(path)} for path in files]
 
 
-def _run(run: RunDirectory | None) -> dict[str, object]:
-    if run is None:
-        return {"recipe_sha256": None, "adapter_sha256": None, "data": {}, "trained_with": {}}
+def _base(directory: RunDirectory | None) -> dict[str, object]:
+    """Of a base that was never trained: the rows that it was calibrated and scored on."""
+    data = data_hashes(directory) if directory else {}
+    return {"recipe_sha256": None, "adapter_sha256": None, "data": data, "trained_with": {}}
+
+
+def _run(run: RunDirectory) -> dict[str, object]:
     return {
         "recipe_sha256": _hash_if_there(run.recipe),
         "adapter_sha256": _hash_if_there(run.adapter / "adapter_model.safetensors"),

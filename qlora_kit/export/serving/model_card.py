@@ -102,7 +102,9 @@ def _measured(facts: ServingFacts) -> Iterator[str]:
     yield from ("", "## Measured", "", f"This very file, on held-out rows, against {reference}.", "")
     yield from ("| | value |", "|---|---:|")
     for label, value in rows:
-        yield f"| {label} | {value} |"
+        # The rows of a base may be plain text, and there is no other model than the base.
+        base = label.replace("the trained model", "the base").replace("held-out answers", "held-out rows")
+        yield f"| {label if facts.run is not None else base} | {value} |"
 
 
 def _measured_rows(measured: Mapping[str, object]) -> Iterator[tuple[str, str]]:

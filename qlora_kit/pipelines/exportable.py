@@ -1,0 +1,170 @@
+"""What an export is of, as the pipeline sees it: a trained run here, a base that was never trained beside it."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.data.tokens import TokenRow
+from qlora_kit.evaluation.artifacts import open_trained
+from qlora_kit.evaluation.scores import Scorer
+from qlora_kit.export.calibration import calibration_rows
+from qlora_kit.export.merge import MergeReport, merge
+from qlora_kit.export.serving.facts import BaseFacts
+from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.pipelines.survival import record, survival
+from qlora_kit.schema.export import ExportConfig, MergeBase
+from qlora_kit.schema.quant import QuantConfig, QuantKind
+
+EXPORT_LOCK = ".export.lock"
+MERGED = ".merged."  # begins the name of a folder of 16-bit weights that files are made from
+
+
+@dataclass(frozen=True)
+class ExportRows:
+    """What an export looks at.
+
+    Attributes:
+        calibration: token ids for the formats that look at activations.
+        scored: held-out rows on which each file is compared; none where there are none.
+        origin: what they are and where they come from, for the record.
+    """
+
+    calibration: list[list[int]]
+    scored: Sequence[TokenRow]
+    origin: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exportable(ABC):
+    """What is exported.
+
+    Attributes:
+        directory: its `exports/` gets a folder for each file.
+        base: the base model, or the one that was trained.
+        name: first part of a GGUF file's name.
+        seed: of every draw.
+    """
+
+    directory: RunDirectory
+    base: BaseFacts
+    tokenizer: Any
+    name: str
+    seed: int
+
+    kind: ClassVar[str]
+    """A word for it."""
+    reference: ClassVar[str]
+    """What its files are compared with, in words."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> RunDirectory | None:
+        """The run that trained it; None for a base that was never trained."""
+
+    @abstractmethod
+    def rows(self, config: ExportConfig) -> ExportRows:
+        """The rows to calibrate on, and others to score on."""
+
+    @abstractmethod
+    def begin(self, rows: ExportRows) -> None:
+        """Note what is about to be exported; called by the one export that is at work on it."""
+
+    @abstractmethod
+    def open_reference(self) -> Scorer:
+        """What its files are compared with."""
+
+    @abstractmethod
+    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
+        """The 16-bit models that files are made from, of which the better one is kept."""
+
+    @abstractmethod
+    def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
+        """Fill an empty folder with one of them, and say so."""
+
+    @abstractmethod
+    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+        """The manifest's entry on what is left of what was learned."""
+
+
+@dataclass(frozen=True)
+class TrainedRun(Exportable):
+    """A finished run: base and adapter."""
+
+    quant: QuantConfig
+    opened: OpenedRun
+
+    kind: ClassVar[str] = "run"
+    reference: ClassVar[str] = "the trained model"
+
+    @classmethod
+    def of(cls, opened: OpenedRun) -> "TrainedRun":
+        """An opened run as something to export."""
+        recipe = opened.recipe
+        base = BaseFacts(recipe.model.source, opened.base_folder, recipe.model.revision)
+        return cls(opened.directory, base, opened.tokenizer, recipe.name, recipe.trainer.seed, recipe.quant, opened)
+
+    @property
+    def trained(self) -> RunDirectory:
+        """The run directory."""
+        return self.directory
+
+    def rows(self, config: ExportConfig) -> ExportRows:
+        """The run's own rows: trained ones and general text to calibrate on, held-out ones to score on."""
+        data = self.opened.rows()
+        calibration = calibration_rows(
+            data.train,
+            config.calibration_rows,
+            held_out=data.held_out,
+            tokenizer=self.tokenizer,
+            general_share=config.calibration_general,
+            seed=self.seed,
+        )
+        return ExportRows(calibration, data.scored(config.score_rows))
+
+    def begin(self, rows: ExportRows) -> None:
+        """Nothing: the run has its record."""
+
+    def open_reference(self) -> Scorer:
+        """Base and adapter, as they were trained."""
+        pad = int(self.tokenizer.pad_token_id)
+        trained, _ = open_trained(self.base.folder, self.directory.adapter, self.quant, pad)
+        return trained
+
+    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
+        """What the adapter is merged into.
+
+        Raises:
+            RecipeError: it is to be measured, and there is nothing to measure it on.
+        """
+        if config.merge_base is not MergeBase.measure:
+            return [config.merge_base]
+        if not is_scored:
+            raise RecipeError(
+                "export.merge_base=measure compares held-out losses, and this run has no held-out rows",
+                "export.merge_base",
+                "export.merge_base=dequantized",
+            )
+        if self.quant.kind is QuantKind.none:
+            return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate
+        return [MergeBase.dequantized, MergeBase.original]
+
+    def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
+        """Merge the adapter."""
+        began = time.perf_counter()
+        report = merge(self.base.folder, self.directory.adapter, self.quant, merge_base, self.tokenizer, out)
+        seconds = human_seconds(time.perf_counter() - began)
+        before = f", {human_bytes(report.resumed)} of it written before" if report.resumed else ""
+        say(f"merged {report.merged} of {report.adapted} modules into the {report.base} base in {seconds}{before}")
+        return report
+
+    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+        """How much of the adapter's update the file's rounding left."""
+        return record(survival(job, folder, merged, self.directory.adapter))

@@ -1,0 +1,148 @@
+"""A base that was never trained, opened for export: for people who want the quantizers alone."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, cast
+
+from qlora_kit.core.environment import capture_environment
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import clear_left_overs, write_json, write_text
+from qlora_kit.core.rundir import RunDirectory, new_run_path
+from qlora_kit.core.say import say
+from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.evaluation.scores import Scorer
+from qlora_kit.export.merge import MergeReport
+from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.export.serving.facts import BaseFacts
+from qlora_kit.export.sixteen_bit import write_sixteen_bit
+from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.base_rows import rows_of_data, rows_of_general_text
+from qlora_kit.pipelines.exportable import EXPORT_LOCK, MERGED, Exportable, ExportRows
+from qlora_kit.pipelines.named_base import NamedBase, in_words_of_base
+from qlora_kit.schema.check_exported import names_rows
+from qlora_kit.schema.compose import load_recipe, recipe_yaml
+from qlora_kit.schema.export import ExportConfig, MergeBase
+from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.schema.root import ExportRecipe
+
+EXPORT_RECIPE = "export.yaml"  # not recipe.yaml, by which runs are found
+FP32_BYTES = 5  # a weight in fp32, with what scoring needs beside the model
+
+
+@dataclass(frozen=True)
+class UntrainedBase(Exportable):
+    """A base in 16 bit, and where its files go."""
+
+    recipe: ExportRecipe
+
+    kind: ClassVar[str] = "base"
+    reference: ClassVar[str] = "the 16-bit base"
+
+    @property
+    def trained(self) -> None:
+        """None: it was never trained."""
+        return None
+
+    def rows(self, config: ExportConfig) -> ExportRows:
+        """Rows of `data` where it names some, else general text; what is scored on is never calibrated on."""
+        data = self.recipe.data
+        if names_rows(data):
+            return rows_of_data(data, config, self.base.folder, self.tokenizer)
+        return rows_of_general_text(config, self.tokenizer, self.seed)
+
+    def begin(self, rows: ExportRows) -> None:
+        """Write export.yaml, environment.json, data.json and tokenizer/, and clear what killed exports left."""
+        write_text(self.directory.path / EXPORT_RECIPE, recipe_yaml(self.recipe))
+        write_json(self.directory.environment, capture_environment())
+        write_json(self.directory.data, dict(rows.origin))
+        # A GGUF file holds no tokenizer that transformers reads; `chat` turns its token ids into text with this one.
+        self.tokenizer.save_pretrained(self.directory.path / "tokenizer")
+        clear_killed(self.directory.path)
+        _clear_copies(self.directory.exports)
+
+    def open_reference(self) -> Scorer:
+        """The base as it is stored, with fp32 activations where they fit."""
+        import torch
+
+        from qlora_kit.evaluation.torch_scorer import TorchScorer
+        from qlora_kit.memory.free import free_memory_bytes
+        from qlora_kit.model.load import load_base
+
+        weights = sum(math.prod(tensor.shape) for tensor in read_headers(self.base.folder).values())
+        fits = not torch.cuda.is_available() or weights * FP32_BYTES < free_memory_bytes()
+        if not fits:
+            say("the base is scored in bfloat16: in float32 it does not fit into the GPU's memory")
+        dtype = torch.float32 if fits else torch.bfloat16
+        model = load_base(self.base.folder, QuantConfig(kind=QuantKind.none), compute_dtype=dtype)
+        return TorchScorer(model, int(self.tokenizer.pad_token_id))
+
+    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
+        """The one there is."""
+        return [MergeBase.original]
+
+    def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
+        """Copy the base."""
+        report = write_sixteen_bit(self.base.folder, self.tokenizer, out)
+        wider = sorted({tensor.dtype for tensor in read_headers(self.base.folder).values()} & {"F64", "F32", "F16"})
+        rounded = f" rounded from {' and '.join(wider)} to BF16," if wider else ""
+        say(f"copied the base,{rounded} {human_bytes(report.size)} in {human_seconds(report.seconds)}")
+        return report
+
+    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+        """Nothing: nothing was learned."""
+        return {}
+
+
+def open_base(recipe: ExportRecipe, named: NamedBase) -> UntrainedBase:
+    """A located base as something to export; loads no weight and writes nothing.
+
+    Raises:
+        RecipeError: its tokenizer cannot be read, or `out` is another thing's folder.
+    """
+    base = BaseFacts(named.model.source, named.folder, named.model.revision)
+    name = base.shown.rpartition("/")[2]
+    directory = RunDirectory(Path(recipe.out).expanduser() if recipe.out else new_run_path(name))
+    _refuse_taken(directory.path, recipe)
+    with in_words_of_base(recipe):
+        tokenizer = load_tokenizer(named.folder, named.model.chat_template)
+    return UntrainedBase(directory, base, tokenizer, name, recipe.data.seed, recipe)
+
+
+def clear_killed(path: Path) -> None:
+    """Clear away what killed exports left in the folders beside `path`, each of which was one export of a base.
+
+    A folder whose export is at work is left alone.
+    """
+    from filelock import FileLock, Timeout
+
+    for noted in path.parent.glob(f"*/{EXPORT_RECIPE}"):
+        folder = noted.parent
+        if folder.resolve() == path.resolve():
+            continue
+        try:
+            with FileLock(folder / EXPORT_LOCK, timeout=0):
+                clear_left_overs(folder / "exports")
+                _clear_copies(folder / "exports")
+        except Timeout:
+            continue
+
+
+def _clear_copies(exports: Path) -> None:
+    """Remove 16-bit copies that a killed export left: unlike a merge they are not gone on with."""
+    for copied in exports.glob(f"{MERGED}*"):
+        shutil.rmtree(copied)
+
+
+def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"{path} is a file, and out names a folder", f"out={recipe.out}", f"out={path}_exports")
+    if (path / "recipe.yaml").is_file():
+        what = f"{path} is the directory of a training run"
+        raise RecipeError(what, f"out={recipe.out}", f"run={path} to export that run, or out=<another folder>")
+    before = path / EXPORT_RECIPE
+    if before.is_file() and (other := cast(ExportRecipe, load_recipe("export", before)).base) != recipe.base:
+        what = f"{path} holds exports of another base, {other}"
+        raise RecipeError(what, f"out={recipe.out}", "out=<another folder>")

@@ -1,0 +1,53 @@
+"""What an export recipe may not say about what it exports: a trained run, or a base that was never trained."""
+
+from collections.abc import Iterator
+
+from qlora_kit.schema.check_data import check_data
+from qlora_kit.schema.data import AUTO, DataConfig
+from qlora_kit.schema.export import MergeBase
+from qlora_kit.schema.finding import Finding
+from qlora_kit.schema.root import ExportRecipe, TrainRecipe
+
+
+def check_exported(recipe: ExportRecipe, data_option: str | None = None) -> list[Finding]:
+    """Everything that does not go together.
+
+    Args:
+        data_option: the option of `data` that was chosen, if one was.
+    """
+    has_data = data_option is not None or recipe.data != DataConfig(max_tokens=AUTO)
+    if recipe.base is None:
+        return list(_of_run(recipe, has_data))
+    return list(_of_base(recipe, recipe.base, has_data))
+
+
+def names_rows(data: DataConfig) -> bool:
+    """Whether rows are named."""
+    return data.train_file is not None or bool(data.sources)
+
+
+def _of_run(recipe: ExportRecipe, has_data: bool) -> Iterator[Finding]:
+    for path, is_set in (("revision", recipe.revision), ("out", recipe.out)):
+        if is_set:
+            what = f"{path} belongs to base=<folder>; a run has its own" + (" folder" if path == "out" else " base")
+            yield Finding(path, what, f"{path}=null")
+    if has_data:
+        what = "data belongs to base=<folder>; a run is calibrated and scored on the rows of its own recipe"
+        yield Finding("data", what, "leave data out, or base=<folder> instead of run")
+
+
+def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Finding]:
+    if not base.strip():
+        yield Finding("base", "base is empty", "base=<folder of a model in Hugging Face format>")
+    if recipe.run is not None:
+        what = f"run={recipe.run} and base={base} are both set; one export is of a trained run or of a base"
+        yield Finding("base", what, f"run={recipe.run}, or base={base}, not both")
+    for name in recipe.export.adapter:
+        what = f"{name} writes an adapter alone, and a base that was never trained has none"
+        yield Finding("export", what, "export=gguf_q4_k_m, or run=<run directory> to export its adapter")
+    if recipe.export.merge_base is MergeBase.measure:
+        what = "export.merge_base=measure chooses what an adapter is merged into, and a base has no adapter"
+        yield Finding("export.merge_base", what, "leave export.merge_base out")
+    if has_data:
+        # The rules of rows are those of training.
+        yield from check_data(TrainRecipe(data=recipe.data))

@@ -1,0 +1,81 @@
+"""What an export recipe may not say about what it exports."""
+
+import pytest
+
+from qlora_kit.schema.check_exported import check_exported
+from qlora_kit.schema.data import AUTO, DataConfig
+from qlora_kit.schema.export import AdapterTarget, ExportConfig, GgufTarget, MergeBase
+from qlora_kit.schema.root import ExportRecipe
+
+GGUF = ExportConfig(gguf={"a": GgufTarget()})
+NO_DATA = DataConfig(max_tokens=AUTO)
+
+
+def found(option=None, **fields):
+    recipe = ExportRecipe(**{"export": GGUF, "data": NO_DATA, **fields})
+    return {finding.path: (finding.what, finding.fix) for finding in check_exported(recipe, option)}
+
+
+def test_a_run_a_base_and_the_newest_run_pass():
+    assert found() == found(run="latest") == found(base="folder") == {}
+    assert found(base="folder", out="mine", revision="abc") == {}
+
+
+def test_rows_for_a_base_pass(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    data = DataConfig(train_file=str(tmp_path / "rows.jsonl"), max_tokens=64)
+    assert found(option="rows", base="folder", data=data) == {}
+
+
+CASES = {
+    "both": (
+        {"run": "latest", "base": "b"},
+        "base",
+        "run=latest and base=b are both set; one export is of a trained run or of a base",
+        "run=latest, or base=b, not both",
+    ),
+    "empty": ({"base": " "}, "base", "base is empty", "base=<folder of a model in Hugging Face format>"),
+    "adapter": (
+        {"base": "b", "export": ExportConfig(adapter={"adapter_peft": AdapterTarget()})},
+        "export",
+        "adapter_peft writes an adapter alone, and a base that was never trained has none",
+        "export=gguf_q4_k_m, or run=<run directory> to export its adapter",
+    ),
+    "measure": (
+        {"base": "b", "export": ExportConfig(gguf={"a": GgufTarget()}, merge_base=MergeBase.measure)},
+        "export.merge_base",
+        "export.merge_base=measure chooses what an adapter is merged into, and a base has no adapter",
+        "leave export.merge_base out",
+    ),
+    "no rows": (
+        {"base": "b", "option": "messages"},
+        "data.train_file",
+        "there are no training rows",
+        "data.train_file=<a file of rows>",
+    ),
+    "missing rows": (
+        {"base": "b", "data": DataConfig(train_file="nofile.jsonl", max_tokens=AUTO)},
+        "data.train_file",
+        "no such file: nofile.jsonl",
+        "data.train_file=<a file of rows>",
+    ),
+    "out of a run": ({"out": "x"}, "out", "out belongs to base=<folder>; a run has its own folder", "out=null"),
+    "revision of a run": (
+        {"run": "r", "revision": "x"},
+        "revision",
+        "revision belongs to base=<folder>; a run has its own base",
+        "revision=null",
+    ),
+    "data of a run": (
+        {"data": DataConfig(train_file="rows.jsonl", max_tokens=AUTO)},
+        "data",
+        "data belongs to base=<folder>; a run is calibrated and scored on the rows of its own recipe",
+        "leave data out, or base=<folder> instead of run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_does_not_go_together(case):
+    fields, path, what, fix = CASES[case]
+    assert found(**fields) == {path: (what, fix)}
