@@ -48,9 +48,14 @@ class LayerSurvival:
 
 @dataclass(frozen=True)
 class DeltaSurvival:
-    """All adapted weights of one file; `kept` and `noise` are those of all of them as one long vector."""
+    """All adapted weights of one file; `kept` and `noise` are those of all of them as one long vector.
+
+    Attributes:
+        is_on_original: whether the update was added to the original 16-bit base, so that the advice to do so is no use.
+    """
 
     layers: tuple[LayerSurvival, ...]
+    is_on_original: bool = False
 
     @property
     def kept(self) -> float:
@@ -85,6 +90,7 @@ class DeltaSurvival:
         lost = self.below(least_kept)
         if not lost:
             return None
+        other_base = "  or       merge into the 16-bit base (export.merge_base=original)\n"
         named = ", ".join(f"{layer.name} {layer.kept:.0%}" for layer in lost[:NAMED_LAYERS])
         return (
             f"{artifact} keeps {self.kept:.0%} of what was learned; "
@@ -92,7 +98,7 @@ class DeltaSurvival:
             "  the steps of the format are wider than the update, and the base lies on them\n"
             "  try      more bits, or smaller groups (group_size: 32)\n"
             "  or       GPTQ, AWQ or a GGUF importance matrix instead of plain rounding\n"
-            "  or       merge into the 16-bit base (export.merge_base=original)\n"
+            f"{'' if self.is_on_original else other_base}"
             "  or       keep the adapter apart and let the server add it"
         )
 

@@ -90,7 +90,7 @@ class Exportable(ABC):
         """Fill an empty folder with one of them, and say so."""
 
     @abstractmethod
-    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+    def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:
         """The manifest's entry on what is left of what was learned."""
 
 
@@ -165,6 +165,6 @@ class TrainedRun(Exportable):
         say(f"merged {report.merged} of {report.adapted} modules into the {report.base} base in {seconds}{before}")
         return report
 
-    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+    def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:
         """How much of the adapter's update the file's rounding left."""
-        return record(survival(job, folder, merged, self.directory.adapter))
+        return record(survival(job, folder, merged, merge, self.directory.adapter))

@@ -96,7 +96,7 @@ def finish(
         reader=READERS[job.format],
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
-        survival=subject.survival(job, folder, merged),
+        survival=subject.survival(job, folder, merged, merge),
         serve=[
             asdict(command)
             for command in serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))

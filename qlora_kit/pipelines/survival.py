@@ -1,13 +1,16 @@
 """How much of what was learned is left in a file's weights, and a warning where that is little."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.say import say
 from qlora_kit.export.delta_survival import DeltaSurvival, survey
 from qlora_kit.export.dequantized import WeightReader, dequantized_weights, stored_tensors
+from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.deltas import Adapter, read_adapter
 from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.schema.export import MergeBase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,12 +18,13 @@ if TYPE_CHECKING:
 FORMATS = ("gguf", "gptq", "awq")  # whose weights are read back here
 
 
-def survival(job: ExportJob, folder: Path, merged: Path, adapter: Path) -> DeltaSurvival | None:
+def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, adapter: Path) -> DeltaSurvival | None:
     """Measure a written file; None where its weights are not read back, or where DoRA scaled whole rows.
 
     Args:
         folder: of the artifact.
         merged: the 16-bit folder that it was made from.
+        merge: what was merged there.
         adapter: what training saved.
     """
     trained = read_adapter(adapter)
@@ -29,6 +33,7 @@ def survival(job: ExportJob, folder: Path, merged: Path, adapter: Path) -> Delta
         return None
     artifact = folder if job.file == "." else folder / job.file
     found = survey(merged, _without(trained, merged), dequantized_weights(artifact, merged))
+    found = replace(found, is_on_original=merge.base == MergeBase.original.name)
     if text := found.warning(job.name):
         say(f"warning: {text}")
     return found

@@ -91,7 +91,7 @@ class UntrainedBase(Exportable):
         say(f"copied the base,{rounded} {human_bytes(report.size)} in {human_seconds(report.seconds)}")
         return report
 
-    def survival(self, job: ExportJob, folder: Path, merged: Path) -> dict[str, object]:
+    def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:
         """Nothing: nothing was learned."""
         return {}
 

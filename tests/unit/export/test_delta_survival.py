@@ -1,6 +1,7 @@
 """What is left of an update: known cases, and files of every layout read back weight by weight."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,10 @@ def test_weights_are_taken_together_by_kind() -> None:
     assert list(kinds) == ["q_proj", "o_proj"]
     assert [layer.name for layer in kinds["q_proj"].layers] == [layers[0].name, layers[2].name]
     assert kinds["o_proj"].worst == layers[3]
+
+
+def test_the_other_base_is_advised_where_it_is_another() -> None:
+    lost = DeltaSurvival((LayerSurvival("q_proj.weight", 0.1, 0.0, 0.01, 1.0),))
+    assert "export.merge_base=original" in str(lost.warning("q4"))
+    advice = str(replace(lost, is_on_original=True).warning("q4"))
+    assert "export.merge_base" not in advice and "  or       keep the adapter apart" in advice
