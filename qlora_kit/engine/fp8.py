@@ -164,7 +164,6 @@ def weight_for(
     linear: Any,
     compute: Compute,
     keep_bf16: frozenset[str] = frozenset(),
-    cache: bool = False,
     product: Product = multiply,
     dtype: torch.dtype = torch.bfloat16,
 ) -> FrozenWeight:
@@ -173,7 +172,6 @@ def weight_for(
     Args:
         name: the layer's path in the model; its last part is looked up in `keep_bf16`.
         keep_bf16: layers such as `down_proj` whose forward product stays in `dtype`.
-        cache: keep fp8 copies.
         product: `emulate` where there is no GPU with fp8.
         dtype: of the products that are not in fp8.
     Raises:
@@ -191,7 +189,7 @@ def weight_for(
         raise RecipeError(what, f"engine.compute={compute.value}", USE_BF16)
     if name.rpartition(".")[2] in keep_bf16:
         compute = Compute.fp8_backward
-    return Fp8Weight(linear, compute, cache, product)
+    return Fp8Weight(linear, compute, product=product)
 
 
 def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def _refuse_long_window(base_folder: Path, window: int) -> None:
 def _score_export(opened: OpenedRun, folder: Path, reference: Scores, exam: _Exam) -> Row:
     manifest = read_manifest(folder)
     subject = _Subject(folder.name, size_on_disk(folder), bool(manifest["rejected"]))
-    beside = adapter_base(opened)
+    beside = adapter_base(opened.base_folder)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], opened.tokenizer, beside)
     try:
         row = _row(opened, subject, scorer, reference, exam)

@@ -21,7 +21,6 @@ from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.export.targets.table import READERS, ExportJob
 from qlora_kit.pipelines.exportable import Exportable
-from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.export import GgufMix
 
 TOP_TOKENS = 256
@@ -72,15 +71,13 @@ def finish(
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
-    faults = (
-        *_too_far(fidelity, max_mean_kl),
-        *map(str, contract.failures),
-        *(f"{check.server}: {problem}" for check in servers for problem in check.problems),
-    )
+    wrong = [f"{check.server}: {problem}" for check in servers for problem in check.problems]
+    faults = (*_too_far(fidelity, max_mean_kl), *map(str, contract.failures), *wrong)
     if faults:
         write_model_card(folder, replace(facts, faults=faults))
     for note in contract.notes:
         say(f"{job.name}: {note}")
+    commands = serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))
     Manifest(
         name=job.name,
         format=job.format,
@@ -97,25 +94,18 @@ def finish(
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
         survival=subject.survival(job, folder, merged, merge),
-        serve=[
-            asdict(command)
-            for command in serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))
-        ],
+        serve=[asdict(command) for command in commands],
     ).write(folder)
     return Finished(fidelity, faults, seconds)
 
 
-def adapter_base(opened: OpenedRun) -> AdapterBase:
-    """What an exported adapter is opened on."""
-    return _adapter_base(opened.base_folder)
-
-
-def _adapter_base(folder: Path) -> AdapterBase:
+def adapter_base(folder: Path) -> AdapterBase:
+    """What an exported adapter is opened on, from the folder of the base that was trained."""
     return AdapterBase(folder, partial(write_gguf, mix=GgufMix.F16.value))
 
 
 def _fidelity(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Fidelity:
-    beside = _adapter_base(subject.base.folder)
+    beside = adapter_base(subject.base.folder)
     scorer = open_artifact(job.format, folder / job.file, subject.tokenizer, beside)
     try:
         return compare(reference.scores, scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS))

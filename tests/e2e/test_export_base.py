@@ -1,16 +1,12 @@
 """Export of a base that was never trained: every kind of format, with rows and without, killed, and rejected."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from qlora_kit.core.files import read_json
-from tests.e2e.conftest import environment, kit
+from tests.e2e.conftest import kit
+from tests.e2e.killing import kill_when
 
 pytestmark = pytest.mark.slow
 
@@ -125,20 +121,7 @@ def test_without_rows_general_text_serves_and_a_bound_rejects(workshop, tmp_path
 
 def test_kill_9_leaves_nothing_that_the_next_export_does_not_clear(workshop, tmp_path):
     words = line(workshop, ["gptq_4bit_g64"], *rows(workshop))
-    started = subprocess.Popen(
-        [sys.executable, "-m", "qlora_kit", *words],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 240
-    while not list(tmp_path.glob("outputs/base/*/exports/.gptq_4bit_g64.*.partial")):
-        assert time.monotonic() < until and started.poll() is None
-        time.sleep(0.02)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    kill_when(lambda: list(tmp_path.glob("outputs/base/*/exports/.gptq_4bit_g64.*.partial")), words, tmp_path)
     killed = only_export(tmp_path)
     assert list((killed / "exports").glob(".merged.*"))
     assert not (killed / "exports" / "gptq_4bit_g64").exists()

@@ -1,16 +1,12 @@
 """An export that is killed leaves nothing that looks finished, and the next call finishes."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 
 import pytest
 
 from qlora_kit.core.files import read_json
-from tests.e2e.conftest import environment, kit, only_run, train_line
+from tests.e2e.conftest import kit, only_run, train_line
+from tests.e2e.killing import kill_when
 
 pytestmark = pytest.mark.slow
 
@@ -66,20 +62,8 @@ def count_of(folder, pattern):
 def kill_at(folder, kill):
     """Start an export, and kill it when what it is waited for lies there."""
     exports = only_run(folder) / "exports"
-    started = subprocess.Popen(
-        [sys.executable, "-m", "qlora_kit", *export_line(kill.target, *kill.words)],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 240
-    while count_of(exports, kill.moment) < kill.count:
-        assert time.monotonic() < until and started.poll() is None
-        time.sleep(0.005)
-    os.killpg(started.pid, signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    words = export_line(kill.target, *kill.words)
+    kill_when(lambda: count_of(exports, kill.moment) >= kill.count, words, folder)
 
 
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
