@@ -10,6 +10,7 @@ What is kept for the backward is the input of each part, gate and up, and the th
 product are computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.elementwise import rope
-from qlora_kit.engine.lora_product import LinearGroup
-from qlora_kit.engine.low_rank import gated, gated_backward, rope_of_sum, total
+from qlora_kit.engine.gated import gated, gated_backward
+from qlora_kit.engine.linear_group import Gradients, LinearGroup
+from qlora_kit.engine.low_rank import rope_back, rope_of_sum, total
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
@@ -78,21 +80,15 @@ class NormProject(Function):
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, residual: Tensor) -> Any:
         h, cos, sin, thin, *raw = ctx.saved_tensors
         parts: Projection = ctx.parts
-        dq, dk, dv = (grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad))
-        if (angles := _angles(cos, sin, h)) is not None:
-            dq, dk = rope(dq, *angles, back=True), rope(dk, *angles, back=True)
-        if parts.k_norm is not None:
-            dk = _head_norm_backward(parts.k_norm, raw.pop(), dk)
-        if parts.q_norm is not None:
-            dq = _head_norm_backward(parts.q_norm, raw.pop(), dq)
-        grads = [grad.flatten(1) for grad in (dq, dk, dv)]
-        if len(parts.group.linears) == 1:
-            grads = [torch.cat(grads, dim=1)]
         rows = h.flatten(0, 1)
-        inner = parts.group.backward_inner(grads)
-        dx = parts.group.backward_input(grads, inner) if ctx.needs_input_grad[0] else None
-        dh, x = parts.norm.backward_add(rows, dx, residual.flatten(0, 1))
-        trained = parts.group.backward_parameters(x, grads, thin, inner)
+        gradients = parts.group.room_for_gradients(rows)
+        through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad)]
+        _project_backward(parts, through, _angles(cos, sin, h), raw, gradients.outputs)
+        inner = parts.group.backward_inner(gradients)
+        dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
+        place = None if parts.place.tensor is None else parts.place.tensor.flatten(0, 1)
+        dh, x = parts.norm.backward_add(rows, dx, residual.flatten(0, 1), place)
+        trained = parts.group.backward_parameters(x, gradients, thin, inner)
         return None if dh is None else dh.view_as(h), None, None, None, *trained
 
 
@@ -114,7 +110,7 @@ class ProjectAdd(Function):
         if ctx.parts.after is not None:
             dy = ctx.parts.after.backward(y, dy)
         needs_input = ctx.needs_input_grad[0]
-        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), [dy], thin, needs_input=needs_input)
+        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), thin, needs_input=needs_input)
         return None if dx is None else dx.view_as(attention), grad, None, *trained
 
 
@@ -140,23 +136,48 @@ class GatedMlp(Function):
         if gate is None:
             gate, up, _ = parts.gate_and_up(parts.norm.forward(rows), thin)
         dy = d_out if parts.after is None else parts.after.backward(y, d_out)
-        inner_down = parts.down.backward_inner([dy])
-        d_product = parts.down.backward_input([dy], None)
+        inner_down = parts.down.backward_inner(Gradients(dy))
+        d_product = parts.down.backward_input(Gradients(dy), None)
         more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
-        product, *through = gated_backward(gate, up, d_product, parts.activation, more)
-        of_down = parts.down.backward_parameters(product, [dy], thin_down, inner_down)
-        del d_product, product, gate, up
-        if len(parts.group.linears) == 1:
-            through = [torch.cat(through, dim=1)]
-        inner = parts.group.backward_inner(through)
-        dx = parts.group.backward_input(through, inner) if ctx.needs_input_grad[0] else None
+        gradients = parts.group.room_for_gradients(rows)
+        through = parts.split(gradients.outputs)
+        sums = gated_backward(gate, up, d_product, parts.activation, more, through)
+        del d_product, gate, up
+        inner = parts.group.backward_inner(gradients)
+        dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
         dh, x = parts.norm.backward_add(rows, dx, d_out)
-        trained = parts.group.backward_parameters(x, through, thin, inner)
+        trained = parts.gradients_of_group(x, inner, sums)
+        of_down = parts.gradients_of_down(dy, thin_down, sums)
         return None if dh is None else dh.view_as(h), None, None, *trained, *of_down
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
+
+
+def _project_backward(
+    parts: Projection,
+    grads: Sequence[Tensor],
+    angles: tuple[Tensor, Tensor] | None,
+    raw: Sequence[Tensor],
+    outputs: Tensor,
+) -> None:
+    """Write the gradients of what the linear modules gave, from those of q, k and v `[T, heads, head_dim]`.
+
+    Args:
+        raw: q and k before the norm of heads, where they have one.
+        outputs: `[T, sum of widths]`.
+    """
+    left = list(raw)
+    turns = angles, angles, None
+    for place, grad, norm, turn in zip(
+        torch.split(outputs, parts.widths, dim=1), grads, (parts.q_norm, parts.k_norm, None), turns, strict=True
+    ):
+        if norm is None and turn is not None:
+            rope_back(grad, *turn, place)
+            continue
+        found = grad if turn is None else rope(grad, *turn, back=True)
+        place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
 
 
 def _added(

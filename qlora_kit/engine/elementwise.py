@@ -51,11 +51,16 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, gra
 
 
 def rms_norm_backward_add(
-    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor
+    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor, place: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same plus `residual` `[T, width]`, a gradient that reaches x past the norm; with it `rms_scale` of x."""
-    found: tuple[Tensor, Tensor] = _run(_rms_norm_backward_add, x, weight, eps, adds_one, grad, residual)
-    return found
+    """The same plus `residual` `[T, width]`, a gradient that reaches x past the norm; with it `rms_scale` of x.
+
+    Args:
+        place: memory for the gradient `[T, width]`; without, it is new.
+    """
+    place = torch.empty_like(x) if place is None else place
+    scale: Tensor = _run(_rms_norm_backward_add, x, weight, eps, adds_one, grad, residual, place)
+    return place, scale
 
 
 def rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -113,10 +118,11 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, gr
 
 
 def _rms_norm_backward_add(
-    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor, place: Tensor
+) -> Tensor:
     scale = _rms_scale(x, eps)
-    return (_input_gradient(x, weight, adds_one, grad, scale) + residual.float()).to(x.dtype), scale
+    place.copy_(_input_gradient(x, weight, adds_one, grad, scale) + residual.float())
+    return scale
 
 
 def _activated(gate: Tensor, is_silu: bool) -> Tensor:

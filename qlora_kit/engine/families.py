@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_kit.engine.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import NotFastError
-from qlora_kit.engine.lora_product import AdaptedLinear, LinearGroup, MakeWeight, adapted_linear
+from qlora_kit.engine.linear_group import LinearGroup
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
@@ -74,10 +75,14 @@ class LayerParts:
     mlp: Mlp
 
     @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Linear modules by their input."""
+        return self.projection.group, self.output.group, self.mlp.group, self.mlp.down
+
+    @property
     def linears(self) -> list[AdaptedLinear]:
         """Every linear module of the layer."""
-        groups = self.projection.group, self.output.group, self.mlp.group, self.mlp.down
-        return [linear for group in groups for linear in group.linears]
+        return [linear for group in self.groups for linear in group.linears]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, settings: Mapping[str, Any]) -> Tensor:
         """The layer's own attention, by the implementation that its model is set to.
@@ -117,14 +122,15 @@ def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerPart
     def norm(owner: Any, name: str) -> Norm:
         return _norm(getattr(owner, name), adds_one)
 
-    head_norms = [norm(attention, name) for name in ("q_norm", "k_norm")] if family.head_norms else []
+    of_heads = [norm(attention, name) if family.head_norms else None for name in ("q_norm", "k_norm")]
     after = [norm(layer, name) for name in AFTER] if family.sandwich else [None, None]
     projection = Projection(
         norm(layer, "input_layernorm"),
         group(attention, *(["qkv_proj"] if family.fused else ["q_proj", "k_proj", "v_proj"])),
         _heads(attention),
         attention.head_dim,
-        *head_norms,
+        q_norm=of_heads[0],
+        k_norm=of_heads[1],
     )
     output = Output(group(attention, "o_proj"), after[0])
     gated = Mlp(

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
-from qlora_kit.engine.fp8 import Fp8Weight, weight_for
+from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs
+from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
 from qlora_kit.schema.engine import EngineConfig
 
 KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST = range(4)
@@ -44,6 +45,7 @@ class FastLayer:
         level: see `recompute.py`.
         graphs: of all layers; None where every kernel is started by itself.
         place: among the layers that have graphs.
+        begin: what is to be done before a forward pass; None but for the first layer.
     """
 
     def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
@@ -56,6 +58,7 @@ class FastLayer:
         self.met_a_cache = False
         self.graphs: LayerGraphs | None = None
         self.place = 0
+        self.begin: Callable[[], None] | None = None
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **settings: Any) -> Any:
         """The next hidden states `[rows, tokens, hidden]`, as the layer's own forward returns them."""
@@ -66,13 +69,15 @@ class FastLayer:
         if rest or settings.get("past_key_values") is not None:
             self.met_a_cache = True
             return self.plain(hidden_states, *rest, **settings)
+        if self.begin is not None:
+            self.begin()
         parts = self.parts
         if parts is None or not all(linear.is_as_made() for linear in parts.linears):
             return self._again(self.plain, hidden_states, settings)
         if self.graphs is None or self.level == LAYER_FROM_HOST or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        return self.graphs.run(self.place, self._fast, hidden_states, settings, trained)
+        return self.graphs.run(self.place, self._fast, hidden_states, settings, trained, parts.projection.place)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -93,6 +98,11 @@ class FastLayer:
     def _draws(self) -> bool:
         """Whether a training step draws random numbers in this layer."""
         return self.parts is None or self.parts.attention.attention_dropout > 0
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Linear modules by their input; none where the layer runs plain."""
+        return () if self.parts is None else self.parts.groups
 
     def put_in(self) -> None:
         """Become the layer's forward."""
@@ -134,6 +144,11 @@ class FastEngine:
         recordable = [layer for layer in layers if layer.parts is not None]
         for place, layer in enumerate(recordable):
             layer.graphs, layer.place = graphs, place
+        self._groups = [(layer.dtype, group) for layer in recordable for group in layer.groups]
+        for _, group in self._groups:
+            group.is_cast_with_others = True
+        if layers:
+            layers[0].begin = self._cast_adapters
 
     @property
     def fast_layers(self) -> int:
@@ -158,20 +173,22 @@ class FastEngine:
             layer.level = level
 
     def keep_copies(self, room: float) -> int:
-        """Keep every weight that is multiplied in fp8 in fp8 as well, if all of them fit into so many bytes.
+        """Keep weights in the format that they are multiplied in as well, as many as fit into so many bytes.
 
         Returns:
-            The bytes taken; 0 where they do not fit, or nothing is in fp8.
+            The bytes taken.
         """
-        weights = [linear.weight for layer in self.layers if layer.parts for linear in layer.parts.linears]
-        rounded = [weight for weight in weights if isinstance(weight, Fp8Weight)]
-        taken = sum(weight.copies_bytes for weight in rounded)
-        if taken > room:
-            return 0
         self._let_go()
-        for weight in rounded:
-            weight.keep_copies()
+        taken = 0
+        for _, group in self._groups:
+            if 0 < group.copies_bytes <= room - taken:
+                taken += group.copies_bytes
+                group.keep_copies()
         return taken
+
+    def _cast_adapters(self) -> None:
+        for dtype in {dtype for dtype, _ in self._groups}:
+            cast_adapters([group for other, group in self._groups if other is dtype], dtype)
 
     def undo(self) -> None:
         """Give every layer its own forward back."""

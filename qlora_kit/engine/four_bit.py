@@ -73,6 +73,10 @@ class FourBit:
         """The weight `[rows, columns]`, bit for bit as bitsandbytes dequantizes it."""
         return self._unpacked(None, dtype)
 
+    def write(self, place: torch.Tensor) -> None:
+        """The same into a dense `[rows, columns]`, in the dtype of that."""
+        self._unpack_to(place, None)
+
     def fp8(self, inverse: torch.Tensor) -> torch.Tensor:
         """The weight `[rows, columns]` in e4m3, each row multiplied by its entry of `inverse`, float32 `[rows]`."""
         return self._unpacked(inverse, torch.float8_e4m3fn)
@@ -92,14 +96,18 @@ class FourBit:
         return out
 
     def _unpacked(self, inverse: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.codes.device)
+        self._unpack_to(out, inverse)
+        return out
+
+    def _unpack_to(self, out: torch.Tensor, inverse: torch.Tensor | None) -> None:
         if not runs_triton(self.codes):
             steps = self.block_absmax()
-            return self._values(steps if inverse is None else steps * inverse[:, None]).to(dtype)
+            out.copy_(self._values(steps if inverse is None else steps * inverse[:, None]))
+            return
         from qlora_kit.engine import nf4_triton
 
-        out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.codes.device)
         nf4_triton.unpack(self._parts(), self._sizes(), inverse, out)
-        return out
 
     def _values(self, steps: torch.Tensor) -> torch.Tensor:
         """Table entries times `steps [rows, columns / block_size]`, in float32."""

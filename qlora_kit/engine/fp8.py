@@ -128,13 +128,19 @@ class Fp8Weight:
 
     @property
     def copies_bytes(self) -> int:
-        """Memory that `keep_copies` takes: a byte per value and layout."""
+        """Memory that `keep_copies` would take, a byte per value and layout; 0 where it is taken."""
+        if self._kept_transposed is not None:
+            return 0
         return (2 if self.is_forward_fp8 else 1) * self.in_features * self.out_features
 
     def keep_copies(self) -> None:
         """Unpack once and for all instead of for each product; the numbers are the same."""
         self._kept = self._rows() if self.is_forward_fp8 else None
         self._kept_transposed = self._transposed()
+
+    def write(self, place: Tensor) -> None:
+        """Write the weight into a dense `[out, in]` of 16 bits."""
+        self._weight.write(place)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, in]` times the transpose of the weight: `[T, out]`, in the format of `x`."""

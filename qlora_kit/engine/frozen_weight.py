@@ -52,9 +52,12 @@ class Bf16Weight:
         if self.is_4bit and getattr(self._state(), "packing_format_for_cpu", False):
             raise NotFastError("a 4-bit weight was repacked for inference on the CPU")
         self._packed = self._of_one_kernel()
+        self._kept: Tensor | None = None
 
     def matrix(self) -> Tensor:
-        """W `[out, in]` in `dtype`; a fresh tensor where it is stored in 4 bits."""
+        """W `[out, in]` in `dtype`; a fresh tensor where it is stored in 4 bits and not kept."""
+        if self._kept is not None:
+            return self._kept
         if not self.is_4bit:
             held: Tensor = self.linear.weight.detach()
             return held.to(self.dtype)
@@ -62,6 +65,18 @@ class Bf16Weight:
             return self._packed.dense(self.dtype)
         found: Tensor = bitsandbytes.functional.dequantize_4bit(self.linear.weight.data, self._state())
         return found.to(self.dtype)
+
+    def keep(self, place: Tensor) -> None:
+        """Write W into a dense `[out, in]` in `dtype`, and take it from there from now on; the numbers are the same."""
+        self.write(place)
+        self._kept = place
+
+    def write(self, place: Tensor) -> None:
+        """Write W into a dense `[out, in]`, in the dtype of that."""
+        if self._packed is not None and self._kept is None:
+            self._packed.write(place)
+        else:
+            place.copy_(self.matrix())
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W^T`: from `[T, in]` to `[T, out]`."""

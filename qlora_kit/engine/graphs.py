@@ -18,6 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes
+from qlora_kit.engine.parts import Place
 from qlora_kit.engine.recorded import GraphMemory, Recorded
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
@@ -92,13 +93,20 @@ class LayerGraphs:
         self._memory: GraphMemory | None = None
 
     def run(
-        self, place: int, compute: Compute, h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor]
+        self,
+        place: int,
+        compute: Compute,
+        h: Tensor,
+        settings: Mapping[str, Any],
+        parameters: Sequence[Tensor],
+        gradient_place: Place,
     ) -> Tensor:
         """The layer's result `[rows, tokens, hidden]`: computed, or replayed if its shape is recorded.
 
         Args:
             place: of the layer; 0 begins a forward pass.
             parameters: that the layer trains.
+            gradient_place: that `compute` reads in its backward pass.
         """
         shape = shape_of(h, settings, parameters)
         if place == 0:
@@ -106,7 +114,7 @@ class LayerGraphs:
         if not self._replays:
             return compute(h, settings)
         if place not in self.recorded and shape is not None and not self._is_off:
-            self._try_to_record(place, compute, h, settings, parameters, shape)
+            self._try_to_record(place, compute, h, settings, parameters, shape, gradient_place)
         known = self.recorded.get(place)
         if known is None or known.shape != shape or not self._feed(known, h, settings):
             self._is_stale = True
@@ -166,6 +174,7 @@ class LayerGraphs:
         settings: Mapping[str, Any],
         parameters: Sequence[Tensor],
         shape: Hashable,
+        gradient_place: Place,
     ) -> None:
         before = self.recorded.get(place - 1)
         chained = before is not None and before.output.data_ptr() == h.data_ptr()
@@ -176,7 +185,7 @@ class LayerGraphs:
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
             recorded = Recorded(shape, fixed, start, parameters, self.gradient)
-            recorded.record(partial(compute, settings=given), self._memory)
+            recorded.record(partial(compute, settings=given), self._memory, gradient_place)
             self.recorded[place] = recorded
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             self._give_up(next(iter(str(error).splitlines()), type(error).__name__))

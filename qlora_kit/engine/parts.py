@@ -1,7 +1,7 @@
 """What a decoder layer is made of, as the blocks of `blocks.py` take it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from qlora_kit.engine.elementwise import (
     rms_norm_backward_add,
     rms_scale,
 )
-from qlora_kit.engine.lora_product import LinearGroup, Normed
+from qlora_kit.engine.gated import Sums
+from qlora_kit.engine.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.low_rank import LowRank
+from qlora_kit.engine.summed import Normed
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,27 @@ class Norm:
         """Gradient of x."""
         return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad)
 
-    def backward_add(self, x: Tensor, grad: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Normed]:
+    def backward_add(
+        self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor | None, Normed]:
         """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
 
         Args:
             grad: of the norm; None where that of x is not needed.
+            place: memory for the gradient of x, like x.
         """
         factor = 1.0 + self.weight.float() if self.adds_one else self.weight
         if grad is None:
             return None, Normed(x, rms_scale(x, self.eps), factor)
-        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual)
+        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual, place)
         return found, Normed(x, scale, factor)
+
+
+@dataclass
+class Place:
+    """Where a layer is to write the gradient of its input `[rows, tokens, hidden]`; in new memory if nowhere."""
+
+    tensor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Projection:
         group: q, k and v, or one module with the three side by side.
         heads: of q, of k and of v.
         q_norm: over the width of a head; None in most families, like `k_norm`.
+        place: is read when the gradient of the layer's input is written.
     """
 
     norm: Norm
@@ -67,6 +80,7 @@ class Projection:
     head_dim: int
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    place: Place = field(default_factory=Place)
 
     @property
     def has_head_norms(self) -> bool:
@@ -112,8 +126,13 @@ class Mlp:
     def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """gate and up `[T, width]` without what adapters add, and the thin product."""
         outputs, thin = self.group.forward_apart(x, thin)
-        gate, up = outputs if len(outputs) > 1 else outputs[0].chunk(2, dim=1)
+        gate, up = outputs if len(outputs) > 1 else self.split(outputs[0])
         return gate, up, thin
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """gate and up `[T, width]` of the two side by side."""
+        gate, up = outputs.chunk(2, dim=1)
+        return gate, up
 
     def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LowRank | None, LowRank | None]:
         """What adapters add to gate and to up."""
@@ -124,3 +143,18 @@ class Mlp:
             return None, None
         of_gate, of_up = found[0].right.chunk(2, dim=1)
         return LowRank(found[0].left, of_gate), LowRank(found[0].left, of_up)
+
+    def gradients_of_group(self, x: Normed, inner: Tensor | None, sums: Sums) -> list[Tensor]:
+        """Of the parameters of gate and up, from `inner [T, sum of ranks]`, the gradient of their thin product."""
+        if inner is None:
+            return []
+        of_b = [part for part in (sums.of_gate, sums.of_up) if part is not None]
+        if len(self.group.linears) == 1:
+            of_b = [torch.cat(of_b)]
+        return self.group.parameter_gradients(self.group.of_a(x, inner), of_b)
+
+    def gradients_of_down(self, dy: Tensor, thin: Tensor | None, sums: Sums) -> list[Tensor]:
+        """Of the parameters of the down module, from the gradient of its output and its thin product."""
+        if thin is None or sums.of_product is None:
+            return []
+        return self.down.parameter_gradients(sums.of_product.t(), self.down.of_b(Gradients(dy), thin))

@@ -18,7 +18,7 @@ _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation an
 
 
 class Amount(Enum):
-    """What a recipe asks to be computed again."""
+    """How much of something a recipe asks for."""
 
     auto = "auto"
     none = "none"
@@ -27,11 +27,11 @@ class Amount(Enum):
 
 
 @dataclass(frozen=True)
-class Recompute:
-    """`engine.recompute`, read.
+class Asked:
+    """`engine.recompute` or `engine.weight_copies`, read.
 
     Attributes:
-        budget_bytes: for all kept activations together; 0 unless `amount` is budget.
+        budget_bytes: for all that is kept together; 0 unless `amount` is budget.
     """
 
     amount: Amount
@@ -66,7 +66,7 @@ class Workspace:
     trained: float = 0.0
 
 
-def parse_recompute(text: str) -> Recompute:
+def parse_amount(text: str) -> Asked:
     """Read `auto`, `none`, `all`, or a budget such as `20GB` or `1.5GiB`.
 
     Raises:
@@ -74,11 +74,11 @@ def parse_recompute(text: str) -> Recompute:
     """
     word = text.strip()
     if word.lower() in ("auto", "none", "all"):
-        return Recompute(Amount(word.lower()))
+        return Asked(Amount(word.lower()))
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", word, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is none of auto, none, all, and no amount of memory such as 20GB")
-    return Recompute(Amount.budget, float(match[1]) * _UNITS[match[2].upper()])
+    return Asked(Amount.budget, float(match[1]) * _UNITS[match[2].upper()])
 
 
 def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras | None = None) -> int:
@@ -148,7 +148,8 @@ def auto_budget(
         tokens: of one forward pass.
     """
     workspace = workspace or Workspace()
-    widest = max(shape.intermediate_size, shape.num_heads * shape.head_dim)
+    # Gate and up are unpacked side by side for the gradient of their input.
+    widest = max(2 * shape.intermediate_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
     dequantized = wide * shape.hidden_size * widest
     # The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
     # width: of the layer's output and of its input, in the parts that are summed.

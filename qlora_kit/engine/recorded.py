@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_kit.engine.parts import Place
+
 
 class GraphMemory(NamedTuple):
     """Where recordings are made: a pool that only they allocate from, and a stream for the time of recording."""
@@ -58,9 +60,12 @@ class Recorded:
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
-    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory) -> None:
+    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory, gradient_place: Place) -> None:
         """Run the layer and its backward once without any kernel being started, and keep what would have been.
 
+        Args:
+            gradient_place: that `compute` reads in its backward pass. The incoming gradient is done with by then, so
+                the outgoing one is written over it.
         Raises:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
@@ -70,13 +75,20 @@ class Recorded:
                 result = compute(self.start)
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
-            with _recording(self.backward_graph, memory):
-                found = torch.autograd.grad(result, self._wanted, self.gradient)
-                if self.needs_input:
-                    self.gradient.copy_(found[0])
-                if self.gradients:
-                    torch._foreach_copy_(self.gradients, found[-len(self.gradients) :])
+            gradient_place.tensor = self.gradient
+            try:
+                with _recording(self.backward_graph, memory):
+                    self._record_backward(result)
+            finally:
+                gradient_place.tensor = None
         self.output = result.detach()
+
+    def _record_backward(self, result: Tensor) -> None:
+        found = torch.autograd.grad(result, self._wanted, self.gradient)
+        if self.needs_input and found[0].data_ptr() != self.gradient.data_ptr():
+            self.gradient.copy_(found[0])
+        if self.gradients:
+            torch._foreach_copy_(self.gradients, found[-len(self.gradients) :])
 
     def keep_gradients(self) -> None:
         """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
 from qlora_kit.schema import walk
+from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
@@ -20,7 +21,7 @@ from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.tracker import TrackerName
 
-RECOMPUTE = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
+AMOUNT = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
 EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -120,9 +121,10 @@ def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
 
 def _engine(recipe: TrainRecipe) -> Iterator[Finding]:
     engine = recipe.engine
-    if not RECOMPUTE.fullmatch(engine.recompute):
-        what = f"engine.recompute={engine.recompute} is neither auto, none, all nor an amount such as 20GB"
-        yield Finding("engine.recompute", what, "engine.recompute=auto")
+    for name, value in (("recompute", engine.recompute), ("weight_copies", engine.weight_copies)):
+        if not AMOUNT.fullmatch(value):
+            what = f"engine.{name}={value} is neither auto, none, all nor an amount such as 20GB"
+            yield Finding(f"engine.{name}", what, f"engine.{name}=auto")
     if engine.mode is EngineMode.plain and engine.compute is not Compute.bf16:
         what = f"engine.compute={engine.compute.name} needs the fast engine; the plain one is peft's own arithmetic"
         yield Finding("engine.compute", what, "engine.mode=fast")
@@ -187,6 +189,7 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
         if gguf.mix.needs_imatrix and not gguf.imatrix:
             path = f"export.gguf.{name}.imatrix"
             yield Finding(path, f"{gguf.mix.value} files are garbage without an importance matrix", f"{path}=true")
+    yield from check_budgets(export)
     modules = {
         "gguf": export.gguf,
         "libgguf": export.gguf,

@@ -27,9 +27,10 @@ class EngineConfig(Sealed):
 
     mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is; fast runs the same maths by hand.")
     compute: Compute = knob(Compute.bf16, "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways.")
-    fp8_copies: bool = knob(
-        True,
-        "fp8: weights are kept in fp8 too, one or two bytes each, where half of the memory left over is enough.",
+    weight_copies: str = knob(
+        "auto",
+        "Fast: frozen weights that are kept unpacked too, which spares that work twice a step: none, all, an amount "
+        "such as 6GB, or auto: what half of the memory left over holds.",
     )
     recompute: str = knob(
         "auto",

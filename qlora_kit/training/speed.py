@@ -1,5 +1,6 @@
 """The recipe's engine on a model that is about to be trained, and what its memory allows each layer to keep."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from qlora_kit.engine.recompute import (
     LayerExtras,
     Workspace,
     auto_budget,
-    parse_recompute,
+    parse_amount,
     peak_bytes,
     plan_levels,
 )
@@ -30,7 +31,7 @@ TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weig
 # and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
 HEAD_BYTES = 22
 WHATEVER_IS_FREE = {Amount.none: 0, Amount.all: 2}  # the level of every layer: nothing, or a whole layer again
-COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies in fp8: recordings and longer rows need some
+COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
 
 
 def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
@@ -52,9 +53,8 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
     memory = StepMemory.of(model, tokens)
     levels = memory.levels(config.recompute)
     engine.set_levels(levels)
-    room = COPIES_SHARE * (memory.budget() - memory.needed(levels)) if config.fp8_copies else 0.0
-    if copies := engine.keep_copies(room):
-        say(f"engine: weights are kept in fp8 as well, {human_bytes(copies)} (engine.fp8_copies=false if you need it)")
+    if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, levels)):
+        say(f"engine: weights are kept unpacked too, {human_bytes(copies)} (engine.weight_copies=none gives it back)")
     again = ", ".join(
         f"{count} {what}"
         for level, what in ((1, "gate and up"), (2, "whole layers"), (3, "whole layers, from the host's memory"))
@@ -113,9 +113,16 @@ class StepMemory:
         """Bytes that layers keep at these levels."""
         return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
 
+    def room_for_copies(self, weight_copies: str, levels: Sequence[int]) -> float:
+        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what levels say."""
+        wanted = parse_amount(weight_copies)
+        if wanted.amount is Amount.auto:
+            return COPIES_SHARE * (self.budget() - self.needed(levels))
+        return math.inf if wanted.amount is Amount.all else wanted.budget_bytes
+
     def levels(self, recompute: str) -> list[int]:
         """The levels that the recipe's word for it comes to; with a warning where even the last one is too much."""
-        wanted = parse_recompute(recompute)
+        wanted = parse_amount(recompute)
         if wanted.amount in WHATEVER_IS_FREE:
             return [WHATEVER_IS_FREE[wanted.amount]] * self.shape.num_layers
         budget = self.budget() if wanted.amount is Amount.auto else wanted.budget_bytes

@@ -5,13 +5,15 @@ import torch
 
 from qlora_kit.engine import elementwise, low_rank
 from qlora_kit.engine.elementwise import Activation
-from qlora_kit.engine.lora_product import summed_over_tokens
+from qlora_kit.engine.gated import LARGEST_SUM, gated, gated_backward
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank
+from qlora_kit.engine.summed import summed_over_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TOKENS, COLUMNS = 70, 200  # no multiples of the kernels' tiles
-RANKS = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (LARGEST_RANK, 33, 1), (LARGEST_RANK + 1, 4, 4)]
+SUMMED = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (0, 0, 16), (LARGEST_SUM, 33, 1)]
+GATED_RANKS = [*SUMMED, (LARGEST_SUM + 1, 4, 4), (LARGEST_RANK + 1, 4, 4)]
 # Share of a result's norm: one rounding to 8 bits in bfloat16, and sums in another order in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -45,23 +47,27 @@ def exact_products():
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("ranks", RANKS)
-def test_gated_products_and_their_gradients(dtype, ranks):
+@pytest.mark.parametrize("ranks", GATED_RANKS)
+def test_gated_products_gradients_and_sums(dtype, ranks):
     torch.manual_seed(0)
     gate, up = drawn(TOKENS, 2 * COLUMNS, dtype=dtype).chunk(2, dim=1)
     grad = drawn(TOKENS, COLUMNS, dtype=dtype)
     more = [factors(TOKENS, COLUMNS, rank, dtype) for rank in ranks]
     exact = [whole(part, one) for part, one in zip((gate, up, grad), more, strict=True)]
     # Beyond the kernels' ranks the sums are made first, and rounded: once more.
-    most = TOLERANCE[dtype] * (3 if max(ranks) > LARGEST_RANK else 1)
+    most = TOLERANCE[dtype] * (3 if max(ranks) > LARGEST_SUM else 1)
     for activation in Activation:
         is_silu = activation is Activation.silu
-        found = low_rank.gated(gate, up, activation, (more[0], more[1]))
-        assert error(found, elementwise._gated(exact[0], exact[1], is_silu)) < most
-        through = low_rank.gated_backward(gate, up, grad, activation, tuple(more))
-        for one, wanted in zip(through, elementwise._gated_backward(*exact, is_silu), strict=True):
-            assert one.dtype is dtype
+        product, *exact_through = elementwise._gated_backward(*exact, is_silu)
+        assert error(gated(gate, up, activation, (more[0], more[1])), product) < most
+        through = drawn(TOKENS, 2 * COLUMNS + 8, dtype=dtype)[:, : 2 * COLUMNS].chunk(2, dim=1)
+        sums = gated_backward(gate, up, grad, activation, tuple(more), through)
+        for one, wanted in zip(through, exact_through, strict=True):
             assert error(one, wanted) < most
+        for one, factor, wanted in zip(sums, more, (*exact_through, product), strict=True):
+            assert (one is None) == (factor is None)
+            assert one is None or one.dtype is torch.float32
+            assert one is None or error(one, wanted.t() @ factor.left.float()) < most
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -89,6 +95,11 @@ def test_rotated_sums(dtype, head_dim, rotated, rank):
     found = low_rank.rope_of_sum(x.view(TOKENS, heads, head_dim), cos, sin, more)
     assert found.shape == exact.shape
     assert error(found, exact) < 3 * TOLERANCE[dtype]
+    place = torch.full((TOKENS, heads * head_dim + 40), 7.0, dtype=dtype, device="cuda")
+    low_rank.rope_back(found, cos, sin, place[:, 8 : 8 + heads * head_dim])
+    exact = elementwise._rope(found.float(), cos.float(), sin.float(), True)
+    assert error(place[:, 8 : 8 + heads * head_dim], exact.flatten(1)) < 2 * TOLERANCE[dtype]
+    assert (place[:, :8] == 7).all() and (place[:, 8 + heads * head_dim :] == 7).all()
 
 
 @pytest.mark.parametrize("tokens", [8192, 2050, 7])

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from qlora_kit.engine.adapted_linear import adapted_linear
 from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import Bf16Weight
-from qlora_kit.engine.lora_product import LinearGroup, adapted_linear
+from qlora_kit.engine.linear_group import LinearGroup
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, RANK = 32, 4, 2, 8, 48, 3
@@ -154,7 +155,7 @@ def kept_values(run):
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 2
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from qlora_kit.engine.fast import speed_up
 from qlora_kit.engine.recompute import (
     Amount,
+    Asked,
     LayerExtras,
-    Recompute,
     Workspace,
     auto_budget,
     kept_bytes,
-    parse_recompute,
+    parse_amount,
     peak_bytes,
     plan_levels,
 )
@@ -111,26 +111,26 @@ def test_layers_that_compute_again_come_first_and_use_the_memory_of_later_ones()
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("auto", Recompute(Amount.auto)),
-        ("none", Recompute(Amount.none)),
-        (" All ", Recompute(Amount.all)),
-        ("20GB", Recompute(Amount.budget, 20e9)),
-        ("1.5 gb", Recompute(Amount.budget, 1.5e9)),
-        ("512MiB", Recompute(Amount.budget, 2**29)),
+        ("auto", Asked(Amount.auto)),
+        ("none", Asked(Amount.none)),
+        (" All ", Asked(Amount.all)),
+        ("20GB", Asked(Amount.budget, 20e9)),
+        ("1.5 gb", Asked(Amount.budget, 1.5e9)),
+        ("512MiB", Asked(Amount.budget, 2**29)),
     ],
 )
 def test_recompute_is_read(text, expected):
-    assert parse_recompute(text) == expected
+    assert parse_amount(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "some", "20", "GB", "-1GB", "0GB", "20 G", "20GB of it", "1e9GB"])
 def test_other_words_are_refused(text):
     with pytest.raises(ValueError, match="is none of auto, none, all, and no amount of memory such as 20GB"):
-        parse_recompute(text)
+        parse_amount(text)
 
 
 def test_auto_leaves_room_for_a_step():
-    dequantized, temporary = 2 * 4096 * 14336, 2 * 8192 * (4 * 14336 + 4 * 4096)
+    dequantized, temporary = 2 * 4096 * 2 * 14336, 2 * 8192 * (4 * 14336 + 4 * 4096)
     expected = 70e9 * 0.95 - dequantized - temporary - 1e9 - 2e9
     assert auto_budget(LLAMA_8B, 70e9, 8192, Workspace(1e9, 2e9)) == pytest.approx(expected)
     assert auto_budget(LLAMA_8B, 1e9, 8192) == 0

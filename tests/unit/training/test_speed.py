@@ -97,20 +97,35 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
 
 
-def test_weights_are_kept_in_fp8_where_memory_is_left(base, monkeypatch, capsys):
+def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsys):
     def engine(free, **settings):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
         monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
         made = put_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
         weights = [linear.weight for layer in made.layers for linear in layer.parts.linears]
-        said = "weights are kept in fp8 as well" in capsys.readouterr().err
+        said = "weights are kept unpacked too" in capsys.readouterr().err
         return said, {weight._kept_transposed is not None for weight in weights}
 
     # The GPU's product is emulated: only what is kept matters here.
     monkeypatch.setattr(fast, "weight_for", partial(weight_for, product=emulate))
     assert engine(1e9) == (True, {True})
-    assert engine(1e9, fp8_copies=False) == (False, {False})
+    assert engine(1e9, weight_copies="none") == (False, {False})
     assert engine(1e6) == (False, {False})
+
+
+def test_kept_weights_change_no_number(base, rows, tmp_path):
+    losses = []
+    for copies in ("none", "all", "0.002GB"):
+        trainer = trained(base, rows, tmp_path / copies, EngineConfig(mode=FAST, weight_copies=copies))
+        groups = [group for layer in trainer.engine.layers for group in layer.parts.groups]
+        kept = [group._kept is not None for group in groups]
+        assert all(kept) == (copies == "all") and any(kept) == (copies != "none")
+        assert [group.copies_bytes == 0 for group in groups] == kept
+        assert sum(group._kept.nbytes for group in groups if group._kept is not None) <= 2e6 or copies == "all"
+        fit(trainer, None)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from qlora_kit.engine.adapted_linear import adapted_linear
 from qlora_kit.engine.frozen_weight import Bf16Weight, NotFastError
-from qlora_kit.engine.lora_product import LinearGroup, adapted_linear, summed_over_tokens
+from qlora_kit.engine.linear_group import Gradients, LinearGroup
+from qlora_kit.engine.summed import summed_over_tokens
 
 NAMES = ("one", "two", "three")
 WIDTHS = {"one": 24, "two": 40, "three": 8}
@@ -44,6 +46,10 @@ def drawn(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def drawn_gradients():
+    return Gradients(drawn(11, sum(WIDTHS.values())))
+
+
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE * float(expected.abs().max()))
 
@@ -53,7 +59,8 @@ def close(found, expected):
     [{}, {"use_rslora": True}, {"rank_pattern": {"two": 7}}, {"target_modules": ["one", "three"]}],
     ids=["plain", "rslora", "ranks differ", "two of three"],
 )
-def test_outputs_and_gradients_equal_pefts(settings):
+@pytest.mark.parametrize("are_joined", [True, False], ids=["joined", "apart"])
+def test_outputs_and_gradients_equal_pefts(settings, are_joined):
     model = adapted(**settings)
     x = drawn(11, 32).requires_grad_()
     grads = [drawn(11, WIDTHS[name]) for name in NAMES]
@@ -61,7 +68,9 @@ def test_outputs_and_gradients_equal_pefts(settings):
     torch.autograd.backward(expected, grads)
     group = group_of(model)
     outputs, thin = group.forward(x.detach())
-    dx, trained = group.backward(x.detach(), grads, thin)
+    gradients = group.room_for_gradients(x) if are_joined else Gradients(torch.empty(11, sum(WIDTHS.values())))
+    gradients.outputs.copy_(torch.cat(grads, dim=1))
+    dx, trained = group.backward(x.detach(), gradients, thin)
 
     for found, wanted in zip(outputs, expected, strict=True):
         close(found, wanted.detach())
@@ -87,7 +96,7 @@ def test_without_an_adapter_nothing_is_trained():
     model = Three().requires_grad_(False)
     group, x = group_of(model), drawn(11, 32)
     outputs, thin = group.forward(x)
-    dx, trained = group.backward(x, [drawn(11, WIDTHS[name]) for name in NAMES], thin)
+    dx, trained = group.backward(x, drawn_gradients(), thin)
     assert thin is None and trained == [] and dx.shape == x.shape
     close(outputs[0], model.one(x))
 
@@ -95,10 +104,10 @@ def test_without_an_adapter_nothing_is_trained():
 def test_an_input_that_needs_no_gradient_costs_no_frozen_product(monkeypatch):
     group, x = group_of(adapted()), drawn(11, 32)
     _, thin = group.forward(x)
-    grads = [drawn(11, WIDTHS[name]) for name in NAMES]
-    _, expected = group.backward(x, grads, thin)
+    gradients = drawn_gradients()
+    _, expected = group.backward(x, gradients, thin)
     monkeypatch.setattr(Bf16Weight, "matrix", lambda self: pytest.fail("a frozen weight was multiplied"))
-    dx, trained = group.backward(x, grads, thin, needs_input=False)
+    dx, trained = group.backward(x, gradients, thin, needs_input=False)
     assert dx is None
     assert all(torch.equal(found, wanted) for found, wanted in zip(trained, expected, strict=True))
 
@@ -107,7 +116,7 @@ def test_16_bit_products_give_fp32_gradients():
     group = LinearGroup([adapted_linear("one", adapted().one, lambda _, linear: Bf16Weight(linear, torch.bfloat16))])
     x, grad = drawn(64, 32).bfloat16(), drawn(64, 24).bfloat16()
     (y,), thin = group.forward(x)
-    dx, trained = group.backward(x, [grad], thin)
+    dx, trained = group.backward(x, Gradients(grad), thin)
     assert y.dtype is dx.dtype is thin.dtype is torch.bfloat16
     assert [part.dtype for part in trained] == [torch.float32] * 2
     assert summed_over_tokens(grad, x).dtype is torch.float32

@@ -1,0 +1,68 @@
+"""The gated product of an MLP with LoRA on its three modules, and what its backward can make on the way.
+
+On a GPU one kernel reads gate and up as the frozen weights give them and adds their low-rank parts in registers; the
+one of the backward pass also multiplies what it finds by the thin factors that LoRA's gradients are made of. Gate and
+up are the largest tensors of a layer: to read one of them again takes longer than all this arithmetic. On a CPU, and
+for ranks that the kernels do not take, each step is made by itself.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qlora_kit.engine import elementwise
+from qlora_kit.engine.elementwise import Activation
+from qlora_kit.engine.four_bit import runs_triton
+from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank, plus
+from qlora_kit.engine.summed import summed_over_tokens
+
+LARGEST_SUM = 64  # rank whose sums fit into the registers of a program
+
+
+class Sums(NamedTuple):
+    """`x^T @ left` in float32 `[N, r]`, for the left factor that belongs to x; None without one."""
+
+    of_gate: Tensor | None
+    of_up: Tensor | None
+    of_product: Tensor | None
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation, more: tuple[LowRank | None, LowRank | None]) -> Tensor:
+    """`activation(gate + ..) * (up + ..)`, each `[T, N]`, `more` in this order."""
+    if not _in_one_kernel(gate, *more, most=LARGEST_RANK):
+        return elementwise.gated(plus(gate, more[0]), plus(up, more[1]), activation)
+    from qlora_kit.engine import gated_triton
+
+    return gated_triton.gated(gate, up, more, activation is Activation.silu)
+
+
+def gated_backward(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    activation: Activation,
+    more: tuple[LowRank | None, LowRank | None, LowRank | None],
+    through: tuple[Tensor, Tensor],
+) -> Sums:
+    """Writes the gradients of gate and up to the two `[T, N]` of `through`.
+
+    Args:
+        grad: of the product, which is computed again.
+        more: belongs to gate, up and grad in this order; its left factors are those of the sums.
+        through: of one stride.
+    """
+    if _in_one_kernel(gate, *more, most=LARGEST_SUM):
+        from qlora_kit.engine import gated_triton
+
+        return Sums(*gated_triton.gated_backward(gate, up, grad, more, activation is Activation.silu, through))
+    gate, up, grad = (plus(part, one) for part, one in zip((gate, up, grad), more, strict=True))
+    product, *found = elementwise.gated_backward(gate, up, grad, activation)
+    for place, part in zip(through, found, strict=True):
+        place.copy_(part)
+    pairs = zip(more, (*through, product), strict=True)
+    return Sums(*(None if one is None else summed_over_tokens(x, one.left) for one, x in pairs))
+
+
+def _in_one_kernel(x: Tensor, *more: LowRank | None, most: int) -> bool:
+    ranks = [one.left.shape[1] for one in more if one is not None]
+    return runs_triton(x) and any(ranks) and max(ranks) <= most
