@@ -1,7 +1,7 @@
 """Token rows -> the tensors of one forward pass: padded side by side, or one after another without padding."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -115,6 +115,22 @@ class PackedCollator:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+class Counted:
+    """Another collator's batches, with the number of positions whose next token is trained: `trained_tokens`.
+
+    Counted here, where the labels are made, it need not be read from the device, which waits for all that it has to do.
+    """
+
+    def __init__(self, collator: Collator | PackedCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor | int]":
+        """The batch, as the collator makes it, and the count."""
+        batch: dict[str, torch.Tensor | int] = {**self.collator(features)}
+        labels: Any = batch["labels"]
+        return {**batch, "trained_tokens": int((labels[:, 1:] != IGNORED_LABEL).sum())}
 
 
 def _pieces(tokens: int, longest: int) -> Ints:

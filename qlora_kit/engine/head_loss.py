@@ -24,28 +24,32 @@ SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "
 ROUTED = "output_router_logits"
 
 
-def one_pass_head(model: PreTrainedModel) -> Callable[[], None]:
+def one_pass_head(model: PreTrainedModel) -> Callable[[], None] | None:
     """Replace the fused forward that TRL put on this instance by one that goes over the logits once.
 
     Loss, gradients and accuracy stay the same. The entropy is zero: TRL 1.16 only logs it, the kit keeps it out of its
     metrics, and it would cost another pass. A head that is trained or adapted, or that does more than a matrix product,
     keeps TRL's forward.
 
+    The forward takes `trained_tokens` too: how many positions the labels train, which is otherwise found out by waiting
+    for the device.
+
     Returns:
-        A function that puts TRL's forward back.
+        A function that puts TRL's forward back; None where it was left.
     """
     config = model.config.get_text_config()
     if any(getattr(config, name, None) is not None for name in SCALED_HEADS) or getattr(config, ROUTED, False):
-        return lambda: None
+        return None
     fused = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Any = None, **rest: Any) -> Any:
+        count = rest.pop("trained_tokens", None)
         head = self.get_output_embeddings()
         if not fused_lm_head or labels is None or rest.get("shift_labels") is not None or not _is_frozen(head):
             return fused(*args, fused_lm_head=fused_lm_head, labels=labels, **rest)
         rest.pop("num_items_in_batch", None)
-        # Found before the layers are queued: to count them, the host waits for the device.
-        trained = _Trained.of(labels, head.weight.device)
+        # Found before the layers are queued: to count them, the host may have to wait for the device.
+        trained = _Trained.of(labels, head.weight.device, count)
         hidden = self.base_model(*args, **rest | {"use_cache": False}).last_hidden_state
         return _scored(hidden.to(head.weight.device), trained, head)
 
@@ -79,11 +83,12 @@ class _Trained:
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, labels: torch.Tensor, device: torch.device) -> "_Trained":
-        """From labels `[rows, tokens]`, -100 where a token is not trained."""
+    def of(cls, labels: torch.Tensor, device: torch.device, count: int | None = None) -> "_Trained":
+        """From labels `[rows, tokens]`, -100 where a token is not trained; `count` positions, if that is known."""
         following = torch.nn.functional.pad(labels.to(device)[:, 1:], (0, 1), value=IGNORED_LABEL)
         mask = following != IGNORED_LABEL
-        positions = mask.flatten().nonzero().squeeze(1)
+        flags = mask.flatten()
+        positions = (flags.nonzero() if count is None else flags.nonzero_static(size=count)).squeeze(1)
         return cls(mask[:, :-1], positions, following.flatten().index_select(0, positions))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -50,7 +51,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self.stop = stop
         self.tokens = tokens_before
         self._tokens_before = tokens_before
-        self._step_began = 0.0
+        self._running_since: float | None = None
         self._seconds = 0.0
         self._tokens_logged = tokens_before
         self._bar: tqdm[Any] | None = None
@@ -66,19 +67,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Start the step's clock."""
-        self._step_began = time.perf_counter()
+        """Start the clock, unless it runs from step to step."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stop the clock, move the bar, and pass on a request to stop."""
-        self._seconds += time.perf_counter() - self._step_began
+        """Move the bar, pass on a request to stop, and stop the clock for what is no training."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
         if self.stop.asked:
             control.should_save = True
             control.should_training_stop = True
+        if control.should_evaluate or control.should_save:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the device is behind: what it still has to do is training
+            self._read_clock()
+            self._running_since = None
 
     def on_log(
         self,
@@ -121,7 +127,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         if self._bar is not None:
             self._bar.close()
 
+    def _read_clock(self) -> None:
+        if self._running_since is not None:
+            now = time.perf_counter()
+            self._seconds += now - self._running_since
+            self._running_since = now
+
     def _throughput(self, logs: dict[str, float]) -> dict[str, float]:
+        # A step that is logged is done on the device; its end, as the host sees it, may be long before that.
+        self._read_clock()
         self.tokens = self._tokens_before + int(logs.get("num_tokens", 0))
         rate = (self.tokens - self._tokens_logged) / self._seconds if self._seconds else 0.0
         self._tokens_logged, self._seconds = self.tokens, 0.0

@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
-from qlora_kit.data.collate import Collator, Outline, PackedCollator
+from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
 from qlora_kit.data.order import by_length, shuffled
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
@@ -87,15 +87,20 @@ def build_trainer(
         ),
         train_dataset=dataset,
         eval_dataset=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
-        data_collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
+        data_collator=Counted(
+            _collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine))
+        ),
         processing_class=tokenizer,
         callbacks=[watch],
     )
     trainer.order = _order(recipe, train, len(dataset), processes)
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
-    trainer.undo = [*undo, one_pass_head(model.get_base_model())]
+    head = one_pass_head(model.get_base_model())
+    trainer.undo = [*undo, *([] if head is None else [head])]
+    trainer.tells_counts = head is not None
     trainer.engine = engine
+    trainer.logs_late = torch.cuda.is_available()
     return trainer
 
 

@@ -1,10 +1,11 @@
-"""Times steps to the end of their work on the GPU, and keeps what proves that they trained."""
+"""Times steps by the end of their work on the GPU, and keeps what proves that they trained."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,32 @@ def peak_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Marks:
+    """Points in the work that the GPU is given, or points in time without one; nothing waits for them.
+
+    To wait after each step would hide from a stack that it prepares one step during another.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[Any] = []
+
+    def set(self) -> None:
+        """Set the next mark after all that was begun."""
+        if not torch.cuda.is_available():
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next."""
+        synchronized()
+        if not torch.cuda.is_available():
+            return [after - before for before, after in pairwise(self._marks)]
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self._marks)]
 
 
 @dataclass
@@ -84,28 +111,31 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     """
 
     def __init__(self, around: "Callable[[int, bool], None] | None" = None) -> None:
-        self.steps = Steps()
+        self._steps = Steps()
+        self._marks = Marks()
         self._around = around or (lambda step, is_over: None)
-        self._last = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Start the clock at the first step."""
         if state.global_step == 0:
             reset_peak()
-            self._last = synchronized()
+            self._marks.set()
         self._around(state.global_step + 1, False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Note the step's time; no checkpoint is written."""
-        now = synchronized()
+        """Note the step's end; no checkpoint is written."""
         if state.global_step <= WARM_UP + MEASURED:
-            self.steps.seconds.append(now - self._last)
+            self._marks.set()
         self._around(state.global_step, True)
         control.should_save = False
-        self._last = synchronized()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
         """Keep loss and gradient norm."""
         if logs and "loss" in logs and state.global_step <= WARM_UP + MEASURED:
-            self.steps.losses.append(float(logs["loss"]))
-            self.steps.grad_norms.append(float(logs["grad_norm"]))
+            self._steps.losses.append(float(logs["loss"]))
+            self._steps.grad_norms.append(float(logs["grad_norm"]))
+
+    def result(self, tokens: int) -> dict[str, object]:
+        """See `Steps.result`; for when training is over."""
+        self._steps.seconds = self._marks.seconds()
+        return self._steps.result(tokens)

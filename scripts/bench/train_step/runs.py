@@ -11,6 +11,7 @@ VARIANTS = {
 # Known, but only run when they are asked for: the first runs out of memory at 4x2048, the others repeat a row above.
 ON_DEMAND = {
     "qlora_kit": (
+        ("few copies", "bf16"),
         *(("no recompute", compute) for compute in ("bf16", "fp8_backward", "fp8")),
         *(("least memory", compute) for compute in ("bf16", "fp8_backward", "fp8")),
     ),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.data.collate import Collator, Outline, PackedCollator, feature
+from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator, feature
 from tests.stored_rows import stored_rows
 
 ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]
@@ -88,3 +88,12 @@ def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
     long = PackedCollator(filled_to=4, outline=Outline(samples=3, longest=2))([feature(rows, [2])])
     assert long["cu_seq_lens_q"].tolist() == [0, 4]
     assert long["max_length_q"] == 4
+
+
+@pytest.mark.parametrize("collator", [Collator(2), PackedCollator(), PackedCollator(filled_to=20)], ids=type)
+def test_trained_positions_are_counted_as_labels_are_shifted(rows, collator):
+    features = [feature(rows, [2, 1]), feature(rows, [0])]
+    plain, counted = collator(features), Counted(collator)(features)
+    assert counted.pop("trained_tokens") == sum(label != -100 for row in plain["labels"].tolist() for label in row[1:])
+    assert counted.keys() == plain.keys()
+    assert all(torch.equal(torch.as_tensor(counted[name]), torch.as_tensor(plain[name])) for name in plain)

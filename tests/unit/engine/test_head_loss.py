@@ -32,10 +32,10 @@ def batch(trained):
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def step(model, trained):
+def step(model, trained, **settings):
     """Outputs, and the gradient of an uneven loss by the first layer's weights."""
     model.zero_grad()
-    outputs = model(**batch(trained), fused_lm_head=True, use_cache=False)
+    outputs = model(**batch(trained), fused_lm_head=True, use_cache=False, **settings)
     uneven = torch.linspace(-1, 2, outputs.log_probs.numel()).view(outputs.log_probs.shape)
     (outputs.log_probs * uneven).sum().backward()
     weight = model.get_submodule("model.layers.0.mlp.down_proj").weight
@@ -47,8 +47,10 @@ def test_numbers_equal_those_of_trl(model, trained):
     expected, expected_gradient = step(model, trained)
     undo = one_pass_head(model)
     found, gradient = step(model, trained)
+    told, told_gradient = step(model, trained, trained_tokens=2 * min(trained, 11))
     undo()
 
+    assert torch.equal(told.log_probs, found.log_probs) and torch.equal(told_gradient, gradient)
     assert torch.equal(found.label_mask, expected.label_mask)
     assert int(found.label_mask.sum()) == 2 * min(trained, 11)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=1e-5)  # measured: 1e-6

@@ -28,7 +28,8 @@ from train_step.runs import Run
 from train_step.shapes import device, random_base, tiny_tokenizer
 from train_step.step_profile import StepProfile
 
-RECOMPUTE = {"plain": "all", "fast": "auto", "no recompute": "none", "least memory": "1MB"}
+RECOMPUTE = {"plain": "all", "fast": "auto", "few copies": "auto", "no recompute": "none", "least memory": "1MB"}
+COPIES = {"few copies": "6GB", "least memory": "none"}  # of weights; auto for the rest
 
 
 def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:
@@ -53,7 +54,8 @@ def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:
 def engine_of(run: Run) -> EngineConfig:
     """The recipe's engine."""
     mode = EngineMode.plain if run.variant == "plain" else EngineMode.fast
-    return EngineConfig(mode=mode, compute=Compute(run.compute), recompute=RECOMPUTE[run.variant])
+    copies = COPIES.get(run.variant, "auto")
+    return EngineConfig(mode=mode, compute=Compute(run.compute), recompute=RECOMPUTE[run.variant], weight_copies=copies)
 
 
 def trainer_for(run: Run, work: Path, steps: int) -> KitTrainer:
@@ -93,7 +95,7 @@ def train(run: Run, work: Path, *, profiled: bool = False) -> dict[str, object]:
     clock = StepClock(profile)
     trainer.add_callback(clock)
     fit(trainer, None)
-    found = clock.steps.result(tokens) | _levels(trainer)
+    found = clock.result(tokens) | _levels(trainer)
     if profile is not None:
         found["profile"] = profile.table(trainer.model.config, tokens)
     return found

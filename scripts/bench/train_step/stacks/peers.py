@@ -79,4 +79,4 @@ def train(run: Run, work: Path) -> dict[str, object]:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return clock.steps.result(sum(lengths))
+    return clock.result(sum(lengths))

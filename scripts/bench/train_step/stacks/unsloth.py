@@ -8,7 +8,7 @@ from typing import Any
 import unsloth  # type: ignore[import-not-found]  # isort: skip
 import torch
 
-from train_step.clock import LEARNING_RATE, MEASURED, WARM_UP, Steps, reset_peak, synchronized
+from train_step.clock import LEARNING_RATE, MEASURED, WARM_UP, Marks, Steps, reset_peak, synchronized
 from train_step.rows import ids_of, lengths_of
 from train_step.runs import Run
 
@@ -88,17 +88,15 @@ def train(run: Run, base: Path) -> dict[str, object]:
     """
     batch = batch_of(run)
     step = stepper(adapted(run, base, max(batch["input_ids"].shape[1], 2048)))
-    steps = Steps()
+    seen, marks = [], Marks()
+    synchronized()
     reset_peak()
-    last = synchronized()
+    marks.set()
     for _ in range(WARM_UP + MEASURED):
-        loss, norm = step(batch)
-        steps.losses.append(float(loss))
-        steps.grad_norms.append(float(norm))
-        now = synchronized()
-        steps.seconds.append(now - last)
-        last = now
-    return steps.result(sum(lengths_of(run.batch)))
+        seen.append(step(batch))
+        marks.set()
+    losses, norms = ([float(value) for value in values] for values in zip(*seen, strict=True))
+    return Steps(marks.seconds(), losses, norms).result(sum(lengths_of(run.batch)))
 
 
 def single_steps(run: Run, base: Path, longest: int) -> Callable[[int], None]:
