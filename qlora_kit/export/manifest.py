@@ -17,6 +17,7 @@ class Manifest:
     """The record beside an exported artifact.
 
     Attributes:
+        bits: what a budget of bits was spent on, layer by layer; empty without one.
         faults: why it is rejected, in words.
         reader: what scored it.
         contract: whether its readers give the token ids that training saw.
@@ -35,6 +36,7 @@ class Manifest:
     fidelity: Mapping[str, float]
     max_mean_kl: float | None
     rejected: bool
+    bits: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
     reader: str = ""
     contract: Mapping[str, object] = field(default_factory=dict)

@@ -163,5 +163,7 @@ def _made(
     folder: Path,
 ) -> Finished:
     began = time.perf_counter()
-    job.write(folder)
-    return finish(subject, job, folder, *merged, reference, config.max_mean_kl, time.perf_counter() - began)
+    spent = job.write(folder)
+    seconds = time.perf_counter() - began
+    bits = spent.record() if spent else {}
+    return finish(subject, job, folder, *merged, reference, config.max_mean_kl, seconds, bits)

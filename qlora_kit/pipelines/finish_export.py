@@ -1,6 +1,6 @@
 """What is done with a file once it is written: it is scored, made ready to serve, checked, and recorded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,12 +58,14 @@ def finish(
     reference: Reference | None,
     max_mean_kl: float | None,
     seconds: float,
+    bits: Mapping[str, object],
 ) -> Finished:
     """Score a written artifact, add its serving files, check what its readers make of it, and write its manifest.
 
     Args:
         folder: of the artifact.
         merged: the 16-bit folder that it was made from.
+        bits: what a budget of bits was spent on, for the record; empty without one.
     """
     fidelity = _fidelity(subject, job, folder, reference) if reference else None
     facts = _facts(subject, job, fidelity)
@@ -83,6 +85,7 @@ def finish(
         format=job.format,
         file=job.file,
         settings=job.settings,
+        bits=bits,
         merge=merge,
         run=str(subject.directory.path),
         seconds=round(seconds, 1),

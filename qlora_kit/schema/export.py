@@ -71,6 +71,9 @@ class GgufTarget(Sealed):
     overrides: dict[str, str] = knob(
         {}, "Block types by glob on GGUF tensor names, such as 'blk.*.ffn_down.weight': Q6_K; the last match counts."
     )
+    bits_budget: float | None = knob(
+        None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
+    )
     shard_gb: float | None = knob(None, "Split into files of at most this size.", unit="GB", above=0)
 
 
@@ -106,6 +109,9 @@ class GptqTarget(Sealed):
     )
     overrides: dict[str, GptqOverride] = knob(
         {}, "Layers that differ, by pattern: '*.down_proj', or 're:' and a regular expression; the first match counts."
+    )
+    bits_budget: float | None = knob(
+        None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
     )
 
 
@@ -186,6 +192,13 @@ class ExportConfig(Sealed):
         0.1, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
     )
     score_rows: int = knob(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
+    bits_budget: float | None = knob(
+        None,
+        "Mean bits of a weight in the layers of GPTQ and GGUF files, scales included: the format of each layer is "
+        "chosen by what it would cost on the calibration rows.",
+        unit="bits",
+        above=0,
+    )
     max_mean_kl: float | None = knob(
         None, "Reject a file whose mean KL is above this; exit code 3.", unit="nats", above=0
     )

@@ -93,6 +93,17 @@ def test_one_message_with_a_line_to_paste(folder, case):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_a_budget_of_bits_that_no_choice_meets_is_told_before_anything_is_written(folder):
+    before = sorted(folder.rglob("*"))
+    done = kit(folder, "export", *RUN, "export.gptq.gptq_4bit.group_size=64", "export.bits_budget=4")
+    assert done.returncode == 2, done.stderr
+    what = "export.bits_budget=4 cannot be met by export.gptq.gptq_4bit: the smallest formats have 4.312 bits a weight"
+    assert what in done.stderr
+    assert "  fix      export.bits_budget=4.32" in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_mistakes_are_told_all_at_once(folder):
     done = kit(folder, "train", *GOOD, "lora.rr=4", "quant=nf5", "trainer.epochs=many", "+x.y=1")
     assert done.returncode == 2

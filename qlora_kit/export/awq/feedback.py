@@ -16,14 +16,20 @@ BLOCK = 64
 ATTEMPTS = 10
 
 
-def compensated_codes(weight: Tensor, moment: Tensor, grid: Grid) -> Tensor:
+def compensated_codes(
+    weight: Tensor, moment: Tensor, grid: Grid, *, trust: float = TRUST, damping: float = DAMPING
+) -> Tensor:
     """Codes on a fixed grid, float32 [out_features, in_features], that keep the layer's output close.
 
     Columns are rounded in the order of falling input energy; what a column loses is spread over the columns still
     to come by the inverse of the input moment. Source: Frantar et al. 2022, "GPTQ", algorithm 1 (with static groups).
+
+    Args:
+        trust: of the correlations between channels, from 0 to 1; GPTQ's own is 1.
+        damping: share of the mean energy that is added to each channel's.
     """
     order = moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(moment[order][:, order])
+    factor = _inverse_factor(moment[order][:, order], trust, damping)
     left = weight.T[order].contiguous()
     group_of = order // (weight.shape[1] // grid.scale.shape[1])
     scale, zero = grid.scale.T[group_of], grid.zero.T[group_of]
@@ -40,14 +46,14 @@ def compensated_codes(weight: Tensor, moment: Tensor, grid: Grid) -> Tensor:
     return codes[order.argsort()].T.contiguous()
 
 
-def _inverse_factor(moment: Tensor) -> Tensor:
+def _inverse_factor(moment: Tensor, trust: float, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the moment, its correlations shrunk and its diagonal damped."""
     energy = moment.diagonal()
-    moment = TRUST * moment + (1 - TRUST) * energy.diag()
+    moment = trust * moment + (1 - trust) * energy.diag()
     mean = energy.mean().clamp(min=1e-12)
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     for attempt in range(ATTEMPTS):
-        lower, failed = torch.linalg.cholesky_ex(moment + DAMPING * 2**attempt * mean * identity)
+        lower, failed = torch.linalg.cholesky_ex(moment + damping * 2**attempt * mean * identity)
         if not failed:
             upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
             return upper

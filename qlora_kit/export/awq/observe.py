@@ -1,6 +1,7 @@
 """What flows through a model's layers: the inputs of the first, then layer by layer the statistics of every linear."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,14 @@ class Reading:
         self.moment /= self.tokens
 
 
-class _Recorder(nn.Module):
-    """Stands in a layer's place, keeps what it is called with and hands the hidden states on unchanged."""
+class _StandIn(nn.Module):
+    """Stands in a layer's place: hands on what `answer` makes of the hidden states and the other arguments."""
 
-    def __init__(self, layer: nn.Module, keep: Callable[[Tensor, dict[str, object]], None]) -> None:
+    def __init__(self, layer: nn.Module, answer: Callable[[Tensor, dict[str, object]], Tensor]) -> None:
         super().__init__()
         # A tuple hides the layer from nn.Module, so that moving the model does not move it.
         self.stands_for = (layer,)
-        self.keep = keep
+        self.answer = answer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,8 +59,7 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["stands_for"][0], name)
 
     def forward(self, hidden_states: Tensor, *_: object, **arguments: object) -> Tensor:
-        self.keep(hidden_states, arguments)
-        return hidden_states
+        return self.answer(hidden_states, arguments)
 
 
 def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
@@ -71,26 +71,34 @@ def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {count} layers")
 
 
+@contextmanager
+def layers_answered(layers: nn.ModuleList, answer: Callable[[Tensor, dict[str, object]], Tensor]) -> Iterator[None]:
+    """Have a function answer in place of every layer: of the hidden states it is given and the other arguments."""
+    real = list(layers)
+    for index, layer in enumerate(real):
+        layers[index] = _StandIn(layer, answer)
+    try:
+        yield
+    finally:
+        for index, layer in enumerate(real):
+            layers[index] = layer
+
+
 def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device: torch.device) -> list[Call]:
     """Run embeddings, masks and positions for token-id rows, without computing a layer."""
     calls: list[Call] = []
     _, layers = decoder_layers(model)
-    real = list(layers)
 
-    def keep(hidden: Tensor, arguments: dict[str, object]) -> None:
+    def keep(hidden: Tensor, arguments: dict[str, object]) -> Tensor:
         calls[-1].hidden = hidden
         calls[-1].arguments.append(arguments)
+        return hidden
 
-    for index, layer in enumerate(real):
-        layers[index] = _Recorder(layer, keep)
-    try:
+    with layers_answered(layers, keep):
         base = model.base_model.to(device=device, dtype=torch.float32)
         for row in rows:
             calls.append(Call(torch.empty(0)))
             base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
-    finally:
-        for index, layer in enumerate(real):
-            layers[index] = layer
     return calls
 
 
@@ -99,6 +107,21 @@ def run_layer(layer: nn.Module, call: Call, index: int) -> Tensor:
     made = layer(call.hidden, **call.arguments[index])
     hidden: Tensor = made[0] if isinstance(made, tuple) else made
     return hidden
+
+
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Let float32 products on a GPU round their factors to 10 bits, several times as fast; elsewhere nothing changes.
+
+    Finer than the bfloat16 in which such a model is served, and the statistics are sums over thousands of tokens.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def observe_layer(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[list[Reading], list[Tensor]]:
@@ -112,9 +135,10 @@ def observe_layer(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[
     handles = watch.attach(layer)
     try:
         outputs = []
-        for call in calls:
-            watch.start_row()
-            outputs.append(run_layer(layer, call, index))
+        with tensor_cores(calls[0].hidden.device):
+            for call in calls:
+                watch.start_row()
+                outputs.append(run_layer(layer, call, index))
     finally:
         for handle in handles:
             handle.remove()

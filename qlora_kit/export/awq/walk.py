@@ -38,7 +38,8 @@ def quantised_tensors(
     replacements: dict[str, dict[str, Tensor]] = {}
     left_out: list[str] = []
     for index in tqdm(range(len(layers)), desc="AWQ", unit="layer", disable=None):
-        name, layer = f"{prefix}.{index}", layers[index].to(device=device, dtype=torch.float32)
+        # Widened where it lies then: in one step, torch would widen it on the CPU and carry twice the bytes.
+        name, layer = f"{prefix}.{index}", layers[index].to(device).to(torch.float32)
         found = _advance(layer, calls, index, settings, stored, head_dim)
         replacements |= dict(_named(name, found))
         left_out += [f"{name}.{linear}" for linear, _ in _linears(layer) if linear not in found.linears]

@@ -4,7 +4,7 @@ llama.cpp fits the blocks of a row to the error of the layer's output rather tha
 mean squared input of each column (`tools/imatrix` in llama.cpp). The merged model is read and run one layer at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.gguf.architectures import find_architecture
 from qlora_kit.export.gguf.metadata import read_config
-from qlora_kit.export.gguf.safetensors_rows import StoredTensor, find_tensors, read_rows
+from qlora_kit.export.gguf.safetensors_rows import find_tensors
 from qlora_kit.export.gguf.tensors import gguf_names
 from qlora_kit.export.gguf.whole_file import whole_gguf
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
     from torch import Tensor, nn
 
 Means = Mapping[str, "npt.NDArray[np.float32]"]
@@ -98,52 +97,25 @@ def mean_squared_inputs(model_dir: Path, rows: Sequence[Sequence[int]]) -> "dict
     from tqdm import tqdm
 
     from qlora_kit.export.awq.observe import decoder_layers, first_inputs, run_layer
+    from qlora_kit.export.streamed_model import empty_model, fill_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stored, model = find_tensors(model_dir), _without_weights(model_dir)
+    stored, model = find_tensors(model_dir), empty_model(model_dir)
     prefix, layers = decoder_layers(model)
     inside = f"{prefix}."
-    _fill(model, (name for name in stored if not name.startswith(inside)), stored, torch.device("cpu"))
+    fill_weights(model, (name for name in stored if not name.startswith(inside)), stored, torch.device("cpu"))
     means: dict[str, Tensor] = {}
     with torch.no_grad():
         calls = first_inputs(model, rows, device)
         for index in tqdm(range(len(layers)), desc="importance matrix", unit="layer", disable=None):
             name, layer = f"{inside}{index}", layers[index]
-            _fill(model, (source for source in stored if source.startswith(f"{name}.")), stored, device)
+            fill_weights(model, (source for source in stored if source.startswith(f"{name}.")), stored, device)
             watch = _SquareSums(layer)
             for call in calls:
                 call.hidden = run_layer(layer, call, index)
             means |= {f"{name}.{linear}.weight": mean for linear, mean in watch.finish()}
             layers[index] = nn.Identity()
     return means
-
-
-def _without_weights(model_dir: Path) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    # buffers, such as rotary frequencies, are computed and not stored: they stay real
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def _fill(model: "nn.Module", names: Iterable[str], stored: Mapping[str, StoredTensor], device: "torch.device") -> None:
-    import numpy as np
-    import torch
-    from torch import nn
-
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        # the head is not run, and checkpoints of older libraries hold buffers that are computed today
-        if leaf not in module._parameters or owner == "lm_head":
-            continue
-        tensor = stored[name]
-        # a copy only where the rows are still the mapped file
-        rows = np.require(read_rows(tensor, 0, tensor.rows), requirements="W")
-        values = torch.from_numpy(rows.reshape(tensor.shape))
-        setattr(module, leaf, nn.Parameter(values.to(device), requires_grad=False))
 
 
 class _SquareSums:

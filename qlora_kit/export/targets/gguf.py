@@ -12,10 +12,12 @@ _BYTES_PER_GB = 1e9
 def gguf_file_name(merged: Path, target: GgufTarget, model_name: str) -> str:
     """Name of the file that a reader is given; the first of several names how many there are.
 
+    A mix that a budget of bits takes the place of says so, since readers of file names take it for the mix.
+
     Raises:
         RecipeError: the model cannot be split because it cannot be written; see `write_gguf`.
     """
-    whole = f"{model_name}.{target.mix.value}.gguf"
+    whole = _whole_name(target, model_name)
     if target.shard_gb is None:
         return whole
     return planned_files(merged, Path(whole), _choices(target), has_imatrix=target.imatrix)[0].name
@@ -34,8 +36,13 @@ def write_gguf_target(merged: Path, target: GgufTarget, model_name: str, imatrix
     Raises:
         RecipeError, RunError: as `write_gguf`.
     """
-    file = out / f"{model_name}.{target.mix.value}.gguf"
+    file = out / _whole_name(target, model_name)
     write_gguf(merged, file, _choices(target), name=model_name, imatrix=imatrix if target.imatrix else None)
+
+
+def _whole_name(target: GgufTarget, model_name: str) -> str:
+    budget = "" if target.bits_budget is None else f"-{target.bits_budget:g}bits"
+    return f"{model_name}.{target.mix.value}{budget}.gguf"
 
 
 def _choices(target: GgufTarget) -> GgufChoices:

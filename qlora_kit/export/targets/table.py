@@ -1,12 +1,12 @@
 """Every export that a recipe names, as a job that fills a folder."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_kit.export.targets.adapter import BaseName, write_adapter
 from qlora_kit.schema.export import (
@@ -20,7 +20,12 @@ from qlora_kit.schema.export import (
     GptqTarget,
 )
 
+if TYPE_CHECKING:
+    from qlora_kit.export.budget.spend import Spent
+    from qlora_kit.export.gguf.imatrix import ImportanceMatrix
+
 Rows = Sequence[Sequence[int]]
+Mixing = TypeVar("Mixing", GgufTarget, GptqTarget)
 # What scores each format here, as a user would load it.
 READERS = {
     "merged": "transformers",
@@ -55,13 +60,16 @@ class Source:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One artifact: its folder's name, its format, the path inside it that a reader opens, and how it is made."""
+    """One artifact: its folder's name, its format, the path inside it that a reader opens, and how it is made.
+
+    `write` fills a folder and says what a budget of bits was spent on, where there is one.
+    """
 
     name: str
     format: str
     file: str
     settings: dict[str, object]
-    write: Callable[[Path], None]
+    write: "Callable[[Path], Spent | None]"
 
 
 def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
@@ -73,15 +81,23 @@ def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
         yield ExportJob(name, "merged", ".", settings_of(sixteen), partial(_copy, merged))
     for name, bnb in export.bnb.items():
         yield ExportJob(name, "bnb", ".", settings_of(bnb), partial(_bnb, merged, bnb))
-    yield from _gguf(export.gguf, merged, source.name, rows)
+    yield from _gguf(with_budgets(export.gguf, export), merged, source.name, rows)
     for name, compressed in export.compressed.items():
         yield ExportJob(
             name, "compressed", ".", settings_of(compressed), partial(_compressed, merged, compressed, rows)
         )
-    for name, gptq in export.gptq.items():
+    for name, gptq in with_budgets(export.gptq, export).items():
         yield ExportJob(name, "gptq", ".", settings_of(gptq), partial(_gptq, merged, gptq, rows))
     for name, awq in export.awq.items():
         yield ExportJob(name, "awq", ".", settings_of(awq), partial(_awq, merged, awq, rows))
+
+
+def with_budgets(targets: Mapping[str, Mixing], export: ExportConfig) -> dict[str, Mixing]:
+    """Targets with the shared budget of bits, where they have none of their own."""
+    return {
+        name: replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
+        for name, target in targets.items()
+    }
 
 
 def settings_of(target: Any) -> dict[str, object]:
@@ -97,12 +113,25 @@ def _gguf(targets: dict[str, GgufTarget], merged: Path, model_name: str, calibra
     if not targets:
         return
     from qlora_kit.export.gguf.imatrix import ImportanceMatrix
-    from qlora_kit.export.targets.gguf import gguf_file_name, write_gguf_target
+    from qlora_kit.export.targets.gguf import gguf_file_name
 
     imatrix = ImportanceMatrix(merged, calibration)  # one for all files, measured when the first one needs it
     for name, target in targets.items():
-        write = partial(write_gguf_target, merged, target, model_name, imatrix)
+        write = partial(_write_gguf, merged, target, model_name, imatrix)
         yield ExportJob(name, "gguf", gguf_file_name(merged, target, model_name), settings_of(target), write)
+
+
+def _write_gguf(
+    merged: Path, target: GgufTarget, model_name: str, imatrix: "ImportanceMatrix", out: Path
+) -> "Spent | None":
+    from qlora_kit.export.budget.spend import spend_gguf
+    from qlora_kit.export.targets.gguf import write_gguf_target
+
+    spent = None
+    if target.bits_budget is not None:
+        target, spent = spend_gguf(merged, target, target.bits_budget, imatrix)
+    write_gguf_target(merged, target, model_name, imatrix, out)
+    return spent
 
 
 def _adapter(name: str, target: AdapterTarget, source: Source) -> ExportJob:
@@ -128,10 +157,15 @@ def _compressed(merged: Path, target: CompressedTarget, calibration: Rows, out: 
     write_compressed(merged, out, target, calibration)
 
 
-def _gptq(merged: Path, target: GptqTarget, calibration: Rows, out: Path) -> None:
+def _gptq(merged: Path, target: GptqTarget, calibration: Rows, out: Path) -> "Spent | None":
+    from qlora_kit.export.budget.spend import spend_gptq
     from qlora_kit.export.targets.gptq import write_gptq
 
+    spent = None
+    if target.bits_budget is not None:
+        target, spent = spend_gptq(merged, target, target.bits_budget, calibration)
     write_gptq(merged, out, target, calibration)
+    return spent
 
 
 def _awq(merged: Path, target: AwqTarget, calibration: Rows, out: Path) -> None:

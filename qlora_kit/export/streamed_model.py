@@ -1,0 +1,62 @@
+"""A model whose weights are read from their files when they are needed, and let go of again."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_kit.export.gguf.safetensors_rows import StoredTensor, read_rows
+
+HEAD = "lm_head"
+
+
+def empty_model(model_dir: Path) -> Any:
+    """The model of a Hugging Face folder without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    # buffers, such as rotary frequencies, are computed and not stored: they stay real
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def fill_weights(
+    model: nn.Module, names: Iterable[str], stored: Mapping[str, StoredTensor], device: torch.device
+) -> None:
+    """Read weights into their places, as float32 that no gradient is taken of; the output head stays empty."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        # checkpoints of older libraries hold buffers that are computed today
+        if leaf in module._parameters and owner != HEAD:
+            _set(module, leaf, stored[name], device)
+
+
+def fill_head(model: Any, stored: Mapping[str, StoredTensor], device: torch.device) -> None:
+    """Read the output head, or take the embeddings where it is tied to them."""
+    head = model.get_output_embeddings()
+    if f"{HEAD}.weight" in stored and not model.config.tie_word_embeddings:
+        _set(head, "weight", stored[f"{HEAD}.weight"], device)
+    else:
+        head.weight = model.get_input_embeddings().weight
+    if f"{HEAD}.bias" in stored:
+        _set(head, "bias", stored[f"{HEAD}.bias"], device)
+
+
+def drop_weights(module: nn.Module) -> None:
+    """Let go of the weights in a module and below."""
+    for part in module.modules():
+        for leaf, parameter in part._parameters.items():
+            if parameter is not None:
+                setattr(part, leaf, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+
+def _set(module: nn.Module, leaf: str, tensor: StoredTensor, device: torch.device) -> None:
+    # a copy only where the rows are still the mapped file
+    rows = np.require(read_rows(tensor, 0, tensor.rows), requirements="W")
+    values = torch.from_numpy(rows.reshape(tensor.shape))
+    setattr(module, leaf, nn.Parameter(values.to(device), requires_grad=False))
