@@ -111,11 +111,12 @@ def _added(
         values = weight
     if values is None:
         values = torch.empty(weight.shape, dtype=torch.bfloat16)
-    changed = False
+    changed, unpacked = False, isinstance(weight, PackedWeight)
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         part = weight[rows]
-        sums = part.to(torch.float32, copy=True)
+        # What was unpacked just now is nobody else's, and is needed no more once a change was found.
+        sums = part if unpacked and changed else part.to(torch.float32, copy=True)
         update.add(sums, start + first)
         if not bool(sums.sum().isfinite()):
             raise not_finite(piece)

@@ -58,6 +58,37 @@ def test_values_on_a_bound_and_next_to_it_fall_as_in_bitsandbytes() -> None:
     assert same_bits(pack(row, "nf4", False)[:], by_bitsandbytes(row, "nf4", False))
 
 
+def test_bfloat16_values_of_every_fraction_and_exponent_fall_as_in_bitsandbytes() -> None:
+    """Groups whose largest has each of the 128 fractions, at several exponents, with all smaller values that count."""
+    bits = torch.arange(127 * 128 - 11 * 128, 127 * 128 + 128, dtype=torch.int16).view(torch.bfloat16).float()
+    rows = []
+    for exponent in (-100, -1, 3, 100):
+        for fraction in range(128):
+            largest = 1 + fraction / 128
+            below = bits[bits <= largest]
+            values = torch.cat([below, -below])
+            groups = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(-1, 63)
+            rows.append(torch.nn.functional.pad(groups, (0, 1), value=largest) * 2.0**exponent)
+    weight = torch.cat(rows).to(torch.bfloat16)
+    assert same_bits(pack(weight, "nf4", False)[:], by_bitsandbytes(weight, "nf4", False))
+
+
+@pytest.mark.parametrize("largest", [0.0, -0.0, 1e-38, 1e-33, 7e-31, 2e30, 3e38])
+def test_groups_of_bfloat16_at_the_ends_of_its_range_fall_as_in_bitsandbytes(largest: float) -> None:
+    weight = (torch.linspace(-1, 1, 128, dtype=torch.float64) * largest).to(torch.bfloat16).view(2, 64)
+    beside = torch.cat([weight, drawn(8, 64).to(torch.bfloat16)])
+    assert same_bits(pack(beside, "nf4", False)[:], by_bitsandbytes(beside, "nf4", False))
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_what_is_no_number_is_not_rounded_away(wrong: float) -> None:
+    weight = drawn(8, 64).to(torch.bfloat16)
+    weight[1, 5] = wrong
+    dense = pack(weight, "nf4", False)[:]
+    assert bool(dense[0].isfinite().all())
+    assert not bool(dense[1].isfinite().all())
+
+
 @pytest.mark.parametrize("compute", [ComputeDtype.float32, ComputeDtype.bfloat16])
 def test_exact_rounding_is_the_same_packed_or_not(compute: ComputeDtype) -> None:
     rounding = Rounding(QuantConfig(kind=QuantKind.nf4, compute_dtype=compute), torch.device("cpu"))
