@@ -29,6 +29,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def folder(request, tmp_path_factory):
+    torch.compiler.reset()  # each family compiles its own shapes, and a process keeps eight of a function
     place = tmp_path_factory.mktemp(request.param) / "base"
     return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
 
