@@ -1,13 +1,15 @@
-"""`qlora-kit eval`: one table over every artifact of a run."""
+"""`qlora-kit eval`: one table over every artifact of a run, or of a base that was never trained."""
 
 from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
-from qlora_kit.core.errors import EXIT_OK
+from qlora_kit.core.errors import EXIT_OK, RecipeError
 
+SUMMARY = "Score every export of a run beside base and adapter, or of an untrained base beside the base itself."
 EXAMPLES = [
     "qlora-kit eval run=latest",
     "qlora-kit eval run=latest 'eval.artifacts=[adapter,gguf_q4_k_m]' eval.kl_rows=100",
+    "qlora-kit eval base=outputs/my_base/2026-01-31_12-00-00",
 ]
 
 
@@ -15,18 +17,24 @@ def run(arguments: list[str]) -> int:
     """Score as the line says; returns the exit code."""
     line = parse_line(arguments)
     if line.wants_help:
-        print(run_verb_help("eval", "Score base, adapter, merged and every export on held-out rows.", EXAMPLES))
+        print(run_verb_help("eval", SUMMARY, EXAMPLES))
         return EXIT_OK
+    from qlora_kit.schema.check_exported import check_evaluated
     from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.schema.root import EvalRecipe
 
-    recipe = cast(EvalRecipe, compose_recipe("eval", line.overrides).recipe)
+    composed = compose_recipe("eval", line.overrides)
+    recipe = cast(EvalRecipe, composed.recipe)
+    if found := check_evaluated(recipe):
+        raise RecipeError([composed.problem(finding) for finding in found])
 
     from qlora_kit.pipelines.evaluate import evaluate
-    from qlora_kit.pipelines.opened_run import open_run
+    from qlora_kit.pipelines.evaluated import Evaluated, open_evaluated_base, open_evaluated_run
     from qlora_kit.report.scores import print_scores
 
-    opened = open_run(recipe.run)
-    rows = evaluate(opened, recipe.eval)
-    print_scores(str(opened.directory.path), [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows])
+    subject: Evaluated
+    subject = open_evaluated_run(recipe.run or "latest") if recipe.base is None else open_evaluated_base(recipe.base)
+    rows = evaluate(subject, recipe.eval)
+    table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
+    print_scores(str(subject.directory.path), table, subject.models[-1])
     return EXIT_OK

@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     option = composed.choices.get("data", "None")
     if found := check_exported(recipe, None if option == "None" else option):
         raise RecipeError([composed.problem(finding) for finding in found])
-    subject = _run(recipe) if recipe.base is None else _base(recipe)
+    subject = _run(recipe) if recipe.base is None else _base(recipe, line.overrides)
 
     from qlora_kit.pipelines.export import export
 
@@ -52,7 +52,7 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
 
     name = recipe.run or "latest"
     trained = cast(TrainRecipe, load_recipe("train", find_run(name, finished=True).recipe))
-    _check_group_sizes(locate_base(trained.model), recipe.export)
+    _check_shapes(locate_base(trained.model), recipe.export)
 
     from qlora_kit.pipelines.exportable import TrainedRun
     from qlora_kit.pipelines.opened_run import open_run
@@ -60,20 +60,21 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     return TrainedRun.of(open_run(name))
 
 
-def _base(recipe: "ExportRecipe") -> "Exportable":
+def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":
     from qlora_kit.pipelines.named_base import named_base
 
     named = named_base(recipe)
-    _check_group_sizes(named.folder, recipe.export)
+    _check_shapes(named.folder, recipe.export)
 
     from qlora_kit.pipelines.untrained_base import open_base
 
-    return open_base(recipe, named)
+    return open_base(recipe, named, overrides)
 
 
-def _check_group_sizes(base_folder: "Path", config: ExportConfig) -> None:
-    """Refuse a group size that does not divide a layer's width, before anything heavy is imported."""
+def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
+    """Refuse a group size that does not divide a layer's width, and a budget of bits that no choice meets."""
     from qlora_kit.core.files import read_json
+    from qlora_kit.export.budget.reach import unreachable_budgets
     from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
 
     widths = linear_input_widths(read_json(base_folder / "config.json"))
@@ -87,3 +88,5 @@ def _check_group_sizes(base_folder: "Path", config: ExportConfig) -> None:
             problems.append(Problem(what, path, f"{path}={fitting[-1] if fitting else -1}"))
     if problems:
         raise RecipeError(problems)
+    if unreachable := unreachable_budgets(base_folder, config):
+        raise RecipeError(unreachable)

@@ -1,22 +1,25 @@
-"""`qlora-kit report`: a run's page."""
+"""`qlora-kit report`: the page of a run, or of the exports of a base."""
 
+import difflib
 from pathlib import Path
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 
-HELP = """usage: qlora-kit report [run=DIR|latest] [out=FILE.html]
+HELP = """usage: qlora-kit report [run=DIR|latest] [base=DIR|latest] [out=FILE.html]
 
 Writes one HTML file about a run: curves, rows, how close each exported file is to the trained model, size against KL,
 commands to serve, and what it takes to make the run again. It needs no network, loads no weight, and says what a run
 lacks: one that was stopped has a page too. run= is the newest run unless given; out= is report.html in its directory.
+base= instead of run= is for exports of a base that was never trained: their folder, or what export was given as base=.
 
 Examples:
   qlora-kit report
   qlora-kit report run=latest out=report.html
-  qlora-kit report run=outputs/my_run/2026-01-31_12-00-00"""
+  qlora-kit report run=outputs/my_run/2026-01-31_12-00-00
+  qlora-kit report base=models/my_base"""
 
-OWN = ("run", "out", "debug")
+OWN = ("run", "base", "out", "debug")
 
 
 def run(arguments: list[str]) -> int:
@@ -24,17 +27,24 @@ def run(arguments: list[str]) -> int:
     for word in arguments:
         key = word.split("=", 1)[0]
         if not word.startswith("-") and ("=" not in word or key not in OWN):
-            fix = f"run={word}" if "=" not in word else "qlora-kit report --help"
-            raise RecipeError(f"report knows run= and out=, but not '{word}'", "the command line", fix)
+            near = difflib.get_close_matches(key, OWN, n=1)
+            rest = word.partition("=")[2]
+            fix = f"run={word}" if "=" not in word else f"{near[0]}={rest}" if near else "qlora-kit report --help"
+            raise RecipeError(f"report knows run=, base= and out=, but not '{word}'", "the command line", fix)
     line = parse_line(arguments)
     if line.wants_help:
         print(HELP)
         return EXIT_OK
     out = _out(line.value("out"))
 
-    from qlora_kit.pipelines.report import report
+    name, base = line.value("run"), line.value("base")
+    if name is not None and base is not None:
+        what = f"run={name} and base={base} are both set; one page is of a trained run or of a base"
+        raise RecipeError(what, "the command line", f"run={name}, or base={base}, not both")
 
-    print(f"page: {report(line.value('run') or 'latest', out)}")
+    from qlora_kit.pipelines.report import report, report_base
+
+    print(f"page: {report(name or 'latest', out) if base is None else report_base(base or 'latest', out)}")
     return EXIT_OK
 
 

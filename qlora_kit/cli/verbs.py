@@ -22,10 +22,10 @@ class Verb:
 VERBS = {
     "train": Verb("qlora_kit.cli.train", "Fine-tune a quantized base with LoRA."),
     "export": Verb("qlora_kit.cli.export", "Write GGUF, GPTQ, AWQ and other files of a run, or of a base."),
-    "eval": Verb("qlora_kit.cli.eval", "Score base, adapter, merged and every export on held-out rows."),
+    "eval": Verb("qlora_kit.cli.eval", "Score every export, and what it was made from, on held-out rows."),
     "plan": Verb("qlora_kit.cli.plan", "Memory by part and steps of a recipe, without loading a weight."),
     "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the trained tokens marked."),
-    "report": Verb("qlora_kit.cli.report", "Write a run's page: curves, rows, and how good each file is."),
+    "report": Verb("qlora_kit.cli.report", "Write the page of a run or base: curves, rows, how good each file is."),
     "chat": Verb("qlora_kit.cli.chat", "Talk to a run's adapter or to any export."),
     "recipes": Verb("qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes."),
     "doctor": Verb("qlora_kit.cli.doctor", "Check Python, packages, devices and write access."),

@@ -23,6 +23,11 @@ class RunDirectory:
         return self.path / "recipe.yaml"
 
     @property
+    def export_recipe(self) -> Path:
+        """What was exported of a base that was never trained; not named `recipe`, by which runs are found."""
+        return self.path / "export.yaml"
+
+    @property
     def overrides(self) -> Path:
         """The command line's overrides, one a line."""
         return self.path / "overrides.txt"
@@ -100,6 +105,20 @@ def _all_runs() -> list[RunDirectory]:
     return [RunDirectory(recipe.parent) for recipe in newest_first]
 
 
+def refuse_no_run(run: RunDirectory, name: str) -> None:
+    """Refuse a folder that `run=<name>` cannot mean.
+
+    Raises:
+        RecipeError: it holds no recipe of a training run.
+    """
+    if run.recipe.is_file():
+        return
+    if run.export_recipe.is_file():
+        what = f"{name} is not a run directory: it holds exports of a base that was never trained"
+        raise RecipeError(what, f"run={name}", f"qlora-kit eval base={name}, or qlora-kit report base={name}")
+    raise RecipeError(f"{name} is not a run directory: it holds no recipe.yaml", f"run={name}", "run=latest")
+
+
 def find_run(name: str, *, finished: bool) -> RunDirectory:
     """The run directory that a user named, or the newest one for `latest`.
 
@@ -116,8 +135,7 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
             raise RecipeError(f"there is no {what} below {OUTPUTS}/", "run=latest", "qlora-kit train experiment=<name>")
         return fitting[0]
     run = RunDirectory(Path(name))
-    if not run.recipe.is_file():
-        raise RecipeError(f"{name} is not a run directory: it holds no recipe.yaml", f"run={name}", "run=latest")
+    refuse_no_run(run, name)
     if finished and not run.is_finished:
         raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", f"qlora-kit train resume={name}")
     if not finished and run.is_finished:

@@ -107,8 +107,12 @@ def merge(
     )
 
 
-def refuse_full_disk(needed: int, out: Path) -> None:
+def refuse_full_disk(needed: int, out: Path, what: str = "the merged model") -> None:
     """Refuse to begin what will not fit.
+
+    Args:
+        needed: bytes.
+        what: needs them, in words.
 
     Raises:
         RunError: with what is needed and what is free, in bytes.
@@ -116,7 +120,7 @@ def refuse_full_disk(needed: int, out: Path) -> None:
     free = shutil.disk_usage(out).free
     if needed + ROOM_FOR_SMALL_FILES > free:
         raise RunError(
-            f"the merged model takes {human_bytes(needed)}, and {human_bytes(free)} are free on the disk of {out}",
+            f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} are free on the disk of {out}",
             where=str(out),
             fix=f"free {human_bytes(needed + ROOM_FOR_SMALL_FILES - free)} there",
         )

@@ -34,7 +34,7 @@ def write_sixteen_bit(base_folder: Path, tokenizer: Any, out: Path) -> MergeRepo
     began = time.perf_counter()
     base = read_headers(base_folder)
     plan = make_plan(base, Adapter(base_folder, {}, {}), says_tied(base_folder), rounded=(), merge_rounded=False)
-    refuse_full_disk(plan.size, out)
+    refuse_full_disk(plan.size, out, "the copy of the base")
     with tqdm(total=plan.size, desc="copy", unit="B", unit_scale=True, disable=None) as bar:
         write_shards(plan, Rounding(QuantConfig(kind=QuantKind.none), this_device()), out, bar.update)
     carry_files(base_folder, plan, out)

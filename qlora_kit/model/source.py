@@ -85,7 +85,8 @@ def check_folder(folder: Path) -> None:
 def _no_tokenizer(folder: Path) -> Problem | None:
     if any((folder / name).is_file() for name in _TOKENIZERS):
         return None
-    return Problem(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})", "model.source")
+    what = f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})"
+    return Problem(what, "model.source", f"copy the model's tokenizer files into {folder}")
 
 
 def _config_problems(folder: Path) -> list[Problem]:
@@ -97,10 +98,10 @@ def _config_problems(folder: Path) -> list[Problem]:
     try:
         config = read_json(path)
     except ValueError as error:
-        return [Problem(f"{path} is not a JSON object: {error}", "model.source")]
+        return [Problem(f"{path} is not a JSON object: {error}", "model.source", "fetch or copy this file again")]
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        return [Problem(f"{path} does not say its model_type", "model.source")]
+        return [Problem(f"{path} does not say its model_type", "model.source", "fetch or copy this file again")]
     if config.get("auto_map") and not _is_known(kind):
         what = f"{folder} needs code from its own repository (model_type '{kind}'), which the kit never runs"
         return [Problem(what, "model.source", "model.source=<a model whose type transformers knows>")]

@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
-from qlora_kit.data.prepare import prepare
+from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.export.calibration import calibration_rows
 from qlora_kit.export.general_text import general_rows
@@ -32,16 +32,10 @@ def rows_of_data(
 ) -> ExportRows:
     """Rows of a data recipe: training rows and some general text to calibrate on, held-out rows to score on.
 
-    A recipe that holds nothing out has a share of its rows held out here. `data.max_tokens=auto` is the base's context.
-
     Raises:
         RecipeError: the rows cannot be used.
     """
-    if data.eval_file is None and data.eval_share is None and data.eval_rows is None:
-        say(f"data holds no rows out: {HELD_OUT_SHARE:.0%} of them are set aside to score on")
-        data = replace(data, eval_share=HELD_OUT_SHARE)
-    context = context_of(read_json(base_folder / "config.json"))
-    prepared = prepare(data, tokenizer, lambda longest: min(longest, context))
+    prepared = prepared_rows(data, base_folder, tokenizer)
     calibration = calibration_rows(
         prepared.train,
         config.calibration_rows,
@@ -55,15 +49,24 @@ def rows_of_data(
     return ExportRows(calibration, scored, {"calibration": "rows of data", **asdict(prepared.summary)})
 
 
-def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFast", seed: int) -> ExportRows:
-    """General text to calibrate on, and other general text to score on.
+def prepared_rows(data: DataConfig, base_folder: Path, tokenizer: "PreTrainedTokenizerFast") -> PreparedData:
+    """Rows of a data recipe, of which some are held out.
 
-    The last rows are scored on, at most a third of the text; the row before them is in neither part, since a passage
-    may go on from one row to the next.
+    A recipe that holds nothing out has a share of its rows held out here. `data.max_tokens=auto` is the base's context.
+
+    Raises:
+        RecipeError: the rows cannot be used.
     """
-    rows = general_rows(tokenizer, _ALL, GENERAL_TOKENS, seed)
-    scored = rows[len(rows) - min(config.score_rows, int(len(rows) * MOST_SCORED)) :]
-    usable = rows[: len(rows) - len(scored) - 1]
+    if data.eval_file is None and data.eval_share is None and data.eval_rows is None:
+        say(f"data holds no rows out: {HELD_OUT_SHARE:.0%} of them are set aside to score on")
+        data = replace(data, eval_share=HELD_OUT_SHARE)
+    context = context_of(read_json(base_folder / "config.json"))
+    return prepare(data, tokenizer, lambda longest: min(longest, context))
+
+
+def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFast", seed: int) -> ExportRows:
+    """General text to calibrate on, and other general text to score on."""
+    usable, scored = parted_general_text(config, tokenizer, seed)
     # Spread over the text, so that few rows still see many kinds.
     places = np.linspace(0, len(usable) - 1, min(config.calibration_rows, len(usable))).round().astype(int)
     calibration = [usable[place] for place in places.tolist()]
@@ -73,7 +76,21 @@ def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFa
         "it will see> serves a model with a task better"
     )
     origin = {"calibration": GENERAL_TEXT, "rows": len(calibration), "scored": len(scored), "tokens": GENERAL_TOKENS}
-    return ExportRows(calibration, [_row(ids, number) for number, ids in enumerate(scored, 1)], origin)
+    return ExportRows(calibration, scored, origin)
+
+
+def parted_general_text(
+    config: ExportConfig, tokenizer: "PreTrainedTokenizerFast", seed: int
+) -> tuple[list[list[int]], list[TokenRow]]:
+    """Token ids of rows that may calibrate, and rows to score on.
+
+    The last rows are scored on, at most a third of the text; the row before them is in neither part, since a passage
+    may go on from one row to the next.
+    """
+    rows = general_rows(tokenizer, _ALL, GENERAL_TOKENS, seed)
+    scored = rows[len(rows) - min(config.score_rows, int(len(rows) * MOST_SCORED)) :]
+    usable = rows[: len(rows) - len(scored) - 1]
+    return usable, [_row(ids, number) for number, ids in enumerate(scored, 1)]
 
 
 def _row(ids: list[int], number: int) -> TokenRow:

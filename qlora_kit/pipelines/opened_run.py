@@ -59,8 +59,13 @@ def open_run(name: str) -> OpenedRun:
     return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter))
 
 
-def refuse_changed(recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+def refuse_changed(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path, since: str = "the run was trained"
+) -> None:
     """Refuse rows whose files are not those of data.json, which lies at `place`.
+
+    Args:
+        since: what data.json was written at, in words.
 
     Raises:
         RecipeError: a file has another hash, or is another file.
@@ -68,7 +73,7 @@ def refuse_changed(recorded: Mapping[str, Any], now: Mapping[str, Any], place: P
     changed = [path for path, hash_ in _hashes(recorded).items() if _hashes(now).get(path) != hash_]
     if changed:
         raise RecipeError(
-            f"{', '.join(changed)} changed since the run was trained, so its rows are other rows",
+            f"{', '.join(changed)} changed since {since}, so its rows are other rows",
             str(place),
             "put the file back as it was",
         )

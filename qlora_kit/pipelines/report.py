@@ -1,12 +1,15 @@
-"""`qlora-kit report`: the page of a run, from what lies in its directory. Needs no weights and no torch."""
+"""`qlora-kit report`: a page from what lies in a directory of a run or a base. Needs no weights and no torch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, find_run
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory, find_run, refuse_no_run
+from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.report.page import check_place, write_page
 from qlora_kit.report.run_page import run_page
-from qlora_kit.report.run_page_read import read_run
+from qlora_kit.report.run_page_facts import RunPage
+from qlora_kit.report.run_page_read import read_exported_base, read_run
 
 PAGE = "report.html"
 
@@ -23,13 +26,32 @@ def report(name: str, out: Path | None = None) -> Path:
         RecipeError: there is no such run, or the page's place is taken by another file.
     """
     run = any_run(name)
-    place = out or run.path / PAGE
+    return _written(run, out, lambda: read_run(run))
+
+
+def report_base(name: str, out: Path | None = None) -> Path:
+    """Write the page of the exports of a base that was never trained.
+
+    Args:
+        name: their folder, what export was given as `base=`, or `latest`.
+        out: where the page goes; report.html of that folder by default.
+    Returns:
+        Where it was written.
+    Raises:
+        RecipeError: there are no such exports, or the page's place is taken by another file.
+    """
+    directory = find_exported_base(name)
+    return _written(directory, out, lambda: read_exported_base(directory))
+
+
+def _written(directory: RunDirectory, out: Path | None, read: Callable[[], RunPage]) -> Path:
+    place = out or directory.path / PAGE
     try:
         check_place(place)
     except RecipeError as error:
         free = place / PAGE if place.is_dir() else place.with_name(f"{place.stem}-report.html")
         raise RecipeError(error.problems[0].what, f"out={place}", f"out={free}") from error
-    write_page(place, run_page(read_run(run)))
+    write_page(place, run_page(read()))
     return place
 
 
@@ -41,8 +63,7 @@ def any_run(name: str) -> RunDirectory:
     """
     if name != "latest":
         run = RunDirectory(Path(name).expanduser())
-        if not run.recipe.is_file():
-            raise RecipeError(f"{name} is not a run directory: it holds no recipe.yaml", f"run={name}", "run=latest")
+        refuse_no_run(run, name)
         return run
     found = []
     for finished in (True, False):
@@ -51,5 +72,6 @@ def any_run(name: str) -> RunDirectory:
         except RecipeError:
             continue
     if not found:
-        raise RecipeError(f"there is no run below {OUTPUTS}/", "run=latest", "qlora-kit train experiment=<name>")
+        fix = "qlora-kit train experiment=<name>"
+        raise no_run_but_exports(RecipeError(f"there is no run below {OUTPUTS}/", "run=latest", fix))
     return max(found, key=lambda run: run.recipe.stat().st_mtime_ns)

@@ -2,13 +2,14 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import clear_left_overs, write_json, write_text
+from qlora_kit.core.files import clear_left_overs, read_json, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory, new_run_path
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -28,15 +29,19 @@ from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import ExportRecipe
 
-EXPORT_RECIPE = "export.yaml"  # not recipe.yaml, by which runs are found
 FP32_BYTES = 5  # a weight in fp32, with what scoring needs beside the model
 
 
 @dataclass(frozen=True)
 class UntrainedBase(Exportable):
-    """A base in 16 bit, and where its files go."""
+    """A base in 16 bit, and where its files go.
+
+    Attributes:
+        overrides: the command line's words, for the record.
+    """
 
     recipe: ExportRecipe
+    overrides: Sequence[str] = ()
 
     kind: ClassVar[str] = "base"
     reference: ClassVar[str] = "the 16-bit base"
@@ -54,8 +59,9 @@ class UntrainedBase(Exportable):
         return rows_of_general_text(config, self.tokenizer, self.seed)
 
     def begin(self, rows: ExportRows) -> None:
-        """Write export.yaml, environment.json, data.json and tokenizer/, and clear what killed exports left."""
-        write_text(self.directory.path / EXPORT_RECIPE, recipe_yaml(self.recipe))
+        """Write the recipe, the line, environment.json, data.json and tokenizer/; clear what killed exports left."""
+        write_text(self.directory.export_recipe, recipe_yaml(self.recipe))
+        write_text(self.directory.overrides, "".join(f"{line}\n" for line in self.overrides))
         write_json(self.directory.environment, capture_environment())
         write_json(self.directory.data, dict(rows.origin))
         # A GGUF file holds no tokenizer that transformers reads; `chat` turns its token ids into text with this one.
@@ -96,19 +102,40 @@ class UntrainedBase(Exportable):
         return {}
 
 
-def open_base(recipe: ExportRecipe, named: NamedBase) -> UntrainedBase:
+def open_base(recipe: ExportRecipe, named: NamedBase, overrides: Sequence[str] = ()) -> UntrainedBase:
     """A located base as something to export; loads no weight and writes nothing.
+
+    Args:
+        overrides: the command line's words, for the record.
 
     Raises:
         RecipeError: its tokenizer cannot be read, or `out` is another thing's folder.
     """
-    base = BaseFacts(named.model.source, named.folder, named.model.revision)
-    name = base.shown.rpartition("/")[2]
+    name = facts_of(named).shown.rpartition("/")[2]
     directory = RunDirectory(Path(recipe.out).expanduser() if recipe.out else new_run_path(name))
     _refuse_taken(directory.path, recipe)
+    return base_in(directory, recipe, named, overrides)
+
+
+def base_in(
+    directory: RunDirectory, recipe: ExportRecipe, named: NamedBase, overrides: Sequence[str] = ()
+) -> UntrainedBase:
+    """A located base whose files go to a directory, or are there already.
+
+    Raises:
+        RecipeError: transformers does not know its kind, or its tokenizer cannot be read.
+    """
+    base = facts_of(named)
+    _refuse_unknown(named.folder, recipe)
     with in_words_of_base(recipe):
         tokenizer = load_tokenizer(named.folder, named.model.chat_template)
-    return UntrainedBase(directory, base, tokenizer, name, recipe.data.seed, recipe)
+    name = base.shown.rpartition("/")[2]
+    return UntrainedBase(directory, base, tokenizer, name, recipe.data.seed, recipe, tuple(overrides))
+
+
+def facts_of(named: NamedBase) -> BaseFacts:
+    """What the files of a base say of it."""
+    return BaseFacts(named.model.source, named.folder, named.model.revision)
 
 
 def clear_killed(path: Path) -> None:
@@ -118,7 +145,7 @@ def clear_killed(path: Path) -> None:
     """
     from filelock import FileLock, Timeout
 
-    for noted in path.parent.glob(f"*/{EXPORT_RECIPE}"):
+    for noted in path.parent.glob("*/export.yaml"):
         folder = noted.parent
         if folder.resolve() == path.resolve():
             continue
@@ -136,13 +163,24 @@ def _clear_copies(exports: Path) -> None:
         shutil.rmtree(copied)
 
 
+def _refuse_unknown(folder: Path, recipe: ExportRecipe) -> None:
+    """Refuse a kind of model that nothing could score, before a minute is spent on it."""
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        what = f"{folder} is a model of type '{kind}', which transformers {__version__} does not know"
+        raise RecipeError(what, f"base={recipe.base}", "pip install --upgrade transformers, or base=<another model>")
+
+
 def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:
     if path.exists() and not path.is_dir():
         raise RecipeError(f"{path} is a file, and out names a folder", f"out={recipe.out}", f"out={path}_exports")
     if (path / "recipe.yaml").is_file():
         what = f"{path} is the directory of a training run"
         raise RecipeError(what, f"out={recipe.out}", f"run={path} to export that run, or out=<another folder>")
-    before = path / EXPORT_RECIPE
+    before = RunDirectory(path).export_recipe
     if before.is_file() and (other := cast(ExportRecipe, load_recipe("export", before)).base) != recipe.base:
         what = f"{path} holds exports of another base, {other}"
         raise RecipeError(what, f"out={recipe.out}", "out=<another folder>")

@@ -1,4 +1,4 @@
-"""The page of `qlora-kit report`: what a run was made of, how it went, and how good the files are that came of it."""
+"""The page of `qlora-kit report`: what a run or a base's exports were made of, and how good the files are."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,6 +8,7 @@ from qlora_kit import __version__
 from qlora_kit.core.units import human_bytes, human_count, human_seconds
 from qlora_kit.data.audit.finding import counted
 from qlora_kit.report.page import page, text
+from qlora_kit.report.run_page_base import base_headline, base_rows, base_setup, base_verdict
 from qlora_kit.report.run_page_curves import curves, series
 from qlora_kit.report.run_page_facts import Missing, RunPage
 from qlora_kit.report.run_page_fidelity import fidelity_table, samples, serving, size_against_kl
@@ -22,32 +23,51 @@ def run_page(run: RunPage) -> str:
     parts = [
         _header(run),
         _section("Missing", "missing", _missing(run.missing)),
-        _section("How it was trained", "setup", setup(run)),
-        _section("Curves", "curves", curves(run.metrics)),
-        _section("Rows", "rows", data_facts(run.splits)),
-        _section("Fidelity", "fidelity", fidelity_table(run.artifacts) + size_against_kl(run.exports)),
+        *_made(run),
+        _section("Fidelity", "fidelity", _fidelity(run)),
         _section("Merge bases", "bases", merge_bases(run.exports)),
         _section("What is left of the update", "survival", survival(run.exports)),
-        _section("Samples", "samples", samples(run.samples)),
+        _section("Samples", "samples", samples(run.samples, run.reference)),
         _section("Serving", "serving", serving(run)),
         _section("Making it again", "record", reproduction(run)),
         f"<footer>Written by qlora-kit {text(__version__)}. This file needs no network.</footer>",
     ]
-    return page(f"{run.name}: a run", "\n".join(part for part in parts if part), STYLE)
+    kind = "a run" if run.untrained is None else "exports of a base"
+    return page(f"{run.name}: {kind}", "\n".join(part for part in parts if part), STYLE)
 
 
 def _section(title: str, name: str, inner: str) -> str:
     return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{inner}\n</section>' if inner else ""
 
 
+def _made(run: RunPage) -> list[str]:
+    """How the files came about: by training, or straight from a base."""
+    if run.untrained is not None:
+        return [
+            _section("How the files were made", "setup", base_setup(run, run.untrained)),
+            _section("Rows", "rows", base_rows(run, run.untrained)),
+        ]
+    return [
+        _section("How it was trained", "setup", setup(run)),
+        _section("Curves", "curves", curves(run.metrics)),
+        _section("Rows", "rows", data_facts(run.splits)),
+    ]
+
+
+def _fidelity(run: RunPage) -> str:
+    return fidelity_table(run.artifacts, run.reference) + size_against_kl(run.exports, run.reference)
+
+
 def _header(run: RunPage) -> str:
+    numbers = headline(run) if run.untrained is None else base_headline(run)
+    said = verdict(run) if run.untrained is None else base_verdict(run)
     shown = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}{f' <small>{text(unit)}</small>' if unit else ''}</dd></div>"
-        for name, value, unit in headline(run)
+        for name, value, unit in numbers
     )
     return (
         f'<header>\n<p class="eyebrow">qlora-kit report</p>\n<h1>{text(run.name).replace("_", "_<wbr>")}</h1>\n'
-        f'<p class="lead">{text(verdict(run))}</p>\n<p class="soft"><code>{text(run.path)}</code></p>\n'
+        f'<p class="lead">{text(said)}</p>\n<p class="soft"><code>{text(run.path)}</code></p>\n'
         f'<dl class="numbers eight">{shown}</dl>\n</header>'
     )
 

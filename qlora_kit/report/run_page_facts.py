@@ -1,10 +1,10 @@
-"""What the page of a run shows, as it was read from the run directory; whatever a run lacks is None or empty."""
+"""What a page shows of a run or of the exports of a base, as it was read; whatever they lack is None or empty."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,62 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What the files are compared with.
+
+    Attributes:
+        name: its name among the artifacts.
+        said: in a sentence.
+        unit: what loss and KL are means over.
+        labels: words for the artifacts that are no files, by name.
+    """
+
+    name: str
+    said: str
+    unit: str
+    labels: Mapping[str, str]
+
+
+THE_TRAINED = Reference(
+    "adapter",
+    "the model that was trained, the base in its training format with the adapter on it",
+    "trained tokens of held-out rows",
+    {"base": "before", "adapter": "after"},
+)
+THE_BASE = Reference("base", "the base in 16 bit", "tokens of held-out rows", {"base": "reference"})
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What is known of a base that was never trained.
+
+    Attributes:
+        base: that export was given; empty where export.yaml cannot be read.
+        recipe: None where export.yaml is of another version.
+        calibration: what the rows to calibrate on were, in words.
+        calibration_rows: how many of the kit's general text; None for rows of data.
+        scored_rows: how many others of that text were scored on.
+        row_tokens: length of each.
+    """
+
+    base: str = ""
+    recipe: ExportRecipe | None = None
+    calibration: str = ""
+    calibration_rows: int | None = None
+    scored_rows: int | None = None
+    row_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class RunPage:
-    """A run.
+    """A run, or the exports of a base that was never trained.
 
     Attributes:
         path: of its directory, as a command would name it.
         started: date and time, or empty.
-        recipe: None where recipe.yaml is of another version.
+        recipe: None where recipe.yaml is of another version, and for a base.
+        recipe_yaml: what was composed, for a base that of its export.
+        untrained: of a base; None for a run.
         metrics: one mapping a logged step.
         result: what result.json holds; empty before the run ended.
     """
@@ -156,6 +205,12 @@ class RunPage:
     artifacts: Sequence[Artifact]
     samples: Sequence[Sample]
     missing: Sequence[Missing]
+    untrained: Untrained | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """What the files are compared with."""
+        return THE_TRAINED if self.untrained is None else THE_BASE
 
     @property
     def quoted(self) -> str:

@@ -1,4 +1,4 @@
-"""How close each file is to the trained model: table, plot of size against KL, commands to serve, samples."""
+"""How close each file is to what it was made from: table, plot of size against KL, commands to serve, samples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.report.charts import Axis, scientific, tick_text
 from qlora_kit.report.page import text
 from qlora_kit.report.run_page_curves import two_sizes
-from qlora_kit.report.run_page_facts import Artifact, RunPage, Sample
+from qlora_kit.report.run_page_facts import THE_TRAINED, Artifact, Reference, RunPage, Sample
 from qlora_kit.report.run_page_scatter import MARKS, Mark, mark_svg, scatter
 
 NONE = "-"
@@ -62,13 +62,14 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
+TO_REFERENCE = "to reference"
 COLUMNS = (
     Column("size", "", lambda one: one.size_bytes, human_bytes),
     Column("mean KL", "nats", lambda one: one.mean_kl, decimals(5), "mean_kl"),
     Column("p99 KL", "nats", lambda one: one.p99_kl, decimals(4)),
     Column("same top", "token", lambda one: one.same_top, _share, "same_top"),
     Column("loss", "nats", lambda one: one.loss, decimals(4)),
-    Column("to adapter", "nats", lambda one: one.loss_change, decimals(4, "+"), "loss_change"),
+    Column(TO_REFERENCE, "nats", lambda one: one.loss_change, decimals(4, "+"), "loss_change"),
     Column("task", "score", lambda one: one.task, _share, "task"),
     Column("stops", "by itself", lambda one: one.stops, _share, "stops"),
     Column("speed", "tokens/s", lambda one: one.tokens_per_second, decimals(0)),
@@ -76,18 +77,21 @@ COLUMNS = (
 )
 
 
-def fidelity_table(artifacts: Sequence[Artifact]) -> str:
+def fidelity_table(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> str:
     """One line an artifact; columns that nobody fills are left out."""
     if not artifacts:
         return ""
     more = [_other(name) for name in dict.fromkeys(name for one in artifacts for name in one.others)]
     shown = [column for column in (*COLUMNS, *more) if any(column.value(one) is not None for one in artifacts)]
-    heads = "".join(f'<th class="number">{text(column.name)} <small>{column.unit}</small></th>' for column in shown)
-    body = "".join(_row(one, shown) for one in artifacts)
-    notes = "".join(f'<p class="note"><b>{text(said)}</b></p>' for said in remarks(artifacts))
+    heads = "".join(
+        f'<th class="number">{text(_title(column, reference))} <small>{column.unit}</small></th>' for column in shown
+    )
+    body = "".join(_row(one, shown, reference) for one in artifacts)
+    notes = "".join(f'<p class="note"><b>{text(said)}</b></p>' for said in remarks(artifacts, reference))
+    explained = f'<p class="note">{_explanation(artifacts, reference)}</p>'
     return (
         f'<div class="scroll" tabindex="0"><table class="fidelity"><thead><tr><th>model or file</th><th>verdict</th>'
-        f'{heads}</tr></thead><tbody>{body}</tbody></table></div>\n{notes}<p class="note">{_explanation(artifacts)}</p>'
+        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>\n{notes}{explained}"
     )
 
 
@@ -95,17 +99,21 @@ def _other(name: str) -> Column:
     return Column(name, "", lambda one: one.others.get(name), decimals(3))
 
 
-def _row(one: Artifact, columns: Sequence[Column]) -> str:
+def _title(column: Column, reference: Reference) -> str:
+    return f"to {reference.name}" if column.name == TO_REFERENCE else column.name
+
+
+def _row(one: Artifact, columns: Sequence[Column], reference: Reference) -> str:
     cells = "".join(f'<td class="number">{column.cell(one)}</td>' for column in columns)
-    state, said = verdict(one)
+    state, said = verdict(one, reference)
     badge = f'<span class="badge {state}">{said}</span>'
     return f"<tr><td><b>{text(one.name)}</b></td><td>{badge}</td>{cells}</tr>"
 
 
-def verdict(one: Artifact) -> tuple[str, str]:
+def verdict(one: Artifact, reference: Reference) -> tuple[str, str]:
     """The state of an artifact, as a CSS class and in words."""
     if not one.is_export:
-        return "reference", "before" if one.name == "base" else "after"
+        return "reference", reference.labels.get(one.name, one.name)
     if one.rejected:
         return "rejected", "rejected"
     if one.mean_kl is None:
@@ -113,8 +121,8 @@ def verdict(one: Artifact) -> tuple[str, str]:
     return ("unknown", "no bound") if one.max_mean_kl is None else ("kept", "kept")
 
 
-def remarks(artifacts: Sequence[Artifact]) -> list[str]:
-    """A sentence for each file that is rejected or, beyond chance, fits held-out rows worse than the adapter."""
+def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> list[str]:
+    """A sentence for each file that is rejected or, beyond chance, fits held-out rows worse than the reference."""
     said = []
     for one in artifacts:
         if not one.is_export:
@@ -126,18 +134,19 @@ def remarks(artifacts: Sequence[Artifact]) -> list[str]:
             bound = "its bound" if one.max_mean_kl is None else f"its bound, export.max_mean_kl={one.max_mean_kl:g}"
             said.append(f"{one.name} is rejected: its mean KL{kl} is above {bound}.")
         elif one.intervals.get("loss_change", (0.0, 0.0))[0] > 0:
-            said.append(f"{one.name}: its loss is above the adapter's by more than the choice of rows explains.")
+            said.append(
+                f"{one.name}: its loss is above the {reference.name}'s by more than the choice of rows explains."
+            )
     return said
 
 
-def _explanation(artifacts: Sequence[Artifact]) -> str:
+def _explanation(artifacts: Sequence[Artifact], reference: Reference) -> str:
     counts = sorted({one.positions for one in artifacts if one.positions})
     over = f"{' or '.join(f'{count:,}' for count in counts)} " if counts else ""
-    states = {verdict(one)[1] for one in artifacts}
+    states = {verdict(one, reference)[1] for one in artifacts}
     said = [
-        "Compared with the model that was trained, the base in its training format with the adapter on it, over "
-        f"{over}trained tokens of held-out rows. KL and loss: lower is better. Same top: how often both hold the same "
-        "token for the most likely."
+        f"Compared with {reference.said}, over {over}{reference.unit}. KL and loss: lower is better. Same top: how "
+        "often both hold the same token for the most likely."
     ]
     if any(one.intervals for one in artifacts):
         said.append("Below a number: its 95% interval, with the row as the unit.")
@@ -148,7 +157,7 @@ def _explanation(artifacts: Sequence[Artifact]) -> str:
     return text(" ".join(said))
 
 
-def size_against_kl(exports: Sequence[Artifact]) -> str:
+def size_against_kl(exports: Sequence[Artifact], reference: Reference = THE_TRAINED) -> str:
     """The plot of files by size and mean KL; empty where no file has both."""
     drawn = [one for one in exports if _is_drawable(one)]
     if not drawn:
@@ -171,7 +180,8 @@ def size_against_kl(exports: Sequence[Artifact]) -> str:
     if any(one.rejected for one in drawn):
         hollow = f'<path class="mark hollow" d="M7 7{MARKS[0]}"/>'
         key += f'<span><svg viewBox="0 0 14 14">{hollow}</svg>hollow: rejected</span>'
-    said = ["Mean KL in nats, log scale: lower is closer to the trained model, further left is smaller."]
+    closer = "the trained model" if reference is THE_TRAINED else reference.said
+    said = [f"Mean KL in nats, log scale: lower is closer to {closer}, further left is smaller."]
     if min(values) == 0 and axis.log:
         said.append("A KL of 0 lies on the lower border.")
     if limit is not None:
@@ -205,23 +215,23 @@ def serving(page: RunPage) -> str:
     return f'<div class="serve">{"".join(parts)}</div>' if parts else ""
 
 
-def samples(shown: Sequence[Sample]) -> str:
+def samples(shown: Sequence[Sample], reference: Reference) -> str:
     """Held-out prompts with the answer that was wanted and the answers that came."""
-    return "".join(_sample(sample) for sample in shown)
+    return "".join(_sample(sample, reference) for sample in shown)
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample, reference: Reference) -> str:
     lines = [("wanted", sample.expected)] if sample.expected else []
-    lines += [(_names(names), answer) for answer, names in _by_answer(sample).items()]
+    lines += [(_names(names), answer) for answer, names in _by_answer(sample, reference).items()]
     shown = "".join(f"<dt>{text(who)}</dt><dd>{text(said)}</dd>" for who, said in lines)
     return f'<article class="sample"><pre>{text(sample.prompt)}</pre><dl>{shown}</dl></article>'
 
 
-def _by_answer(sample: Sample) -> dict[str, list[str]]:
-    """Who gave each answer; files mostly say what the adapter says."""
+def _by_answer(sample: Sample, reference: Reference) -> dict[str, list[str]]:
+    """Who gave each answer; files mostly say what the reference says."""
     found: dict[str, list[str]] = {}
     for name, answer in sample.answers:
-        found.setdefault(answer, []).append({"base": "before", "adapter": "after"}.get(name, name))
+        found.setdefault(answer, []).append(reference.labels.get(name, name))
     return found
 
 

@@ -1,13 +1,16 @@
-"""What a run lacks, in words, with the command that makes it."""
+"""What a run or the exports of a base lack, in words, with the command that makes it."""
 
 from collections.abc import Iterator
 
 from qlora_kit.data.audit.finding import counted
+from qlora_kit.report.run_page_base import base_missing
 from qlora_kit.report.run_page_facts import Missing, RunPage
 
 
 def what_is_missing(page: RunPage) -> list[Missing]:
-    """Everything that a whole run would have and this one has not."""
+    """Everything that a whole one would have and this one has not."""
+    if page.untrained is not None:
+        return list(base_missing(page, page.untrained))
     return [*_training(page), *_records(page), *_files(page)]
 
 

@@ -1,4 +1,4 @@
-"""Reads a run directory for its page: every file may be missing, half a run's, or of an older version."""
+"""Reads a directory for its page: every file may be missing, half a run's, or of an older version."""
 
 import json
 import re
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from yaml import YAMLError  # type: ignore[import-untyped]
-
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, trained
-from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split
+from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
 from qlora_kit.report.run_page_missing import what_is_missing
 from qlora_kit.report.run_page_records import as_record, as_records, numbers_of, whole_of
 from qlora_kit.schema.compose import load_recipe
-from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics
 
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-(\d\d)")
 MANIFEST = "manifest.json"
+BASE_SPLITS = {"training": "to calibrate on"}  # what a split of a recipe is for, where nothing is trained
 
 
 @dataclass
@@ -48,11 +48,11 @@ class _Reader:
         """A text file, empty where there is none."""
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
-    def recipe(self) -> TrainRecipe | None:
-        """The recipe; one that is no YAML or does not fit the schema is noted."""
+    def recipe(self, verb: str, path: Path) -> Sealed | None:
+        """The recipe of a verb; one that is no YAML or does not fit the schema is noted."""
         try:
-            return cast(TrainRecipe, load_recipe("train", self.run.recipe))
-        except (RecipeError, YAMLError) as error:
+            return load_recipe(verb, path)
+        except RecipeError as error:
             what = str(error).splitlines()[0]
             self.notes.append(Missing(f"the recipe cannot be read by this version of qlora-kit: {what}"))
             return None
@@ -61,15 +61,13 @@ class _Reader:
 def read_run(run: RunDirectory) -> RunPage:
     """All that the page shows of a run, with a note for each thing that is not there; needs no weights and no torch."""
     reader = _Reader(run)
-    recipe = reader.recipe()
+    recipe = cast(TrainRecipe | None, reader.recipe("train", run.recipe))
     metrics = [numbers for row in read_metrics(run.metrics) if "step" in (numbers := numbers_of(row))]
     evaluation = reader.json(run.evaluation)
-    absolute = run.path.resolve()
-    stamp = STAMP.search(absolute.name)
     page = RunPage(
         path=str(run.path),
-        name=recipe.name if recipe else absolute.parent.name,
-        started=f"{stamp[1]} {stamp[2]}:{stamp[3]}" if stamp else "",
+        name=recipe.name if recipe else run.path.resolve().parent.name,
+        started=_started(run),
         is_finished=run.is_finished,
         recipe=recipe,
         recipe_yaml=reader.text(run.recipe),
@@ -83,6 +81,46 @@ def read_run(run: RunDirectory) -> RunPage:
         missing=(),
     )
     return replace(page, missing=(*what_is_missing(page), *reader.notes))
+
+
+def read_exported_base(directory: RunDirectory) -> RunPage:
+    """All that the page shows of a base's exports, as `read_run` of a run."""
+    reader = _Reader(directory)
+    recipe = cast(ExportRecipe | None, reader.recipe("export", directory.export_recipe))
+    base = str(recipe.base or "") if recipe else ""
+    data, evaluation = reader.json(directory.data), reader.json(directory.evaluation)
+    splits = [replace(split, name=BASE_SPLITS.get(split.name, split.name)) for split in _splits(data)]
+    page = RunPage(
+        path=str(directory.path),
+        name=base.rstrip("/").rpartition("/")[2] or directory.path.resolve().name,
+        started=_started(directory),
+        is_finished=True,
+        recipe=None,
+        recipe_yaml=reader.text(directory.export_recipe),
+        overrides=[line for line in reader.text(directory.overrides).splitlines() if line],
+        environment=_environment(reader.json(directory.environment)),
+        metrics=(),
+        result={},
+        splits=splits,
+        artifacts=_artifacts(reader, evaluation),
+        samples=samples_of(evaluation),
+        missing=(),
+        untrained=Untrained(
+            base=base,
+            recipe=recipe,
+            calibration=str(data.get("calibration") or ""),
+            calibration_rows=whole_of(data, "rows"),
+            scored_rows=whole_of(data, "scored"),
+            row_tokens=whole_of(data, "tokens"),
+        ),
+    )
+    return replace(page, missing=(*what_is_missing(page), *reader.notes))
+
+
+def _started(run: RunDirectory) -> str:
+    """Date and time by the directory's name, or empty."""
+    stamp = STAMP.search(run.path.resolve().name)
+    return f"{stamp[1]} {stamp[2]}:{stamp[3]}" if stamp else ""
 
 
 def _environment(record: Mapping[str, Any]) -> Environment:

@@ -26,6 +26,11 @@ def setup(page: RunPage) -> str:
     hardware = hardware_of(page.environment)
     facts += [("Hardware", hardware)] if hardware else []
     facts += [("Started", page.started)] if page.started else []
+    return facts_list(facts)
+
+
+def facts_list(facts: Sequence[tuple[str, str]]) -> str:
+    """Names and values as a list; empty without any."""
     lines = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts)
     return f'<dl class="facts">{lines}</dl>' if lines else ""
 
@@ -101,7 +106,7 @@ def reproduction(page: RunPage) -> str:
     """The command line, hashes of the rows, versions, and the whole recipe."""
     parts = []
     if page.overrides:
-        line = shlex.join(["qlora-kit", "train", *page.overrides])
+        line = shlex.join(["qlora-kit", "train" if page.untrained is None else "export", *page.overrides])
         parts.append(f"<p>The command, run where the same files lie:</p><pre>{text(line)}</pre>")
     hashes = {path: digest for split in page.splits for one in split.sources for path, digest in one.sha256.items()}
     if hashes:
@@ -114,6 +119,7 @@ def reproduction(page: RunPage) -> str:
     if environment.platform:
         parts.append(f'<p class="note">{text(environment.platform)}</p>')
     if page.recipe_yaml:
+        file = "recipe.yaml" if page.untrained is None else "export.yaml"
         recipe = f"<pre>{text(page.recipe_yaml.rstrip())}</pre>"
-        parts.append(f"<details><summary>The whole recipe, recipe.yaml</summary>{recipe}</details>")
+        parts.append(f"<details><summary>The whole recipe, {file}</summary>{recipe}</details>")
     return "\n".join(parts)

@@ -9,35 +9,39 @@ from qlora_kit.core.units import human_bytes
 from qlora_kit.report.table import print_table
 
 _ORDER = (
-    *("artifact", "size", "loss", "to adapter", "perplexity", "mean KL", "p99 KL", "same top", "exact match", "stops"),
-    *("text perplexity", "tokens/s"),
+    *("artifact", "size", "loss", "to adapter", "to base", "perplexity", "mean KL", "p99 KL", "same top"),
+    *("exact match", "stops", "text perplexity", "tokens/s"),
 )
-REFERENCE = "adapter"  # the trained model, which all others are compared with
+# What the others are compared with, by its name in the table.
+REFERENCES = {"adapter": "the trained model (base in 4 bit + adapter)", "base": "the base in 16 bit"}
 _BETWEEN = 2  # blanks between two columns
 
 Cells = dict[str, str]
 
 
-def print_scores(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one line an artifact: size, fit, distance from the trained model, task, stops, speed.
+def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str = "adapter") -> None:
+    """Print one line an artifact: size, fit, distance from the reference, task, stops, speed.
 
     With 95% intervals where the terminal is wide enough for them. Reads the rows of eval.json of any version.
+
+    Args:
+        reference: a name of `REFERENCES`.
     """
-    shown = [_cells(row, with_intervals=True) for row in rows]
+    shown = [_cells(row, reference, with_intervals=True) for row in rows]
     is_wide = _width(shown) <= Console().width
     if not is_wide:
-        shown = [_cells(row, with_intervals=False) for row in rows]
+        shown = [_cells(row, reference, with_intervals=False) for row in rows]
     columns = _columns(shown)
     notes = ", with 95% intervals by row" if is_wide else ""
-    heading = f"{title}: KL in nats against the trained model (base in 4 bit + adapter){notes}"
+    heading = f"{title}: KL in nats against {REFERENCES[reference]}{notes}"
     print_table(heading, columns, [[cells.get(column, "-") for column in columns] for cells in shown])
 
 
-def _cells(row: Mapping[str, Any], *, with_intervals: bool) -> Cells:
+def _cells(row: Mapping[str, Any], reference: str, *, with_intervals: bool) -> Cells:
     """Column -> text of one line, columns without a value left out, so that one that no line has disappears."""
     fit = row["fidelity"]
-    # Against itself the trained model is exact, however few the rows.
-    exact = ("mean_kl", "same_top") if row["name"] == REFERENCE else ()
+    # Against itself a model is exact, however few the rows.
+    exact = ("mean_kl", "same_top") if row["name"] == reference else ()
 
     def within(text: str, value: float, record: Mapping[str, Any], key: str) -> str:
         interval = None if key in exact else record.get(f"{key}_interval")
@@ -45,9 +49,9 @@ def _cells(row: Mapping[str, Any], *, with_intervals: bool) -> Cells:
 
     cells = {"artifact": str(row["name"]), "size": human_bytes(row["size_bytes"])}
     cells["loss"] = within(f"{fit['loss']:.4f}", fit["loss"], fit, "loss")
-    if fit.get("loss_change") is not None and row["name"] != REFERENCE:
+    if fit.get("loss_change") is not None and row["name"] != reference:
         change = fit["loss_change"]
-        cells["to adapter"] = within(f"{change:+.4f}", change, fit, "loss_change")
+        cells[f"to {reference}"] = within(f"{change:+.4f}", change, fit, "loss_change")
     cells["perplexity"] = f"{fit['perplexity']:.3f}"
     cells["mean KL"] = within(f"{fit['mean_kl']:.5f}", fit["mean_kl"], fit, "mean_kl")
     cells["p99 KL"] = f"{fit['p99_kl']:.4f}"
@@ -61,7 +65,7 @@ def _cells(row: Mapping[str, Any], *, with_intervals: bool) -> Cells:
     if row.get("answered"):
         cells["tokens/s"] = f"{row['tokens_per_second']:.0f}"
     cells.update(_of_the_harness(row))
-    cells[""] = _note(row)
+    cells[""] = _note(row, reference)
     return cells
 
 
@@ -86,11 +90,11 @@ def _of_the_harness(row: Mapping[str, Any]) -> Cells:
     return found
 
 
-def _note(row: Mapping[str, Any]) -> str:
+def _note(row: Mapping[str, Any], reference: str) -> str:
     if row["rejected"]:
         return "REJECTED"
     change = row["fidelity"].get("loss_change_interval")
-    return "worse than the adapter" if change and change[0] > 0 and row["name"] != "base" else ""
+    return f"worse than the {reference}" if change and change[0] > 0 and row["name"] != "base" else ""
 
 
 def _columns(shown: Sequence[Cells]) -> list[str]:

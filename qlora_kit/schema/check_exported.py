@@ -1,4 +1,4 @@
-"""What an export recipe may not say about what it exports: a trained run, or a base that was never trained."""
+"""What a recipe may not say about what it exports or scores: a trained run, or a base that was never trained."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.finding import Finding
-from qlora_kit.schema.root import ExportRecipe, TrainRecipe
+from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 
 
 def check_exported(recipe: ExportRecipe, data_option: str | None = None) -> list[Finding]:
@@ -19,6 +19,13 @@ def check_exported(recipe: ExportRecipe, data_option: str | None = None) -> list
     if recipe.base is None:
         return list(_of_run(recipe, has_data))
     return list(_of_base(recipe, recipe.base, has_data))
+
+
+def check_evaluated(recipe: EvalRecipe) -> list[Finding]:
+    """Everything that does not go together in what is scored."""
+    if recipe.base is None:
+        return []
+    return [*_empty(recipe.base, "base=<folder of its exports>"), *_both(recipe.run, recipe.base, "one eval")]
 
 
 def names_rows(data: DataConfig) -> bool:
@@ -37,11 +44,8 @@ def _of_run(recipe: ExportRecipe, has_data: bool) -> Iterator[Finding]:
 
 
 def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Finding]:
-    if not base.strip():
-        yield Finding("base", "base is empty", "base=<folder of a model in Hugging Face format>")
-    if recipe.run is not None:
-        what = f"run={recipe.run} and base={base} are both set; one export is of a trained run or of a base"
-        yield Finding("base", what, f"run={recipe.run}, or base={base}, not both")
+    yield from _empty(base, "base=<folder of a model in Hugging Face format>")
+    yield from _both(recipe.run, base, "one export")
     for name in recipe.export.adapter:
         what = f"{name} writes an adapter alone, and a base that was never trained has none"
         yield Finding("export", what, "export=gguf_q4_k_m, or run=<run directory> to export its adapter")
@@ -51,3 +55,14 @@ def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Findin
     if has_data:
         # The rules of rows are those of training.
         yield from check_data(TrainRecipe(data=recipe.data))
+
+
+def _empty(base: str, fix: str) -> Iterator[Finding]:
+    if not base.strip():
+        yield Finding("base", "base is empty", fix)
+
+
+def _both(run: str | None, base: str, made: str) -> Iterator[Finding]:
+    if run is not None:
+        what = f"run={run} and base={base} are both set; {made} is of a trained run or of a base"
+        yield Finding("base", what, f"run={run}, or base={base}, not both")

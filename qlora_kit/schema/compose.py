@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.schema import walk
@@ -24,6 +25,7 @@ from qlora_kit.schema.value_problems import first_line, nearest, value_problems
 
 MOST_SWEEP_JOBS_CHECKED = 200
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
+COMMON_OPTIONS = {"export": "gguf_q4_k_m"}  # proposed where nothing tells what was meant
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def load_recipe(verb: str, path: Path) -> Sealed:
         raise RecipeError(f"no recipe at {path}")
     try:
         return typed_recipe(verb, OmegaConf.load(path))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{path} is not a {verb} recipe: {first_line(error)}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} is no {verb} recipe: {first_line(error)}") from error
 
 
 def typed_recipe(verb: str, tree: Any) -> Sealed:
@@ -135,7 +137,8 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     try:
         tree = compose(verb, overrides=[str(override.input_line) for override in good], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError([*named, *_failed_compose_problems(verb, good, error)]) from error
+        misspelt = {override.key_or_group for override in overrides if problems[override.input_line]}
+        raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
     if named:
         raise RecipeError(named)
     choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
@@ -144,13 +147,18 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     return tree, overrides, choices
 
 
-def _failed_compose_problems(verb: str, overrides: list[Override], error: Exception) -> list[Problem]:
-    """Why a line does not compose: an option's file, else every value that does not fit its field."""
+def _failed_compose_problems(
+    verb: str, overrides: list[Override], misspelt: set[str], error: Exception
+) -> list[Problem]:
+    """Why a line does not compose: an option's file, else every value that does not fit its field.
+
+    A group whose option is `misspelt` was told of already; that none is left to choose says nothing more.
+    """
     options = [str(override.input_line) for override in overrides if _is_group(override)]
     try:
         tree = compose(verb, overrides=options)
     except (HydraException, OmegaConfBaseException) as option_error:
-        return [_compose_problem(option_error)]
+        return [] if _group_to_choose(option_error) in misspelt else [_compose_problem(option_error)]
     values = [override for override in overrides if not _is_group(override)]
     return value_problems(tree, values) or [_compose_problem(error)]
 
@@ -193,16 +201,29 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
 
 def _option_problem(group: str, override: Override) -> Problem | None:
     value = override.value()
-    wanted = value if isinstance(value, list) else [value]
+    wanted = [str(option) for option in (value if isinstance(value, list) else [value]) if option is not None]
     known = groups()[group]
-    for option in wanted:
-        if option is None or str(option) in known or override.is_sweep_override():
-            continue
-        near = nearest(str(option), known)
-        what = f"there is no {group} named '{option}'" + (f"; did you mean '{near}'?" if near else "")
-        what += f"\n  known    {', '.join(known)}"
-        return Problem(what, f"command line: {override.input_line}", f"{group}={near or known[0]}")
-    return None
+    wrong = [option for option in wanted if option not in known]
+    if not wrong or override.is_sweep_override():
+        return None
+    meant = {option: nearest(option, known) for option in wrong}
+    near = [option for option in meant.values() if option]
+    what = f"there is no {group} named {_quoted(wrong)}" + (f"; did you mean {_quoted(near)}?" if near else "")
+    what += f"\n  known    {', '.join(known)}"
+    # The rest of a list stays as it is.
+    right = [meant.get(option, option) or _common_option(group) for option in wanted]
+    fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if isinstance(value, list) else f"{group}={right[0]}"
+    return Problem(what, f"command line: {override.input_line}", fix)
+
+
+def _quoted(names: list[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
+
+
+def _common_option(group: str) -> str:
+    options = groups().get(group, [])
+    common = COMMON_OPTIONS.get(group)
+    return common if common in options else next(iter(options), "")
 
 
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
@@ -239,13 +260,10 @@ def _file_origin(loaded: tuple[str, Any] | None, path: str) -> str:
 
 def _compose_problem(error: Exception) -> Problem:
     text = str(error)
-    if group := _found(r"You must specify '([^']+)', e\.g", text):
+    if group := _group_to_choose(error):
         options = groups().get(group, [])
-        return Problem(
-            f"no {group} is chosen; there are {', '.join(options)}",
-            "the command line",
-            f"{group}={options[0] if options else ''}",
-        )
+        what = f"no {group} is chosen; there are {', '.join(options)}"
+        return Problem(what, "the command line", f"{group}={_common_option(group)}")
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)
     if key:
@@ -253,6 +271,11 @@ def _compose_problem(error: Exception) -> Problem:
         hint = f"; did you mean '{found.rsplit('.', 1)[-1]}'?" if found else ""
         return Problem(f"recipe {where} holds the unknown key '{key}'{hint}", f"recipes/{where}.yaml")
     return Problem(f"recipe {where} cannot be composed: {first_line(error)}", where)
+
+
+def _group_to_choose(error: Exception) -> str:
+    """The group of which an option has to be chosen; empty for an error of another kind."""
+    return _found(r"You must specify '([^']+)', e\.g", str(error))
 
 
 def _found(pattern: str, text: str) -> str:

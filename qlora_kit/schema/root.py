@@ -52,6 +52,9 @@ class ExportRecipe(Sealed):
 class EvalRecipe(Sealed):
     """`qlora-kit eval`."""
 
-    run: str = knob("latest", "A run directory, or latest.")
+    run: str | None = knob(None, "A run directory, or latest; latest unless base is given.")
+    base: str | None = knob(
+        None, "Instead of a run, exports of a base: their folder, the base that export was given, or latest."
+    )
     debug: bool = knob(False, "Show tracebacks.")
     eval: EvalConfig = knob(EvalConfig(), "What is scored, on how many rows.")

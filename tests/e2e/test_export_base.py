@@ -97,6 +97,22 @@ def test_chat_answers(exported, name):
     assert done.stdout.strip()
 
 
+def test_eval_scores_the_files_and_report_shows_them(exported):
+    folder, _ = exported
+    made = only_export(folder)
+    names = "eval.artifacts=[base,gguf_q8_0,gptq_4bit_g64]"
+    done = kit(folder, "eval", f"base={made}", names, "eval.kl_rows=4")
+    assert done.returncode == 0, done.stderr
+    record = read_json(made / "eval.json")
+    assert [row["name"] for row in record["rows"]] == ["base", "gguf_q8_0", "gptq_4bit_g64"]
+    for row in record["rows"][1:]:
+        exported_with = read_json(made / "exports" / row["name"] / "manifest.json")["fidelity"]
+        assert row["fidelity"]["mean_kl"] == pytest.approx(exported_with["mean_kl"], rel=1e-3)
+    assert kit(folder, "report", "base=latest").returncode == 0
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert "Nothing was trained here" in page and all(name in page for name in TARGETS)
+
+
 def test_a_base_is_no_run(exported):
     folder, _ = exported
     done = kit(folder, "eval", "run=latest")

@@ -50,6 +50,13 @@ def test_a_run_in_the_wrong_state(outputs, name, finished, message):
         find_run(name, finished=finished)
 
 
+def test_exports_of_a_base_are_no_run_and_the_message_says_what_they_are(tmp_path):
+    (tmp_path / "export.yaml").write_text("base: x\n")
+    with pytest.raises(RecipeError, match="it holds exports of a base that was never trained") as caught:
+        find_run(str(tmp_path), finished=True)
+    assert caught.value.problems[0].fix == f"qlora-kit eval base={tmp_path}, or qlora-kit report base={tmp_path}"
+
+
 def test_no_run_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"no finished run below outputs/"):

@@ -53,6 +53,7 @@ def test_everything_that_is_missing_comes_together(tmp_path):
     assert "has no config.json" in message
     assert "has no *.safetensors" in message
     assert "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json, spiece.model)" in message
+    assert f"fix      copy the model's tokenizer files into {tmp_path / 'empty'}" in message
 
 
 def test_an_adapter_is_not_a_base(folder):

@@ -16,7 +16,10 @@ from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
+from qlora_kit.pipelines import evaluated, exam
 from qlora_kit.pipelines.evaluate import evaluate
+from qlora_kit.pipelines.evaluated import EvaluatedRun
+from qlora_kit.pipelines.exam import set_exam
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
@@ -82,7 +85,7 @@ def opened(tmp_path_factory):
 def table(opened):
     text = str(opened.base_folder.parent / "text.txt")
     config = EvalConfig(max_new_tokens=NEW_TOKENS, text_file=text, text_window=32, text_windows=3, task_rows=4)
-    rows = evaluate(opened, config)
+    rows = evaluate(EvaluatedRun(opened), config)
     return {row.name: row for row in rows}, read_json(opened.directory.evaluation)
 
 
@@ -138,7 +141,7 @@ def test_stops_are_counted(opened, table):
 def with_task_none(opened):
     recipe = TrainRecipe()
     recipe.quant, recipe.data = opened.recipe.quant, DataConfig(**{**vars(opened.recipe.data), "task": Task.none})
-    return OpenedRun(opened.directory, recipe, opened.base_folder, opened.tokenizer)
+    return EvaluatedRun(OpenedRun(opened.directory, recipe, opened.base_folder, opened.tokenizer))
 
 
 @pytest.mark.parametrize(("prompts", "answered"), [(0, 0), (2, 2)])
@@ -159,7 +162,7 @@ def test_the_harness_is_given_models_of_transformers_and_not_others(opened, monk
         seen.append((type(model).__name__, tasks.names, batch_size, limit))
         return {"arc_easy": {"acc,none": 0.25}}
 
-    monkeypatch.setattr(evaluation, "require_harness", lambda: None)
+    monkeypatch.setattr(exam, "require_harness", lambda: None)
     monkeypatch.setattr(evaluation, "run_harness", run_harness)
     config = EvalConfig(lm_eval=["arc_easy"], lm_eval_limit=9, batch_size=3)
     rows = evaluate(with_task_none(opened), config)
@@ -176,9 +179,9 @@ def test_the_harness_is_given_models_of_transformers_and_not_others(opened, monk
 
 
 def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
-    monkeypatch.setattr(evaluation, "open_trained", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluated, "open_trained", lambda *_: pytest.fail("loaded"))
     text = str(opened.base_folder.parent / "text.txt")
-    monkeypatch.setattr(evaluation, "require_harness", lambda: None)
+    monkeypatch.setattr(exam, "require_harness", lambda: None)
     for config, what, fix in (
         (EvalConfig(artifacts=["awq"]), "no artifact named awq; it has base, adapter, merged_16bit, gguf_q8_0", "=["),
         (EvalConfig(text_file="absent.txt"), "cannot read absent.txt", "eval.text_file=null"),
@@ -190,14 +193,14 @@ def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
         ),
     ):
         with pytest.raises(RecipeError, match=what) as caught:
-            evaluate(opened, config)
+            evaluate(EvaluatedRun(opened), config)
         assert fix in str(caught.value)
 
 
 def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsys):
     prompts = iter([[], [1, 2], [3], [], [4]])
-    monkeypatch.setattr(evaluation.Encoder, "prompt_ids", lambda *_: next(prompts))
-    exam = evaluation._exam(opened, opened.held_out(), EvalConfig())
-    assert exam.prompts == [[1, 2], [3], [4]]
-    assert exam.expected == [f"The answer is {number * 7}." for number in (1, 2, 4)]
+    monkeypatch.setattr(exam.Encoder, "prompt_ids", lambda *_: next(prompts))
+    found = set_exam(EvaluatedRun(opened), EvalConfig())
+    assert found.prompts == [[1, 2], [3], [4]]
+    assert found.expected == [f"The answer is {number * 7}." for number in (1, 2, 4)]
     assert "2 held-out rows are texts without a prompt" in capsys.readouterr().err

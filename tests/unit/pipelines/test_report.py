@@ -7,6 +7,7 @@ import pytest
 from qlora_kit.cli.report import run as report_verb
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.pipelines.evaluated import open_evaluated_run
 from qlora_kit.pipelines.report import any_run, report
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 
@@ -63,6 +64,20 @@ def test_a_page_is_written_anew_but_no_other_file_is(make, tmp_path):
     assert report("latest") == report("latest")
 
 
+def test_the_page_of_a_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = RunDirectory(tmp_path / "outputs" / "mine" / "1")
+    made.path.mkdir(parents=True)
+    made.export_recipe.write_text(recipe_yaml(compose_unchecked("export", ["base=models/mine", "export=gguf_q8_0"])))
+    for words in (["base=latest"], ["base=models/mine"], [f"base={made.path}", "out=mine.html"]):
+        assert report_verb(words) == 0
+    assert "A base that was never trained" in (made.path / "report.html").read_text()
+    assert "Nothing was trained here" in (tmp_path / "mine.html").read_text()
+    assert capsys.readouterr().out.splitlines()[2] == "page: mine.html"
+    with pytest.raises(RecipeError, match="it holds exports of a base that was never trained"):
+        any_run(str(made.path))
+
+
 def test_a_folder_is_no_place(make, tmp_path):
     make("mine", finished=True)
     (tmp_path / "pages.html").mkdir()
@@ -74,15 +89,33 @@ def test_a_folder_is_no_place(make, tmp_path):
 def test_a_folder_without_a_recipe_is_no_run(make, tmp_path):
     with pytest.raises(RecipeError, match="nowhere is not a run directory: it holds no recipe"):
         any_run("nowhere")
-    with pytest.raises(RecipeError, match="there is no run below outputs/"):
+    with pytest.raises(RecipeError, match=r"there is no run below outputs/\n"):
         any_run("latest")
+
+
+def test_exports_of_a_base_are_pointed_to_where_there_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "outputs" / "mine" / "1"
+    made.mkdir(parents=True)
+    (made / "export.yaml").write_text("base: x\n")
+    for call in (lambda: any_run("latest"), lambda: open_evaluated_run("latest")):
+        with pytest.raises(RecipeError, match="run below outputs/, but there are exports of a base") as caught:
+            call()
+        assert caught.value.problems[0].fix == "base=latest, for outputs/mine/1"
 
 
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [
-        (["latest"], "report knows run= and out=, but not 'latest'", "run=latest"),
-        (["runs=latest"], "report knows run= and out=, but not 'runs=latest'", "qlora-kit report --help"),
+        (["latest"], "report knows run=, base= and out=, but not 'latest'", "run=latest"),
+        (["runs=latest"], "report knows run=, base= and out=, but not 'runs=latest'", "run=latest"),
+        (["bse=here"], "report knows run=, base= and out=, but not 'bse=here'", "base=here"),
+        (["zzz=here"], "report knows run=, base= and out=, but not 'zzz=here'", "qlora-kit report --help"),
+        (
+            ["run=a", "base=b"],
+            "run=a and base=b are both set; one page is of a trained run or of a base",
+            "run=a, or base=b, not both",
+        ),
         (["out=page.txt"], "out must name an HTML file, got page.txt", "out=report.html"),
         (["out="], "out must name an HTML file, got nothing", "out=report.html"),
     ],

@@ -98,6 +98,16 @@ def test_a_tokenizer_that_cannot_be_read_is_the_bases(recipe, tmp_path):
     assert problem.where == f"base={tmp_path / 'models' / 'mine'}"
 
 
+def test_a_kind_of_model_that_nothing_reads(recipe, tmp_path):
+    config = tmp_path / "models" / "mine" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"mamba7"'))
+    with pytest.raises(
+        RecipeError, match=r"is a model of type 'mamba7', which transformers \S+ does not know"
+    ) as caught:
+        opened(recipe())
+    assert caught.value.problems[0].fix == "pip install --upgrade transformers, or base=<another model>"
+
+
 def test_the_copy_keeps_the_tokenizer(recipe, tmp_path):
     base = opened(recipe())
     out = tmp_path / "out"

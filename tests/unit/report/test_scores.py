@@ -50,6 +50,17 @@ def lines(capsys, rows, columns, monkeypatch):
     return capsys.readouterr().out.splitlines()
 
 
+def test_files_of_a_base_are_compared_with_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    change = {"loss_change": 0.0, "loss_change_interval": (0.0, 0.0)}
+    print_scores("x", [{**ROW, "name": "base", "fidelity": {**FIT, **change}}, ROW], "base")
+    title, head, base, file = capsys.readouterr().out.splitlines()
+    assert title == "x: KL in nats against the base in 16 bit"
+    assert "to base" in head and "to adapter" not in head
+    assert "+0.0040" in file and file.rstrip().endswith("worse than the base")
+    assert "+0.0000" not in base and "worse" not in base
+
+
 def test_a_wide_terminal_shows_intervals(capsys, monkeypatch):
     title, head, row = lines(capsys, [ROW], 250, monkeypatch)
     assert title == (

@@ -1,11 +1,11 @@
-"""What an export recipe may not say about what it exports."""
+"""What a recipe may not say about what it exports or scores."""
 
 import pytest
 
-from qlora_kit.schema.check_exported import check_exported
+from qlora_kit.schema.check_exported import check_evaluated, check_exported
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import AdapterTarget, ExportConfig, GgufTarget, MergeBase
-from qlora_kit.schema.root import ExportRecipe
+from qlora_kit.schema.root import EvalRecipe, ExportRecipe
 
 GGUF = ExportConfig(gguf={"a": GgufTarget()})
 NO_DATA = DataConfig(max_tokens=AUTO)
@@ -19,6 +19,20 @@ def found(option=None, **fields):
 def test_a_run_a_base_and_the_newest_run_pass():
     assert found() == found(run="latest") == found(base="folder") == {}
     assert found(base="folder", out="mine", revision="abc") == {}
+
+
+def test_eval_is_of_a_run_or_of_a_base():
+    assert (
+        check_evaluated(EvalRecipe())
+        == check_evaluated(EvalRecipe(run="r"))
+        == check_evaluated(EvalRecipe(base="b"))
+        == []
+    )
+    (both,) = check_evaluated(EvalRecipe(run="r", base="b"))
+    assert (both.path, both.fix) == ("base", "run=r, or base=b, not both")
+    assert both.what == "run=r and base=b are both set; one eval is of a trained run or of a base"
+    (empty,) = check_evaluated(EvalRecipe(base=""))
+    assert (empty.what, empty.fix) == ("base is empty", "base=<folder of its exports>")
 
 
 def test_rows_for_a_base_pass(tmp_path):

@@ -1,0 +1,89 @@
+"""Finds the exports of a base that `base=` names for eval and report; imports no torch and reads no weight."""
+
+import difflib
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory
+
+
+def find_exported_base(name: str) -> RunDirectory:
+    """The folder beside whose `exports/` lies export.yaml.
+
+    Args:
+        name: that folder; what `qlora-kit export` was given as `base=`, for the newest exports of it below outputs/; or
+            `latest`, for the newest of any base.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    named = RunDirectory(Path(name).expanduser())
+    if named.export_recipe.is_file():
+        return named
+    known = _newest_first()
+    if name == "latest":
+        if known:
+            return known[0]
+        fix = "qlora-kit export base=<folder> export=gguf_q4_k_m"
+        raise RecipeError(f"there are no exports of a base below {OUTPUTS}/", "base=latest", fix)
+    _refuse_other_folder(name, named.path)
+    bases = [(_base_of(one), one) for one in known]
+    for base, one in bases:
+        if base is not None and _is_same(base, name):
+            return one
+    raise _unknown(name, [base for base, _ in bases if base is not None])
+
+
+def no_run_but_exports(error: RecipeError) -> RecipeError:
+    """The error that there is no run, with the line for the exports of a base where there are some."""
+    known = _newest_first()
+    if not known:
+        return error
+    (problem, *_) = error.problems
+    what = f"{problem.what}, but there are exports of a base"
+    return RecipeError(what, problem.where, f"base=latest, for {known[0].path}")
+
+
+def _newest_first() -> list[RunDirectory]:
+    notes = sorted(OUTPUTS.glob("*/*/export.yaml"), key=lambda note: note.stat().st_mtime_ns, reverse=True)
+    return [RunDirectory(note.parent) for note in notes]
+
+
+def _base_of(directory: RunDirectory) -> str | None:
+    """What export was given; None where that cannot be read."""
+    try:
+        noted = OmegaConf.load(directory.export_recipe)
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError):
+        return None
+    base = noted.get("base") if isinstance(noted, DictConfig) else None
+    return base if isinstance(base, str) else None
+
+
+def _is_same(base: str, name: str) -> bool:
+    """Whether two words mean one base: they are equal, or are paths of one folder."""
+    return base == name or (Path(name).is_dir() and Path(base).expanduser().resolve() == Path(name).resolve())
+
+
+def _refuse_other_folder(name: str, path: Path) -> None:
+    """Refuse a run, and a folder inside of what is meant."""
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{name} is the directory of a training run", f"base={name}", f"run={name}")
+    for above in (path.parent, path.parent.parent):
+        if path.is_dir() and RunDirectory(above).export_recipe.is_file():
+            raise RecipeError(f"{name} lies inside of what base= names", f"base={name}", f"base={above}")
+
+
+def _unknown(name: str, bases: list[str]) -> RecipeError:
+    if (Path(name) / "config.json").is_file():
+        what = f"no exports of {name} lie below {OUTPUTS}/"
+        fix = f"qlora-kit export base={name} export=gguf_q4_k_m, or base=<what out= named then>"
+        return RecipeError(what, f"base={name}", fix)
+    near = difflib.get_close_matches(name, bases, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    kind = "holds no export.yaml" if Path(name).is_dir() else "is no folder"
+    what = f"{name} {kind}, and no exports of a base of that name lie below {OUTPUTS}/{hint}"
+    return RecipeError(what, f"base={name}", f"base={near[0] if near else 'latest'}")
