@@ -69,6 +69,9 @@ def recipe_line(name: str, chosen: argparse.Namespace) -> list[str]:
 
 def run_of(name: str, chosen: argparse.Namespace) -> Path:
     """The finished run of a model, trained now unless it is there."""
+    rows = chosen.work / "data" / "home_commands"
+    if not rows.is_dir():
+        subprocess.run([sys.executable, "-m", "qlora_kit.data.home_commands", "--out", str(rows)], check=True)
     found = sorted((chosen.work / "outputs" / name).glob("*/result.json"))
     if not found:
         if kit(chosen.work, "train", *recipe_line(name, chosen)) != 0:
