@@ -1,8 +1,8 @@
 """Hugging Face folder -> GGUF file: names, metadata, vocabulary, block formats.
 
-The container is written by the official `gguf` package and the blocks by `libgguf`, whose row kernels give the same
-bytes as llama.cpp's, so no compiler is needed. Names, metadata, vocabulary and the type rules of each mix follow
-llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp`, releases around b11500).
+The container is written by the official `gguf` package and the blocks by llama.cpp's row kernels, as the wheels of
+xllamacpp and libgguf have them, so no compiler is needed. Names, metadata, vocabulary and the type rules of each mix
+follow llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp`, releases around b11500).
 
     write_gguf(model_dir, out_file, "Q4_K_M")     in writer.py: the whole way
     mixes.py, overrides.py                        which tensor gets which type
@@ -11,6 +11,6 @@ llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp`, rele
     metadata.py                                   hyper-parameters and general.* keys
     vocabulary.py, pre_tokenizers.py              tokenizer, special ids, stop tokens, chat template
     safetensors_rows.py                           weights, a few rows at a time
-    tensors.py, blocks.py                         names, row order, quantization on all cores
-    shards.py                                     one model in several files
+    tensors.py, blocks.py, row_kernels.py         names, row order, quantization on all cores
+    container.py, shards.py                       the file itself, and one model in several files
 """

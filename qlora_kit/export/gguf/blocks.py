@@ -1,20 +1,19 @@
 """Rows of numbers -> blocks of a GGUF type, on all cores.
 
-The row kernels of libgguf hold the interpreter lock, so large models are shared out to worker processes. A worker is
-told where its rows lie and where the blocks belong: it maps the one file and writes into the other, and no weight
-travels between processes.
+Threads share the work: reading, writing, numpy and the row kernels leave the interpreter lock to others. A thread is
+told where its rows lie and where the blocks belong, and works on so few at a time that they stay in its core's cache.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
+from qlora_kit.export.gguf.row_kernels import quantized
 from qlora_kit.export.gguf.tensors import PlannedTensor
 
 if TYPE_CHECKING:
@@ -22,15 +21,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _VALUES_PER_TASK = 1 << 22
-_VALUES_AT_ONCE = 1 << 18  # 1 MB of float32, so that every pass finds the last one's result in the cache
-_SECONDS_WORTH_WORKERS = 4.0  # below this, starting processes costs more than it saves
+# 1 MB of float32, so that every pass finds the last one's result in the cache; and half a MB of 16 bits, since Linux
+# looks for large pages where more is written at once, which takes several times as long.
+_VALUES_AT_ONCE = 1 << 18
 _MOST_WORKERS = 32
 
-# weights a second on one core, measured; only the order of magnitude counts
-_FAST, _SLOW = 400e6, 12e6
-_FAST_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
-
-_EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80}  # all set in an infinity or a NaN
+# An infinity or a NaN has all bits of the exponent set: shifted by the sign, it is no less than this.
+_NOT_FINITE_FROM = {"F16": 0xF800, "BF16": 0xFF00}
 
 # a bfloat16's bits without sign: 8 of exponent, 7 of fraction; a half's exponent starts 112 later and ends at 142
 _HALF_EXPONENT_SHIFT, _HALF_NORMAL_FROM, _HALF_OVERFLOWS_FROM = 112 << 7, 113 << 7, 143 << 7
@@ -79,33 +76,22 @@ def write_blocks(
 
     Args:
         tensors: what to convert, and where to.
-        workers: processes to share the work; below 2 this process does it. By default every usable core for a large
-            model, and this process for a small one.
+        workers: threads to share the work; by default one for every usable core.
         report: called with the number of weights done since the last call.
 
     Raises:
         RunError: a weight is not finite, or too large for the type.
     """
     pieces = [piece for placed in tensors for piece in _pieces(placed)]
-    count = _fitting_workers(tensors) if workers is None else workers
+    count = max(1, min(_usable_cores(), _MOST_WORKERS) if workers is None else workers)
     tell = report or (lambda values: None)
-    if count < 2:
-        for piece in pieces:
-            tell(_write_piece(piece))
-        return
-    # spawned, not forked: the parent may hold torch's threads
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(count) as pool:
         for values in _in_order(pool, pieces, ahead=2 * count):
             tell(values)
 
 
-def _fitting_workers(tensors: list[PlacedTensor]) -> int:
-    seconds = sum(
-        placed.tensor.stored.rows * placed.tensor.stored.width / (_FAST if placed.tensor.type in _FAST_TYPES else _SLOW)
-        for placed in tensors
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS) if seconds >= _SECONDS_WORTH_WORKERS else 1
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pieces(placed: PlacedTensor) -> Iterator[_Piece]:
@@ -120,28 +106,41 @@ def _pieces(placed: PlacedTensor) -> Iterator[_Piece]:
 
 def _in_order(pool: Executor, pieces: Iterable[_Piece], ahead: int) -> Iterator[int]:
     waiting: deque[Future[int]] = deque()
-    for piece in pieces:
-        waiting.append(pool.submit(_write_piece, piece))
-        if len(waiting) > ahead:
+    try:
+        for piece in pieces:
+            waiting.append(pool.submit(_write_piece, piece))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _write_piece(piece: _Piece) -> int:
+    import numpy as np
+
     tensor = piece.placed.tensor
     size, step = row_bytes(tensor), max(1, _VALUES_AT_ONCE // tensor.stored.width)
+    room = np.empty((2, step * tensor.stored.width), np.uint16) if piece.stop and tensor.takes_stored_bits else None
     with piece.placed.file.open("r+b", buffering=0) as stream:
         stream.seek(piece.placed.offset + piece.start * size)
         for start in range(piece.start, piece.stop, step) if piece.stop else [0]:
-            blocks = converted(tensor, start, min(start + step, piece.stop))
+            blocks = converted(tensor, start, min(start + step, piece.stop), room)
             while len(blocks):
                 blocks = blocks[stream.write(blocks.data) :]
     return piece.values
 
 
-def converted(tensor: PlannedTensor, start: int, stop: int) -> "npt.NDArray[np.uint8]":
+def converted(
+    tensor: PlannedTensor, start: int, stop: int, room: "npt.NDArray[np.uint16] | None" = None
+) -> "npt.NDArray[np.uint8]":
     """Rows start..stop of one tensor, or all of a vector, as the bytes of its type, a flat uint8 array.
+
+    Args:
+        room: memory that is used again from call to call, twice as many numbers as the rows have; the result may lie
+            in it. Fresh memory for each call takes longer than the work on it.
 
     Raises:
         RunError: a weight is not finite, or too large for the type.
@@ -149,47 +148,53 @@ def converted(tensor: PlannedTensor, start: int, stop: int) -> "npt.NDArray[np.u
     import numpy as np
 
     if stop and tensor.takes_stored_bits:
-        bits = tensor.stored_rows(start, stop)
+        room = np.empty((2, (stop - start) * tensor.stored.width), np.uint16) if room is None else room
+        bits: npt.NDArray[np.uint16] = tensor.stored_rows(start, stop, room[0]).reshape(-1)
         if tensor.type == "F16" and tensor.stored.dtype == "BF16":
-            bits = _halves_of_bfloat16(tensor, bits)
+            bits = _halves_of_bfloat16(tensor, bits, room[1, : bits.size])
         else:
-            _check_bits(tensor, bits)
-        return np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+            _check_bits(tensor, bits, room[1, : bits.size])
+        return bits.view(np.uint8)
     rows = tensor.rows(start, stop) if stop else tensor.all_rows()
     if tensor.type == "F16":
         with np.errstate(over="ignore"):
             halves = rows.astype(np.float16)
-        _check_bits(tensor, halves.view(np.uint16))
+        _check_bits(tensor, halves.view(np.uint16), np.empty(halves.shape, np.uint16))
         return halves.reshape(-1).view(np.uint8)
     if not np.isfinite(rows).all():
         raise _not_finite(tensor)
     if tensor.type == "F32":
         return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-    return _quantized(rows, tensor).reshape(-1)
+    return quantized(rows, tensor.type, tensor.importance).reshape(-1)
 
 
-def _halves_of_bfloat16(tensor: PlannedTensor, bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.uint16]":
-    """16-bit floats of one kind as those of the other, three times as fast as by way of 32 bits.
+def _halves_of_bfloat16(
+    tensor: PlannedTensor, bits: "npt.NDArray[np.uint16]", room: "npt.NDArray[np.uint16]"
+) -> "npt.NDArray[np.uint16]":
+    """16-bit floats of one kind as those of the other, in `room`, several times as fast as by way of 32 bits.
 
-    A half has more digits and fewer exponents: within its normal range the bits only move.
+    A half has more digits and fewer exponents: within its normal range the bits only move. `bits` is used up.
     """
     import numpy as np
 
-    magnitude = bits & np.uint16(0x7FFF)
-    if magnitude.max(initial=0) >= _HALF_OVERFLOWS_FROM:
+    halves = np.bitwise_and(bits, np.uint16(0x7FFF), out=room)
+    if halves.max(initial=0) >= _HALF_OVERFLOWS_FROM:
         raise _too_large_or_not_finite(tensor)
-    halves = ((magnitude - _HALF_EXPONENT_SHIFT) << np.uint16(3)) | (bits & np.uint16(0x8000))
-    small = magnitude < _HALF_NORMAL_FROM
+    small = np.flatnonzero(halves < _HALF_NORMAL_FROM)
     widened = (bits[small].astype(np.uint32) << np.uint32(16)).view(np.float32)
+    halves -= np.uint16(_HALF_EXPONENT_SHIFT)
+    halves <<= np.uint16(3)
+    bits &= np.uint16(0x8000)
+    halves |= bits
     halves[small] = widened.astype(np.float16).view(np.uint16)
     return halves
 
 
-def _check_bits(tensor: PlannedTensor, numbers: "npt.NDArray[np.uint16]") -> None:
+def _check_bits(tensor: PlannedTensor, numbers: "npt.NDArray[np.uint16]", room: "npt.NDArray[np.uint16]") -> None:
+    """Refuse numbers that are not finite; `room` has their shape and is written over."""
     import numpy as np
 
-    exponent = np.uint16(_EXPONENT_BITS[tensor.type])
-    if ((numbers & exponent) == exponent).any():
+    if np.left_shift(numbers, 1, out=room).max(initial=0) >= _NOT_FINITE_FROM[tensor.type]:
         raise _too_large_or_not_finite(tensor)
 
 
@@ -203,12 +208,3 @@ def _too_large_or_not_finite(tensor: PlannedTensor) -> RunError:
 
 def _not_finite(tensor: PlannedTensor) -> RunError:
     return RunError(f"{tensor.name} holds weights that are not finite numbers")
-
-
-def _quantized(rows: "npt.NDArray[np.float32]", tensor: PlannedTensor) -> "npt.NDArray[np.uint8]":
-    import libgguf
-    import numpy as np
-
-    kind = libgguf.GGMLQuantizationType[tensor.type]
-    blocks: npt.NDArray[np.uint8] = libgguf.quantize_rows(rows, kind, imatrix=tensor.importance)
-    return blocks if blocks.dtype == np.uint8 else blocks.view(np.uint8)

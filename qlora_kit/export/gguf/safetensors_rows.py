@@ -1,16 +1,14 @@
 """Weights of a Hugging Face folder, read a few rows at a time as float32.
 
-The files are mapped into memory rather than loaded, without torch: a worker process starts in a fraction of a second
-and holds only the rows it converts.
+A call reads what it gives and no more, without torch, and lets other threads run meanwhile.
 """
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.export.merging.read_base import read_header
 
 if TYPE_CHECKING:
@@ -80,28 +78,64 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> "npt.NDArray[np.float32]":
-    """Rows start..stop as a float32 array of shape [stop - start, width]."""
-    return _as_float32(_mapped(tensor)[start:stop], tensor.dtype)
+    """Rows start..stop as a float32 array of shape [stop - start, width].
+
+    Raises:
+        RunError: the file ends early.
+    """
+    return _as_float32(_read(tensor, start, stop), tensor.dtype)
 
 
 def read_picked_rows(tensor: StoredTensor, picked: "npt.NDArray[np.int64]") -> "npt.NDArray[np.float32]":
-    """The rows at these indices, in this order, as a float32 array of shape [len(picked), width]."""
-    return _as_float32(_mapped(tensor)[picked], tensor.dtype)
+    """The rows at these indices, in this order, as a float32 array of shape [len(picked), width].
+
+    What lies between them is read too.
+
+    Raises:
+        RunError: the file ends early.
+    """
+    first = int(picked.min())
+    return _as_float32(_read(tensor, first, int(picked.max()) + 1)[picked - first], tensor.dtype)
 
 
-def read_stored_rows(tensor: StoredTensor, picked: "slice | npt.NDArray[np.int64]") -> "npt.NDArray[np.uint16]":
-    """Some rows of a 16-bit tensor, bit by bit, as a uint16 array of shape [rows, width]."""
+def read_stored_rows(
+    tensor: StoredTensor, picked: "slice | npt.NDArray[np.int64]", room: "npt.NDArray[np.uint16] | None" = None
+) -> "npt.NDArray[np.uint16]":
+    """Some rows of a 16-bit tensor, bit by bit, as a uint16 array of shape [rows, width].
+
+    Args:
+        picked: neighbouring rows, or indices; what lies between those is read too.
+        room: memory for neighbouring rows, used again from call to call; their array is a view of it.
+    Raises:
+        RunError: the file ends early.
+    """
     import numpy as np
 
-    return _mapped(tensor)[picked].view(np.uint16)
+    if isinstance(picked, slice):
+        return _read(tensor, picked.start, picked.stop, room).view(np.uint16)
+    first = int(picked.min())
+    return _read(tensor, first, int(picked.max()) + 1).view(np.uint16)[picked - first]
 
 
-@lru_cache(maxsize=64)
-def _mapped(tensor: StoredTensor) -> "npt.NDArray[np.generic]":
+def _read(
+    tensor: StoredTensor, start: int, stop: int, room: "npt.NDArray[np.uint16] | None" = None
+) -> "npt.NDArray[np.generic]":
+    """Rows as they are stored, read rather than mapped: a page that is mapped in costs more than one that is copied."""
     import numpy as np
 
     kind = np.dtype(_NUMPY_TYPES[tensor.dtype])
-    return np.memmap(tensor.file, dtype=kind, mode="r", offset=tensor.offset, shape=(tensor.rows, tensor.width))
+    size = (stop - start) * tensor.width * kind.itemsize
+    read = np.empty(size, np.uint8) if room is None else room.view(np.uint8)[:size]
+    left = read.data
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset + start * tensor.width * kind.itemsize)
+        while left:
+            got = stream.readinto(left)
+            if not got:
+                raise RunError(f"{tensor.file} ends before its last tensor", fix="fetch or copy this file again")
+            left = left[got:]
+    rows: npt.NDArray[np.generic] = read.view(kind).reshape(stop - start, tensor.width)
+    return rows
 
 
 def _as_float32(stored: "npt.NDArray[np.generic]", dtype: str) -> "npt.NDArray[np.float32]":

@@ -43,11 +43,13 @@ class PlannedTensor:
         kinds = {"F16": ("F16", "BF16"), "BF16": ("BF16",)}
         return self.stored.dtype in kinds.get(self.type, ()) and not self.offset
 
-    def stored_rows(self, start: int, stop: int) -> "npt.NDArray[np.uint16]":
-        """Rows start..stop of a 16-bit matrix as they are stored and ordered as in the file."""
+    def stored_rows(
+        self, start: int, stop: int, room: "npt.NDArray[np.uint16] | None" = None
+    ) -> "npt.NDArray[np.uint16]":
+        """Rows start..stop of a 16-bit matrix as they are stored and ordered as in the file; see `read_stored_rows`."""
         if self.rotated_heads:
             return read_stored_rows(self.stored, paired_order(self.stored.rows, self.rotated_heads)[start:stop])
-        return read_stored_rows(self.stored, slice(start, stop))
+        return read_stored_rows(self.stored, slice(start, stop), room)
 
     def rows(self, start: int, stop: int) -> "npt.NDArray[np.float32]":
         """Rows start..stop as they belong into the file, float32 of shape [stop - start, width]."""

@@ -5,8 +5,10 @@ sentencepiece-like BPE with scores. Both are read from what transformers loads f
 training agree whichever files the folder holds.
 """
 
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -63,6 +65,23 @@ def read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config:
     Raises:
         RecipeError: a tokenizer of another kind, or with a step llama.cpp does not have.
     """
+    with _no_collection():
+        return _read_vocabulary(model_dir, rows, stop_ids, config)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the search for garbage: for each of the lists that a vocabulary is, it looks through all of them again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config: Mapping[str, Any]) -> Vocabulary:
     tokenizer, content = _load_tokenizer(model_dir)
     where = model_dir.name
     special = {key: getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "unk", "pad")}

@@ -11,6 +11,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.export.gguf.architectures import Architecture, extra_tensors, find_architecture
 from qlora_kit.export.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
+from qlora_kit.export.gguf.container import open_container
 from qlora_kit.export.gguf.imatrix import ImportanceMatrix
 from qlora_kit.export.gguf.metadata import add_general, add_hyper_parameters, read_config, stop_token_ids
 from qlora_kit.export.gguf.mixes import find_mix, is_weighted, requires_imatrix
@@ -86,7 +87,7 @@ def write_gguf(
         mix: a name of `mixes.MIXES`, or all choices.
         name: `general.name`; the folder's name by default.
         imatrix: what the blocks are fitted to; left unused by types that have no use for it.
-        workers: processes that quantize; by default every usable core, or none for a small model.
+        workers: threads that quantize; by default one for every usable core.
 
     Raises:
         RecipeError: an architecture, tokenizer, mix, override or weight type that cannot be written, or a type that
@@ -163,7 +164,7 @@ def _with_importance(
 def _open(file: Path, number: int, plan: _Plan) -> Any:
     import gguf
 
-    writer = gguf.GGUFWriter(file, plan.architecture.gguf_name)
+    writer = open_container(file, plan.architecture.gguf_name)
     if len(plan.parts) > 1:
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(plan.parts))

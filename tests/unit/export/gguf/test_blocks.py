@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,23 @@ def test_16_bit_rows_are_kept_or_rounded_to_nearest(tmp_path: Path, stored: torc
 
 
 @pytest.mark.parametrize(
+    ("stored", "kind"), [(torch.bfloat16, "BF16"), (torch.bfloat16, "F16"), (torch.float16, "F16")]
+)
+@pytest.mark.parametrize("heads", [0, 4])
+def test_memory_that_is_used_again_changes_nothing(tmp_path: Path, stored: torch.dtype, kind: str, heads: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    tensor = planned((torch.randn(16, 64, generator=draws) * 1e-4).to(stored), tmp_path, kind)
+    tensor = replace(tensor, rotated_heads=heads)
+    whole, room = converted(tensor, 0, 16).tobytes(), np.empty((2, 5 * 64), np.uint16)
+    parts = [converted(tensor, start, min(start + 5, 16), room).tobytes() for start in range(0, 16, 5)]
+    assert b"".join(parts) == whole
+
+
+@pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
+        (-1e5, "F16", "too large for 16-bit"),
+        (float("-inf"), "BF16", "not finite"),
         (1e5, "F16", "too large for 16-bit"),
         (float("inf"), "F16", "not finite"),
         (float("nan"), "BF16", "not finite"),

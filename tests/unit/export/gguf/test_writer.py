@@ -105,6 +105,17 @@ def test_workers_give_the_same_file(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "many.gguf").read_bytes()
 
 
+def test_a_weight_that_is_not_finite_stops_all_threads_and_leaves_no_file(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for mix in ("BF16", "Q4_K_M"):
+        with pytest.raises(RunError, match=r"blk\.0\.ffn_up\.weight holds weights that are not finite"):
+            write_gguf(folder, tmp_path / "out" / "model.gguf", mix, workers=3)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_an_untied_head_that_is_missing_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path / "untied")
     edit_config(folder, tie_word_embeddings=False)
