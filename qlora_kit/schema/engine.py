@@ -30,7 +30,7 @@ class EngineConfig(Sealed):
     weight_copies: str = knob(
         "auto",
         "Fast: frozen weights that are kept unpacked too, which spares that work twice a step: none, all, an amount "
-        "such as 6GB, or auto: what half of the memory left over holds.",
+        "such as 6GB, or auto: what half of the memory left over holds, if nothing is recomputed.",
     )
     recompute: str = knob(
         "auto",

@@ -114,10 +114,13 @@ class StepMemory:
         return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
 
     def room_for_copies(self, weight_copies: str, levels: Sequence[int]) -> float:
-        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what levels say."""
+        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what levels say.
+
+        For auto there are none where memory is so short that something is computed again.
+        """
         wanted = parse_amount(weight_copies)
         if wanted.amount is Amount.auto:
-            return COPIES_SHARE * (self.budget() - self.needed(levels))
+            return 0.0 if any(levels) else COPIES_SHARE * (self.budget() - self.needed(levels))
         return math.inf if wanted.amount is Amount.all else wanted.budget_bytes
 
     def levels(self, recompute: str) -> list[int]:

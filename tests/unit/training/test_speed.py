@@ -110,6 +110,8 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
     monkeypatch.setattr(fast, "weight_for", partial(weight_for, product=emulate))
     assert engine(1e9) == (True, {True})
     assert engine(1e9, weight_copies="none") == (False, {False})
+    assert engine(1e9, recompute="all") == (False, {False})
+    assert engine(1e9, recompute="all", weight_copies="all") == (True, {True})
     assert engine(1e6) == (False, {False})
 
 
