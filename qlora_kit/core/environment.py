@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 
 RECORDED_PACKAGES = (
@@ -23,10 +24,10 @@ RECORDED_PACKAGES = (
 )
 
 
-def package_versions() -> dict[str, str]:
-    """Installed version of every package that can change a run's numbers."""
+def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """Installed version of each of these packages that is there; by default of all that can change a run's numbers."""
     versions = {}
-    for name in RECORDED_PACKAGES:
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -21,7 +21,7 @@ from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
-from qlora_kit.engine.graphs import LayerGraphs
+from qlora_kit.engine.graphs import LayerGraphs, Recordable
 from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
 from qlora_kit.schema.engine import EngineConfig
 
@@ -77,7 +77,8 @@ class FastLayer:
         if self.graphs is None or self.level == LAYER_FROM_HOST or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        return self.graphs.run(self.place, self._fast, hidden_states, settings, trained, parts.projection.place)
+        layer = Recordable(self._fast, trained, parts.projection.place)
+        return self.graphs.run(self.place, layer, hidden_states, settings)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -195,7 +196,7 @@ class FastEngine:
         self._let_go()
         for layer in self.layers:
             layer.take_out()
-        self.layers = []
+        self.layers, self._groups = [], []
 
     def _let_go(self) -> None:
         if self.graphs is not None:

@@ -138,10 +138,6 @@ class Fp8Weight:
         self._kept = self._rows() if self.is_forward_fp8 else None
         self._kept_transposed = self._transposed()
 
-    def write(self, place: Tensor) -> None:
-        """Write the weight into a dense `[out, in]` of 16 bits."""
-        self._weight.write(place)
-
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, in]` times the transpose of the weight: `[T, out]`, in the format of `x`."""
         if self.is_forward_fp8:

@@ -10,7 +10,7 @@ row have had it, and let go when another one comes.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ class Compute(Protocol):
     """A layer: from hidden states `[rows, tokens, hidden]` and what the model hands to every layer to the next ones."""
 
     def __call__(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor: ...
+
+
+class Recordable(NamedTuple):
+    """A layer as it can be recorded.
+
+    Attributes:
+        parameters: that it trains.
+        gradient_place: that `compute` reads in its backward pass.
+    """
+
+    compute: Compute
+    parameters: Sequence[Tensor]
+    gradient_place: Place
 
 
 class Turns:
@@ -92,34 +105,24 @@ class LayerGraphs:
         self._statics: dict[Hashable, Tensor] = {}
         self._memory: GraphMemory | None = None
 
-    def run(
-        self,
-        place: int,
-        compute: Compute,
-        h: Tensor,
-        settings: Mapping[str, Any],
-        parameters: Sequence[Tensor],
-        gradient_place: Place,
-    ) -> Tensor:
+    def run(self, place: int, layer: Recordable, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The layer's result `[rows, tokens, hidden]`: computed, or replayed if its shape is recorded.
 
         Args:
             place: of the layer; 0 begins a forward pass.
-            parameters: that the layer trains.
-            gradient_place: that `compute` reads in its backward pass.
         """
-        shape = shape_of(h, settings, parameters)
+        shape = shape_of(h, settings, layer.parameters)
         if place == 0:
             self._begin(shape, h)
         if not self._replays:
-            return compute(h, settings)
+            return layer.compute(h, settings)
         if place not in self.recorded and shape is not None and not self._is_off:
-            self._try_to_record(place, compute, h, settings, parameters, shape, gradient_place)
+            self._try_to_record(place, layer, h, settings, shape)
         known = self.recorded.get(place)
         if known is None or known.shape != shape or not self._feed(known, h, settings):
             self._is_stale = True
-            return compute(h, settings)
-        replayed: Tensor = Replay.apply(h, known, self, *parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+            return layer.compute(h, settings)
+        replayed: Tensor = Replay.apply(h, known, self, *layer.parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return replayed
 
     def let_go(self) -> None:
@@ -167,14 +170,7 @@ class LayerGraphs:
         torch.cuda.empty_cache()
 
     def _try_to_record(
-        self,
-        place: int,
-        compute: Compute,
-        h: Tensor,
-        settings: Mapping[str, Any],
-        parameters: Sequence[Tensor],
-        shape: Hashable,
-        gradient_place: Place,
+        self, place: int, layer: Recordable, h: Tensor, settings: Mapping[str, Any], shape: Hashable
     ) -> None:
         before = self.recorded.get(place - 1)
         chained = before is not None and before.output.data_ptr() == h.data_ptr()
@@ -184,8 +180,8 @@ class LayerGraphs:
             assert self.gradient is not None and self._memory is not None
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            recorded = Recorded(shape, fixed, start, parameters, self.gradient)
-            recorded.record(partial(compute, settings=given), self._memory, gradient_place)
+            recorded = Recorded(shape, fixed, start, layer.parameters, self.gradient)
+            recorded.record(partial(layer.compute, settings=given), self._memory, layer.gradient_place)
             self.recorded[place] = recorded
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             self._give_up(next(iter(str(error).splitlines()), type(error).__name__))

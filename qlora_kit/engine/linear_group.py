@@ -61,7 +61,7 @@ class LinearGroup:
 
     def keep_copies(self) -> None:
         """Unpack frozen weights once and for all instead of for each product; the numbers are the same."""
-        if in_16_bit := self._in_16_bit:
+        if (in_16_bit := self._in_16_bit) is not None:
             device, dtype = in_16_bit[0].linear.weight.device, in_16_bit[0].dtype
             self._kept = torch.zeros(self._joined_rows, in_16_bit[0].in_features, dtype=dtype, device=device)
             self._cast.clear()
@@ -236,11 +236,11 @@ class LinearGroup:
         """Where adapters are cast to."""
         if dtype not in self._cast:
             a = [linear.a for linear in self.adapted if linear.a is not None]
-            ranks = sum(map(len, a))
-            if self._kept is not None and self._kept.dtype is dtype:
-                all_a: Tensor | None = self._kept[self.out_features : self.out_features + ranks]
-            else:
-                all_a = torch.empty(ranks, *a[0].shape[1:], dtype=dtype, device=a[0].device) if a else None
+            ranks, all_a = sum(map(len, a)), None
+            if a and self._kept is not None and self._kept.dtype is dtype:
+                all_a = self._kept[self.out_features : self.out_features + ranks]
+            elif a:
+                all_a = a[0].new_empty(ranks, a[0].shape[1], dtype=dtype)
             of_b = [torch.empty_like(linear.b, dtype=dtype) for linear in self.adapted if linear.b is not None]
             self._cast[dtype] = _Cast(all_a, of_b)
         return self._cast[dtype]

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -56,7 +55,5 @@ def drop_weights(module: nn.Module) -> None:
 
 
 def _set(module: nn.Module, leaf: str, tensor: StoredTensor, device: torch.device) -> None:
-    # a copy only where the rows are still the mapped file
-    rows = np.require(read_rows(tensor, 0, tensor.rows), requirements="W")
-    values = torch.from_numpy(rows.reshape(tensor.shape))
+    values = torch.from_numpy(read_rows(tensor, 0, tensor.rows).reshape(tensor.shape))
     setattr(module, leaf, nn.Parameter(values.to(device), requires_grad=False))

@@ -9,7 +9,7 @@ from qlora_kit.core.say import say
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
 from qlora_kit.evaluation.contract import check_token_ids
-from qlora_kit.evaluation.contract_servers import check_servers
+from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
@@ -73,8 +73,7 @@ def finish(
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
-    wrong = [f"{check.server}: {problem}" for check in servers for problem in check.problems]
-    faults = (*_too_far(fidelity, max_mean_kl), *map(str, contract.failures), *wrong)
+    faults = (*_too_far(fidelity, max_mean_kl), *map(str, contract.failures), *_wrong_for(servers))
     if faults:
         write_model_card(folder, replace(facts, faults=faults))
     for note in contract.notes:
@@ -119,6 +118,11 @@ def _fidelity(subject: Exportable, job: ExportJob, folder: Path, reference: Refe
 def _too_far(fidelity: Fidelity | None, max_mean_kl: float | None) -> Iterator[str]:
     if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
         yield f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}"
+
+
+def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:
+    for check in servers:
+        yield from (f"{check.server}: {problem}" for problem in check.problems)
 
 
 def _facts(subject: Exportable, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:

@@ -87,21 +87,24 @@ def build_trainer(
         ),
         train_dataset=dataset,
         eval_dataset=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
-        data_collator=Counted(
-            _collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine))
-        ),
+        data_collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
         processing_class=tokenizer,
         callbacks=[watch],
     )
     trainer.order = _order(recipe, train, len(dataset), processes)
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
-    head = one_pass_head(model.get_base_model())
+    _ready_for_gpu(trainer, undo, engine)
+    return trainer
+
+
+def _ready_for_gpu(trainer: KitTrainer, undo: list[Callable[[], None]], engine: FastEngine | None) -> None:
+    """Put the head in, and spare the GPU what it would wait for."""
+    head = one_pass_head(trainer.model.get_base_model())
     trainer.undo = [*undo, *([] if head is None else [head])]
     trainer.tells_counts = head is not None
     trainer.engine = engine
     trainer.logs_late = torch.cuda.is_available()
-    return trainer
 
 
 def _made_ready(
@@ -123,14 +126,12 @@ def _tokens_at_once(recipe: TrainRecipe, rows: TokenRows, packing: Packing | Non
     return recipe.trainer.batch_size * (packing.capacity if packing is not None else int(rows.lengths.max()))
 
 
-def _collator(
-    recipe: TrainRecipe, pad_token_id: int, packing: Packing | None, outline: Outline | None
-) -> Collator | PackedCollator:
+def _collator(recipe: TrainRecipe, pad_token_id: int, packing: Packing | None, outline: Outline | None) -> Counted:
     if packing is None:
-        return Collator(pad_token_id)
+        return Counted(Collator(pad_token_id))
     if recipe.model.attention is Attention.flex_attention or outline is not None:
-        return PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id, outline)
-    return PackedCollator()
+        return Counted(PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id, outline))
+    return Counted(PackedCollator())
 
 
 def _outline(

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from merge import device_name
 from quantize_8b_model import SHAPES, calibration_rows, make_pool, model_folder
 from quantize_8b_stacks import STACKS, import_libraries
 
-from qlora_kit.core.environment import capture_environment
+from qlora_kit.core.environment import capture_environment, package_versions
 from qlora_kit.core.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -173,7 +172,7 @@ def main() -> None:
     print("".join(f"{column:>{width}}" for column, width in COLUMNS.items()), flush=True)
     file = "quantize_8b" if chosen.shape == "8b" else f"quantize_{chosen.shape}"
     place = chosen.results / re.sub(r"\W+", "_", name.lower()).strip("_") / f"{file}-{date.today().isoformat()}.json"
-    versions = {**capture_environment(), "libraries": _versions()}
+    versions = {**capture_environment(), "libraries": package_versions(LIBRARIES)}
     rows: list[dict[str, Any]] = []
     for what in chosen.only:
         for count in layers:
@@ -188,16 +187,6 @@ def main() -> None:
             write_json(place, {"device": name, "shape": chosen.shape, "versions": versions, "rows": rows})
     shutil.rmtree(chosen.work / "out", ignore_errors=True)
     print(place)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

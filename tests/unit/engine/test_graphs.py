@@ -3,7 +3,7 @@
 import torch
 
 from qlora_kit.engine import graphs
-from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Turns, shape_of
+from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Recordable, Turns, shape_of
 from qlora_kit.engine.parts import Place
 
 
@@ -64,6 +64,9 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
     assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
 
 
+DOUBLE = Recordable(lambda hidden, settings: hidden * 2, [], Place())
+
+
 def without_cuda(monkeypatch, recorded):
     def opened(self, h):
         self._memory, self.gradient = object(), torch.empty_like(h)
@@ -89,7 +92,7 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monke
     made, h = LayerGraphs(), torch.ones(1, 2, 3)
     for _ in range(2 * REPEATS + 2):
         for place in (0, 1):
-            assert torch.equal(made.run(place, lambda hidden, settings: hidden * 2, h, {}, [], Place()), h * 2)
+            assert torch.equal(made.run(place, DOUBLE, h, {}), h * 2)
         assert not made.recorded
     assert made.gradient is None
     assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted") == 1
@@ -112,6 +115,6 @@ def test_layers_that_never_fit_their_recordings_are_left_alone(monkeypatch, caps
     without_cuda(monkeypatch, Misfit)
     layers, h = LayerGraphs(), torch.ones(1, 2, 3)
     for _ in range(10 * REPEATS):
-        assert torch.equal(layers.run(0, lambda hidden, settings: hidden * 2, h, {}, [], Place()), h * 2)
+        assert torch.equal(layers.run(0, DOUBLE, h, {}), h * 2)
     assert len(made) == MOST_MISFITS + 1
     assert capsys.readouterr().err.count("called with other settings from step to step") == 1

@@ -1,6 +1,9 @@
 """The recipe's engine is the one that trains, keeps what memory allows, and gives the plain engine's losses."""
 
 import copy
+import gc
+import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -128,6 +131,35 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_kept_weights_are_let_go_of_with_the_engine(base):
+    model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
+    engine = put_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)
+    kept = [weakref.ref(group._kept) for layer in engine.layers for group in layer.parts.groups]
+    engine.undo()
+    gc.collect()
+    assert kept and [ref() for ref in kept] == [None] * len(kept)
+
+
+def test_kept_weights_need_no_adapter_in_their_group(base, rows, tmp_path):
+    def loss(copies):
+        model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora).train()
+        engine = put_engine(model, EngineConfig(mode=FAST, weight_copies=copies), 100)
+        ids = torch.arange(12).view(1, 12)
+        found = model(input_ids=ids, labels=ids, use_cache=False).loss
+        found.backward()
+        assert [group._kept is not None for layer in engine.layers for group in layer.parts.groups] == [
+            copies == "all"
+        ] * (4 * len(engine.layers))
+        return found.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
+
+    lora = replace(TrainRecipe().lora, targets=["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    expected = loss("none")
+    torch.manual_seed(0)
+    found = loss("all")
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
 def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):
