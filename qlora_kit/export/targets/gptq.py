@@ -61,7 +61,8 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
         raise RecipeError("GPTQ needs calibration rows and got none")
     plan = _plan(model_dir, target)
     model_dir = model_dir.resolve()
-    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve()) as work:
+    # A stopped library's threads still write, and what cannot be removed yet must not hide why it stopped.
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve(), ignore_cleanup_errors=True) as work:
         made = Path(work) / "quantised"
         _set_up_environment()
         # It writes a folder `logs` into the working folder.

@@ -1,11 +1,15 @@
 """A GPTQ folder: written without a compiler, read by the real reader, free of anything local."""
 
 import json
+import os
+import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +284,25 @@ def test_refusals_leave_nothing_behind(target: GptqTarget, rows: list[list[int]]
     with pytest.raises(RecipeError, match=message):
         write_gptq(source, out, target, rows)
     assert list(out.iterdir()) == []
+
+
+def test_files_that_the_library_still_writes_do_not_hide_why_it_stopped(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def busy(path: str, **settings: Any) -> None:
+        error = OSError(39, "Directory not empty", path)
+        try:
+            raise error
+        except OSError:
+            if "onexc" in settings:
+                settings["onexc"](os.rmdir, path, error)
+            else:
+                settings["onerror"](os.rmdir, path, sys.exc_info())
+
+    monkeypatch.setattr(gptq, "_quantise", stopped)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.raises(KeyboardInterrupt):
+        write_gptq(exported.source, tmp_path, GptqTarget(group_size=64), ROWS)
