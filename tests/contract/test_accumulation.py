@@ -101,6 +101,7 @@ def moved(run):
     return {name: weight - run["before"][name] for name, weight in run["weights"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", [Batching.padded, Batching.packed])
 def test_rows_of_a_step_may_be_dealt_over_forward_passes(folder, tmp_path, batching):
     runs = []

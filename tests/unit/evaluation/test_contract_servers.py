@@ -90,7 +90,7 @@ def test_ollama_is_run_and_ended(gguf: Path, tmp_path: Path, monkeypatch: pytest
         ({"create": 'sys.exit("no such architecture")'}, "no such architecture"),
         ({"answer": 'self.say(500, {"error": "out of memory"})'}, "out of memory"),
         ({"serve": 'sys.exit("port taken")'}, "ollama serve did not start: port taken"),
-        ({"create": "time.sleep(60)"}, "no answer within 2 s"),
+        pytest.param({"create": "time.sleep(60)"}, "no answer within 2 s", marks=pytest.mark.slow),
     ],
 )
 def test_what_goes_wrong_in_ollama_is_told(
@@ -202,6 +202,7 @@ def test_sglang_gets_the_tokens_of_the_template(tmp_path: Path, monkeypatch: pyt
     assert contract_child.answer_of_sglang(str(folder)) == f"{count} tokens"
 
 
+@pytest.mark.slow
 def test_workers_of_a_child_end_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     code = textwrap.dedent(f"""

@@ -69,6 +69,7 @@ def logged(base, folder, *, late, every=1, accumulation=1, evaluates=False):
     return entries, when
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"every": 3}, {"accumulation": 2}, {"evaluates": True}], ids=str)
 def test_a_late_log_says_what_one_at_once_says(base, tmp_path, settings):
     at_once, when_at_once = logged(base, tmp_path / "at once", late=False, **settings)

@@ -118,6 +118,7 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
     assert engine(1e6) == (False, {False})
 
 
+@pytest.mark.slow
 def test_kept_weights_change_no_number(base, rows, tmp_path):
     losses = []
     for copies in ("none", "all", "0.002GB"):

@@ -79,6 +79,7 @@ def test_a_kernel_that_writes_other_blocks_is_not_taken(monkeypatch):
     assert not _agrees(lambda number, rows, blocks, *rest: row_kernels.ctypes.memset(blocks, 0, size) and size)
 
 
+@pytest.mark.slow
 def test_what_would_end_the_process_goes_to_libgguf(asked):
     quantized(ROWS[:1], "IQ2_XS")  # needs weights
     assert asked[-1] == "IQ2_XS"
