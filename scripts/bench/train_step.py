@@ -10,7 +10,8 @@ median of six after three to warm up; tokens are counted without padding. A run 
     python scripts/bench/train_step.py --only --longest 24 80     # the longest row that trains in so many 10^9 bytes
     python scripts/bench/train_step.py --cpu                      # a tiny shape, to try the script
 
-Writes results/<device>/train_step-<date>.json after every run; rows of the same day are kept unless measured again.
+Writes results/<device>/train_step-<date>.json after every run; rows of the same day are kept, and one measured again
+keeps what it was under `before`.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         "--longest", nargs="*", type=float, default=[], metavar="GB", help="for the shape, in 10^9 bytes"
     )
     parser.add_argument("--longest-of", nargs="*", default=LONGEST, metavar="STACK:VARIANT:COMPUTE")
+    parser.add_argument("--longest-in-blocks", action="store_true", help="cheaper attention that needs the same memory")
     parser.add_argument("--site", type=Path, help="packages of qlora_kit, unless this Python has them")
     parser.add_argument("--peers-site", type=Path, help="packages of the other stacks, likewise")
     parser.add_argument("--work", type=Path, help="for bases, rows and logs; a new folder below /tmp unless given")
@@ -84,9 +86,12 @@ class Results:
     def add(self, part: str, identity: dict[str, object], run: Run, found: dict[str, Any]) -> None:
         """Put a row in the place of one with the same identity, and write the file."""
         self.found["versions"][run.stack] = found.pop("versions", self.found["versions"].get(run.stack, {}))
-        kept = [row for row in self.found[part] if any(row[name] != value for name, value in identity.items())]
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.found[part] = [*kept, {**identity, **found, "at": at}]
+        same = [row for row in self.found[part] if all(row.get(name) == value for name, value in identity.items())]
+        kept = [row for row in self.found[part] if row not in same]
+        found["at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        earlier = [{name: value for name, value in row.items() if name not in identity} for row in same]
+        before = [one for row in earlier for one in (*row.pop("before", []), row)]
+        self.found[part] = [*kept, {**identity, **found, **({"before": before} if before else {})}]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text(json.dumps(self.found, indent=2) + "\n", encoding="utf-8")
@@ -101,12 +106,12 @@ def measure(machine: Machine, run: Run, profile: bool) -> dict[str, Any]:
     return machine.job("train", str(run), run, base=base["base"], profile=profile)
 
 
-def search(machine: Machine, run: Run, gigabytes: float) -> dict[str, Any]:
+def search(machine: Machine, run: Run, gigabytes: float, *, blocks: bool) -> dict[str, Any]:
     """The longest row for one stack and amount of memory."""
     base = machine.base(run.shape) if run.stack == "unsloth" else {"base": ""}
     if "error" in base:
         return {"error": f"no base: {base['error']}"}
-    return machine.job("longest", f"longest-{gigabytes:g}-{run}", run, base=base["base"], gb=gigabytes)
+    return machine.job("longest", f"longest-{gigabytes:g}-{run}", run, base=base["base"], gb=gigabytes, blocks=blocks)
 
 
 def row_line(run: Run, row: dict[str, Any]) -> str:
@@ -143,9 +148,15 @@ def main() -> None:
     for gigabytes in chosen.longest:
         for name in chosen.longest_of:
             run = Run.parse(f"{name}:{chosen.shape}:1x{64 if chosen.cpu else 2048}")
-            row = search(searching, run, gigabytes)
-            identity = {"stack": run.stack, "variant": run.variant, "compute": run.compute, "shape": run.shape}
-            results.add("longest", {**identity, "gb": gigabytes}, run, row)
+            row = search(searching, run, gigabytes, blocks=chosen.longest_in_blocks)
+            identity: dict[str, object] = {
+                "stack": run.stack,
+                "variant": run.variant,
+                "compute": run.compute,
+                "shape": run.shape,
+            }
+            identity |= {"gb": gigabytes, "attention": "in blocks" if chosen.longest_in_blocks else "whole"}
+            results.add("longest", identity, run, row)
             final = "" if row.get("is_final") else f"at least; {row.get('error', '')[:110]}"
             print(
                 f"longest {run.stack:10} {run.variant:13} {gigabytes:5g} GB {row.get('tokens', 0):8} {final}",

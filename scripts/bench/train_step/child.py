@@ -63,8 +63,10 @@ def train(job: dict[str, Any], run: Run, work: Path) -> dict[str, object]:
 
 def longest(job: dict[str, Any], run: Run, work: Path, result: Path) -> dict[str, object]:
     """Look for the longest row that fits; every try is written at once."""
-    from train_step.longest import LAST, fill_all_but, tries
+    from train_step.longest import LAST, attention_in_blocks, fill_all_but, tries
 
+    if job["blocks"]:
+        attention_in_blocks()
     if run.stack == "unsloth":
         from train_step.stacks import unsloth
 

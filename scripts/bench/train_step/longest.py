@@ -1,17 +1,23 @@
 """The longest row that trains in a given amount of GPU memory."""
 
+import functools
 import gc
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 FIRST, STEP, LAST = 8192, 1024, 1 << 20  # tokens
+PARTS = 16  # a long row is found to one part in so many of its length, at least
+BLOCK = STEP  # tokens that attend to one another where attention is cut into blocks
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 def longest(fits: Callable[[int], bool], first: int = FIRST, step: int = STEP, last: int = LAST) -> int:
-    """The largest multiple of `step` that fits, by doubling and then halving the gap; 0 if none does.
+    """The largest length that fits, by doubling and then halving the gap; 0 if none does.
+
+    Lengths are multiples of `step`; the gap to one that does not fit is a step, or a sixteenth of a long row.
 
     Args:
         fits: whether a length in tokens fits; asked for at most once each.
@@ -21,7 +27,7 @@ def longest(fits: Callable[[int], bool], first: int = FIRST, step: int = STEP, l
     low, high = 0, first
     while high <= last and fits(high):
         low, high = high, 2 * high
-    while high - low > step:
+    while high - low > max(step, low // PARTS):
         middle = (low + high) // 2 // step * step
         if middle <= last and fits(middle):
             low = middle
@@ -40,6 +46,28 @@ def fill_all_but(gigabytes: float) -> torch.Tensor | None:
     """
     surplus = int(torch.cuda.get_device_properties(0).total_memory - gigabytes * 1e9)
     return torch.empty(surplus, dtype=torch.uint8, device="cuda") if surplus > 0 else None
+
+
+def attention_in_blocks() -> None:
+    """Let each block of tokens attend to itself alone, in all that asks torch for attention from here on.
+
+    Attention within blocks reads and writes tensors of the same sizes as over the whole row, so a step needs the same
+    memory, but its time grows with the row's length and not with the square of it: a search that would take hours
+    takes minutes. To be called before a stack is imported.
+    """
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    @functools.wraps(whole)
+    def in_blocks(query: Any, key: Any, value: Any, *rest: Any, **settings: Any) -> Any:
+        tokens = query.shape[2]
+        mask = settings.get("attn_mask", rest[0] if rest else None)
+        if mask is not None or len(query) != 1 or tokens % BLOCK or key.shape[2] != tokens:
+            raise RuntimeError(f"attention of {tuple(query.shape)} cannot be cut into blocks")
+        # Views: [1, heads, tokens, width] to [blocks, heads, tokens of a block, width], and back.
+        cut = [part[0].unflatten(1, (-1, BLOCK)).transpose(0, 1) for part in (query, key, value)]
+        return whole(*cut, *rest, **settings).transpose(0, 1).flatten(1, 2)[None]
+
+    torch.nn.functional.scaled_dot_product_attention = in_blocks
 
 
 def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None]) -> int:

@@ -60,6 +60,8 @@ def test_a_second_call_keeps_other_rows_and_a_limit_on_time_is_an_error(tmp_path
     found, _ = measured(tmp_path, "--only", RUNS[0], "--limit", "0.5")
     assert [row["stack"] for row in found["rows"]] == ["unsloth", "qlora_kit"]
     assert found["rows"][-1]["error"] == "took longer than 0.5 s" and "step_s" not in found["rows"][-1]
+    (before,) = found["rows"][-1]["before"]
+    assert before["tokens_per_s"] > 0 and before["at"] <= found["rows"][-1]["at"] and "stack" not in before
 
 
 @pytest.mark.slow
@@ -122,12 +124,37 @@ def test_short_rows_fill_the_bins():
 
 
 @pytest.mark.parametrize("limit", [0, 1024, 5000, 8192, 70_000, 1 << 20])
-def test_longest_is_the_last_multiple_that_fits(limit):
+def test_longest_is_near_the_last_multiple_that_fits(limit):
     from train_step.longest import longest
 
     asked = []
-    assert longest(lambda tokens: asked.append(tokens) or tokens <= limit) == limit // 1024 * 1024
-    assert len(asked) == len(set(asked)) <= 16
+    found = longest(lambda tokens: asked.append(tokens) or tokens <= limit)
+    assert found <= limit and found % 1024 == 0 and limit - found < max(1024, limit / 16)
+    assert len(asked) == len(set(asked)) <= 12
+
+
+def test_attention_in_blocks_needs_no_copies(monkeypatch):
+    from torch.nn import functional
+    from train_step.longest import BLOCK, attention_in_blocks
+
+    whole = functional.scaled_dot_product_attention
+    places = []
+
+    def spied(*parts, **settings):
+        places.append([part.data_ptr() for part in parts])
+        return whole(*parts, **settings)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
+    attention_in_blocks()
+    query, key, value = (torch.randn(1, 3 * BLOCK, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+    found = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert found.shape == query.shape and places == [[part.data_ptr() for part in (query, key, value)]]
+    for at in range(0, 3 * BLOCK, BLOCK):
+        block = [part[:, :, at : at + BLOCK] for part in (query, key, value)]
+        exact = whole(*block, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(found[:, :, at : at + BLOCK], exact)
+    with pytest.raises(RuntimeError, match="cannot be cut into blocks"):
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

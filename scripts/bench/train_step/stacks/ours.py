@@ -29,7 +29,7 @@ from train_step.shapes import device, random_base, tiny_tokenizer
 from train_step.step_profile import StepProfile
 
 RECOMPUTE = {"plain": "all", "fast": "auto", "few copies": "auto", "no recompute": "none", "least memory": "1MB"}
-COPIES = {"few copies": "6GB", "least memory": "none"}  # of weights; auto for the rest
+COPIES = {"few copies": "6.4GB", "least memory": "none"}  # of weights; auto for the rest
 
 
 def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:
