@@ -1,7 +1,7 @@
 """How the decoder layers of each family of transformers (5.17 to 5.23) are wired, as data for the fast engine."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -83,6 +83,18 @@ class LayerParts:
     def linears(self) -> list[AdaptedLinear]:
         """Every linear module of the layer."""
         return [linear for group in self.groups for linear in group.linears]
+
+    def aim(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
+        """Where the backward pass is to write gradients: that of the layer's input, and those of its adapters in turn.
+
+        Args:
+            of_parameters: one for each of A and B in the order of `linears`; in new memory if there are none.
+        """
+        self.projection.place.tensor = of_input
+        left = list(of_parameters)
+        for group in self.groups:
+            count = len(group.parameters())
+            group.places, left = left[:count], left[count:]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, settings: Mapping[str, Any]) -> Tensor:
         """The layer's own attention, by the implementation that its model is set to.

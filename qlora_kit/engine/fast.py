@@ -77,7 +77,7 @@ class FastLayer:
         if self.graphs is None or self.level == LAYER_FROM_HOST or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        layer = Recordable(self._fast, trained, parts.projection.place)
+        layer = Recordable(self._fast, trained, parts.aim)
         return self.graphs.run(self.place, layer, hidden_states, settings)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:

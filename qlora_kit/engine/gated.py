@@ -14,17 +14,22 @@ from qlora_kit.engine import elementwise
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.four_bit import runs_triton
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank, plus
-from qlora_kit.engine.summed import summed_over_tokens
+from qlora_kit.engine.summed import Sum, parts_over_tokens
 
 LARGEST_SUM = 64  # rank whose sums fit into the registers of a program
 
 
 class Sums(NamedTuple):
-    """`x^T @ left` in float32 `[N, r]`, for the left factor that belongs to x; None without one."""
+    """Sums over tokens with the left factor that belongs to x, of which gradients of LoRA are made; None without one.
 
-    of_gate: Tensor | None
-    of_up: Tensor | None
-    of_product: Tensor | None
+    Attributes:
+        of_gate: `x^T @ left` `[N, r]`, like `of_up`.
+        of_product: `left^T @ x` `[r, N]`.
+    """
+
+    of_gate: Sum | None
+    of_up: Sum | None
+    of_product: Sum | None
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation, more: tuple[LowRank | None, LowRank | None]) -> Tensor:
@@ -54,13 +59,15 @@ def gated_backward(
     if _in_one_kernel(gate, *more, most=LARGEST_SUM):
         from qlora_kit.engine import gated_triton
 
-        return Sums(*gated_triton.gated_backward(gate, up, grad, more, activation is Activation.silu, through))
+        parts = gated_triton.gated_backward(gate, up, grad, more, activation is Activation.silu, through)
+        return Sums(*(None if part is None else Sum(part) for part in parts))
     gate, up, grad = (plus(part, one) for part, one in zip((gate, up, grad), more, strict=True))
     product, *found = elementwise.gated_backward(gate, up, grad, activation)
     for place, part in zip(through, found, strict=True):
         place.copy_(part)
-    pairs = zip(more, (*through, product), strict=True)
-    return Sums(*(None if one is None else summed_over_tokens(x, one.left) for one, x in pairs))
+    pairs = zip(more[:2], through, strict=True)
+    of_gate, of_up = (None if one is None else Sum(parts_over_tokens(x, one.left)) for one, x in pairs)
+    return Sums(of_gate, of_up, None if more[2] is None else Sum(parts_over_tokens(more[2].left, product)))
 
 
 def _in_one_kernel(x: Tensor, *more: LowRank | None, most: int) -> bool:

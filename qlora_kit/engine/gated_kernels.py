@@ -103,11 +103,15 @@ def _store_sum(
     columns: tl.tensor,
     rank: tl.constexpr,
     terms: tl.constexpr,
+    is_turned: tl.constexpr,
 ) -> None:
-    """One part of a sum over tokens, to `out [parts, columns, rank]`."""
+    """One part of a sum over tokens, to `out [parts, columns, rank]`, or turned to `[parts, rank, columns]`."""
     term = tl.arange(0, terms)
     inside = (column < columns)[:, None] & (term < rank)[None, :]
-    tl.store(out + (part * columns + column)[:, None] * rank + term[None, :], values, mask=inside)
+    if is_turned:
+        tl.store(out + (part * rank + term)[None, :] * columns + column[:, None], values, mask=inside)
+    else:
+        tl.store(out + (part * columns + column)[:, None] * rank + term[None, :], values, mask=inside)
 
 
 _turned_right_jit = triton.jit(_turned_right)
@@ -251,11 +255,11 @@ def _gated_backward(
             product = (activated * u).to(gate.dtype.element_ty)
             of_product = tl.dot(product, grad_a, of_product, input_precision="ieee")
     if gate_rank > 0:
-        _store_sum_jit(gate_sum, of_gate, part, column, columns, gate_rank, terms)
+        _store_sum_jit(gate_sum, of_gate, part, column, columns, gate_rank, terms, False)
     if up_rank > 0:
-        _store_sum_jit(up_sum, of_up, part, column, columns, up_rank, terms)
+        _store_sum_jit(up_sum, of_up, part, column, columns, up_rank, terms, False)
     if grad_rank > 0:
-        _store_sum_jit(product_sum, of_product, part, column, columns, grad_rank, terms)
+        _store_sum_jit(product_sum, of_product, part, column, columns, grad_rank, terms, True)
 
 
 gated_jit = triton.jit(_gated)

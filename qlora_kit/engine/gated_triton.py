@@ -50,14 +50,16 @@ def gated_backward(
     through: tuple[torch.Tensor, torch.Tensor],
     walk: Walk = WALK,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Writes the gradients of gate and up to `through`, and returns the sums over tokens, float32 `[N, rank]`.
+    """Writes the gradients of gate and up to `through`, and returns parts of the sums over tokens in float32.
 
-    Columns of all `[T, N]` are neighbours, and the two of `through` have one stride.
+    Columns of all `[T, N]` are neighbours, and the two of `through` have one stride. Parts are `[P, N, rank]` of gate
+    and of up, `[P, rank, N]` of the product.
     """
     tokens, columns = gate.shape
     ranks = [0 if one is None else one[0].shape[1] for one in factors]
     terms = max(FEWEST_TERMS, triton.next_power_of_2(max(ranks)))
-    sums = [torch.empty(walk.parts, columns, rank, dtype=torch.float32, device=gate.device) for rank in ranks]
+    sizes = [(columns, rank) for rank in ranks[:2]] + [(ranks[2], columns)]
+    sums = [torch.empty(walk.parts, *size, dtype=torch.float32, device=gate.device) for size in sizes]
     places = [part for one in factors for part in described(one, gate)[0]]
     tiles = triton.cdiv(triton.cdiv(tokens, walk.tokens), walk.parts)
     is_whole = tokens % (walk.tokens * walk.parts) == 0 and columns % walk.columns == 0
@@ -67,5 +69,5 @@ def gated_backward(
             through[0].stride(0), *places, tiles, *ranks, terms, is_silu, is_whole, walk.tokens, walk.columns,
             walk.stages, num_warps=walk.warps if terms <= MANY_TERMS else 2 * walk.warps,
         )  # fmt: skip
-    of_gate, of_up, of_product = (part.sum(dim=0) if rank else None for part, rank in zip(sums, ranks, strict=True))
+    of_gate, of_up, of_product = (part if rank else None for part, rank in zip(sums, ranks, strict=True))
     return of_gate, of_up, of_product

@@ -18,8 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes
-from qlora_kit.engine.parts import Place
-from qlora_kit.engine.recorded import GraphMemory, Recorded
+from qlora_kit.engine.recorded import Aim, GraphMemory, Recorded
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
@@ -37,12 +36,12 @@ class Recordable(NamedTuple):
 
     Attributes:
         parameters: that it trains.
-        gradient_place: that `compute` reads in its backward pass.
+        aim: tells `compute` where to write gradients.
     """
 
     compute: Compute
     parameters: Sequence[Tensor]
-    gradient_place: Place
+    aim: Aim
 
 
 class Turns:
@@ -181,7 +180,7 @@ class LayerGraphs:
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
             recorded = Recorded(shape, fixed, start, layer.parameters, self.gradient)
-            recorded.record(partial(layer.compute, settings=given), self._memory, layer.gradient_place)
+            recorded.record(partial(layer.compute, settings=given), self._memory, layer.aim)
             self.recorded[place] = recorded
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             self._give_up(next(iter(str(error).splitlines()), type(error).__name__))

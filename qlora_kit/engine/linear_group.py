@@ -16,7 +16,7 @@ from qlora_kit.engine.adapted_linear import AdaptedLinear
 from qlora_kit.engine.fp8 import Fp8Weight, Rounded, quantize_rows
 from qlora_kit.engine.frozen_weight import Bf16Weight
 from qlora_kit.engine.low_rank import LowRank, total
-from qlora_kit.engine.summed import Normed, summed_over_tokens
+from qlora_kit.engine.summed import Normed, Sum, parts_over_tokens, write_sums
 
 WHOLE = 8  # columns in 16 bit that are loaded at once: ranks are filled up to a multiple
 LINE = 64  # columns in 16 bit of a line of memory, where rows begin
@@ -40,6 +40,7 @@ class LinearGroup:
 
     Attributes:
         is_cast_with_others: somebody else calls `cast_adapters` before each forward pass.
+        places: for gradients of `parameters()`; new memory if there are none.
     """
 
     def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
@@ -47,6 +48,7 @@ class LinearGroup:
         self.adapted = [linear for linear in self.linears if linear.a is not None]
         self._in_16_bit = _in_16_bit(linears)
         self.is_cast_with_others = False
+        self.places: Sequence[Tensor] = ()
         self._cast: dict[torch.dtype, _Cast] = {}
         self._kept: Tensor | None = None
 
@@ -160,25 +162,25 @@ class LinearGroup:
             return []
         return self.parameter_gradients(self.of_a(x, inner), self.of_b(gradients, thin))
 
-    def of_a(self, x: Tensor | Normed, inner: Tensor) -> Tensor:
-        """Gradient of A of all modules, float32 `[sum of ranks, in]`."""
-        return summed_over_tokens(inner, x) if isinstance(x, Tensor) else x.product(inner)
+    def of_a(self, x: Tensor | Normed, inner: Tensor) -> Sum:
+        """Gradient of A of all modules, `[sum of ranks, in]`."""
+        return Sum(parts_over_tokens(inner, x)) if isinstance(x, Tensor) else x.product(inner)
 
-    def of_b(self, gradients: Gradients, thin: Tensor) -> list[Tensor]:
-        """Gradient of B of each adapted module without its scaling, float32 `[out, r]`."""
+    def of_b(self, gradients: Gradients, thin: Tensor) -> list[Sum]:
+        """Gradient of B of each adapted module without its scaling, `[out, r]`."""
         lefts = torch.split(thin, [linear.rank for linear in self.adapted], dim=1)
         pairs = zip(self._apart_adapted(gradients.outputs), lefts, strict=True)
-        return [summed_over_tokens(grad, left) for grad, left in pairs]
+        return [Sum(parts_over_tokens(grad, left)) for grad, left in pairs]
 
-    def parameter_gradients(self, of_a: Tensor, of_b: Sequence[Tensor]) -> list[Tensor]:
+    def parameter_gradients(self, of_a: Sum, of_b: Sequence[Sum]) -> list[Tensor]:
         """Gradients of `parameters()` in the dtype that each is held in, from what `of_a` and `of_b` give."""
-        found: list[Tensor] = []
-        parts = torch.split(of_a, [linear.rank for linear in self.adapted])
+        found = self.places or [torch.empty_like(parameter) for parameter in self.parameters()]
+        sums: list[Sum] = []
+        parts = torch.split(of_a.parts, [linear.rank for linear in self.adapted], dim=1)
         for linear, a, b in zip(self.adapted, parts, of_b, strict=True):
-            assert linear.a is not None and linear.b is not None
-            scaled = b if linear.scaling == 1 else b * linear.scaling
-            found += [a.to(linear.a.dtype), scaled.to(linear.b.dtype)]
-        return found
+            sums += [of_a._replace(parts=a), b._replace(scale=linear.scaling)]
+        write_sums(sums, found)
+        return list(found)
 
     @property
     def out_features(self) -> int:

@@ -17,7 +17,7 @@ from qlora_kit.engine.elementwise import (
 from qlora_kit.engine.gated import Sums
 from qlora_kit.engine.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.low_rank import LowRank
-from qlora_kit.engine.summed import Normed
+from qlora_kit.engine.summed import Normed, Sum
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,11 @@ class Mlp:
             return []
         of_b = [part for part in (sums.of_gate, sums.of_up) if part is not None]
         if len(self.group.linears) == 1:
-            of_b = [torch.cat(of_b)]
+            of_b = [Sum(torch.cat([part.parts for part in of_b], dim=1))]
         return self.group.parameter_gradients(self.group.of_a(x, inner), of_b)
 
     def gradients_of_down(self, dy: Tensor, thin: Tensor | None, sums: Sums) -> list[Tensor]:
         """Of the parameters of the down module, from the gradient of its output and its thin product."""
         if thin is None or sums.of_product is None:
             return []
-        return self.down.parameter_gradients(sums.of_product.t(), self.down.of_b(Gradients(dy), thin))
+        return self.down.parameter_gradients(sums.of_product, self.down.of_b(Gradients(dy), thin))

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_kit.engine.parts import Place
+
+class Aim(Protocol):
+    """Tells a layer where its backward pass is to write gradients; it may write elsewhere."""
+
+    def __call__(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
+        """In new memory from now on where there is None or nothing."""
+        ...
 
 
 class GraphMemory(NamedTuple):
@@ -60,12 +66,11 @@ class Recorded:
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
-    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory, gradient_place: Place) -> None:
+    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory, aim: Aim) -> None:
         """Run the layer and its backward once without any kernel being started, and keep what would have been.
 
         Args:
-            gradient_place: that `compute` reads in its backward pass. The incoming gradient is done with by then, so
-                the outgoing one is written over it.
+            aim: of `compute`. The incoming gradient is done with when that of the input is written, over it.
         Raises:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
@@ -75,20 +80,21 @@ class Recorded:
                 result = compute(self.start)
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
-            gradient_place.tensor = self.gradient
+            aim(self.gradient, self.gradients)
             try:
                 with _recording(self.backward_graph, memory):
                     self._record_backward(result)
             finally:
-                gradient_place.tensor = None
+                aim(None, ())
         self.output = result.detach()
 
     def _record_backward(self, result: Tensor) -> None:
         found = torch.autograd.grad(result, self._wanted, self.gradient)
         if self.needs_input and found[0].data_ptr() != self.gradient.data_ptr():
             self.gradient.copy_(found[0])
-        if self.gradients:
-            torch._foreach_copy_(self.gradients, found[-len(self.gradients) :])
+        pairs = zip(self.gradients, found[len(found) - len(self.gradients) :], strict=True)
+        if elsewhere := [pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()]:
+            torch._foreach_copy_([place for place, _ in elsewhere], [made for _, made in elsewhere])
 
     def keep_gradients(self) -> None:
         """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""

@@ -4,7 +4,6 @@ import torch
 
 from qlora_kit.engine import graphs
 from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Recordable, Turns, shape_of
-from qlora_kit.engine.parts import Place
 
 
 def due(turns, shape, times):
@@ -64,7 +63,7 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
     assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
 
 
-DOUBLE = Recordable(lambda hidden, settings: hidden * 2, [], Place())
+DOUBLE = Recordable(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
 
 
 def without_cuda(monkeypatch, recorded):

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from qlora_kit.engine.adapted_linear import adapted_linear
 from qlora_kit.engine.frozen_weight import Bf16Weight, NotFastError
 from qlora_kit.engine.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.summed import summed_over_tokens
 
 NAMES = ("one", "two", "three")
 WIDTHS = {"one": 24, "two": 40, "three": 8}
@@ -119,7 +118,16 @@ def test_16_bit_products_give_fp32_gradients():
     dx, trained = group.backward(x, Gradients(grad), thin)
     assert y.dtype is dx.dtype is thin.dtype is torch.bfloat16
     assert [part.dtype for part in trained] == [torch.float32] * 2
-    assert summed_over_tokens(grad, x).dtype is torch.float32
+
+
+def test_gradients_are_written_where_they_are_wanted():
+    group, x, grads = group_of(adapted()), drawn(11, 32), drawn_gradients()
+    _, thin = group.forward(x)
+    _, expected = group.backward(x, grads, thin)
+    group.places = [torch.full_like(part, 7.0) for part in expected]
+    _, found = group.backward(x, grads, thin)
+    assert [part.data_ptr() for part in found] == [place.data_ptr() for place in group.places]
+    assert all(torch.equal(part, wanted) for part, wanted in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
