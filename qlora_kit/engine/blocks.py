@@ -20,7 +20,7 @@ from torch.autograd.function import Function, once_differentiable
 from qlora_kit.engine.elementwise import rope
 from qlora_kit.engine.gated import gated, gated_backward
 from qlora_kit.engine.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.low_rank import rope_back, rope_of_sum, total
+from qlora_kit.engine.low_rank import repeated, rope_back, rope_of_sum, total
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
@@ -56,7 +56,7 @@ class NormProject(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection, *_: Tensor) -> Any:
         rows = h.flatten(0, 1)
-        x, angles = parts.norm.forward(rows), _angles(cos, sin, h)
+        x, angles = parts.norm.forward(rows), _angles(cos, sin)
         raw: list[Tensor] = []
         if angles is not None and not parts.has_head_norms:
             outputs, thin = parts.group.forward_apart(x)
@@ -70,6 +70,7 @@ class NormProject(Function):
             raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
             q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
             if angles is not None:
+                angles = repeated(angles[0], q), repeated(angles[1], q)
                 q, k = rope(q, *angles), rope(k, *angles)
         ctx.parts = parts
         ctx.save_for_backward(h, cos, sin, thin, *raw)
@@ -83,7 +84,7 @@ class NormProject(Function):
         rows = h.flatten(0, 1)
         gradients = parts.group.room_for_gradients(rows)
         through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad)]
-        _project_backward(parts, through, _angles(cos, sin, h), raw, gradients.outputs)
+        _project_backward(parts, through, _angles(cos, sin), raw, gradients.outputs)
         inner = parts.group.backward_inner(gradients)
         dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
         place = None if parts.place.tensor is None else parts.place.tensor.flatten(0, 1)
@@ -176,7 +177,7 @@ def _project_backward(
         if norm is None and turn is not None:
             rope_back(grad, *turn, place)
             continue
-        found = grad if turn is None else rope(grad, *turn, back=True)
+        found = grad if turn is None else rope(grad, repeated(turn[0], grad), repeated(turn[1], grad), back=True)
         place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
 
 
@@ -206,9 +207,6 @@ def _head_norm_backward(norm: Norm, x: Tensor, grad: Tensor) -> Tensor:
     return norm.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
 
 
-def _angles(cos: Tensor | None, sin: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`; both are in h's dtype already."""
-    if cos is None or sin is None:
-        return None
-    wide = *h.shape[:2], cos.shape[-1]
-    return cos.expand(wide).flatten(0, 1), sin.expand(wide).flatten(0, 1)
+def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`, or of one row where all rows share them."""
+    return None if cos is None or sin is None else (cos.flatten(0, 1), sin.flatten(0, 1))

@@ -42,10 +42,14 @@ def total(parts: Sequence[Tensor], more: LowRank | None) -> Tensor:
 
 
 def rope_of_sum(x: Tensor, cos: Tensor, sin: Tensor, more: LowRank | None) -> Tensor:
-    """Heads of `x + left @ right`, rotated: x `[T, heads, width]`, angles `[T, rotated width]`."""
+    """Heads of `x + left @ right`, rotated: x `[T, heads, width]`.
+
+    Args:
+        cos: `[T, rotated width]` like `sin`, or as many of the first as are repeated to the end.
+    """
     rows = x.flatten(1)
     if more is None or not _in_one_kernel(rows, more) or not _turns_whole(x, cos):
-        return elementwise.rope(total([rows], more).view_as(x), cos, sin)
+        return elementwise.rope(total([rows], more).view_as(x), repeated(cos, x), repeated(sin, x))
     from qlora_kit.engine import low_rank_triton
 
     out = x.new_empty(x.shape)
@@ -54,14 +58,23 @@ def rope_of_sum(x: Tensor, cos: Tensor, sin: Tensor, more: LowRank | None) -> Te
 
 
 def rope_back(grad: Tensor, cos: Tensor, sin: Tensor, place: Tensor) -> None:
-    """Write the gradient of heads before their rotation: grad `[T, heads, width]`, place `[T, heads * width]`."""
+    """Write the gradient of heads before their rotation: grad `[T, heads, width]`, place `[T, heads * width]`.
+
+    Args:
+        cos: see `rope_of_sum`.
+    """
     if not runs_triton(grad) or not _turns_whole(grad, cos):
-        place.copy_(elementwise.rope(grad, cos, sin, back=True).flatten(1))
+        place.copy_(elementwise.rope(grad, repeated(cos, grad), repeated(sin, grad), back=True).flatten(1))
         return
     from qlora_kit.engine import low_rank_triton
 
     rows = grad.flatten(1)
     low_rank_triton.rope(rows, cos.contiguous(), sin.contiguous(), None, grad.shape[2], place, is_back=True)
+
+
+def repeated(angles: Tensor, x: Tensor) -> Tensor:
+    """Angles of the first tokens as those of all, `[T, width]` for x `[T, ..]`."""
+    return angles if len(angles) == len(x) else angles.repeat(len(x) // len(angles), 1)
 
 
 def _turns_whole(x: Tensor, cos: Tensor) -> bool:

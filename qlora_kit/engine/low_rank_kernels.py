@@ -91,6 +91,7 @@ def _rope(
     columns: tl.tensor,
     x_step: tl.tensor,
     out_step: tl.tensor,
+    angles: tl.tensor,
     left: tl.tensor,
     right: tl.tensor,
     left_step: tl.tensor,
@@ -121,7 +122,7 @@ def _rope(
         tl.load(x + token[:, None] * x_step + second[None, :], mask=inside, other=0.0), left, right, left_step,
         term_step, column_step, token, second, tokens, columns, rank, terms,
     )  # fmt: skip
-    angle = token[:, None] * width + lane[None, :]
+    angle = (token % angles)[:, None] * width + lane[None, :]
     cos_a = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     sin_a = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     cos_b = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)

@@ -42,14 +42,17 @@ def rope(
     out: torch.Tensor,
     is_back: bool = False,
 ) -> None:
-    """Heads of `x + left @ right`, rotated: x and out `[T, heads * head_dim]`, dense angles `[T, head_dim]`."""
+    """Heads of `x + left @ right`, rotated: x and out `[T, heads * head_dim]`.
+
+    Angles are dense, `[T, head_dim]`, or those of the first tokens, which are repeated to the end.
+    """
     places, sizes = described(factors, out)
     grid = x.shape[1] // head_dim, triton.cdiv(len(x), ROPE_TOKENS)
     lanes = triton.next_power_of_2(head_dim // 2)
     with torch.cuda.device(out.get_device()):
         kernels.rope_jit[grid](
-            x, cos, sin, out, *out.shape, x.stride(0), out.stride(0), *places, *sizes, cos.shape[1], head_dim, lanes,
-            ROPE_TOKENS, is_back, num_warps=WARPS,
+            x, cos, sin, out, *out.shape, x.stride(0), out.stride(0), len(cos), *places, *sizes, cos.shape[1], head_dim,
+            lanes, ROPE_TOKENS, is_back, num_warps=WARPS,
         )  # fmt: skip
 
 
