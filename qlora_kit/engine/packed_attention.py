@@ -198,7 +198,7 @@ def _whole_rows(
     if isinstance(attention_mask, Window):
         if attention_mask.is_packed:
             raise _unfit(f"{type(module).__name__} is not told where packed samples begin", Attention.sdpa)
-        attention_mask = _band(query, attention_mask.tokens)
+        attention_mask = band(query, attention_mask.tokens)
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
     return found
 
@@ -248,15 +248,15 @@ def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sam
     found = []
     for start, end in pairwise(samples.bounds.tolist()):
         parts = [part[:, :, start:end] for part in (query, key, value)]
-        band = _band(parts[0], samples.window)
+        mask = band(parts[0], samples.window)
         settings: dict[str, Any] = {"dropout_p": samples.dropout, "scale": samples.scaling}
         found.append(
-            scaled_dot_product_attention(parts[0], parts[1], parts[2], band, is_causal=band is None, **settings)
+            scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, is_causal=mask is None, **settings)
         )
     return torch.cat(found, dim=2)
 
 
-def _band(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def band(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
     """The mask `[1, 1, tokens, tokens]` of a window; None where causality alone says the same."""
     tokens = query.shape[2]
     if window is None or tokens <= window:

@@ -65,6 +65,7 @@ def sft_config(
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # else each batch waits for the step before it
     )
 
 

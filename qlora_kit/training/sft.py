@@ -22,6 +22,7 @@ from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.fast import FastEngine
 from qlora_kit.engine.head_loss import one_pass_head
 from qlora_kit.engine.packed_attention import check_isolation, isolate_samples
+from qlora_kit.engine.row_attention import attend_in_rows
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
@@ -110,7 +111,7 @@ def _ready_for_gpu(trainer: KitTrainer, undo: list[Callable[[], None]], engine: 
 def _made_ready(
     model: PeftModel, recipe: TrainRecipe, rows: TokenRows, packing: Packing | None
 ) -> tuple[list[Callable[[], None]], FastEngine | None]:
-    """Isolate packed samples and put the engine in, before TRL sees the model; with what takes both off again."""
+    """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
@@ -118,6 +119,8 @@ def _made_ready(
     engine = put_engine(model, recipe.engine, _tokens_at_once(recipe, rows, packing))
     if engine is not None:
         undo.append(engine.undo)
+        if packing is None and (back := attend_in_rows(model.get_base_model())) is not None:
+            undo.append(back)
     return undo, engine
 
 
