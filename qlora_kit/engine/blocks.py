@@ -50,6 +50,12 @@ def gated_mlp(h: Tensor, parts: Mlp, *, recompute_gate_up: bool = False) -> Tens
     return found
 
 
+def gated_mlp_in_pieces(h: Tensor, parts: Mlp, tokens: int) -> Tensor:
+    """The same, made of so many tokens at a time, so that gate and up of no more exist at once."""
+    pieces = torch.split(h.flatten(0, 1)[None], tokens, dim=1)
+    return torch.cat([gated_mlp(piece, parts, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
+
+
 class NormProject(Function):
     """See `project`. h reaches `project_add` through here so that its two gradients are added in one kernel."""
 

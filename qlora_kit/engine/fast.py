@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kit.engine.blocks import gated_mlp, project, project_add
+from qlora_kit.engine.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs, Recordable
 from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
+from qlora_kit.engine.recompute import IN_PIECES, PIECE
 from qlora_kit.schema.engine import EngineConfig
 
 KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST = range(4)
@@ -74,7 +75,7 @@ class FastLayer:
         parts = self.parts
         if parts is None or not all(linear.is_as_made() for linear in parts.linears):
             return self._again(self.plain, hidden_states, settings)
-        if self.graphs is None or self.level == LAYER_FROM_HOST or self._draws():
+        if self.graphs is None or self.level >= LAYER_FROM_HOST or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = Recordable(self._fast, trained, parts.aim)
@@ -89,7 +90,7 @@ class FastLayer:
         """The layer's result, of which less is kept than its backward needs, if its level says so."""
         if self.level < LAYER_AGAIN and (self.parts is not None or self.level == KEEP_ALL):
             return run(hidden_states, **settings)
-        to_host = self.level == LAYER_FROM_HOST
+        to_host = self.level >= LAYER_FROM_HOST
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if to_host else nullcontext():
             return checkpoint(
@@ -126,6 +127,8 @@ class FastLayer:
         q, k, v, residual = project(h, cos, sin, parts.projection)
         attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
         h = project_add(attention, residual, parts.output)
+        if self.level == IN_PIECES:
+            return gated_mlp_in_pieces(h, parts.mlp, PIECE)
         return gated_mlp(h, parts.mlp, recompute_gate_up=self.level == GATE_UP_AGAIN)
 
 

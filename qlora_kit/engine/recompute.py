@@ -1,7 +1,8 @@
 """What each layer keeps for its backward, and how much a budget of memory lets all layers keep.
 
 Level 0 keeps all that the backward needs. Level 1 computes gate and up again, level 2 the whole layer from its input,
-and level 3 does as level 2 with that input kept in the host's memory.
+and level 3 does as level 2 with that input kept in the host's memory. Level 4 does as level 3, and its MLP takes some
+tokens at a time and computes their gate and up once more: for rows so long that one layer's work does not fit.
 """
 
 import re
@@ -11,7 +12,9 @@ from enum import Enum
 
 from qlora_kit.schema.model import ModelShape
 
-LEVELS = range(4)
+LEVELS = range(4)  # that plans mix
+IN_PIECES = 4
+PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
 _UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
@@ -85,7 +88,7 @@ def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras
     """Bytes on the device that one layer keeps for each token.
 
     Args:
-        level: 0 to 3.
+        level: 0 to 4.
         wide: bytes of an activation.
     """
     extras = extras or LayerExtras()
@@ -110,10 +113,12 @@ def peak_bytes(
     While a layer computes again what it did not keep, later layers have already let go of theirs.
     """
     whole = kept_bytes(shape, 0, wide, extras)
+    without_gate_up = kept_bytes(shape, 1, wide, extras)
     peak = below = 0
     for level in levels:
         below += kept_bytes(shape, level, wide, extras)
-        again = 0 if level == 0 else whole - kept_bytes(shape, level, wide, extras)
+        at_work = without_gate_up if level == IN_PIECES else whole
+        again = 0 if level == 0 else at_work - kept_bytes(shape, level, wide, extras)
         peak = max(peak, below + again)
     return peak * tokens
 
@@ -139,13 +144,20 @@ def plan_levels(
 
 
 def auto_budget(
-    shape: ModelShape, free_bytes: float, tokens: int, workspace: Workspace | None = None, wide: int = 2
+    shape: ModelShape,
+    free_bytes: float,
+    tokens: int,
+    workspace: Workspace | None = None,
+    wide: int = 2,
+    *,
+    in_pieces: bool = False,
 ) -> float:
     """Bytes for activations, once the workspace of a step is set aside from what is free after loading.
 
     Args:
         free_bytes: on the device, with the model and its adapter loaded.
         tokens: of one forward pass.
+        in_pieces: whether all layers are at level 4.
     """
     workspace = workspace or Workspace()
     # Gate and up are unpacked side by side for the gradient of their input.
@@ -153,6 +165,7 @@ def auto_budget(
     dequantized = wide * shape.hidden_size * widest
     # The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
     # width: of the layer's output and of its input, in the parts that are summed.
-    temporary = wide * tokens * (4 * shape.intermediate_size + 4 * shape.hidden_size)
+    at_once = min(tokens, PIECE) if in_pieces else tokens
+    temporary = wide * (at_once * 4 * shape.intermediate_size + tokens * 4 * shape.hidden_size)
     spared = free_bytes / _SPARED_PARTS
     return max(0.0, free_bytes - spared - dequantized - temporary - workspace.logits - workspace.trained)

@@ -13,6 +13,7 @@ from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
 from qlora_kit.engine.head_loss import TILE_BYTES
 from qlora_kit.engine.recompute import (
+    IN_PIECES,
     Amount,
     LayerExtras,
     Workspace,
@@ -30,6 +31,12 @@ TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weig
 # Beside a tile of logits the head and the norm before it hold, for each hidden value of a token: two copies of 32 bits
 # and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
 HEAD_BYTES = 22
+AGAIN = {
+    1: "gate and up",
+    2: "whole layers",
+    3: "whole layers, from the host's memory",
+    IN_PIECES: "whole layers, from the host's memory, some tokens at a time",
+}
 WHATEVER_IS_FREE = {Amount.none: 0, Amount.all: 2}  # the level of every layer: nothing, or a whole layer again
 COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
 
@@ -55,11 +62,7 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
     engine.set_levels(levels)
     if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, levels)):
         say(f"engine: weights are kept unpacked too, {human_bytes(copies)} (engine.weight_copies=none gives it back)")
-    again = ", ".join(
-        f"{count} {what}"
-        for level, what in ((1, "gate and up"), (2, "whole layers"), (3, "whole layers, from the host's memory"))
-        if (count := levels.count(level))
-    )
+    again = ", ".join(f"{count} {what}" for level, what in AGAIN.items() if (count := levels.count(level)))
     say(
         f"engine: fast, {config.compute.name}, {engine.fast_layers} layers; for {human_count(tokens)} tokens "
         + (f"computed again in the backward pass: {again}" if again else "nothing is computed again")
@@ -101,13 +104,13 @@ class StepMemory:
         )
         return cls(shape, tokens, extras, trained)
 
-    def budget(self) -> float:
+    def budget(self, *, in_pieces: bool = False) -> float:
         """Bytes that layers may keep, from what is free now."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         head = 2.0 * TILE_BYTES + HEAD_BYTES * self.tokens * self.shape.hidden_size
         workspace = Workspace(logits=head, trained=float(TRAINED_BYTES * self.trained))
-        return auto_budget(self.shape, free_memory_bytes(), self.tokens, workspace)
+        return auto_budget(self.shape, free_memory_bytes(), self.tokens, workspace, in_pieces=in_pieces)
 
     def needed(self, levels: Sequence[int]) -> float:
         """Bytes that layers keep at these levels."""
@@ -130,6 +133,8 @@ class StepMemory:
             return [WHATEVER_IS_FREE[wanted.amount]] * self.shape.num_layers
         budget = self.budget() if wanted.amount is Amount.auto else wanted.budget_bytes
         levels = plan_levels(self.shape, self.tokens, budget, extras=self.extras)
+        if wanted.amount is Amount.auto and self.needed(levels) > budget:
+            levels, budget = [IN_PIECES] * self.shape.num_layers, self.budget(in_pieces=True)
         if (needed := self.needed(levels)) > budget:
             room = human_bytes(budget)
             say(f"warning: layers keep {human_bytes(needed)} at the least, where there is room for {room}")

@@ -9,9 +9,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.data.collate import Collator, PackedCollator, feature
+from qlora_kit.engine import fast as fast_engine
 from qlora_kit.engine.fast import speed_up
 from qlora_kit.engine.fp8 import emulate, weight_for
 from qlora_kit.engine.packed_attention import isolate_samples
+from qlora_kit.engine.recompute import IN_PIECES
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.engine import Compute, EngineConfig
 from qlora_kit.schema.lora import LoraConfig
@@ -89,7 +91,7 @@ def error(found, expected):
     return sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
 
 
-def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows):
+def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatch):
     model, batch = load(folder), padded(rows)
     loss, gradients = step(model, batch)
     engine = speed_up(model, EngineConfig())
@@ -102,6 +104,12 @@ def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows):
         again_loss, again = step(model, batch)
         assert again_loss == fast_loss
         assert all(torch.equal(again[name], fast[name]) for name in fast)
+    monkeypatch.setattr(fast_engine, "PIECE", 50)  # of the batch's tokens, so that the last piece is a shorter one
+    assert batch["input_ids"].numel() % 50 and batch["input_ids"].numel() > 100
+    engine.set_levels([IN_PIECES] * len(engine.layers))
+    pieces_loss, pieces = step(model, batch)
+    assert pieces_loss == pytest.approx(fast_loss, rel=1e-6)
+    assert difference(pieces, fast) <= FP32  # sums over tokens are made in another order
 
 
 def test_bf16_gradients_are_as_near_to_fp32_as_plain_ones(folder, rows):

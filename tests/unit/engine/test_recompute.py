@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from qlora_kit.engine.fast import speed_up
 from qlora_kit.engine.recompute import (
+    IN_PIECES,
+    PIECE,
     Amount,
     Asked,
     LayerExtras,
@@ -31,7 +33,7 @@ def test_llama_8b_keeps_what_a_count_by_hand_gives():
     # h, h2, q, attention: 4096 each; k, v: 1024 each; gate, up: 14336 each; 7 adapters of rank 16; 32 heads of 4 bytes
     values = 4 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 16
     assert kept_bytes(LLAMA_8B, 0, extras=LayerExtras(ranks=7 * 16)) == 2 * values + 4 * 32 == 94_560
-    assert [kept_bytes(LLAMA_8B, level) for level in (1, 2, 3)] == [2 * 18432 + 128, 8192, 0]
+    assert [kept_bytes(LLAMA_8B, level) for level in (1, 2, 3, IN_PIECES)] == [2 * 18432 + 128, 8192, 0, 0]
     assert kept_bytes(LLAMA_8B, 0, wide=4) - kept_bytes(LLAMA_8B, 0) == 2 * 47104
 
 
@@ -53,7 +55,7 @@ def one_layer(make_config, **settings):
     return get_peft_model(model, LoraConfig(r=RANK, target_modules=targets)).train()
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [0, 1, 2, 3, IN_PIECES])
 @pytest.mark.parametrize(
     ("make_config", "extras"),
     [(LlamaConfig, LayerExtras(7 * RANK)), (Qwen3Config, LayerExtras(7 * RANK, head_norms=True))],
@@ -134,3 +136,11 @@ def test_auto_leaves_room_for_a_step():
     expected = 70e9 * 0.95 - dequantized - temporary - 1e9 - 2e9
     assert auto_budget(LLAMA_8B, 70e9, 8192, Workspace(1e9, 2e9)) == pytest.approx(expected)
     assert auto_budget(LLAMA_8B, 1e9, 8192) == 0
+
+
+def test_pieces_of_an_mlp_take_the_memory_of_their_tokens():
+    long = 16 * PIECE
+    spared = auto_budget(LLAMA_8B, 70e9, long, in_pieces=True) - auto_budget(LLAMA_8B, 70e9, long)
+    assert spared == 2 * (long - PIECE) * 4 * 14336
+    assert auto_budget(LLAMA_8B, 70e9, PIECE, in_pieces=True) == auto_budget(LLAMA_8B, 70e9, PIECE)
+    assert peak_bytes(LLAMA_8B, [IN_PIECES] * 32, long) == long * kept_bytes(LLAMA_8B, 1)

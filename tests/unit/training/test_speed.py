@@ -94,8 +94,13 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert levels("auto") == [0, 0]
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e6)
     capsys.readouterr()
-    assert levels("auto") == [3, 3]
+    assert levels("auto") == [4, 4]
     assert "warning: layers keep" in capsys.readouterr().err
+    assert levels("1MB") == [3, 3]
+    made = put_engine(model, EngineConfig(mode=FAST), 1000)
+    said = capsys.readouterr().err
+    assert "computed again in the backward pass: 2 whole layers, from the host's memory, some tokens at a time" in said
+    made.undo()
     put_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
     assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
 
