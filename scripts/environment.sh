@@ -3,6 +3,7 @@
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 every_extra="all,dev"
+side_by_side="-n auto --maxprocesses 4 --dist loadfile" # for pytest: what a file's tests share is made once
 
 # choose_environment FOLDER CONSTRAINTS: which environment `make_environment` makes, and the pins it installs with
 choose_environment() {
