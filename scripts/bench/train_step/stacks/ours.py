@@ -1,6 +1,7 @@
 """qlora_kit: the very pieces of `qlora-kit train`, on a random base and random rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ RECOMPUTE = {"plain": "all", "fast": "auto", "few copies": "auto", "no recompute
 COPIES = {"few copies": "6.4GB", "least memory": "none"}  # of weights; auto for the rest
 
 
-def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:
+def recipe_of(run: Run, batch_rows: int, steps: int, engine: EngineConfig) -> TrainRecipe:
     """The recipe that a user would write for this run."""
     return TrainRecipe(
         model=ModelConfig(source="random"),
@@ -47,7 +48,7 @@ def recipe_of(run: Run, batch_rows: int, steps: int) -> TrainRecipe:
             gradient_checkpointing=run.variant == "plain",
             save_every_steps=10 * steps,
         ),
-        engine=engine_of(run),
+        engine=engine,
     )
 
 
@@ -58,10 +59,10 @@ def engine_of(run: Run) -> EngineConfig:
     return EngineConfig(mode=mode, compute=Compute(run.compute), recompute=RECOMPUTE[run.variant], weight_copies=copies)
 
 
-def trainer_for(run: Run, work: Path, steps: int) -> KitTrainer:
+def trainer_for(run: Run, work: Path, steps: int, engine: EngineConfig | None = None) -> KitTrainer:
     """The kit's trainer, whose every batch holds the same rows."""
     lengths = lengths_of(run.batch)
-    recipe = recipe_of(run, run.batch.rows if run.packs else len(lengths), steps)
+    recipe = recipe_of(run, run.batch.rows if run.packs else len(lengths), steps, engine or engine_of(run))
     rows = stored(work / "rows", ids_of(lengths))
     packing = _repeated(pack(rows.lengths, run.batch.seq_len), steps) if run.packs else None
     if packing is None:
@@ -114,7 +115,9 @@ def _levels(trainer: KitTrainer) -> dict[str, object]:
 
 def single_steps(run: Run, work: Path) -> Callable[[int], None]:
     """A function that trains one step of one row of so many tokens, on a model that stays loaded."""
-    trainer = trainer_for(run, work, 1)
+    # The rows of the run are short, and would leave room for copies of weights that longer ones need.
+    engine = replace(engine_of(run), weight_copies="none")
+    trainer = trainer_for(run, work, 1, engine)
     model: Any = trainer.model
     model.train()
     if run.variant == "plain":
@@ -126,7 +129,7 @@ def single_steps(run: Run, work: Path) -> Callable[[int], None]:
         ids = torch.from_numpy(ids_of([tokens])[0])[None].to(device())
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         if trainer.engine is not None:
-            trainer.engine.set_levels(layer_levels(model, engine_of(run), tokens))
+            trainer.engine.set_levels(layer_levels(model, engine, tokens))
         try:
             with torch.autocast(device().type, dtype=torch.bfloat16):
                 loss = trainer.compute_loss(model, batch)
