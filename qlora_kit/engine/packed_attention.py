@@ -57,8 +57,14 @@ class Window(NamedTuple):
     is_packed: bool
 
 
-class _Samples(NamedTuple):
-    """Where samples begin, and how their attention is computed."""
+class Samples(NamedTuple):
+    """Where samples begin, and how their attention is computed.
+
+    Attributes:
+        bounds: int32 `[samples + 1]`.
+        longest: tokens of a sample.
+        window: tokens that a token sees, itself included; None for all before it.
+    """
 
     bounds: torch.Tensor
     longest: int
@@ -168,13 +174,33 @@ def _attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         return _whole_rows(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
-    if not isinstance(attention_mask, Window) or len(query) != 1:
-        raise _unfit("packed samples came with a mask, with a cache or in several rows", Attention.sdpa)
+    if not isinstance(attention_mask, Window):
+        raise _unfit("packed samples came with a mask or a cache", Attention.sdpa)
+    samples = Samples(cu_seq_lens_q, max_length_q, attention_mask.tokens, scaling, dropout)
+    return attend_apart(module, query, key, value, samples, rest), None
+
+
+def attend_apart(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    samples: "Samples",
+    rest: dict[str, Any],
+) -> torch.Tensor:
+    """Each sample of a row to itself: `[1, T, heads, width]`.
+
+    Args:
+        rest: what the layer asks for beside.
+    Raises:
+        RunError: there are several rows, or the layer asks for what is not known here.
+    """
+    if len(query) != 1:
+        raise _unfit("packed samples came in several rows", Attention.sdpa)
     _refuse_unknown(module, rest)
-    samples = _Samples(cu_seq_lens_q, max_length_q, attention_mask.tokens, scaling, dropout)
-    if _has_flash(query, value, dropout):
-        return _flash(query, key, value, samples)[None], None
-    return _one_by_one(query, key, value, samples).transpose(1, 2).contiguous(), None
+    if _has_flash(query, value, samples.dropout):
+        return _flash(query, key, value, samples)[None]
+    return _one_by_one(query, key, value, samples).transpose(1, 2).contiguous()
 
 
 def _refuse_unknown(module: torch.nn.Module, rest: dict[str, Any]) -> None:
@@ -221,7 +247,7 @@ def _format(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: _Samples) -> torch.Tensor:
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: Samples) -> torch.Tensor:
     """Flash attention over all samples at once: `[T, heads, width]`."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -240,7 +266,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples:
     return found.to(query.dtype)
 
 
-def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: _Samples) -> torch.Tensor:
+def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: Samples) -> torch.Tensor:
     """Each sample by itself: `[1, heads, T, width]`."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

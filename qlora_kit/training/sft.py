@@ -115,12 +115,13 @@ def _made_ready(
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
-        check_isolation(model, recipe.model.attention)
     engine = put_engine(model, recipe.engine, _tokens_at_once(recipe, rows, packing))
     if engine is not None:
         undo.append(engine.undo)
-        if packing is None and (back := attend_in_rows(model.get_base_model())) is not None:
+        if (back := attend_in_rows(model.get_base_model())) is not None:
             undo.append(back)
+    if packing is not None:
+        check_isolation(model, recipe.model.attention)
     return undo, engine
 
 

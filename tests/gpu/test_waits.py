@@ -7,8 +7,10 @@ import torch
 from transformers import TrainerCallback
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.data.packing import pack
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
@@ -36,19 +38,22 @@ class Listener(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("lengths", [[40] * 4 * STEPS, [40, 40, 23, 40] * STEPS], ids=["full", "padded"])
-def test_no_step_waits_for_the_device(tmp_path, lengths):
+@pytest.mark.parametrize("batching", list(Batching), ids=lambda batching: batching.name)
+@pytest.mark.parametrize("lengths", [[40] * 4 * STEPS, [40, 40, 23, 40] * STEPS], ids=["alike", "not alike"])
+def test_no_step_waits_for_the_device(tmp_path, lengths, batching):
     base = build_tiny_model("llama", tmp_path / "base", spread=0.05, dtype=torch.bfloat16)
     recipe = TrainRecipe(
         model=ModelConfig(source="base"),
+        data=DataConfig(batching=batching, max_tokens=48),
         optim=OptimConfig(name=OptimizerName.adamw),
         trainer=TrainerConfig(batch_size=4, max_steps=STEPS, log_every_steps=1, save_every_steps=10 * STEPS),
         engine=EngineConfig(mode=EngineMode.fast),
     )
     model = attach_lora(load_base(base, QuantConfig()), recipe.lora)
     rows = drawn_rows(tmp_path / "rows", lengths, seed=1)
+    packing = pack(rows.lengths, 48) if batching is Batching.packed else None
     watch = Watch(AllTrackers([]), StopOnSignal())
-    trainer = build_trainer(model, load_tokenizer(base), recipe, rows, None, tmp_path / "checkpoints", watch)
+    trainer = build_trainer(model, load_tokenizer(base), recipe, rows, None, tmp_path / "checkpoints", watch, packing)
     trainer.add_callback(Listener())
     try:
         with warnings.catch_warnings(record=True) as seen:

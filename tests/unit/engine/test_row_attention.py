@@ -1,19 +1,21 @@
-"""Rows that are padded on the right give the same numbers without a mask."""
+"""Rows that are padded on the right, or packed, give the same numbers without a mask."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.data.collate import PackedCollator
 from qlora_kit.engine import row_attention
-from qlora_kit.engine.families import FAMILIES
+from qlora_kit.engine.packed_attention import SDPA_PACKED, check_isolation, isolate_samples
 from qlora_kit.engine.row_attention import SDPA_ROWS, attend_in_rows
-from tests.tiny_models import FAMILIES as TINY
-from tests.tiny_models import build_tiny_model
+from qlora_kit.schema.model import Attention
+from tests.tiny_models import FAMILIES, build_tiny_model
 
 LENGTHS = (21, 34, 7)
 
 
-@pytest.fixture(params=list(TINY))
+@pytest.fixture(params=list(FAMILIES))
 def model(request, tmp_path):
     folder = build_tiny_model(request.param, tmp_path / "base", dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
@@ -38,13 +40,12 @@ def test_real_tokens_see_what_they_saw(model, monkeypatch):
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits[real]
         undo = attend_in_rows(model)
-        assert (undo is None) == (model.config.model_type not in FAMILIES)
+        assert undo is not None
         found = model(**given, use_cache=False).logits[real]
     torch.testing.assert_close(found, expected)
-    if undo is not None:
-        assert len(masks) == model.config.num_hidden_layers  # each layer came here, and with padding
-        undo()
-        assert model.config._attn_implementation == "sdpa"
+    assert len(masks) == model.config.num_hidden_layers  # each layer came here, and with padding
+    undo()
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_windows_hold(tmp_path):
@@ -60,6 +61,39 @@ def test_windows_hold(tmp_path):
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
         model.config.sliding_window = None
         assert not torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4)
+
+
+def packed(model):
+    ids = torch.randint(3, model.config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).numpy()
+    parts = np.split(ids, np.cumsum(LENGTHS)[:-1])
+    found = PackedCollator()([{"input_ids": part, "labels": part, "lengths": np.array([len(part)])} for part in parts])
+    return {name: part for name, part in found.items() if name != "labels"}
+
+
+def test_packed_samples_see_what_they_saw(model):
+    given = packed(model)
+    isolate_samples(model, Attention.sdpa)
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits
+        undo = attend_in_rows(model)
+        torch.testing.assert_close(model(**given, use_cache=False).logits, expected)
+    assert undo is not None and model.config._attn_implementation == SDPA_ROWS
+    check_isolation(model, Attention.sdpa)
+    undo()
+    assert model.config._attn_implementation == SDPA_PACKED
+
+
+def test_packed_samples_keep_their_windows(tmp_path):
+    folder = build_tiny_model("mistral", tmp_path / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", sliding_window=4).eval()
+    given = packed(model)
+    isolate_samples(model, Attention.sdpa)
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits
+        attend_in_rows(model)
+        torch.testing.assert_close(model(**given, use_cache=False).logits, expected)
+        model.config.sliding_window = None
+        assert not torch.allclose(model(**given, use_cache=False).logits, expected, atol=1e-4)
 
 
 def test_what_is_left_alone(tmp_path):
