@@ -23,10 +23,9 @@ from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs, Recordable
 from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
-from qlora_kit.engine.recompute import IN_PIECES, PIECE
+from qlora_kit.engine.recompute import GATE_UP_AGAIN, IN_PIECES, KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST, PIECE
 from qlora_kit.schema.engine import EngineConfig
 
-KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST = range(4)
 NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")
 
 

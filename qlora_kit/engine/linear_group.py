@@ -113,7 +113,8 @@ class LinearGroup:
 
     def room_for_gradients(self, like: Tensor) -> Gradients:
         """Where gradients for as many tokens as `like [T, ..]` has may be written, to be multiplied in one go."""
-        whole = self._room(like)
+        line = -(-self._joined_rows // LINE) * LINE
+        whole = like.new_empty(len(like), line)[:, : self._joined_rows]
         return Gradients(whole[:, : self.out_features], whole)
 
     def backward(
@@ -203,11 +204,6 @@ class LinearGroup:
     @property
     def _joined_rows(self) -> int:
         return self.out_features + self._filled_ranks
-
-    def _room(self, like: Tensor) -> Tensor:
-        """`[T, sum of out + sum of ranks filled up]`, whose rows begin where lines of memory do."""
-        columns = -(-self._joined_rows // LINE) * LINE
-        return like.new_empty(len(like), columns)[:, : self._joined_rows]
 
     def _places(self, whole: Tensor) -> Sequence[Tensor]:
         """Rows of each module's weight in `[sum of out + .., in]`."""

@@ -185,7 +185,7 @@ def attend_apart(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    samples: "Samples",
+    samples: Samples,
     rest: dict[str, Any],
 ) -> torch.Tensor:
     """Each sample of a row to itself: `[1, T, heads, width]`.

@@ -12,8 +12,8 @@ from enum import Enum
 
 from qlora_kit.schema.model import ModelShape
 
-LEVELS = range(4)  # that plans mix
-IN_PIECES = 4
+KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST, IN_PIECES = range(5)
+LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
 _UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}

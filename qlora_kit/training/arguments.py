@@ -63,10 +63,16 @@ def sft_config(
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # else each batch waits for the step before it
+        **_device_arguments(has_gpu=torch.cuda.is_available()),
     )
+
+
+def _device_arguments(*, has_gpu: bool) -> dict[str, Any]:
+    return {
+        "use_cpu": not has_gpu,
+        "dataloader_pin_memory": has_gpu,
+        "accelerator_config": {"non_blocking": has_gpu},  # else each batch waits for the step before it
+    }
 
 
 def _optimizer_arguments(optim: OptimConfig, optimizer: OptimizerName, steps: int) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
 from qlora_kit.engine.head_loss import TILE_BYTES
 from qlora_kit.engine.recompute import (
+    GATE_UP_AGAIN,
     IN_PIECES,
+    KEEP_ALL,
+    LAYER_AGAIN,
+    LAYER_FROM_HOST,
     Amount,
     LayerExtras,
     Workspace,
@@ -32,12 +36,15 @@ TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weig
 # and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
 HEAD_BYTES = 22
 AGAIN = {
-    1: "gate and up",
-    2: "whole layers",
-    3: "whole layers, from the host's memory",
+    GATE_UP_AGAIN: "gate and up",
+    LAYER_AGAIN: "whole layers",
+    LAYER_FROM_HOST: "whole layers, from the host's memory",
     IN_PIECES: "whole layers, from the host's memory, some tokens at a time",
 }
-WHATEVER_IS_FREE = {Amount.none: 0, Amount.all: 2}  # the level of every layer: nothing, or a whole layer again
+WHATEVER_IS_FREE = {
+    Amount.none: KEEP_ALL,
+    Amount.all: LAYER_AGAIN,
+}  # of every layer
 COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
 
 

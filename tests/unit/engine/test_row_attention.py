@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import PackedCollator
-from qlora_kit.engine import row_attention
+from qlora_kit.engine import packed_attention, row_attention
 from qlora_kit.engine.packed_attention import SDPA_PACKED, check_isolation, isolate_samples
 from qlora_kit.engine.row_attention import SDPA_ROWS, attend_in_rows
 from qlora_kit.schema.model import Attention
@@ -110,3 +111,13 @@ def test_a_cache_is_refused(tmp_path):
     assert model.config._attn_implementation == SDPA_ROWS
     with pytest.raises(RuntimeError, match="came with a cache"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("attend", "rows", "problem"),
+    [(row_attention._attention, 2, "came in several rows"), (packed_attention._attention, 1, "with a mask or a cache")],
+)
+def test_what_is_no_packed_row_is_refused(attend, rows, problem):
+    parts = [torch.zeros(rows, 2, 4, 8) for _ in range(3)]
+    with pytest.raises(RunError, match=problem):
+        attend(torch.nn.Linear(1, 1), *parts, None, cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
