@@ -5,10 +5,10 @@ import os
 import sys
 import time
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.environment import capture_environment, package_versions
 from train_step.runs import Run
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo", "liger-kernel")
@@ -21,22 +21,9 @@ def write(path: Path, value: object) -> None:
     partial.replace(path)
 
 
-def versions() -> dict[str, str]:
-    """What this process can import, of what can change a number."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def about() -> dict[str, object]:
     """The device, its driver's software and its ceilings."""
     import torch
-
-    from qlora_kit.core.environment import capture_environment
 
     environment = {name: value for name, value in capture_environment().items() if name != "platform"}
     if not torch.cuda.is_available():
@@ -114,7 +101,7 @@ def main() -> None:
         first = (str(error).strip() or "no message").splitlines()[0]
         before = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
         found = {**before, "error": f"{type(error).__name__}: {first}"[:400]}
-    write(result, {**found, "process_s": round(time.perf_counter() - began, 1), "versions": versions()})
+    write(result, {**found, "process_s": round(time.perf_counter() - began, 1), "versions": package_versions(PACKAGES)})
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some stacks leave threads behind that would keep the process
