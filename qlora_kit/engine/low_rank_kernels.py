@@ -37,7 +37,7 @@ def _plus(
             mask=(term < rank)[:, None] & (column < columns)[None, :],
             other=0.0,
         )
-        found += tl.dot(a, b, input_precision="ieee")
+        found = tl.dot(a, b, found, input_precision="ieee")
     return found
 
 

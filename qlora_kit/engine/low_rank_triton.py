@@ -12,7 +12,7 @@ from qlora_kit.engine import low_rank_kernels as kernels
 
 TILE = (16, 128)  # tokens, columns: the fastest of eleven that were tried on an H100
 WARPS = 4
-ROPE_TOKENS = 32
+ROPE_TOKENS = 64
 TERMS = (16, 32)  # of a sum at a time: the fewest that the matrix units take, and as many as stay in registers
 MOST_PARTS = 3
 NONE = 0  # rank where nothing is added
