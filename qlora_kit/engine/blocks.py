@@ -127,8 +127,9 @@ class GatedMlp(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, parts: Mlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
         gate, up, thin = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
-        product = gated(gate, up, parts.activation, parts.low_ranks(thin, h.dtype))
-        added, y, thin_down = _added(h, product, parts.down, parts.after)
+        more, down_a = parts.low_ranks(thin, h.dtype), parts.down.all_a(h.dtype)
+        product, thin_down = gated(gate, up, parts.activation, more, down_a)
+        added, y, thin_down = _added(h, product, parts.down, parts.after, thin_down)
         ctx.parts = parts
         kept = (None, None) if recompute_gate_up else (gate, up)
         ctx.save_for_backward(h, thin, thin_down, y, *kept)
@@ -188,7 +189,7 @@ def _project_backward(
 
 
 def _added(
-    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None
+    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, thin: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
 
@@ -197,9 +198,9 @@ def _added(
     """
     rows = residual.flatten(0, 1)
     if after is not None:
-        (y,), thin = group.forward(x)
+        (y,), thin = group.forward(x, thin)
         return after.add_to(rows, y).view_as(residual), y, thin
-    (y,), thin = group.forward_apart(x)
+    (y,), thin = group.forward_apart(x, thin)
     (more,) = group.low_ranks(thin, x.dtype)
     return total([y, rows], more).view_as(residual), None, thin
 

@@ -1,9 +1,9 @@
-"""The gated product of an MLP with LoRA on its three modules, and what its backward can make on the way.
+"""The gated product of an MLP with LoRA on its three modules, and what can be made of it on the way.
 
-On a GPU one kernel reads gate and up as the frozen weights give them and adds their low-rank parts in registers; the
-one of the backward pass also multiplies what it finds by the thin factors that LoRA's gradients are made of. Gate and
-up are the largest tensors of a layer: to read one of them again takes longer than all this arithmetic. On a CPU, and
-for ranks that the kernels do not take, each step is made by itself.
+On a GPU one kernel reads gate and up as the frozen weights give them, adds their low-rank parts in registers, and
+multiplies what it finds by the thin factors that LoRA has for it, or backward by those that its gradients are made of.
+Gate and up are the largest tensors of a layer: to read one of them again takes longer than all this arithmetic. On a
+CPU, and for ranks that the kernels do not take, each step is made by itself.
 """
 
 from typing import NamedTuple
@@ -32,13 +32,25 @@ class Sums(NamedTuple):
     of_product: Sum | None
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation, more: tuple[LowRank | None, LowRank | None]) -> Tensor:
-    """`activation(gate + ..) * (up + ..)`, each `[T, N]`, `more` in this order."""
+def gated(
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+    more: tuple[LowRank | None, LowRank | None],
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`activation(gate + ..) * (up + ..)`, each `[T, N]`, `more` in this order, and what `down [r, N]` makes of it.
+
+    Returns:
+        The product, and `product @ down^T` `[T, r]` if that came on the way; else it is still to be made.
+    """
     if not _in_one_kernel(gate, *more, most=LARGEST_RANK):
-        return elementwise.gated(plus(gate, more[0]), plus(up, more[1]), activation)
+        return elementwise.gated(plus(gate, more[0]), plus(up, more[1]), activation), None
     from qlora_kit.engine import gated_triton
 
-    return gated_triton.gated(gate, up, more, activation is Activation.silu)
+    factor = down if down is not None and len(down) <= LARGEST_SUM and down.dtype is gate.dtype else None
+    product, parts = gated_triton.gated(gate, up, more, factor, activation is Activation.silu)
+    return product, None if parts is None else parts.sum(dim=0).to(product.dtype)
 
 
 def gated_backward(

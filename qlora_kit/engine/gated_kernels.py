@@ -1,52 +1,16 @@
 """Triton kernels of the gated product, forward and backward, with the low-rank products and sums around it.
 
 To be imported only where triton is installed; `gated_triton.py` starts them. What is as large as gate and up is read
-once and written once: in the backward pass a program walks along the tokens of some columns, and multiplies each tile
-by the thin factors that LoRA's gradients need while it is there. Everything is float32 until it is stored, or until it
-is multiplied by a factor in 16 bit.
+once and written once: a program walks along the columns of some tokens, or backward along the tokens of some columns,
+and multiplies each tile by the thin factors that LoRA needs while it is there. Everything is float32 until it is
+stored, or until it is multiplied by a factor in 16 bit.
 """
 
 import triton
 import triton.language as tl
 
+from qlora_kit.engine.activation_kernels import activated_jit, slope_jit
 from qlora_kit.engine.low_rank_kernels import plus_jit
-
-
-def _tanh(x: tl.tensor) -> tl.tensor:
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-_tanh_jit = triton.jit(_tanh)
-
-
-def _bend(x: tl.tensor) -> tl.tensor:
-    """The tanh in GELU's usual approximation."""
-    return _tanh_jit(0.7978845608028654 * (x + 0.044715 * x * x * x))
-
-
-_bend_jit = triton.jit(_bend)
-
-
-def _activated(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
-    if is_silu:
-        return x * tl.sigmoid(x)
-    return 0.5 * x * (1.0 + _bend_jit(x))
-
-
-_activated_jit = triton.jit(_activated)
-
-
-def _slope(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
-    """Derivative of the activation."""
-    if is_silu:
-        share = tl.sigmoid(x)
-        return share * (1.0 + x * (1.0 - share))
-    bend = _bend_jit(x)
-    inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-    return 0.5 * (1.0 + bend) + 0.5 * x * (1.0 - bend * bend) * inner
-
-
-_slope_jit = triton.jit(_slope)
 
 
 def _turned_right(
@@ -77,6 +41,22 @@ def _left(
     term = tl.arange(0, terms)
     inside = (row < rows)[:, None] & (term < rank)[None, :]
     return tl.load(left + base * left_step + row[:, None] * left_step + term[None, :], mask=inside, other=0.0)
+
+
+def _tile(
+    x: tl.tensor,
+    step: tl.tensor,
+    base: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    is_whole: tl.constexpr,
+) -> tl.tensor:
+    """A tile of x, `[tokens, columns]`; `is_whole` if all of it is inside."""
+    place = x + base * step + (row[:, None] * step + column[None, :])
+    if is_whole:
+        return tl.load(place)
+    return tl.load(place, mask=inside, other=0.0)
 
 
 def _turned(
@@ -116,6 +96,7 @@ def _store_sum(
 
 _turned_right_jit = triton.jit(_turned_right)
 _left_jit = triton.jit(_left)
+_tile_jit = triton.jit(_tile)
 _turned_jit = triton.jit(_turned)
 _store_sum_jit = triton.jit(_store_sum)
 
@@ -124,6 +105,7 @@ def _gated(
     gate: tl.tensor,
     up: tl.tensor,
     out: tl.tensor,
+    thin: tl.tensor,
     tokens: tl.tensor,
     columns: tl.tensor,
     gate_step: tl.tensor,
@@ -138,30 +120,54 @@ def _gated(
     up_left_step: tl.tensor,
     up_term_step: tl.tensor,
     up_column_step: tl.tensor,
+    down: tl.tensor,
+    down_step: tl.tensor,
+    tiles: tl.tensor,
     gate_rank: tl.constexpr,
     gate_terms: tl.constexpr,
     up_rank: tl.constexpr,
     up_terms: tl.constexpr,
+    down_rank: tl.constexpr,
+    down_terms: tl.constexpr,
     is_silu: tl.constexpr,
+    is_whole: tl.constexpr,
     tokens_each: tl.constexpr,
     columns_each: tl.constexpr,
+    stages: tl.constexpr,
 ) -> None:
-    """`activation(gate + ..) * (up + ..)`."""
-    token = (tl.program_id(1) * tokens_each + tl.arange(0, tokens_each)).to(tl.int64)
-    column = tl.program_id(0) * columns_each + tl.arange(0, columns_each)
-    inside = (token < tokens)[:, None] & (column < columns)[None, :]
-    g = tl.load(gate + token[:, None] * gate_step + column[None, :], mask=inside, other=0.0)
-    g = plus_jit(
-        g, gate_left, gate_right, gate_left_step, gate_term_step, gate_column_step, token, column, tokens, columns,
-        gate_rank, gate_terms,
-    )  # fmt: skip
-    u = tl.load(up + token[:, None] * up_step + column[None, :], mask=inside, other=0.0)
-    u = plus_jit(
-        u, up_left, up_right, up_left_step, up_term_step, up_column_step, token, column, tokens, columns,
-        up_rank, up_terms,
-    )  # fmt: skip
-    found = _activated_jit(g, is_silu) * u
-    tl.store(out + token[:, None] * columns + column[None, :], found.to(out.dtype.element_ty), mask=inside)
+    """`activation(gate + ..) * (up + ..)`, and a part of `product @ down^T`: a program walks along some tokens."""
+    part = tl.program_id(1)
+    first = tl.program_id(0) * tokens_each
+    base = first.to(tl.int64)
+    row = tl.arange(0, tokens_each)
+    rows = tokens - first
+    found = tl.zeros((tokens_each, down_terms), tl.float32)
+    for tile in tl.range(0, tiles, num_stages=stages):
+        column = (part * tiles + tile) * columns_each + tl.arange(0, columns_each)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        g = plus_jit(
+            _tile_jit(gate, gate_step, base, row, column, inside, is_whole), gate_left + base * gate_left_step,
+            gate_right, gate_left_step, gate_term_step, gate_column_step, row, column, rows, columns, gate_rank,
+            gate_terms,
+        )  # fmt: skip
+        u = plus_jit(
+            _tile_jit(up, up_step, base, row, column, inside, is_whole), up_left + base * up_left_step, up_right,
+            up_left_step, up_term_step, up_column_step, row, column, rows, columns, up_rank, up_terms,
+        )  # fmt: skip
+        product = (activated_jit(g, is_silu) * u).to(out.dtype.element_ty)
+        place = out + base * columns + (row[:, None] * columns + column[None, :])
+        if is_whole:
+            tl.store(place, product)
+        else:
+            tl.store(place, product, mask=inside)
+        if down_rank > 0:
+            down_a = _turned_right_jit(down, down_step, 1, column, columns, down_rank, down_terms)
+            found = tl.dot(product, down_a, found, input_precision="ieee")
+    if down_rank > 0:
+        term = tl.arange(0, down_terms)
+        inside = (row < rows)[:, None] & (term < down_rank)[None, :]
+        place = thin + (part * tokens + base) * down_rank + row[:, None] * down_rank + term[None, :]
+        tl.store(place, found, mask=inside)
 
 
 def _gated_backward(
@@ -237,9 +243,9 @@ def _gated_backward(
         if grad_rank > 0:
             grad_a = _left_jit(grad_left, grad_left_step, base, row, rows, grad_rank, terms)
             d = tl.dot(grad_b, tl.trans(grad_a), d, input_precision="ieee")
-        activated = _activated_jit(g, is_silu)
+        activated = activated_jit(g, is_silu)
         through_up = (d * activated).to(up_grad.dtype.element_ty)
-        through_gate = (d * u * _slope_jit(g, is_silu)).to(gate_grad.dtype.element_ty)
+        through_gate = (d * u * slope_jit(g, is_silu)).to(gate_grad.dtype.element_ty)
         place = base * out_step + (row[None, :] * out_step + column[:, None])
         if is_whole:
             tl.store(up_grad + place, through_up)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 TOKENS, COLUMNS = 70, 200  # no multiples of the kernels' tiles
 SUMMED = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (0, 0, 16), (LARGEST_SUM, 33, 1)]
-GATED_RANKS = [*SUMMED, (LARGEST_SUM + 1, 4, 4), (LARGEST_RANK + 1, 4, 4)]
+GATED_RANKS = [*SUMMED, (LARGEST_SUM + 1, 4, 4), (LARGEST_RANK, 4, 4), (LARGEST_RANK + 1, 4, 4)]
 # Share of a result's norm: one rounding to 8 bits in bfloat16, and sums in another order in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -58,7 +58,7 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
     for activation in Activation:
         is_silu = activation is Activation.silu
         product, *exact_through = elementwise._gated_backward(*exact, is_silu)
-        assert error(gated(gate, up, activation, (more[0], more[1])), product) < most
+        assert error(gated(gate, up, activation, (more[0], more[1]))[0], product) < most
         through = drawn(TOKENS, 2 * COLUMNS + 8, dtype=dtype)[:, : 2 * COLUMNS].chunk(2, dim=1)
         sums = gated_backward(gate, up, grad, activation, tuple(more), through)
         for one, wanted in zip(through, exact_through, strict=True):
@@ -69,6 +69,26 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
                 wanted = x.t() @ factor.left.float()
                 assert one.parts.dtype is torch.float32
                 assert error(one.parts.sum(dim=0), wanted.t() if one is sums.of_product else wanted) < most
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("rank", [1, 16, LARGEST_SUM, LARGEST_SUM + 1])
+@pytest.mark.parametrize(("tokens", "columns"), [(TOKENS, COLUMNS), (192, 1024)], ids=["ragged", "whole tiles"])
+def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
+    torch.manual_seed(0)
+    gate, up, down = (
+        drawn(tokens, columns, dtype=dtype),
+        drawn(tokens, columns, dtype=dtype),
+        drawn(rank, columns, dtype=dtype),
+    )
+    more = factors(tokens, columns, 16, dtype), factors(tokens, columns, 8, dtype)
+    product, thin = gated(gate, up, Activation.silu, more, down)
+    exact = elementwise._gated(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
+    assert error(product, exact) < TOLERANCE[dtype]
+    assert (thin is None) == (rank > LARGEST_SUM)
+    if thin is not None:
+        assert thin.dtype is dtype
+        assert error(thin, product.float() @ down.float().t()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
