@@ -42,6 +42,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--longest-of", nargs="*", default=LONGEST, metavar="STACK:VARIANT:COMPUTE")
     parser.add_argument("--longest-in-blocks", action="store_true", help="cheaper attention that needs the same memory")
+    parser.add_argument("--longest-first", type=int, default=8192, metavar="TOKENS", help="that are tried first")
     parser.add_argument("--site", type=Path, help="packages of qlora_kit, unless this Python has them")
     parser.add_argument("--peers-site", type=Path, help="packages of the other stacks, likewise")
     parser.add_argument("--work", type=Path, help="for bases, rows and logs; a new folder below /tmp unless given")
@@ -106,12 +107,13 @@ def measure(machine: Machine, run: Run, profile: bool) -> dict[str, Any]:
     return machine.job("train", str(run), run, base=base["base"], profile=profile)
 
 
-def search(machine: Machine, run: Run, gigabytes: float, *, blocks: bool) -> dict[str, Any]:
+def search(machine: Machine, run: Run, gigabytes: float, *, blocks: bool, first: int) -> dict[str, Any]:
     """The longest row for one stack and amount of memory."""
     base = machine.base(run.shape) if run.stack == "unsloth" else {"base": ""}
     if "error" in base:
         return {"error": f"no base: {base['error']}"}
-    return machine.job("longest", f"longest-{gigabytes:g}-{run}", run, base=base["base"], gb=gigabytes, blocks=blocks)
+    name = f"longest-{gigabytes:g}-{run}"
+    return machine.job("longest", name, run, base=base["base"], gb=gigabytes, blocks=blocks, first=first)
 
 
 def row_line(run: Run, row: dict[str, Any]) -> str:
@@ -148,7 +150,7 @@ def main() -> None:
     for gigabytes in chosen.longest:
         for name in chosen.longest_of:
             run = Run.parse(f"{name}:{chosen.shape}:1x{64 if chosen.cpu else 2048}")
-            row = search(searching, run, gigabytes, blocks=chosen.longest_in_blocks)
+            row = search(searching, run, gigabytes, blocks=chosen.longest_in_blocks, first=chosen.longest_first)
             identity: dict[str, object] = {
                 "stack": run.stack,
                 "variant": run.variant,

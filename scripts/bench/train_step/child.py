@@ -69,7 +69,7 @@ def longest(job: dict[str, Any], run: Run, work: Path, result: Path) -> dict[str
         fitting = [int(str(one["tokens"])) for one in seen if one["fits"]]
         write(result, {"tokens": max(fitting, default=0), "is_final": False, "tries": seen})
 
-    tokens = tries(step, note)
+    tokens = tries(step, note, job["first"])
     del ballast
     return {**json.loads(result.read_text(encoding="utf-8")), "tokens": tokens, "is_final": True}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-FIRST, STEP, LAST = 8192, 1024, 1 << 20  # tokens
+STEP, LAST = 1024, 1 << 20  # tokens
 PARTS = 16  # a long row is found to one part in so many of its length, at least
 BLOCK = STEP  # tokens that attend to one another where attention is cut into blocks
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
-def longest(fits: Callable[[int], bool], first: int = FIRST, step: int = STEP, last: int = LAST) -> int:
+def longest(fits: Callable[[int], bool], first: int, step: int = STEP, last: int = LAST) -> int:
     """The largest length that fits, by doubling and then halving the gap; 0 if none does.
 
     Lengths are multiples of `step`; the gap to one that does not fit is a step, or a sixteenth of a long row.
@@ -70,12 +70,13 @@ def attention_in_blocks() -> None:
     torch.nn.functional.scaled_dot_product_attention = in_blocks
 
 
-def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None]) -> int:
+def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None], first: int) -> int:
     """Find the longest row of which one step fits.
 
     Args:
         step: trains one step on a row of so many tokens.
         note: called with all tries so far after each, so that a cut-off loses none.
+        first: tokens to begin with.
     """
     seen: list[dict[str, object]] = []
 
@@ -96,4 +97,4 @@ def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]],
         note(seen)
         return not problem
 
-    return longest(fits)
+    return longest(fits, first)

@@ -128,7 +128,7 @@ def test_longest_is_near_the_last_multiple_that_fits(limit):
     from train_step.longest import longest
 
     asked = []
-    found = longest(lambda tokens: asked.append(tokens) or tokens <= limit)
+    found = longest(lambda tokens: asked.append(tokens) or tokens <= limit, 8192)
     assert found <= limit and found % 1024 == 0 and limit - found < max(1024, limit / 16)
     assert len(asked) == len(set(asked)) <= 12
 
