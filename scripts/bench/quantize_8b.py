@@ -4,7 +4,8 @@ Both sides get the same checkpoint (random weights, made here; a number of the d
 head) and the same calibration rows, each run in a process of its own, from the 16-bit folder to the quantised one.
 With two numbers of layers, `per_layer_s` is the difference by layer and `whole_s` what it gives for all 32; with one,
 the seconds by layer. `output_error` compares the last hidden states of the dequantised checkpoint with the source's,
-so that a run that is fast and wrong shows. Writes results/<device>/quantize_8b-<date>.json after every run:
+so that a run that is fast and wrong shows. Each run is made once before on a tiny model, for what a first use compiles
+and keeps. Writes results/<device>/quantize_8b-<date>.json after every run:
 
     python scripts/bench/quantize_8b.py --work /tmp/w --layers 4 --rows 128
     python scripts/bench/quantize_8b.py --work /tmp/w --layers 1 3 --rows 128 --only qlora_kit:awq llmcompressor:awq
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for the checkpoint three times")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4], help="decoder layers that are quantised")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="decoder layers that are quantised")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit", type=float, default=120, help="seconds for each run")
@@ -125,6 +126,16 @@ def run_child(chosen: argparse.Namespace, what: str, layers: list[int]) -> dict[
     return found
 
 
+def warm_up(chosen: argparse.Namespace) -> None:
+    """Every run once on a tiny model; what goes wrong will go wrong again."""
+    tiny = argparse.Namespace(
+        **{**vars(chosen), "work": chosen.work / "tiny", "shape": "tiny", "rows": 4, "seq_len": 64}
+    )
+    tiny.work.mkdir()
+    for what in ("prepare", *chosen.only):
+        run_child(tiny, what, [1])
+
+
 def last_line(log: Path) -> str:
     """The last line that says something."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -168,7 +179,8 @@ def main() -> None:
     layers = sorted(set(chosen.layers))
     if failed := run_child(chosen, "prepare", layers):
         raise SystemExit(f"the checkpoint was not made: {failed['error']}")
-    print(f"{name}; checkpoint in {time.monotonic() - began:.0f} s; logs in {chosen.work / 'logs'}")
+    warm_up(chosen)
+    print(f"{name}; ready after {time.monotonic() - began:.0f} s; logs in {chosen.work / 'logs'}")
     print("".join(f"{column:>{width}}" for column, width in COLUMNS.items()), flush=True)
     file = "quantize_8b" if chosen.shape == "8b" else f"quantize_{chosen.shape}"
     place = chosen.results / re.sub(r"\W+", "_", name.lower()).strip("_") / f"{file}-{date.today().isoformat()}.json"
