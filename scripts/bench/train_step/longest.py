@@ -10,7 +10,7 @@ import torch
 
 STEP, LAST = 1024, 1 << 20  # tokens
 PARTS = 16  # a long row is found to one part in so many of its length, at least
-BLOCK = STEP  # tokens that attend to one another where attention is cut into blocks
+BLOCK = 128  # tokens that attend to one another where attention is cut into blocks; rows are padded to multiples
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
