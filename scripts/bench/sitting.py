@@ -1,6 +1,6 @@
 """Runs the benchmarks of one machine side by side: each GPU does one at a time, and takes the next when it is done.
 
-GPU 0 times the steps of the 8B shape, ours and the peers', and nothing else; what compares stacks is always one job, so
+The first GPU times the steps of the 8B shape, ours and the peers', and nothing else; what compares stacks is always one job, so
 that both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped,
 and every row measured until then is kept:
 
@@ -72,18 +72,18 @@ def jobs(chosen: argparse.Namespace) -> list[Job]:
         return Job(name, ("train_step.py", "--only", *only, *sites, *work, *more))
 
     longest = ("--longest-of", *LONGEST_OF, "--longest-in-blocks", "--longest")
-    quantize = ("--layers", "1", "2", "--rows", "64", "--work", str(chosen.work / "quantize"))
+    quantize = ("--layers", "1", "3", "--rows", "64", "--work", str(chosen.work / "quantize"))
     return [
         steps("speed", only=SPEED),
-        Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"), chosen.site),
-        steps("longest_24", *longest, "24", "--longest-first", "32768"),
+        steps("longest_80", *longest, "80", "--longest-first", "262144"),
+        steps("longest_24", *longest, "24", "--longest-first", "65536"),
         steps("large", only=LARGE),
         Job("quantize", ("quantize_8b.py", *quantize), chosen.quantizers_site),
         Job("parity", ("parity.py", "--base", str(chosen.base), "--text", str(chosen.text), "--picture",
                        str(chosen.work / "parity.svg")), chosen.site),
         steps("profile", "--profile", only=PROFILED),
         steps("small", only=SMALL),
-        steps("longest_80", *longest, "80", "--longest-first", "131072"),
+        Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"), chosen.site),
     ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a folder of text, for parity")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--gpus", type=int, help="how many; all unless given")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="JOB")
+    parser.add_argument("--only", nargs="*", metavar="JOB", help="in the order of the others; all unless given")
     parser.add_argument("--results", type=Path, default=BENCH / "results")
     parser.add_argument("--gather", action="store_true", help="only write what was measured in --work")
     return parser.parse_args()
@@ -182,11 +182,9 @@ def main() -> None:
 
         count, end = chosen.gpus or torch.cuda.device_count(), time.monotonic() + chosen.seconds
         first, others = (queue.Queue[Job]() for _ in range(2))
-        for job in rest:
-            if job.name not in chosen.skip:
-                others.put(job)
-        if speed.name not in chosen.skip:
-            first.put(speed)
+        for job in (speed, *rest):
+            if chosen.only is None or job.name in chosen.only:
+                (first if job is speed else others).put(job)
 
         def whole_queue(gpu: int) -> None:
             if gpu == 0:
