@@ -39,6 +39,7 @@ def gated(
     factors: tuple[Factors | None, Factors | None],
     down: torch.Tensor | None,
     is_silu: bool,
+    walk: Walk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`activation(gate + ..) * (up + ..)` for `[T, N]` whose columns are neighbours, and parts of `product @ down^T`.
 
@@ -48,7 +49,7 @@ def gated(
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     (gate_places, gate_sizes), (up_places, up_sizes) = (described(one, out) for one in factors)
     down_rank = 0 if down is None else len(down)
-    walk = _forward_walk(tokens, columns, max(gate_sizes[0], up_sizes[0]), gate.dtype.itemsize)
+    walk = walk or _forward_walk(tokens, columns, max(gate_sizes[0], up_sizes[0]), gate.dtype.itemsize)
     thin = torch.empty(walk.parts, tokens, down_rank, dtype=torch.float32, device=gate.device)
     blocks, tiles = triton.cdiv(tokens, walk.tokens), triton.cdiv(triton.cdiv(columns, walk.columns), walk.parts)
     is_whole = tokens % walk.tokens == 0 and columns == walk.parts * tiles * walk.columns

@@ -1,8 +1,8 @@
 """Runs the benchmarks of one machine side by side: each GPU does one at a time, and takes the next when it is done.
 
-The first GPU begins with the steps of the 8B shape, ours and the peers'. What compares stacks is always one job, so that
-both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped, and
-every row measured until then is kept:
+The first GPU begins with the steps of the 8B shape, ours and the peers'. What compares stacks is always one job, so
+that both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped,
+and every row measured until then is kept:
 
     python scripts/bench/sitting.py --work /tmp/sitting --site /tmp/site --peers-site /tmp/peers \\
         --quantizers-site /tmp/quantizers --base FOLDER --text /usr/lib/python3.12 --seconds 1500
