@@ -48,6 +48,9 @@ class ServerEngine:
         except RuntimeError as error:
             raise RunError(f"llama.cpp cannot load {gguf_file}: {error}") from error
         self.vocabulary_size = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
+        # The server answers some requests before its main loop runs, and a loop that is told to end before it began
+        # never ends. The slots are read by the loop itself.
+        self._ask("/slots")
 
     def close(self) -> None:
         """Stop the server and free the model."""
@@ -99,9 +102,10 @@ class ServerEngine:
             "cache_prompt": True,
             "post_sampling_probs": False,
         }
-        return self._ask("/completion", request | settings)
+        answer: dict[str, Any] = self._ask("/completion", request | settings)
+        return answer
 
-    def _ask(self, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"{self._server.listening_address}{route}", data=data, headers={"Content-Type": "application/json"}
@@ -109,5 +113,4 @@ class ServerEngine:
         # no proxy: the address is this machine's own
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
-            content: dict[str, Any] = json.load(answer)
-        return content
+            return json.load(answer)

@@ -1,6 +1,9 @@
 """Scoring through llama.cpp: both ways agree, stop tokens end a generation, nothing is printed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +135,19 @@ def test_another_layout_falls_back_to_the_server(file: Path, monkeypatch: pytest
             assert not opened.is_native
     finally:
         llama_library._library.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_closed_at_once_ends(file: Path) -> None:
+    # Its threads get little time, so that it is often told to end before it has begun.
+    opened_and_closed = (
+        "import sys\nfrom pathlib import Path\nfrom qlora_kit.evaluation.llama_server import ServerEngine\n"
+        "for _ in range(20):\n    ServerEngine(Path(sys.argv[1]), 1).close()\n"
+    )
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        subprocess.run([sys.executable, "-c", opened_and_closed, str(file)], check=True, timeout=90)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
