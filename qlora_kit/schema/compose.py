@@ -194,8 +194,11 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
         )
     if walk.find_path(root, key):
         return None
-    near = walk.nearest_path(root, key) or (None if "." in key else nearest(key, list(groups())))
+    field = walk.nearest_path(root, key, override.value())
+    near = field or (None if "." in key else nearest(key, list(groups())))
     fix = f"{near}={override.value()}" if near else f"qlora-kit {_verb_of(root)} --help lists every field"
+    if field:
+        fix = walk.example(root, field, override.value())
     return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
 
 

@@ -76,15 +76,39 @@ def find_path(root: type[Sealed], path: str) -> bool:
     return True
 
 
-def nearest_path(root: type[Sealed], path: str) -> str | None:
-    """The field whose path, or last name, is closest to a misspelt one."""
-    known = [known for known, _, _ in schema_paths(root)]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    if close:
-        return close[0]
-    by_last = {known_path.rsplit(".", 1)[-1]: known_path for known_path in known}
-    last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.75)
-    return by_last[last[0]] if last else None
+def takes(annotation: Any, value: object) -> bool:
+    """Whether a value from a command line can be one of this type."""
+    if isinstance(annotation, types.UnionType):
+        return any(takes(part, value) for part in typing.get_args(annotation))
+    if hasattr(annotation, "__members__"):
+        return str(value) in annotation.__members__
+    kind = typing.get_origin(annotation) or annotation
+    if not isinstance(kind, type) or isinstance(value, bool):
+        return kind is bool or not isinstance(kind, type)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def nearest_path(root: type[Sealed], path: str, value: object = ...) -> str | None:
+    """The field whose path, or last name, is closest to a misspelt one, and of some the first that takes the value."""
+    known = {known: annotation for known, annotation, _ in schema_paths(root)}
+    close = difflib.get_close_matches(path, known, n=3, cutoff=0.75)
+    if not close:
+        by_last = {known_path.rsplit(".", 1)[-1]: known_path for known_path in known}
+        last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=3, cutoff=0.75)
+        close = [by_last[name] for name in last]
+    return next((one for one in close if value is ... or takes(known[one], value)), next(iter(close), None))
+
+
+def example(root: type[Sealed], path: str, value: object) -> str:
+    """`path=value`, with the field's own default in the place of a value that it does not take."""
+    annotation, field = next((annotation, field) for known, annotation, field in schema_paths(root) if known == path)
+    if not takes(annotation, value):
+        default = getattr(field.default, "name", field.default)
+        is_known = field.default not in (dataclasses.MISSING, "???")
+        value = ("null" if default is None else default) if is_known else f"<{type_name(annotation)}>"
+    if isinstance(value, list):
+        value = f"[{','.join(map(str, value))}]"
+    return f"{path}={value}"
 
 
 def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Knob | None]]:
