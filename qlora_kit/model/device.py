@@ -12,6 +12,11 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
+def idle_gpus() -> int:
+    """GPUs that this process sees and leaves alone; 0 where a launcher has one process for each."""
+    return max(torch.cuda.device_count() - 1, 0) if "LOCAL_RANK" not in os.environ else 0
+
+
 def peak_memory_bytes() -> int:
     """Highest use so far: allocated GPU memory, or resident memory of the process on a CPU."""
     if torch.cuda.is_available():

@@ -13,7 +13,7 @@ from qlora_kit.core.files import staged_directory, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.model.device import peak_memory_bytes
+from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
@@ -48,6 +48,8 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
     set_seed(recipe.trainer.seed)
+    if others := idle_gpus():
+        say(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
     say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
     model = attach_lora(load_base(base_folder, recipe.quant, recipe.model.attention), recipe.lora)
     size = adapter_size(model)

@@ -14,6 +14,18 @@ from qlora_kit.training.optimizer import transformers_name
 SCHEDULER_NAME = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 
 
+class ProcessConfig(SFTConfig):  # type: ignore[misc]  # trl is untyped here
+    """TRL's configuration for a process with one GPU, however many it sees.
+
+    transformers would spread each batch over all of them (`nn.DataParallel`), which neither TRL nor the engine allows.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one or none."""
+        return min(int(super().n_gpu), 1)
+
+
 def sft_config(
     recipe: TrainRecipe,
     optimizer: OptimizerName,
@@ -34,7 +46,7 @@ def sft_config(
     loop, optim = recipe.trainer, recipe.optim
     steps = loop.steps(items, processes)
     evaluation = "steps" if evaluates and loop.eval_every_steps else "no"
-    return SFTConfig(
+    return ProcessConfig(
         output_dir=str(checkpoints),
         max_length=None,
         packing=False,

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.core.errors import RunError
@@ -188,6 +188,13 @@ def test_no_default_of_trl_cuts_packs_or_hides(tmp_path):
     assert config.logging_nan_inf_filter is False
     assert config.report_to == []
     assert config.output_dir == str(tmp_path)
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda config: 4))
+    config = sft_config(recipe_for(), OptimizerName.adamw, tmp_path, items=8, evaluates=False)
+    assert config.n_gpu == 1  # else TRL refuses, when the weights are loaded
+    assert config.train_batch_size == recipe_for().trainer.batch_size
 
 
 def test_steps_are_counted_in_items_of_all_processes(tmp_path):
