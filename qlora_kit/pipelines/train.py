@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
@@ -47,13 +48,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     tokens_before = rewind_metrics(run.metrics, step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
-    set_seed(recipe.trainer.seed)
-    if others := idle_gpus():
-        say(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
-    say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
-    model = attach_lora(load_base(base_folder, recipe.quant, recipe.model.attention), recipe.lora)
-    size = adapter_size(model)
-    say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {len(data.train)} rows")
+    model = _adapted_base(recipe, base_folder, len(data.train))
 
     stop = StopOnSignal()
     tracker = open_trackers(recipe.tracker, run, {"recipe": recipe_yaml(recipe)})
@@ -75,10 +70,21 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     with staged_directory(run.adapter) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    result = _result(run.metrics, progress.step, eval_loss, size.parameters)
+    result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
     write_json(run.result, result)
     say(f"done: {run.path}")
     return result
+
+
+def _adapted_base(recipe: TrainRecipe, base_folder: Path, rows: int) -> PeftModel:
+    set_seed(recipe.trainer.seed)
+    if others := idle_gpus():
+        say(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
+    say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
+    model = attach_lora(load_base(base_folder, recipe.quant, recipe.model.attention), recipe.lora)
+    size = adapter_size(model)
+    say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {rows} rows")
+    return model
 
 
 def _describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str], data: dict[str, object]) -> None:
