@@ -1,4 +1,7 @@
-"""compressed-tensors: llmcompressor chooses the numbers; the file is the source folder with its tensors in place."""
+"""compressed-tensors: llmcompressor chooses the numbers; the file is the source folder with its tensors in place.
+
+Only FP8_DYNAMIC, which looks at no rows, is made without loading the model: see `fp8_rows.py`.
+"""
 
 import contextlib
 import os
@@ -12,6 +15,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
+from qlora_kit.export.targets.fp8_rows import write_fp8_rows
 from qlora_kit.export.targets.requantized import Replacements, changed_tensors
 from qlora_kit.export.targets.splice import splice_checkpoint
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
@@ -67,14 +71,24 @@ def write_compressed(
 
 
 def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
+    is_rounded_by_row = target.scheme is CompressedScheme.FP8_DYNAMIC and not target.kv_cache_fp8
+    if is_rounded_by_row and write_fp8_rows(model_dir, out_dir):
+        return
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
         made = Path(work) / "quantised"
         with _quiet():
             _quantise(model_dir, made, target, rows)
         quantization = read_json(made / "config.json")["quantization_config"]
         marks = ("weight_scale", "weight_packed")
-        replacements = _in_readers_dtype(model_dir, changed_tensors(model_dir, made, marks), target.scheme)
-        splice_checkpoint(model_dir, out_dir, replacements, quantization)
+        replaced = changed_tensors(model_dir, made, marks)
+        if not _moves_outliers(target):
+            # What the library computes with, such as Gemma's norms with the one added, comes back rounded.
+            replaced = {source: new for source, new in replaced.items() if set(new) != {source}}
+        splice_checkpoint(model_dir, out_dir, _in_readers_dtype(model_dir, replaced, target.scheme), quantization)
+
+
+def _moves_outliers(target: CompressedTarget) -> bool:
+    return target.scheme is CompressedScheme.W8A8 and target.smoothing != 0
 
 
 def _check(model_dir: Path, target: CompressedTarget) -> None:
@@ -143,7 +157,7 @@ def _modifiers(model: "PreTrainedModel", target: CompressedTarget) -> list[Any]:
         layers |= {"targets": ["Linear"], "scheme": scheme.value}
     if scheme not in ROUNDED_WITH_FEEDBACK:
         return [QuantizationModifier(**layers)]
-    if scheme is not CompressedScheme.W8A8 or target.smoothing == 0:
+    if not _moves_outliers(target):
         return [GPTQModifier(**layers)]
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     smooth = SmoothQuantModifier(smoothing_strength=target.smoothing, mappings=smoothed_layers(names))

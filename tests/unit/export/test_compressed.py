@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.evaluation.compressed import load_compressed
+from qlora_kit.export.targets import compressed
 from qlora_kit.export.targets.compressed import needs_calibration, smoothed_layers, write_compressed
+from qlora_kit.export.targets.fp8_rows import write_fp8_rows
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 from tests.tiny_models import build_tiny_model
 
@@ -191,6 +193,41 @@ def test_only_what_was_quantised_differs_and_nothing_is_local(source: Path, tmp_
     assert quantization["format"] == "pack-quantized"
     assert quantization["ignore"] == ["lm_head"]
     assert str(tmp_path) not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [CompressedScheme.W8A16, CompressedScheme.FP8_DYNAMIC])
+def test_gemmas_norms_keep_their_bytes(scheme: CompressedScheme, tmp_path: Path) -> None:
+    source = build_tiny_model("gemma3", tmp_path / "source", dtype=torch.bfloat16)
+    out = write(source, tmp_path / "out", CompressedTarget(scheme))
+    old, new = (load_file(folder / "model.safetensors") for folder in (source, out))
+    norms = [name for name in old if "norm" in name]
+    assert len(norms) > 6
+    assert all(torch.equal(new[name], old[name]) for name in norms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_fp8_by_row_is_what_the_library_writes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build_tiny_model(family, tmp_path / "source", dtype=torch.bfloat16)
+    ours = write(source, tmp_path / "ours", CompressedTarget(CompressedScheme.FP8_DYNAMIC), [])
+    monkeypatch.setattr(compressed, "write_fp8_rows", lambda *folders: False)
+    theirs = write(source, tmp_path / "theirs", CompressedTarget(CompressedScheme.FP8_DYNAMIC), [])
+    names = {path.name for path in theirs.iterdir()}
+    assert {path.name for path in ours.iterdir()} == names
+    for name in names - {"config.json"}:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+
+
+def test_a_layer_that_is_stored_under_another_name_is_left_to_the_library(tmp_path: Path) -> None:
+    source = build_tiny_model("llama", tmp_path / "source", dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.elsewhere.weight"] = tensors.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    assert not write_fp8_rows(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow
