@@ -44,6 +44,7 @@ def _hidden(work: Path, folder: Path, weights: Tensors) -> "Tensor":
     model = model.to(device).float()
     if weights:
         missing, unexpected = model.load_state_dict({name: value.float() for name, value in weights.items()}, False)
+        missing = [name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
         if missing or unexpected:
             raise ValueError(f"the quantised checkpoint lacks {missing[:3]} and has {unexpected[:3]}")
     with torch.no_grad():
