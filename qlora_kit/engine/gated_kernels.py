@@ -59,22 +59,6 @@ def _tile(
     return tl.load(place, mask=inside, other=0.0)
 
 
-def _turned(
-    x: tl.tensor,
-    step: tl.tensor,
-    base: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    inside: tl.tensor,
-    is_whole: tl.constexpr,
-) -> tl.tensor:
-    """A tile of x, turned: `[columns, tokens]` in float32; `is_whole` if all of it is inside."""
-    place = x + base * step + (row[None, :] * step + column[:, None])
-    if is_whole:
-        return tl.load(place).to(tl.float32)
-    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
-
-
 def _store_sum(
     out: tl.tensor,
     values: tl.tensor,
@@ -97,7 +81,6 @@ def _store_sum(
 _turned_right_jit = triton.jit(_turned_right)
 _left_jit = triton.jit(_left)
 _tile_jit = triton.jit(_tile)
-_turned_jit = triton.jit(_turned)
 _store_sum_jit = triton.jit(_store_sum)
 
 
@@ -230,10 +213,10 @@ def _gated_backward(
         first = (part * tiles + tile) * tokens_each
         base = first.to(tl.int64)
         rows = tokens - first
-        inside = (column < columns)[:, None] & (row < rows)[None, :]
-        g = _turned_jit(gate, gate_step, base, row, column, inside, is_whole)
-        u = _turned_jit(up, up_step, base, row, column, inside, is_whole)
-        d = _turned_jit(grad, grad_step, base, row, column, inside, is_whole)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        g = tl.trans(_tile_jit(gate, gate_step, base, row, column, inside, is_whole)).to(tl.float32)
+        u = tl.trans(_tile_jit(up, up_step, base, row, column, inside, is_whole)).to(tl.float32)
+        d = tl.trans(_tile_jit(grad, grad_step, base, row, column, inside, is_whole)).to(tl.float32)
         if gate_rank > 0:
             gate_a = _left_jit(gate_left, gate_left_step, base, row, rows, gate_rank, terms)
             g = tl.dot(gate_b, tl.trans(gate_a), g, input_precision="ieee")
@@ -251,8 +234,8 @@ def _gated_backward(
             tl.store(up_grad + place, through_up)
             tl.store(gate_grad + place, through_gate)
         else:
-            tl.store(up_grad + place, through_up, mask=inside)
-            tl.store(gate_grad + place, through_gate, mask=inside)
+            tl.store(up_grad + place, through_up, mask=tl.trans(inside))
+            tl.store(gate_grad + place, through_gate, mask=tl.trans(inside))
         if gate_rank > 0:
             of_gate = tl.dot(through_gate, gate_a, of_gate, input_precision="ieee")
         if up_rank > 0:
