@@ -15,7 +15,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
-from qlora_kit.export.targets.fp8_rows import write_fp8_rows
+from qlora_kit.export.targets.fp8_rows import OUTPUT_HEAD, write_fp8_rows
 from qlora_kit.export.targets.requantized import Replacements, changed_tensors
 from qlora_kit.export.targets.splice import splice_checkpoint
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
@@ -23,7 +23,6 @@ from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUTPUT_HEAD = "lm_head"
 # What vLLM's kernels take.
 GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 ROUNDED_WITH_FEEDBACK = (CompressedScheme.W4A16, CompressedScheme.W8A16, CompressedScheme.W8A8)

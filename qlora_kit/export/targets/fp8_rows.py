@@ -4,64 +4,49 @@ Nothing is calibrated, so the model need not be loaded: weights are read, rounde
 on a GPU where there is one, and written.
 """
 
-from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
+from qlora_kit.schema.export import CompressedScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OUTPUT_HEAD = "lm_head"
-SCHEME, FORMAT, OBSERVER = "FP8_DYNAMIC", "float-quantized", "memoryless_minmax"
+FORMAT, OBSERVER = "float-quantized", "memoryless_minmax"
 
 
 def write_fp8_rows(model_dir: Path, out_dir: Path) -> bool:
     """Write a 16-bit model folder with its linear weights in FP8, but for the output head.
 
     Returns:
-        False, with nothing written, where a linear layer is stored in another way than the model has it.
+        False, with nothing written, where the model has a parameter that is stored in another way.
     """
-    if (places := _linear_weights(model_dir)) is None:
+    if (names := _linear_weights(model_dir)) is None:
         return False
-    splice_checkpoint(model_dir, out_dir, RoundedRows(places), _quantization())
+    splice_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, _quantization())
     return True
 
 
-class RoundedRows(Mapping[str, Mapping[str, "Tensor"]]):
-    """By a weight's name the tensors that stand in its place, made when they are asked for.
+def _rounded(name: str, weight: "Tensor") -> "dict[str, Tensor]":
+    """A weight's codes and scales."""
+    import torch
+    from compressed_tensors.quantization import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
 
-    Args:
-        places: the file of each weight.
+    weight, settings = weight.to("cuda" if torch.cuda.is_available() else "cpu"), _scheme().weights
+    scale, zero = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), settings)
+    codes = quantize(weight, scale, zero, settings, dtype=settings.pytorch_dtype())
+    return {name: codes.cpu(), f"{name}_scale": scale.cpu()}
+
+
+def _linear_weights(model_dir: Path) -> list[str] | None:
+    """Names of the weights that are rounded; None unless every parameter is stored under its own name, in its shape.
+
+    Experts of a mixture, for one, are stored apart and loaded as one.
     """
-
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        self._places = places
-
-    def __getitem__(self, name: str) -> "dict[str, Tensor]":
-        import torch
-        from compressed_tensors.quantization import quantize
-        from compressed_tensors.quantization.utils import calculate_qparams
-        from safetensors import safe_open
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with safe_open(self._places[name], "pt", device=device) as file:
-            weight = file.get_tensor(name)
-        settings = _scheme().weights
-        scale, zero = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), settings)
-        codes = quantize(weight, scale, zero, settings, dtype=settings.pytorch_dtype())
-        return {name: codes.cpu(), f"{name}_scale": scale.cpu()}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _linear_weights(model_dir: Path) -> dict[str, Path] | None:
-    """The file of every linear weight but the head's; None if one is not stored under its name in the model."""
     import torch
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,20 +54,21 @@ def _linear_weights(model_dir: Path) -> dict[str, Path] | None:
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linears = [(name, part) for name, part in model.named_modules() if type(part) is torch.nn.Linear]
-    wanted = {f"{name}.weight": list(part.weight.shape) for name, part in linears if name != OUTPUT_HEAD}
-    found: dict[str, Path] = {}
+    head = f"{OUTPUT_HEAD}.weight"
+    missing = {name: list(part.shape) for name, part in model.named_parameters() if name != head}
     for path in weight_files(model_dir):
         with safe_open(path, "pt") as file:
-            names = [name for name in wanted if name in set(file.keys())]
-            found |= {name: path for name in names if file.get_slice(name).get_shape() == wanted[name]}
-    return found if wanted and len(found) == len(wanted) else None
+            for name in missing.keys() & set(file.keys()):
+                if file.get_slice(name).get_shape() == missing[name]:
+                    del missing[name]
+    linears = [f"{name}.weight" for name, part in model.named_modules() if type(part) is torch.nn.Linear]
+    return None if missing else [name for name in linears if name != head]
 
 
 def _scheme() -> Any:
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    return preset_name_to_scheme(SCHEME, ["Linear"])
+    return preset_name_to_scheme(CompressedScheme.FP8_DYNAMIC.value, ["Linear"])
 
 
 def _quantization() -> dict[str, object]:

@@ -1,7 +1,7 @@
 """A checkpoint that equals another but for some tensors: what both 4-bit layouts hand over."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,9 @@ from qlora_kit.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Tensors = Mapping[str, "Tensor"]
+Replacement = Tensors | Callable[["Tensor"], Tensors]
 
 INDEX = "model.safetensors.index.json"
 
@@ -29,14 +32,14 @@ def weight_files(model_dir: Path) -> list[Path]:
 def splice_checkpoint(
     model_dir: Path,
     out_dir: Path,
-    replacements: Mapping[str, Mapping[str, "Tensor"]],
+    replacements: Mapping[str, Replacement],
     quantization: Mapping[str, object],
 ) -> None:
     """Copy a model folder, each named tensor replaced by others and a quantization_config added to config.json.
 
     Args:
-        replacements: source tensor name to the tensors (name to CPU tensor) that stand in its place; they go to
-            the file that the source tensor lies in, so shards stay shards.
+        replacements: source tensor name to the tensors (name to CPU tensor) that stand in its place, or to what
+            makes them of it; they go to the file that the source tensor lies in, so shards stay shards.
 
     Every other tensor and file keeps its bytes. One shard is held in memory at a time.
 
@@ -50,7 +53,8 @@ def splice_checkpoint(
     for path in weight_files(model_dir):
         written: dict[str, Tensor] = {}
         for name, tensor in load_file(path).items():
-            written |= replacements.get(name, {name: tensor})
+            new: Replacement = replacements.get(name, {name: tensor})
+            written |= new(tensor) if callable(new) else new
             missing.discard(name)
         save_file(written, out_dir / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(written, path.name)
