@@ -194,11 +194,12 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
         )
     if walk.find_path(root, key):
         return None
-    field = walk.nearest_path(root, key, override.value())
-    near = field or (None if "." in key else nearest(key, list(groups())))
-    fix = f"{near}={override.value()}" if near else f"qlora-kit {_verb_of(root)} --help lists every field"
-    if field:
-        fix = walk.example(root, field, override.value())
+    if near := walk.nearest_path(root, key, override.value()):
+        fix = walk.example(root, near, override.value())
+    elif "." not in key and (near := nearest(key, list(groups()))):
+        fix = f"{near}={override.value()}"
+    else:
+        fix = f"qlora-kit {_verb_of(root)} --help lists every field"
     return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
 
 

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from omegaconf import MISSING
+
 from qlora_kit.schema.field import Knob, Sealed
 
 
@@ -83,8 +85,10 @@ def takes(annotation: Any, value: object) -> bool:
     if hasattr(annotation, "__members__"):
         return str(value) in annotation.__members__
     kind = typing.get_origin(annotation) or annotation
-    if not isinstance(kind, type) or isinstance(value, bool):
-        return kind is bool or not isinstance(kind, type)
+    if not isinstance(kind, type):
+        return True
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if kind is float else kind)
 
 
@@ -103,9 +107,11 @@ def example(root: type[Sealed], path: str, value: object) -> str:
     """`path=value`, with the field's own default in the place of a value that it does not take."""
     annotation, field = next((annotation, field) for known, annotation, field in schema_paths(root) if known == path)
     if not takes(annotation, value):
-        default = getattr(field.default, "name", field.default)
-        is_known = field.default not in (dataclasses.MISSING, "???")
-        value = ("null" if default is None else default) if is_known else f"<{type_name(annotation)}>"
+        value = getattr(field.default, "name", field.default)
+        if value in (dataclasses.MISSING, MISSING):
+            value = f"<{type_name(annotation)}>"
+    if value is None:
+        value = "null"
     if isinstance(value, list):
         value = f"[{','.join(map(str, value))}]"
     return f"{path}={value}"

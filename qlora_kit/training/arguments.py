@@ -45,7 +45,6 @@ def sft_config(
     """
     loop, optim = recipe.trainer, recipe.optim
     steps = loop.steps(items, processes)
-    evaluation = "steps" if evaluates and loop.eval_every_steps else "no"
     return ProcessConfig(
         output_dir=str(checkpoints),
         max_length=None,
@@ -70,7 +69,7 @@ def sft_config(
         save_strategy="steps",
         save_steps=loop.save_every_steps,
         save_total_limit=loop.keep_checkpoints,
-        eval_strategy=evaluation,
+        eval_strategy="steps" if evaluates and loop.eval_every_steps else "no",
         eval_steps=loop.eval_every_steps,
         prediction_loss_only=True,
         disable_tqdm=True,
