@@ -10,19 +10,18 @@ was written before is flushed from the cache between calls, as other kernels do 
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from train_step.ceiling import milliseconds
 
 if TYPE_CHECKING:
     from qlora_kit.engine.gated_triton import Walk
 
-HIDDEN, INNER, HEAD, KV, RANK, ROW = 4096, 14336, 128, 1024, 16, 2048
+HIDDEN, INNER, HEAD, RANK, ROW = 4096, 14336, 128, 16, 2048
 BF16 = 2  # bytes
 FLUSHED = 1 << 27  # bytes, more than a cache holds
-REPEATS = 20
 
 
 class Case(NamedTuple):
@@ -44,37 +43,25 @@ def low_rank(tokens: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """The median time of a call."""
+    """The median time of a call that finds nothing in the cache."""
     flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    pairs = []
-    for _ in range(REPEATS):
-        flushed.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        call()
-        end.record()
-        pairs.append((begin, end))
-    torch.cuda.synchronize()
-    return 1000 * statistics.median(float(begin.elapsed_time(end)) for begin, end in pairs)
+    return 1000 * milliseconds(call, before=flushed.zero_)
 
 
-def gated_cases(tokens: int, walks: tuple["Walk | None", "Walk | None"] = (None, None)) -> Iterator[Case]:
-    """The two of the MLP; with other shares of the work than the package has chosen."""
+def gated_cases(tokens: int, walk: "Walk | None" = None) -> Iterator[Case]:
+    """The two of the MLP; with another share of the work than the package has chosen."""
     from qlora_kit.engine import gated_triton
 
     wide = tokens * INNER * BF16
     gate, up, grad = (drawn(tokens, INNER) for _ in range(3))
     ofs = low_rank(tokens, INNER), low_rank(tokens, INNER), low_rank(tokens, INNER)
     down = drawn(RANK, INNER, scale=0.02)
-    ahead, back = walks
-    yield Case("gated", lambda: gated_triton.gated(gate, up, ofs[:2], down, True, ahead), 3 * wide)
+    yield Case("gated", lambda: gated_triton.gated(gate, up, ofs[:2], down, True, walk), 3 * wide)
     first, second = drawn(tokens, 2 * INNER).chunk(2, dim=1)
-    walk = back or gated_triton.BACKWARD
+    back = walk or gated_triton.BACKWARD
     yield Case(
         "gated backward",
-        lambda: gated_triton.gated_backward(gate, up, grad, ofs, True, (first, second), walk),
+        lambda: gated_triton.gated_backward(gate, up, grad, ofs, True, (first, second), back),
         5 * wide,
     )
 
@@ -123,7 +110,7 @@ def walked(tokens: int) -> Iterator[Case]:
     sizes = itertools.product((32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (1, 2, 3))
     for size, columns, parts, warps, stages in sizes:
         walk = Walk(size, columns, parts, warps, stages)
-        for case in gated_cases(tokens, (walk, walk)):
+        for case in gated_cases(tokens, walk):
             yield case._replace(name=f"{case.name} {size}x{columns}, {parts} parts, {warps} warps, {stages} stages")
 
 

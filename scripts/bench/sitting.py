@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BENCH = Path(__file__).parent
-REPOSITORY = BENCH.parents[1]
+from train_step.parent import BENCH, OFFLINE, REPOSITORY
+
 SPEED = (
     "qlora_kit:few_copies:bf16:8b:4x2048",
     "unsloth:no_recompute:bf16:8b:4x2048",
@@ -56,7 +56,7 @@ GRACE = 20  # seconds that a job has to end once it is asked to
 
 @dataclass(frozen=True)
 class Job:
-    """A command of its own, which finds its packages in `site` unless it looks after that itself."""
+    """A command of its own, which finds packages in `site` first."""
 
     name: str
     line: tuple[str, ...]
@@ -80,20 +80,18 @@ def jobs(chosen: argparse.Namespace) -> list[Job]:
         steps("large", only=LARGE),
         Job("quantize", ("quantize_8b.py", *quantize), chosen.quantizers_site),
         Job("parity", ("parity.py", "--base", str(chosen.base), "--text", str(chosen.text), "--picture",
-                       str(chosen.work / "parity.svg")), chosen.site),
+                       str(chosen.work / "parity.svg"))),
         steps("profile", "--profile", only=PROFILED),
         steps("small", only=SMALL),
-        Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"), chosen.site),
+        Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu")),
     ]  # fmt: skip
 
 
 def run(job: Job, gpu: int, chosen: argparse.Namespace, end: float) -> str:
     """Do a job on one GPU; how it ended, in words."""
-    paths = [str(path) for path in (job.site, chosen.site, BENCH, REPOSITORY) if path is not None]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if job.site is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    places = (job.site, chosen.site, BENCH, REPOSITORY, os.environ.get("PYTHONPATH"))
+    paths = [str(place) for place in places if place]
+    environment = {**os.environ, **OFFLINE, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": os.pathsep.join(paths)}
     line = list(job.line)
     if line[0].endswith(".py"):
         line = [str(BENCH / line[0]), *line[1:], "--results", str(chosen.work / "results" / job.name)]

@@ -10,13 +10,14 @@ REPEATS = 10
 COPIED = 1 << 30  # bytes
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """The median time of a call on the GPU, after three to warm up."""
+def milliseconds(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """The median time of a call on the GPU, after three to warm up; `before` is made each time and does not count."""
     for _ in range(3):
         call()
     times = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before()
         begin.record()
         call()
         end.record()

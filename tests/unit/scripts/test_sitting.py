@@ -3,17 +3,16 @@
 import argparse
 import json
 import time
+from pathlib import Path
 
 import pytest
+
+BENCH = Path(__file__).parents[3] / "scripts" / "bench"
 
 
 @pytest.fixture
 def sitting(monkeypatch):
-    from pathlib import Path
-
-    import qlora_kit
-
-    monkeypatch.syspath_prepend(str(Path(qlora_kit.__file__).parents[1] / "scripts" / "bench"))
+    monkeypatch.syspath_prepend(str(BENCH))
     import sitting
 
     return sitting
