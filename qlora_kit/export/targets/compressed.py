@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core import extras
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.targets.fp8_rows import OUTPUT_HEAD, write_fp8_rows
@@ -65,14 +65,14 @@ def write_compressed(
         what = "an fp8 key-value cache" if target.kv_cache_fp8 else target.scheme.value
         raise RecipeError(f"{what} needs calibration rows and got none")
     with _environment_restored(TOKENIZER_THREADS):
-        require("llmcompressor", "compressed-tensors export")
         _write(model_dir, out_dir, target, rows)
 
 
 def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
     is_rounded_by_row = target.scheme is CompressedScheme.FP8_DYNAMIC and not target.kv_cache_fp8
-    if is_rounded_by_row and write_fp8_rows(model_dir, out_dir):
+    if is_rounded_by_row and extras.is_present("llmcompressor") and write_fp8_rows(model_dir, out_dir):
         return
+    extras.require("llmcompressor", "compressed-tensors export")
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
         made = Path(work) / "quantised"
         with _quiet():
