@@ -151,7 +151,10 @@ def _modifiers(model: "PreTrainedModel", target: CompressedTarget) -> list[Any]:
     if target.kv_cache_fp8:
         layers["kv_cache_scheme"] = KV_CACHE
     if scheme is CompressedScheme.W4A16:
-        layers["config_groups"] = {"group_0": _grouped_scheme(target.group_size)}
+        layers["config_groups"] = {"group_0": _integer_scheme(4, target.group_size)}
+    elif scheme is CompressedScheme.W8A16:
+        # The library's own has groups of 128, which do not divide every width.
+        layers["config_groups"] = {"group_0": _integer_scheme(8, WHOLE_ROW)}
     else:
         layers |= {"targets": ["Linear"], "scheme": scheme.value}
     if scheme not in ROUNDED_WITH_FEEDBACK:
@@ -163,10 +166,10 @@ def _modifiers(model: "PreTrainedModel", target: CompressedTarget) -> list[Any]:
     return [smooth, GPTQModifier(**layers)]
 
 
-def _grouped_scheme(group_size: int) -> dict[str, object]:
+def _integer_scheme(bits: int, group_size: int) -> dict[str, object]:
     whole_row = group_size == WHOLE_ROW
     weights = {
-        "num_bits": 4,
+        "num_bits": bits,
         "type": "int",
         "symmetric": True,
         "strategy": "channel" if whole_row else "group",

@@ -196,6 +196,13 @@ def test_only_what_was_quantised_differs_and_nothing_is_local(source: Path, tmp_
 
 
 @pytest.mark.slow
+def test_eight_bits_have_one_scale_a_row_so_that_any_width_will_do(source: Path, tmp_path: Path) -> None:
+    out = write(source, tmp_path / "out", CompressedTarget(CompressedScheme.W8A16))
+    scales = {name: part for name, part in load_file(out / "model.safetensors").items() if name.endswith("_scale")}
+    assert scales and all(part.shape[1] == 1 for part in scales.values())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [CompressedScheme.W8A16, CompressedScheme.FP8_DYNAMIC])
 def test_gemmas_norms_keep_their_bytes(scheme: CompressedScheme, tmp_path: Path) -> None:
     source = build_tiny_model("gemma3", tmp_path / "source", dtype=torch.bfloat16)
