@@ -30,6 +30,7 @@ KILLS = {
     "gptq": Kill("gptq_4bit_g64", ".gptq_4bit_g64.*.partial"),
     "awq": Kill("awq_4bit_g64", ".awq_4bit_g64.*.partial"),
     "compressed": Kill("w4a16_g64", ".w4a16_g64.*.partial/.compressed-*/*"),
+    "fp8_by_row": Kill("fp8_dynamic", ".fp8_dynamic.*.partial"),
     "bnb": Kill("bnb_nf4", ".bnb_nf4.*.partial/.bnb-*/*"),
     "adapter_peft": Kill("adapter_peft", ".adapter_peft.*.partial/*"),
     # Scored on the base as GGUF, which is written for that.
