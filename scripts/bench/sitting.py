@@ -1,7 +1,7 @@
 """Runs the benchmarks of one machine side by side: each GPU does one at a time, and takes the next when it is done.
 
-The first GPU begins with the steps of the 8B shape, ours and the peers'. What compares stacks is always one job, so
-that both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped,
+The first GPU begins with the steps of the 8B shape, ours and the peers'. What compares times is always one job, so that
+both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped,
 and every row measured until then is kept:
 
     python scripts/bench/sitting.py --work /tmp/sitting --site /tmp/site --peers-site /tmp/peers \\
@@ -13,13 +13,14 @@ Writes the files that the single benchmarks would write, into --results; logs ar
 import argparse
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,24 @@ LARGE = (
     "unsloth:default:bf16:70b:1x8192",
 )
 SMALL = ("qlora_kit:fast:bf16:1b:4x2048", "unsloth:no_recompute:bf16:1b:4x2048", "unsloth:default:bf16:1b:4x2048")
-PROFILED = ("qlora_kit:fast:bf16:8b:4x2048", "qlora_kit:no_recompute:fp8:8b:4x2048")
-LONGEST_OF = ("qlora_kit:fast:bf16", "unsloth:default:bf16")
+PROFILED = ("qlora_kit:few_copies:bf16:8b:4x2048", "qlora_kit:fast:fp8:8b:4x2048")
+LONGEST = {  # stack, and by GB the tokens that are tried first
+    "qlora_kit:fast:bf16": {24: 163_840, 80: 655_360},
+    "unsloth:default:bf16": {24: 57_344, 80: 233_472},
+}
+GROWTH = 1.125  # from one length to the next
+TAKING = threading.Lock()
 GRACE = 20  # seconds that a job has to end once it is asked to
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command of its own, which finds packages in `site` first."""
+    """A command of its own, which finds packages in `site` first; what is not timed shares a GPU with its like."""
 
     name: str
     line: tuple[str, ...]
     site: Path | None = None
+    is_timed: bool = True
 
 
 def jobs(chosen: argparse.Namespace) -> list[Job]:
@@ -68,23 +75,28 @@ def jobs(chosen: argparse.Namespace) -> list[Job]:
 
     def steps(name: str, *more: str, only: tuple[str, ...] = ()) -> Job:
         sites = ("--site", str(chosen.site), "--peers-site", str(chosen.peers_site))
-        work = ("--work", str(chosen.work / name), "--limit", "240", "--longest-limit", "400")
-        return Job(name, ("train_step.py", "--only", *only, *sites, *work, *more))
+        work = ("--work", str(chosen.work / name), "--bases", str(chosen.work / "bases"))
+        limits = ("--limit", "240", "--longest-limit", "500")
+        return Job(name, ("train_step.py", "--only", *only, *sites, *work, *limits, *more))
 
-    longest = ("--longest-of", *LONGEST_OF, "--longest-in-blocks", "--longest")
+    def longest(gigabytes: int, stack: str) -> Job:
+        name = f"longest_{gigabytes}_{stack.partition(':')[0]}"
+        first = ("--longest-first", str(LONGEST[stack][gigabytes]), "--longest-growth", str(GROWTH))
+        blocks = ("--longest-of", stack, "--longest-in-blocks", "--no-ceiling")
+        return steps(name, "--longest", str(gigabytes), *blocks, *first)
+
     quantize = ("--layers", "1", "3", "--rows", "64", "--work", str(chosen.work / "quantize"))
+    picture = ("--picture", str(chosen.work / "parity.svg"))
+    parity = ("parity.py", "--base", str(chosen.base), "--text", str(chosen.text), *picture)
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", "--dist", "loadfile", "tests/gpu")
     return [
-        steps("speed", only=SPEED),
-        steps("longest_80", *longest, "80", "--longest-first", "262144"),
-        steps("longest_24", *longest, "24", "--longest-first", "65536"),
-        steps("large", only=LARGE),
+        steps("speed", "--ahead", "--profile", *PROFILED, only=(*SPEED, *SMALL)),
+        steps("large", "--no-ceiling", only=LARGE),
         Job("quantize", ("quantize_8b.py", *quantize), chosen.quantizers_site),
-        Job("parity", ("parity.py", "--base", str(chosen.base), "--text", str(chosen.text), "--picture",
-                       str(chosen.work / "parity.svg"))),
-        steps("profile", "--profile", only=PROFILED),
-        steps("small", only=SMALL),
-        Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu")),
-    ]  # fmt: skip
+        *(longest(gigabytes, stack) for gigabytes in (80, 24) for stack in LONGEST),
+        Job("parity", parity, is_timed=False),
+        Job("tests", tests, is_timed=False),
+    ]
 
 
 def run(job: Job, gpu: int, chosen: argparse.Namespace, end: float) -> str:
@@ -110,17 +122,27 @@ def run(job: Job, gpu: int, chosen: argparse.Namespace, end: float) -> str:
             return "was stopped: the time is over"
 
 
-def work_on(gpu: int, waiting: "queue.Queue[Job]", chosen: argparse.Namespace, end: float) -> None:
+def work_on(gpu: int, waiting: deque[Job], chosen: argparse.Namespace, end: float) -> None:
     """What one GPU does until the time is over, or nothing is left."""
     began = time.monotonic()
-    while time.monotonic() < end:
-        try:
-            job = waiting.get_nowait()
-        except queue.Empty:
-            return
+
+    def done(job: Job) -> None:
         print(f"{time.monotonic() - began:5.0f} s  GPU {gpu}  {job.name} begins", flush=True)
         how = run(job, gpu, chosen, end)
         print(f"{time.monotonic() - began:5.0f} s  GPU {gpu}  {job.name} {how}", flush=True)
+
+    while time.monotonic() < end and (jobs := taken(waiting)):
+        with ThreadPoolExecutor(len(jobs)) as side_by_side:
+            list(side_by_side.map(done, jobs))
+
+
+def taken(waiting: deque[Job]) -> list[Job]:
+    """The next job, and with one that is not timed all others that are not; no more if none is left."""
+    with TAKING:
+        jobs = [waiting.popleft()] if waiting else []
+        while jobs and not jobs[0].is_timed and waiting and not waiting[0].is_timed:
+            jobs.append(waiting.popleft())
+        return jobs
 
 
 def joined(contents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -173,27 +195,23 @@ def main() -> None:
     chosen = arguments()
     chosen.work = chosen.work.resolve()
     (chosen.work / "results").mkdir(parents=True, exist_ok=True)
-    speed, *rest = jobs(chosen)
-    names = [job.name for job in (speed, *rest)]
+    every = jobs(chosen)
+    names = [job.name for job in every]
     if not chosen.gather:
         import torch
 
         count, end = chosen.gpus or torch.cuda.device_count(), time.monotonic() + chosen.seconds
-        first, others = (queue.Queue[Job]() for _ in range(2))
-        for job in (speed, *rest):
-            if chosen.only is None or job.name in chosen.only:
-                (first if job is speed else others).put(job)
+        wanted = [job for job in every if chosen.only is None or job.name in chosen.only]
+        first = deque(job for job in wanted if job is every[0])
+        others = deque(job for job in wanted if job is not every[0])
 
         def whole_queue(gpu: int) -> None:
             if gpu == 0:
                 work_on(gpu, first, chosen, end)
             work_on(gpu, others, chosen, end)
 
-        threads = [threading.Thread(target=whole_queue, args=(gpu,)) for gpu in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(count) as gpus:
+            list(gpus.map(whole_queue, range(count)))
     gather(chosen.work, names, chosen.results)
 
 

@@ -7,6 +7,7 @@ median of six after three to warm up; tokens are counted without padding. A run 
     python scripts/bench/train_step.py --quick --site /tmp/site --peers-site /tmp/peers
     python scripts/bench/train_step.py --only qlora_kit:fast:bf16:8b:4x2048 unsloth:no_recompute:bf16:8b:1x8192
     python scripts/bench/train_step.py --quick --profile          # where a step of qlora_kit spends its time
+    python scripts/bench/train_step.py --quick --ahead    # import the next run's packages while one is measured
     python scripts/bench/train_step.py --only --longest 24 80     # the longest row that trains in so many 10^9 bytes
     python scripts/bench/train_step.py --cpu                      # a tiny shape, to try the script
 
@@ -15,14 +16,18 @@ keeps what it was under `before`.
 """
 
 import argparse
+import itertools
 import json
 import re
 import tempfile
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from train_step.parent import REPOSITORY, Machine
+from train_step.parent import REPOSITORY, Job, Machine
 from train_step.runs import BATCHES, QUICK, Batch, Run, every_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,16 +41,22 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", metavar="RUN", help="stack:variant:compute:shape:batch; none: no such run")
     parser.add_argument("--quick", action="store_true", help="8b at 4x2048 for every stack")
     parser.add_argument("--shape", default="8b", choices=("1b", "8b", "70b"), help="unless --only names it")
-    parser.add_argument("--profile", action="store_true", help="one more step of qlora_kit's runs, by kind of work")
+    parser.add_argument(
+        "--profile", nargs="*", metavar="RUN", help="one more step by kind of work, of these runs or all of qlora_kit"
+    )
+    parser.add_argument("--ahead", action="store_true", help="import the next run's packages while one is measured")
+    parser.add_argument("--no-ceiling", action="store_true", help="do not measure what the device can do at best")
     parser.add_argument(
         "--longest", nargs="*", type=float, default=[], metavar="GB", help="for the shape, in 10^9 bytes"
     )
     parser.add_argument("--longest-of", nargs="*", default=LONGEST, metavar="STACK:VARIANT:COMPUTE")
     parser.add_argument("--longest-in-blocks", action="store_true", help="cheaper attention that needs the same memory")
     parser.add_argument("--longest-first", type=int, default=8192, metavar="TOKENS", help="that are tried first")
+    parser.add_argument("--longest-growth", type=float, default=2, metavar="TIMES", help="from one to the next")
     parser.add_argument("--site", type=Path, help="packages of qlora_kit, unless this Python has them")
     parser.add_argument("--peers-site", type=Path, help="packages of the other stacks, likewise")
-    parser.add_argument("--work", type=Path, help="for bases, rows and logs; a new folder below /tmp unless given")
+    parser.add_argument("--work", type=Path, help="for rows and logs; a new folder below /tmp unless given")
+    parser.add_argument("--bases", type=Path, help="for models that are loaded; in --work unless given")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--limit", type=float, default=180, help="seconds for one run")
     parser.add_argument("--longest-limit", type=float, default=600, help="seconds for one search")
@@ -62,6 +73,13 @@ def chosen_runs(chosen: argparse.Namespace) -> list[Run]:
     if chosen.quick:
         return every_run(chosen.shape, QUICK)
     return every_run(chosen.shape, BATCHES)
+
+
+def profiled_runs(chosen: argparse.Namespace, runs: list[Run]) -> list[Run]:
+    """Those of which a profile is wanted."""
+    if chosen.profile is None:
+        return []
+    return [Run.parse(name) for name in chosen.profile] or [run for run in runs if run.is_ours]
 
 
 class Results:
@@ -99,21 +117,35 @@ class Results:
         partial.replace(self.path)
 
 
-def measure(machine: Machine, run: Run, profile: bool) -> dict[str, Any]:
-    """One run, with the base that its stack loads."""
-    base = machine.base(run.shape) if run.stack == "unsloth" and not machine.cpu else {"base": ""}
-    if "error" in base:
-        return {"error": f"no base: {base['error']}"}
-    return machine.job("train", str(run), run, base=base["base"], profile=profile)
+def rows_of(
+    machine: Machine, runs: list[Run], profiled: list[Run], *, is_ahead: bool
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run with its row; the next process has imported its packages by then if `is_ahead`."""
+    bases = {(run.stack, run.shape): machine.base(run) for run in runs}
+    able = [run for run in runs if "error" not in bases[run.stack, run.shape]]
+    rest, begun = iter(able), deque[Job]()
+    try:
+        for run in runs:
+            base = bases[run.stack, run.shape]
+            while "error" not in base and len(begun) <= is_ahead and (following := next(rest, None)):
+                place = bases[following.stack, following.shape]["base"]
+                begun.append(
+                    machine.begin("train", str(following), following, base=place, profile=following in profiled)
+                )
+            yield run, begun.popleft().result() if "error" not in base else base
+    finally:
+        for job in begun:
+            job.stop()
 
 
-def search(machine: Machine, run: Run, gigabytes: float, *, blocks: bool, first: int) -> dict[str, Any]:
+def search(machine: Machine, run: Run, gigabytes: float, chosen: argparse.Namespace) -> dict[str, Any]:
     """The longest row for one stack and amount of memory."""
-    base = machine.base(run.shape) if run.stack == "unsloth" else {"base": ""}
+    base = machine.base(run)
     if "error" in base:
-        return {"error": f"no base: {base['error']}"}
+        return base
     name = f"longest-{gigabytes:g}-{run}"
-    return machine.job("longest", name, run, base=base["base"], gb=gigabytes, blocks=blocks, first=first)
+    how = {"blocks": chosen.longest_in_blocks, "first": chosen.longest_first, "growth": chosen.longest_growth}
+    return machine.job("longest", name, run, base=base["base"], gb=gigabytes, **how)
 
 
 def row_line(run: Run, row: dict[str, Any]) -> str:
@@ -132,39 +164,33 @@ def main() -> None:
     runs = chosen_runs(chosen)
     work = (chosen.work or Path(tempfile.mkdtemp(prefix="train_step_"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    machine = Machine(work, chosen.site, chosen.peers_site, chosen.cpu, chosen.limit)
-    about = machine.job("about", "about")
+    machine = Machine(work, chosen.bases or work, chosen.site, chosen.peers_site, chosen.cpu, chosen.limit)
+    about = machine.job("about", "about", ceiling=not chosen.no_ceiling)
     if "error" in about:
         print(f"the device is unknown: {about['error']}", flush=True)
     results = Results(chosen.results, about)
     print(f"{results.found['device']}; logs in {work / 'logs'}; {results.found['ceiling']}")
     print(f"{'stack':10} {'variant':13} {'compute':13} {'shape':5} {'batch':14}  tokens/s   step s  peak GB  first s "
           "    loss       to", flush=True)  # fmt: skip
-    for run in runs:
-        row = measure(machine, run, chosen.profile and run.is_ours)
+    for run, row in rows_of(machine, runs, profiled_runs(chosen, runs), is_ahead=chosen.ahead):
         results.add("rows", run.identity, run, row)
         print(row_line(run, row), flush=True)
         for name, value in row.get("profile", {}).items():
             print(f"    {name}: {value}", flush=True)
-    searching = Machine(work, chosen.site, chosen.peers_site, chosen.cpu, chosen.longest_limit)
-    for gigabytes in chosen.longest:
-        for name in chosen.longest_of:
-            run = Run.parse(f"{name}:{chosen.shape}:1x{64 if chosen.cpu else 2048}")
-            row = search(searching, run, gigabytes, blocks=chosen.longest_in_blocks, first=chosen.longest_first)
-            identity: dict[str, object] = {
-                "stack": run.stack,
-                "variant": run.variant,
-                "compute": run.compute,
-                "shape": run.shape,
-            }
-            identity |= {"gb": gigabytes, "attention": "in blocks" if chosen.longest_in_blocks else "whole"}
-            results.add("longest", identity, run, row)
-            final = "" if row.get("is_final") else f"at least; {row.get('error', '')[:110]}"
-            print(
-                f"longest {run.stack:10} {run.variant:13} {gigabytes:5g} GB {row.get('tokens', 0):8} {final}",
-                flush=True,
-            )
+    searches(replace(machine, limit=chosen.longest_limit), results, chosen)
     print(results.path.relative_to(REPOSITORY) if results.path.is_relative_to(REPOSITORY) else results.path)
+
+
+def searches(machine: Machine, results: Results, chosen: argparse.Namespace) -> None:
+    """Find the longest rows, print, store."""
+    for gigabytes, name in itertools.product(chosen.longest, chosen.longest_of):
+        run = Run.parse(f"{name}:{chosen.shape}:1x{64 if chosen.cpu else 2048}")
+        row = search(machine, run, gigabytes, chosen)
+        identity = {part: run.identity[part] for part in ("stack", "variant", "compute", "shape")}
+        identity |= {"gb": gigabytes, "attention": "in blocks" if chosen.longest_in_blocks else "whole"}
+        results.add("longest", identity, run, row)
+        final = "" if row.get("is_final") else f"at least; {row.get('error', '')[:110]}"
+        print(f"longest {run.stack:10} {run.variant:13} {gigabytes:5g} GB {row.get('tokens', 0):8} {final}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""One job in a process of its own: `python -m train_step.child JOB.json`; the result is written as JSON beside it."""
+"""One job in a process of its own: `python -m train_step.child FOLDER`, which holds the job and gets the result."""
 
 import json
 import os
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qlora_kit.core.environment import capture_environment, package_versions
+from train_step.parent import JOB, RESULT, TURN
 from train_step.runs import Run
 
+PAUSE = 0.02  # seconds between two looks whether the turn has come
+STACKS = {"qlora_kit": "ours", "unsloth": "unsloth"}  # modules; the others share one
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo", "liger-kernel")
 
 
@@ -21,34 +26,33 @@ def write(path: Path, value: object) -> None:
     partial.replace(path)
 
 
-def about() -> dict[str, object]:
-    """The device, its driver's software and its ceilings."""
+def about(*, with_ceiling: bool) -> dict[str, object]:
+    """The device, its driver's software, and its ceilings if they are wanted."""
     import torch
 
     environment = {name: value for name, value in capture_environment().items() if name != "platform"}
-    if not torch.cuda.is_available():
-        return {"device": "cpu", "environment": environment, "ceiling": {}}
-    from train_step.ceiling import ceiling
+    found: dict[str, object] = {"device": "cpu", "environment": environment, "ceiling": {}}
+    if torch.cuda.is_available():
+        from train_step.ceiling import ceiling
 
-    return {"device": torch.cuda.get_device_name(0), "environment": environment, "ceiling": ceiling()}
-
-
-def train(job: dict[str, Any], run: Run, work: Path) -> dict[str, object]:
-    """Measure one run."""
-    if run.stack == "unsloth":
-        from train_step.stacks import unsloth
-
-        return unsloth.train(run, Path(job["base"]))
-    if run.is_ours:
-        from train_step.stacks import ours
-
-        return ours.train(run, work, profiled=job["profile"])
-    from train_step.stacks import peers
-
-    return peers.train(run, work)
+        found |= {"device": torch.cuda.get_device_name(0), "ceiling": ceiling() if with_ceiling else {}}
+    return found
 
 
-def longest(job: dict[str, Any], run: Run, work: Path, result: Path) -> dict[str, object]:
+def import_stack(run: Run) -> ModuleType:
+    """The module of a run's stack, and the packages that it needs."""
+    return import_module(f"train_step.stacks.{STACKS.get(run.stack, 'peers')}")
+
+
+def wait_for_turn(folder: Path, starter: int) -> None:
+    """Return once the process that started this one lets it go on; end if that one has ended."""
+    while not (folder / TURN).exists():
+        if os.getppid() != starter:
+            os._exit(1)
+        time.sleep(PAUSE)
+
+
+def longest(job: dict[str, Any], run: Run, work: Path) -> dict[str, object]:
     """Look for the longest row that fits; every try is written at once."""
     from train_step.longest import LAST, attention_in_blocks, fill_all_but, tries
 
@@ -67,35 +71,39 @@ def longest(job: dict[str, Any], run: Run, work: Path, result: Path) -> dict[str
 
     def note(seen: list[dict[str, object]]) -> None:
         fitting = [int(str(one["tokens"])) for one in seen if one["fits"]]
-        write(result, {"tokens": max(fitting, default=0), "is_final": False, "tries": seen})
+        write(work / RESULT, {"tokens": max(fitting, default=0), "is_final": False, "tries": seen})
 
-    tokens = tries(step, note, job["first"])
+    tokens = tries(step, note, job["first"], job["growth"])
     del ballast
-    return {**json.loads(result.read_text(encoding="utf-8")), "tokens": tokens, "is_final": True}
+    return {**json.loads((work / RESULT).read_text(encoding="utf-8")), "tokens": tokens, "is_final": True}
 
 
-def do(job: dict[str, Any], result: Path) -> dict[str, object]:
-    """The result of a job."""
-    work = Path(job["work"])
+def do(job: dict[str, Any], folder: Path) -> dict[str, object]:
+    """The result of a job, once its turn has come."""
+    run = None if job["run"] is None else Run.parse(job["run"])
+    if run is not None and job["kind"] == "train":
+        stack = import_stack(run)
+        wait_for_turn(folder, job["starter"])
+        return dict(stack.train(run, Path(job["base"]), folder, profiled=job["profile"]))
+    wait_for_turn(folder, job["starter"])
+    if run is not None:
+        return longest(job, run, folder)
     if job["kind"] == "about":
-        return about()
-    if job["kind"] == "save":
-        from train_step.shapes import save_base
+        return about(with_ceiling=job["ceiling"])
+    from train_step.shapes import save_base
 
-        save_base(job["shape"], Path(job["base"]))
-        return {}
-    run = Run.parse(job["run"])
-    return longest(job, run, work, result) if job["kind"] == "longest" else train(job, run, work)
+    save_base(job["shape"], Path(job["base"]))
+    return {}
 
 
 def main() -> None:
     """Do the job; an error is a result too."""
-    place = Path(sys.argv[1])
-    result = place.with_suffix(".result.json")
+    folder = Path(sys.argv[1])
+    result = folder / RESULT
     began = time.perf_counter()
     found: dict[str, object]
     try:
-        found = do(json.loads(place.read_text(encoding="utf-8")), result)
+        found = do(json.loads((folder / JOB).read_text(encoding="utf-8")), folder)
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip() or "no message").splitlines()[0]

@@ -14,21 +14,22 @@ BLOCK = 128  # tokens that attend to one another where attention is cut into blo
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
-def longest(fits: Callable[[int], bool], first: int, step: int = STEP, last: int = LAST) -> int:
-    """The largest length that fits, by doubling and then halving the gap; 0 if none does.
+def longest(fits: Callable[[int], bool], first: int, growth: float = 2, step: int = STEP, last: int = LAST) -> int:
+    """The largest length that fits, by growing and then halving the gap; 0 if none does.
 
     Lengths are multiples of `step`; the gap to one that does not fit is a step, or a sixteenth of a long row.
 
     Args:
         fits: whether a length in tokens fits; asked for at most once each.
         first: multiple of `step` to begin with.
+        growth: of a length that fits to the next; a small one is quick where `first` is a good guess.
         last: lengths above this are not tried.
     """
     low, high = 0, first
     while high <= last and fits(high):
-        low, high = high, 2 * high
+        low, high = high, max(round(growth * high / step), high // step + 1) * step
     while high - low > max(step, low // PARTS):
-        middle = (low + high) // 2 // step * step
+        middle = int((low + high) / 2 if low else high / growth) // step * step
         if middle <= last and fits(middle):
             low = middle
         else:
@@ -70,13 +71,16 @@ def attention_in_blocks() -> None:
     torch.nn.functional.scaled_dot_product_attention = in_blocks
 
 
-def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None], first: int) -> int:
+def tries(
+    step: Callable[[int], None], note: Callable[[list[dict[str, object]]], None], first: int, growth: float = 2
+) -> int:
     """Find the longest row of which one step fits.
 
     Args:
         step: trains one step on a row of so many tokens.
         note: called with all tries so far after each, so that a cut-off loses none.
         first: tokens to begin with.
+        growth: see `longest`.
     """
     seen: list[dict[str, object]] = []
 
@@ -97,4 +101,4 @@ def tries(step: Callable[[int], None], note: Callable[[list[dict[str, object]]],
         note(seen)
         return not problem
 
-    return longest(fits, first)
+    return longest(fits, first, growth)

@@ -1,5 +1,6 @@
 """Starts each job in a process of its own, with its own packages and a limit on its time."""
 
+import fcntl
 import json
 import os
 import re
@@ -24,6 +25,41 @@ OFFLINE = {
 }
 PREPARING = 180  # seconds that a job without a run may take
 TAIL = 300  # characters of a log that explain a process that ended without a result
+JOB, RESULT, TURN = "job.json", "result.json", "turn"  # in a job's folder; it begins once the last is there
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process of its own, which imports its packages and waits for its turn."""
+
+    process: "subprocess.Popen[bytes]"
+    folder: Path
+    log: Path
+    limit: float
+
+    def result(self) -> dict[str, Any]:
+        """Let the process go on, and wait for it; its result has `error` if it failed or took too long."""
+        (self.folder / TURN).touch()
+        try:
+            ended = self.process.wait(self.limit)
+        except subprocess.TimeoutExpired:
+            ended = None
+        finally:
+            self.stop()
+        place = self.folder / RESULT
+        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        if ended is None:
+            found["error"] = f"took longer than {self.limit:g} s"
+        elif "versions" not in found:
+            tail = self.log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
+            found["error"] = f"ended with {ended}: {tail}"
+        return found
+
+    def stop(self) -> None:
+        """End the process with all that it started, if it has not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @dataclass(frozen=True)
@@ -31,7 +67,8 @@ class Machine:
     """Where jobs run.
 
     Attributes:
-        work: folder for bases, rows and logs; nothing in it is worth keeping but the logs.
+        work: folder for rows and logs; nothing in it is worth keeping but the logs.
+        bases: folder for the models that are loaded from a disk; others may use it at the same time.
         site: packages of qlora_kit, or None where this Python has them.
         peers_site: packages of the other stacks, or None likewise.
         cpu: whether the GPU is hidden.
@@ -39,13 +76,18 @@ class Machine:
     """
 
     work: Path
+    bases: Path
     site: Path | None
     peers_site: Path | None
     cpu: bool
     limit: float
 
     def job(self, kind: str, name: str, run: Run | None = None, **rest: object) -> dict[str, Any]:
-        """Do a job; its result has `error` if it failed or took too long.
+        """Do a job at once; see `Job.result`, and `begin` for the arguments."""
+        return self.begin(kind, name, run, **rest).result()
+
+    def begin(self, kind: str, name: str, run: Run | None = None, **rest: object) -> Job:
+        """Start the process of a job.
 
         Args:
             kind: about, save, train or longest.
@@ -53,19 +95,20 @@ class Machine:
         """
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.work))
-        place, result = folder / "job.json", folder / "job.result.json"
-        job = {"kind": kind, "work": str(folder), "run": None if run is None else str(run), **rest}
-        place.write_text(json.dumps(job), encoding="utf-8")
+        job = {"kind": kind, "starter": os.getpid(), "run": None if run is None else str(run), **rest}
+        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
         log = self.work / "logs" / f"{re.sub(r'[^a-z0-9_-]+', '-', name.lower())}.log"
         environment = self._environment(is_ours=run is None or run.is_ours, is_longest=kind == "longest")
-        limit = self.limit if run is not None else PREPARING
-        ended = _ended([sys.executable, "-m", "train_step.child", str(place)], environment, log, limit)
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-        if ended is None:
-            found["error"] = f"took longer than {limit:g} s"
-        elif "versions" not in found:
-            found["error"] = f"ended with {ended}: {log.read_text(encoding='utf-8', errors='replace')[-TAIL:].strip()}"
-        return found
+        with log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "train_step.child", str(folder)],
+                env=environment,
+                cwd=self.work,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        return Job(process, folder, log, self.limit if run is not None else PREPARING)
 
     def _environment(self, *, is_ours: bool, is_longest: bool) -> dict[str, str]:
         site = self.site if is_ours else self.peers_site
@@ -78,24 +121,13 @@ class Machine:
             environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         return environment
 
-    def base(self, shape: str) -> dict[str, Any]:
-        """Write the random base of a shape once; `base` is its folder."""
-        folder = self.work / f"base-{shape}"
-        failed = {} if folder.is_dir() else self.job("save", f"save-{shape}", shape=shape, base=str(folder))
-        return {"base": str(folder), **({"error": failed["error"]} if "error" in failed else {})}
-
-
-def _ended(line: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
-    """The exit status of a process, or None where it reached the limit and was ended with all that it started."""
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            line, env=environment, cwd=log.parents[1], stdout=stream, stderr=stream, start_new_session=True
-        )
-        try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    def base(self, run: Run) -> dict[str, Any]:
+        """`base` is the folder of the model that a run loads, written here once; empty for one that makes its own."""
+        if run.stack != "unsloth" or self.cpu:
+            return {"base": ""}
+        folder = self.bases / f"base-{run.shape}"
+        self.bases.mkdir(parents=True, exist_ok=True)
+        with (self.bases / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            failed = {} if folder.is_dir() else self.job("save", folder.name, shape=run.shape, base=str(folder))
+        return {"base": str(folder), **({"error": f"no base: {failed['error']}"} if "error" in failed else {})}

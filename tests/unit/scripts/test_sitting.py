@@ -1,8 +1,10 @@
 """All benchmarks of one machine: what is compared shares a GPU, and nothing measured is lost when the time is over."""
 
 import argparse
+import importlib.util
 import json
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,31 @@ def test_every_run_is_known_and_has_its_peer_in_the_same_job(sitting):
         runs = [Run.parse(name) for name in names]
         ours, peers = ({(run.shape, run.batch) for run in runs if run.is_ours is which} for which in (True, False))
         assert ours == peers
-    every = [*sitting.SPEED, *sitting.LARGE, *sitting.SMALL, *sitting.PROFILED]
+    every = [*sitting.SPEED, *sitting.LARGE, *sitting.SMALL]
     assert len({str(Run.parse(name)) for name in every}) == len(every)  # one row each in the file of results
+    assert set(sitting.PROFILED) <= set(sitting.SPEED)
+
+
+def test_commands_are_understood(sitting, tmp_path, monkeypatch):
+    import train_step as package
+
+    spec = importlib.util.spec_from_file_location("train_step_script", BENCH / "train_step.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = [job.line for job in sitting.jobs(chosen(tmp_path)) if job.line[0] == "train_step.py"]
+    assert len(lines) == 6 and package.__path__
+    for line in lines:
+        asked = script.arguments([*line[1:], "--results", str(tmp_path)])
+        assert asked.longest or script.chosen_runs(asked)
+
+
+def test_what_is_not_timed_shares_a_gpu(sitting):
+    names = {"a": True, "b": False, "c": False, "d": True, "e": False}
+    waiting = deque(sitting.Job(name, (), is_timed=is_timed) for name, is_timed in names.items())
+    taken = []
+    while jobs := sitting.taken(waiting):
+        taken.append("".join(job.name for job in jobs))
+    assert taken == ["a", "bc", "d", "e"]
 
 
 def test_a_job_that_takes_too_long_is_stopped(sitting, tmp_path):

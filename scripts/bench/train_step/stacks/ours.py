@@ -83,7 +83,7 @@ def _repeated(packing: Packing, times: int) -> Packing:
     return Packing(np.tile(packing.rows, times), offsets, packing.capacity, packing.tokens * times)
 
 
-def train(run: Run, work: Path, *, profiled: bool = False) -> dict[str, object]:
+def train(run: Run, base: Path, work: Path, *, profiled: bool = False) -> dict[str, object]:
     """Measure a run; with a profile of one more step if asked.
 
     Returns:

@@ -56,7 +56,7 @@ def settings(run: Run, batch_rows: int, work: Path) -> SFTConfig:
     )
 
 
-def train(run: Run, work: Path) -> dict[str, object]:
+def train(run: Run, base: Path, work: Path, *, profiled: bool = False) -> dict[str, object]:
     """Measure a run.
 
     Returns:

@@ -80,7 +80,7 @@ def stepper(model: Any) -> Callable[[dict[str, torch.Tensor]], tuple[torch.Tenso
     return step
 
 
-def train(run: Run, base: Path) -> dict[str, object]:
+def train(run: Run, base: Path, work: Path, *, profiled: bool = False) -> dict[str, object]:
     """Measure a run.
 
     Returns:
