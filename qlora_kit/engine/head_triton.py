@@ -7,6 +7,7 @@ twice and written once. torch.compile makes four passes of it, since it cannot t
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 TILE, WARPS = 4096, 8
 LOWEST = -3.0e38  # stands for no value yet; minus infinity less minus infinity would be no number
@@ -32,10 +33,11 @@ def _fold(
     for start in range(0, vocabulary, tile):
         column = start + lane
         value = tl.load(base + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(best, value)
-        total = total * tl.exp(best - higher) + tl.exp(value - higher)
-        place = tl.where(value > best, column, place)
-        best = higher
+        is_higher = value > best
+        share = libdevice.fast_expf(-tl.abs(value - best))  # of the smaller one in the larger
+        total = tl.where(is_higher, total * share + 1.0, total + share)
+        place = tl.where(is_higher, column, place)
+        best = tl.maximum(best, value)
     highest = tl.max(best, axis=0)
     first = tl.min(tl.where(best == highest, place, vocabulary), axis=0)
     log_total = highest + tl.log(tl.sum(total * tl.exp(best - highest), axis=0))
@@ -50,7 +52,7 @@ def _fold(
         for start in range(0, vocabulary, tile):
             column = start + lane
             value = tl.load(base + column, mask=column < vocabulary, other=0.0).to(tl.float32)
-            gradient = tl.where(column == target, left, -tl.exp(value - log_total))
+            gradient = tl.where(column == target, left, -libdevice.fast_expf(value - log_total))
             tl.store(base + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
