@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-TILE, WARPS = 4096, 8
+TILE, WARPS = 8192, 16
 LOWEST = -3.0e38  # stands for no value yet; minus infinity less minus infinity would be no number
 
 
