@@ -20,7 +20,7 @@ from torch.autograd.function import Function, once_differentiable
 from qlora_kit.engine.elementwise import rope
 from qlora_kit.engine.gated import gated, gated_backward
 from qlora_kit.engine.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.low_rank import repeated, rope_back, rope_of_sum, total, write
+from qlora_kit.engine.low_rank import repeated, rope_back, rope_of_sum, total
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
@@ -116,9 +116,8 @@ class ProjectAdd(Function):
         dy = grad.flatten(0, 1)
         if ctx.parts.after is not None:
             dy = ctx.parts.after.backward(y, dy)
-        gradients = Gradients(dy) if ctx.parts.seam is None else ctx.parts.seam.gradients(dy)
         needs_input = ctx.needs_input_grad[0]
-        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), gradients, thin, needs_input=needs_input)
+        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), thin, needs_input=needs_input)
         return None if dx is None else dx.view_as(attention), grad, None, *trained
 
 
@@ -154,8 +153,7 @@ class GatedMlp(Function):
         del d_product, gate, up
         inner = parts.group.backward_inner(gradients)
         dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
-        place = None if parts.seam is None or dx is None else parts.seam.place(rows)
-        dh, x = parts.norm.backward_add(rows, dx, d_out, place)
+        dh, x = parts.norm.backward_add(rows, dx, d_out)
         trained = parts.gradients_of_group(x, inner, sums)
         of_down = parts.gradients_of_down(dy, thin_down, sums)
         return None if dh is None else dh.view_as(h), None, None, *trained, *of_down
@@ -187,7 +185,7 @@ def _project_backward(
             rope_back(grad, *turn, place)
             continue
         found = grad if turn is None else rope(grad, repeated(turn[0], grad), repeated(turn[1], grad), back=True)
-        write((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1), place)
+        place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
 
 
 def _added(

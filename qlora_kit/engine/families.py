@@ -14,7 +14,7 @@ from qlora_kit.engine.adapted_linear import AdaptedLinear, MakeWeight, adapted_l
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import NotFastError
 from qlora_kit.engine.linear_group import LinearGroup
-from qlora_kit.engine.parts import Mlp, Norm, Output, Projection, Seam
+from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 
 class Window(Enum):
@@ -144,16 +144,13 @@ def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerPart
         q_norm=of_heads[0],
         k_norm=of_heads[1],
     )
-    output_group = group(attention, "o_proj")
-    seam = None if after[0] else Seam(output_group)
-    output = Output(output_group, after[0], seam)
+    output = Output(group(attention, "o_proj"), after[0])
     gated = Mlp(
         norm(layer, "pre_feedforward_layernorm" if family.sandwich else "post_attention_layernorm"),
         group(mlp, *(["gate_up_proj"] if family.fused else ["gate_proj", "up_proj"])),
         group(mlp, "down_proj"),
         _activation(mlp),
         after[1],
-        seam,
     )
     parts = LayerParts(attention, family, bool(getattr(attention, "use_rope", True)), projection, output, gated)
     _check_rest(layer, parts.linears)

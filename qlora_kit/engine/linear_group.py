@@ -111,11 +111,6 @@ class LinearGroup:
         all_a = None if inner is None else self._held(inner.dtype).all_a
         return None if inner is None or all_a is None else LowRank(inner, all_a)
 
-    @property
-    def is_joined(self) -> bool:
-        """Whether room behind gradients pays: the weights are written together with A, or were."""
-        return self.joined is not None and self.joined.are_4bit and bool(self.adapted)
-
     def room_for_gradients(self, like: Tensor) -> Gradients:
         """Where gradients for as many tokens as `like [T, ..]` has may be written, to be multiplied in one go."""
         line = -(-self._joined_rows // LINE) * LINE

@@ -41,16 +41,6 @@ def total(parts: Sequence[Tensor], more: LowRank | None) -> Tensor:
     return low_rank_triton.total(parts, more)
 
 
-def write(x: Tensor, place: Tensor) -> None:
-    """Copy x `[T, N]` to columns of a wider tensor; torch moves them one by one."""
-    if not runs_triton(x) or x.dtype is not place.dtype or x.stride(1) != 1 or place.stride(1) != 1:
-        place.copy_(x)
-        return
-    from qlora_kit.engine import low_rank_triton
-
-    low_rank_triton.total([x], None, place)
-
-
 def rope_of_sum(x: Tensor, cos: Tensor, sin: Tensor, more: LowRank | None) -> Tensor:
     """Heads of `x + left @ right`, rotated: x `[T, heads, width]`.
 

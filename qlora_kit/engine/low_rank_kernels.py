@@ -54,7 +54,6 @@ def _sum(
     first_step: tl.tensor,
     second_step: tl.tensor,
     third_step: tl.tensor,
-    out_step: tl.tensor,
     left: tl.tensor,
     right: tl.tensor,
     left_step: tl.tensor,
@@ -80,7 +79,7 @@ def _sum(
     if parts > 2:
         place = token[:, None] * third_step + column[None, :]
         found += tl.load(third + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token[:, None] * out_step + column[None, :], found.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + token[:, None] * columns + column[None, :], found.to(out.dtype.element_ty), mask=inside)
 
 
 def _rope(

@@ -20,16 +20,15 @@ NONE = 0  # rank where nothing is added
 Factors = tuple[torch.Tensor, torch.Tensor]  # left [T, rank], right [rank, N], in any layout
 
 
-def total(parts: Sequence[torch.Tensor], factors: Factors | None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum of up to three `[T, N]` whose columns are neighbours, and `left @ right`; in new memory if not in out."""
-    if out is None:
-        out = torch.empty(parts[0].shape, dtype=parts[0].dtype, device=parts[0].device)
+def total(parts: Sequence[torch.Tensor], factors: Factors | None) -> torch.Tensor:
+    """The sum of up to three `[T, N]` whose columns are neighbours, and `left @ right`."""
+    out = torch.empty(parts[0].shape, dtype=parts[0].dtype, device=parts[0].device)
     places, sizes = described(factors, out)
     three = (*parts, out, out)[:MOST_PARTS]
     with torch.cuda.device(out.get_device()):
         kernels.sum_jit[grid(out)](
-            *three, out, *out.shape, *(part.stride(0) for part in (*three, out)), *places, *sizes, len(parts),
-            *TILE, num_warps=WARPS,
+            *three, out, *out.shape, *(part.stride(0) for part in three), *places, *sizes, len(parts), *TILE,
+            num_warps=WARPS,
         )  # fmt: skip
     return out
 

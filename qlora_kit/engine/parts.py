@@ -105,65 +105,23 @@ class Projection:
         return [part.view(len(part), n, self.head_dim) for part, n in zip(parts, self.heads, strict=True)]
 
 
-class Seam:
-    """Between the output module of attention and the MLP: the gradient there, with room behind each row.
-
-    With the gradient of the thin product in that room, the gradient of the module's input is one product.
-
-    Args:
-        group: the output module.
-    """
-
-    def __init__(self, group: LinearGroup) -> None:
-        self._group = group
-        self._written: Gradients | None = None
-
-    def place(self, rows: Tensor) -> Tensor | None:
-        """Where the MLP is to write the gradient of its input `rows [T, hidden]`; None if anywhere."""
-        self._written = self._group.room_for_gradients(rows) if self._group.is_joined else None
-        return None if self._written is None else self._written.outputs
-
-    def gradients(self, dy: Tensor) -> Gradients:
-        """Of the module's output, from what came in for it; with the room if that is what the MLP has written."""
-        written, self._written = self._written, None
-        return written if written is not None and _are_same(written.outputs, dy) else Gradients(dy)
-
-
-def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same memory."""
-    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
-
-
 @dataclass(frozen=True)
 class Output:
-    """From attention back to the residual stream.
-
-    Attributes:
-        after: a norm of what is added, in Gemma.
-        seam: to the MLP, if there is no such norm.
-    """
+    """From attention back to the residual stream; `after` is a norm of what is added, in Gemma."""
 
     group: LinearGroup
     after: Norm | None = None
-    seam: Seam | None = None
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """The gated MLP.
-
-    Attributes:
-        group: gate and up, or one module with the two side by side.
-        after: a norm of what is added, in Gemma.
-        seam: to the output module before it.
-    """
+    """The gated MLP; `group` is gate and up, or one module with the two side by side."""
 
     norm: Norm
     group: LinearGroup
     down: LinearGroup
     activation: Activation
     after: Norm | None = None
-    seam: Seam | None = None
 
     def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """gate and up `[T, width]` without what adapters add, and the thin product."""

@@ -12,9 +12,8 @@ from qlora_kit.engine.adapted_linear import adapted_linear
 from qlora_kit.engine.blocks import gated_mlp, project, project_add
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import Bf16Weight
-from qlora_kit.engine.joined_weights import JoinedWeights
 from qlora_kit.engine.linear_group import LinearGroup
-from qlora_kit.engine.parts import Mlp, Norm, Output, Projection, Seam
+from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, RANK = 32, 4, 2, 8, 48, 3
 QUERIES, KEYS = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -145,32 +144,10 @@ def test_gated_mlp(parts, is_fused, has_after, again, kind):
     assert_same(parts, [found], [expected], [drawn(ROWS, TOKENS, HIDDEN, seed=3)], [h])
 
 
-@pytest.mark.parametrize("is_4bit", [False, True])
-@pytest.mark.parametrize("is_read_twice", [False, True], ids=["read by the MLP", "read by others too"])
-def test_the_mlp_leaves_room_for_the_output_module(monkeypatch, parts, is_4bit, is_read_twice):
-    monkeypatch.setattr(JoinedWeights, "are_4bit", property(lambda self: is_4bit))
-    multiplied = []
-    with_a = JoinedWeights.with_a
-    monkeypatch.setattr(JoinedWeights, "with_a", lambda self, a: multiplied.append(a.shape[1]) or with_a(self, a))
-    inputs = drawn(ROWS, TOKENS, QUERIES).requires_grad_(), drawn(ROWS, TOKENS, HIDDEN, seed=1).requires_grad_()
-    output_group = group_of(parts, "o")
-    seam = Seam(output_group)
-    middle = project_add(*inputs, Output(output_group, seam=seam))
-    found = [gated_mlp(middle, mlp_of(parts, seam=seam)), *([middle] if is_read_twice else [])]
-    plain = inputs[1] + parts.o(inputs[0])
-    x = parts.norm(plain)
-    expected = [plain + parts.down(torch.nn.functional.silu(parts.gate(x)) * parts.up(x))]
-    expected += [plain] if is_read_twice else []
-    grads = [drawn(ROWS, TOKENS, HIDDEN, seed=3 + place) for place in range(len(found))]
-    assert_same(parts, found, expected, grads, inputs)
-    of_gate_and_up, *of_output = multiplied
-    assert of_gate_and_up == HIDDEN and of_output == ([QUERIES] if is_4bit and not is_read_twice else [])
-
-
-def mlp_of(parts, is_fused=False, has_after=False, kind=Activation.silu, dtype=torch.float32, seam=None):
+def mlp_of(parts, is_fused=False, has_after=False, kind=Activation.silu, dtype=torch.float32):
     group = group_of(parts, *(["gate_up"] if is_fused else ["gate", "up"]), dtype=dtype)
     after = norm_of(parts.after) if has_after else None
-    return Mlp(norm_of(parts.norm), group, group_of(parts, "down", dtype=dtype), kind, after, seam)
+    return Mlp(norm_of(parts.norm), group, group_of(parts, "down", dtype=dtype), kind, after)
 
 
 def kept_values(run):
