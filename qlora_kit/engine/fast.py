@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.engine.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
@@ -22,6 +21,7 @@ from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs, Recordable
+from qlora_kit.engine.host_memory import SavedOnHost
 from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
 from qlora_kit.engine.recompute import GATE_UP_AGAIN, IN_PIECES, KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST, PIECE
 from qlora_kit.schema.engine import EngineConfig
@@ -91,7 +91,7 @@ class FastLayer:
             return run(hidden_states, **settings)
         to_host = self.level >= LAYER_FROM_HOST
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
-        with save_on_cpu(pin_memory=hidden_states.is_cuda) if to_host else nullcontext():
+        with SavedOnHost() if to_host else nullcontext():
             return checkpoint(
                 partial(run, **settings), hidden_states, use_reentrant=False, preserve_rng_state=self._draws()
             )

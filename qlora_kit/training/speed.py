@@ -1,6 +1,7 @@
 """The recipe's engine on a model that is about to be trained, and what its memory allows each layer to keep."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
@@ -22,11 +24,12 @@ from qlora_kit.engine.recompute import (
     LayerExtras,
     Workspace,
     auto_budget,
+    kept_bytes,
     parse_amount,
     peak_bytes,
     plan_levels,
 )
-from qlora_kit.memory.free import free_memory_bytes
+from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelShape
@@ -56,6 +59,7 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
 
     Raises:
         RecipeError: the recipe asks for fp8, and this machine has none.
+        RunError: layers would keep more in the host's memory than is free.
     """
     if config.mode is EngineMode.plain:
         return None
@@ -145,4 +149,22 @@ class StepMemory:
         if (needed := self.needed(levels)) > budget:
             room = human_bytes(budget)
             say(f"warning: layers keep {human_bytes(needed)} at the least, where there is room for {room}")
+        self._check_host(levels)
         return levels
+
+    def _check_host(self, levels: Sequence[int]) -> None:
+        """Refuse what the host's memory cannot hold: the system would end the process without a word."""
+        layers = sum(level >= LAYER_FROM_HOST for level in levels)
+        needed = layers * self.tokens * kept_bytes(self.shape, LAYER_AGAIN) * _processes_here()
+        if layers and needed > (free := free_host_bytes()):
+            raise RunError(
+                f"a step of {human_count(self.tokens)} tokens keeps {human_bytes(needed)} in the host's memory, where "
+                f"{human_bytes(free)} are free",
+                "data.max_tokens, trainer.batch_size",
+                "lower one of them; or engine.recompute=all, if the GPU has room for it",
+            )
+
+
+def _processes_here() -> int:
+    """Training processes on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -12,6 +12,8 @@ import torch
 from trl import SFTTrainer
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.units import human_bytes
 from qlora_kit.data.packing import pack
 from qlora_kit.engine import fast
 from qlora_kit.engine.fast import FastLayer
@@ -103,6 +105,24 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     made.undo()
     put_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
     assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
+
+
+def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
+    model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
+    config = EngineConfig(mode=FAST, recompute="1MB")
+    kept = 2 * 1000 * 2 * model.config.hidden_size  # layers, tokens, bytes of a 16-bit activation
+    monkeypatch.setattr(module, "free_host_bytes", lambda: float(kept))
+    assert layer_levels(model, config, 1000) == [3, 3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RunError) as caught:
+        layer_levels(model, config, 1000)
+    assert str(caught.value) == (
+        f"a step of 1.0 k tokens keeps {human_bytes(2 * kept)} in the host's memory, "
+        f"where {human_bytes(kept)} are free\n"
+        "  set in   data.max_tokens, trainer.batch_size\n"
+        "  fix      lower one of them; or engine.recompute=all, if the GPU has room for it"
+    )
+    assert layer_levels(model, EngineConfig(mode=FAST, recompute="all"), 1000) == [2, 2]
 
 
 def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.core.errors import RunError
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.model.load import quiet_libraries
 from qlora_kit.schema.data import Batching, DataConfig
@@ -125,11 +126,17 @@ def single_steps(run: Run, work: Path) -> Callable[[int], None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=device().type == "cuda")
 
+    def levels(tokens: int) -> list[int]:
+        try:
+            return layer_levels(model, engine, tokens)
+        except RunError as error:
+            raise RuntimeError(f"out of memory: {error}") from error
+
     def step(tokens: int) -> None:
         ids = torch.from_numpy(ids_of([tokens])[0])[None].to(device())
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         if trainer.engine is not None:
-            trainer.engine.set_levels(layer_levels(model, engine, tokens))
+            trainer.engine.set_levels(levels(tokens))
         try:
             with torch.autocast(device().type, dtype=torch.bfloat16):
                 loss = trainer.compute_loss(model, batch)
