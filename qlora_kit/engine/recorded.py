@@ -1,7 +1,7 @@
 """One decoder layer as two CUDA graphs: its forward pass and its backward pass."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,12 +26,19 @@ class GraphMemory(NamedTuple):
 
 @contextmanager
 def _recording(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[None]:
-    """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat."""
+    """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat.
+
+    Raises:
+        RuntimeError: what went wrong first; to end a recording that has failed is an error too, which says less.
+    """
     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
     try:
         yield
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 class Recorded:

@@ -1,9 +1,11 @@
 """When layers are recorded, and what a recording depends on."""
 
+import pytest
 import torch
 
 from qlora_kit.engine import graphs
 from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Recordable, Turns, shape_of
+from qlora_kit.engine.recorded import GraphMemory, _recording
 
 
 def due(turns, shape, times):
@@ -117,3 +119,33 @@ def test_layers_that_never_fit_their_recordings_are_left_alone(monkeypatch, caps
         assert torch.equal(layers.run(0, DOUBLE, h, {}), h * 2)
     assert len(made) == MOST_MISFITS + 1
     assert capsys.readouterr().err.count("called with other settings from step to step") == 1
+
+
+class FakeGraph:
+    """Ends as CUDA does: with an error of its own once something has failed."""
+
+    def __init__(self):
+        self.calls = []
+
+    def capture_begin(self, **settings):
+        self.calls.append("begin")
+
+    def capture_end(self):
+        self.calls.append("end")
+        if "failed" in self.calls:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_failed_recording_tells_what_failed():
+    graph = FakeGraph()
+    with pytest.raises(RuntimeError, match="not permitted"), _recording(graph, GraphMemory(None, None)):
+        graph.calls.append("failed")
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert graph.calls == ["begin", "failed", "end"]
+    graph = FakeGraph()
+    with pytest.raises(RuntimeError, match="previous error"), _recording(graph, GraphMemory(None, None)):
+        graph.calls.append("failed")
+    graph = FakeGraph()
+    with _recording(graph, GraphMemory(None, None)):
+        pass
+    assert graph.calls == ["begin", "end"]
