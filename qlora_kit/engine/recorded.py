@@ -96,7 +96,10 @@ class Recorded:
         self.output = result.detach()
 
     def _record_backward(self, result: Tensor) -> None:
-        found = torch.autograd.grad(result, self._wanted, self.gradient)
+        # As in a step, where autocast ends with the loss: torch.compile would otherwise compile everything anew, and
+        # what it tries out then cannot be recorded.
+        with torch.autocast(result.device.type, enabled=False):
+            found = torch.autograd.grad(result, self._wanted, self.gradient)
         if self.needs_input and found[0].data_ptr() != self.gradient.data_ptr():
             self.gradient.copy_(found[0])
         pairs = zip(self.gradients, found[len(found) - len(self.gradients) :], strict=True)

@@ -5,7 +5,7 @@ import torch
 
 from qlora_kit.engine import graphs
 from qlora_kit.engine.graphs import MOST_MISFITS, REPEATS, LayerGraphs, Recordable, Turns, shape_of
-from qlora_kit.engine.recorded import GraphMemory, _recording
+from qlora_kit.engine.recorded import GraphMemory, Recorded, _recording
 
 
 def due(turns, shape, times):
@@ -149,3 +149,24 @@ def test_a_failed_recording_tells_what_failed():
     with _recording(graph, GraphMemory(None, None)):
         pass
     assert graph.calls == ["begin", "end"]
+
+
+def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast():
+    seen = []
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return 2 * grad
+
+    recorded = Recorded.__new__(Recorded)  # its graphs need a GPU
+    start = torch.ones(3, requires_grad=True)
+    recorded.gradient, recorded.gradients, recorded.needs_input, recorded._wanted = torch.ones(3), [], True, [start]
+    with torch.autocast("cpu", torch.bfloat16):
+        recorded._record_backward(Layer.apply(start))
+    assert seen == [False] and recorded.gradient.tolist() == [2, 2, 2]
