@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -25,7 +25,7 @@ from qlora_kit.schema.value_problems import first_line, nearest, value_problems
 
 MOST_SWEEP_JOBS_CHECKED = 200
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
-COMMON_OPTIONS = {"export": "gguf_q4_k_m"}  # proposed where nothing tells what was meant
+COMMON_OPTIONS = {"export": "gguf_q4_k_m", "data": "rows"}  # proposed where nothing tells what was meant
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     good = [override for override in overrides if not problems[override.input_line]]
     named = [problem for problem in problems.values() if problem]
     try:
-        tree = compose(verb, overrides=[str(override.input_line) for override in good], return_hydra_config=True)
+        tree = _composed_tree(verb, [str(override.input_line) for override in good])
     except (HydraException, OmegaConfBaseException) as error:
-        misspelt = {override.key_or_group for override in overrides if problems[override.input_line]}
+        misspelt = {override.key_or_group.split(".")[0] for override in overrides if problems[override.input_line]}
         raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
     if named:
         raise RecipeError(named)
@@ -147,12 +147,22 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     return tree, overrides, choices
 
 
+def _composed_tree(verb: str, lines: list[str]) -> DictConfig:
+    """The tree of lines that are right one by one; a model of one's own needs no option, its source says all."""
+    try:
+        return compose(verb, overrides=lines, return_hydra_config=True)
+    except ConfigCompositionException as error:
+        if _group_to_choose(error) != "model" or not any(line.startswith("model.source=") for line in lines):
+            raise
+    return compose(verb, overrides=[*lines, "~model"], return_hydra_config=True)
+
+
 def _failed_compose_problems(
     verb: str, overrides: list[Override], misspelt: set[str], error: Exception
 ) -> list[Problem]:
     """Why a line does not compose: an option's file, else every value that does not fit its field.
 
-    A group whose option is `misspelt` was told of already; that none is left to choose says nothing more.
+    A group whose option or field is `misspelt` was told of already; that none is left to choose says nothing more.
     """
     options = [str(override.input_line) for override in overrides if _is_group(override)]
     try:
@@ -266,7 +276,8 @@ def _compose_problem(error: Exception) -> Problem:
     text = str(error)
     if group := _group_to_choose(error):
         options = groups().get(group, [])
-        what = f"no {group} is chosen; there are {', '.join(options)}"
+        own = "; one of your own is model.source=<a folder or hub id>" if group == "model" else ""
+        what = f"no {group} is chosen; there are {', '.join(options)}{own}"
         return Problem(what, "the command line", f"{group}={_common_option(group)}")
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)

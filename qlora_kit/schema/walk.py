@@ -97,9 +97,11 @@ def nearest_path(root: type[Sealed], path: str, value: object = ...) -> str | No
     known = {known: annotation for known, annotation, _ in schema_paths(root)}
     close = difflib.get_close_matches(path, known, n=3, cutoff=0.75)
     if not close:
-        by_last = {known_path.rsplit(".", 1)[-1]: known_path for known_path in known}
+        by_last: dict[str, list[str]] = {}
+        for known_path in sorted(known, key=lambda one: one.count(".")):
+            by_last.setdefault(known_path.rsplit(".", 1)[-1], []).append(known_path)
         last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=3, cutoff=0.75)
-        close = [by_last[name] for name in last]
+        close = [one for name in last for one in by_last[name]]
     return next((one for one in close if value is ... or takes(known[one], value)), next(iter(close), None))
 
 

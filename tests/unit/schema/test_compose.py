@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.schema.compose import compose_recipe, compose_unchecked
 
 
 def told(verb, *words):
@@ -44,3 +44,35 @@ def test_a_misspelt_option_does_not_hide_that_another_group_has_none():
     first, second = told("train", "model=demo", "quant=nf5")
     assert first[2] == "quant=nf4"
     assert second[0].startswith("no data is chosen")
+
+
+DATA = ("data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64")
+
+
+def test_a_model_of_ones_own_is_its_source_alone(tmp_path):
+    recipe = compose_unchecked("train", [f"model.source={tmp_path}", *DATA])
+    assert recipe.model.source == str(tmp_path)
+    assert recipe.model.shape is None and recipe.model.revision is None
+    named = compose_unchecked("train", ["model=qwen3_4b", f"model.source={tmp_path}", *DATA])
+    assert named.model.source == str(tmp_path) and named.model.shape.num_layers == 36
+
+
+def test_no_model_at_all():
+    ((what, _, fix),) = told("train", *DATA)
+    assert what.startswith("no model is chosen; there are demo, ")
+    assert what.endswith("; one of your own is model.source=<a folder or hub id>") and fix == "model=demo"
+
+
+def test_a_misspelt_field_of_a_group_without_an_option_is_all_that_is_told():
+    assert told("train", "model.sorce=here", *DATA) == [
+        (
+            "there is no field 'model.sorce'; did you mean 'model.source'?",
+            "command line: model.sorce=here",
+            "model.source=here",
+        )
+    ]
+
+
+def test_of_fields_with_one_name_the_nearest_to_the_root_is_meant():
+    ((what, _, fix),) = told("train", "model=demo", "run.name=mine", *DATA)
+    assert what == "there is no field 'run.name'; did you mean 'name'?" and fix == "name=mine"
