@@ -184,7 +184,8 @@ def main() -> None:
     print("".join(f"{column:>{width}}" for column, width in COLUMNS.items()), flush=True)
     file = "quantize_8b" if chosen.shape == "8b" else f"quantize_{chosen.shape}"
     place = chosen.results / re.sub(r"\W+", "_", name.lower()).strip("_") / f"{file}-{date.today().isoformat()}.json"
-    versions = {**capture_environment(), "libraries": package_versions(LIBRARIES)}
+    environment = {name: value for name, value in capture_environment().items() if name != "platform"}
+    versions = {**environment, "libraries": package_versions(LIBRARIES)}
     rows: list[dict[str, Any]] = []
     for what in chosen.only:
         for count in layers:
