@@ -9,7 +9,10 @@ The text is what comes with Python, its documentation topics and sources, and th
 import argparse
 import json
 import pydoc_data.topics
+import subprocess
+import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +43,12 @@ def texts(commands: Path) -> list[str]:
     return found + ["\n".join(asked[at : at + 40]) for at in range(0, len(asked), 40)] + [
         "\n".join(answered[at : at + 40]) for at in range(0, len(answered), 40)
     ]  # fmt: skip
+
+
+def written_commands(folder: Path) -> Path:
+    """The rows of `home_commands` that are trained on."""
+    subprocess.run([sys.executable, "-m", "qlora_kit.data.home_commands", "--out", str(folder)], check=True)
+    return folder / "train.jsonl"
 
 
 def tokenizer_of(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -107,10 +116,11 @@ def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commands", type=Path, default=Path("data/home_commands/train.jsonl"))
+    parser.add_argument("--commands", type=Path, help="train.jsonl of home_commands; written anew unless given")
     parser.add_argument("--seconds", type=float, default=240)
     chosen = parser.parse_args()
-    documents = texts(chosen.commands)
+    with tempfile.TemporaryDirectory() as folder:
+        documents = texts(chosen.commands or written_commands(Path(folder)))
     tokenizer = tokenizer_of(documents)
     ids = torch.tensor([token for document in documents for token in [*tokenizer.encode(document), 0]])
     model = model_of(tokenizer)
