@@ -16,7 +16,7 @@ from qlora_kit.export.awq.folding import (
     shared_over_heads,
     spread_over_heads,
 )
-from qlora_kit.export.awq.grid import decode
+from qlora_kit.export.awq.grid import Grid, decode
 from qlora_kit.export.awq.observe import Reading
 from qlora_kit.export.awq.packing import packed_tensors
 from qlora_kit.export.awq.search import channel_scales, clipped_grid
@@ -72,8 +72,9 @@ def quantise_layer(
         if factors is not None:
             reading.moment = reading.moment / factors / factors[:, None]
     for reading in readings:
-        for name in [name for name in reading.linears if name not in skip]:
-            result.linears[name] = _quantise_linear(layer.get_submodule(name), reading.moment, settings)
+        names = [name for name in reading.linears if name not in skip]
+        packed = _quantise_linears(_linears(layer, names), reading.moment, settings)
+        result.linears |= dict(zip(names, packed, strict=True))
     return result
 
 
@@ -171,16 +172,25 @@ def _keep_if_same(modules: Sequence[nn.Module], fold: Callable[[], Tensor], run:
     return None
 
 
-def _quantise_linear(linear: nn.Module, moment: Tensor, settings: Settings) -> dict[str, Tensor]:
-    assert isinstance(linear, nn.Linear)
-    weight = linear.weight.detach()
-    grid = clipped_grid(
-        weight,
-        moment,
-        bits=settings.bits,
-        group_size=settings.group(linear.in_features),
-        zero_point=settings.zero_point,
-    )
-    codes = compensated_codes(weight, moment, grid)
-    linear.weight.data = decode(codes, grid)
-    return packed_tensors(codes, grid)
+def _quantise_linears(linears: Sequence[nn.Linear], moment: Tensor, settings: Settings) -> list[dict[str, Tensor]]:
+    """Round layers that read one input, as if they were one; afterwards they compute with the rounded weights."""
+    if not linears:
+        return []
+    grids = [
+        clipped_grid(
+            linear.weight.detach(),
+            moment,
+            bits=settings.bits,
+            group_size=settings.group(linear.in_features),
+            zero_point=settings.zero_point,
+        )
+        for linear in linears
+    ]
+    whole = Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids]), settings.bits)
+    codes = compensated_codes(torch.cat([linear.weight.detach() for linear in linears]), moment, whole)
+    apart = torch.split(codes, [linear.out_features for linear in linears])
+    packed = []
+    for linear, grid, part in zip(linears, grids, apart, strict=True):
+        linear.weight.data = decode(part, grid)
+        packed.append(packed_tensors(part, grid))
+    return packed

@@ -13,6 +13,7 @@ from torch import Tensor
 from qlora_kit.export.awq.grid import Grid, nearest, ranges, span
 
 SCALE_STEPS = 20
+JUDGED = 1 << 23  # weights of a layer, in whole outputs, that a candidate is judged by
 SMALLEST_SHRINK = 0.5
 SHRINK_STEPS = 20
 
@@ -39,8 +40,9 @@ def channel_scales(
         moment: second moment of the inputs, float32 [in_features, in_features].
 
     The candidates are magnitude**a for a in 0 .. 1 (a = 0 leaves the weights as they are), so the result is never
-    worse than plain rounding.
+    worse than plain rounding. All are judged by the same outputs: of a large layer every so many.
     """
+    weights = [weight[:: max(1, weight.numel() // JUDGED)] for weight in weights]
     best, best_error = torch.ones_like(magnitude), float("inf")
     energy = [max(output_error(weight, moment), 1e-30) for weight in weights]
     for step in range(SCALE_STEPS):

@@ -57,7 +57,9 @@ def test_every_fold_is_made_and_kept(family: str, tmp_path: Path, monkeypatch: p
     readings, outputs = observe_layer(layer, calls, 0)
     # Scales that are far from one, and weights left as they are, show folding alone.
     monkeypatch.setattr("qlora_kit.export.awq.layer._search", lambda reading, linears, m, settings: 0.5 + m / m.mean())
-    monkeypatch.setattr("qlora_kit.export.awq.layer._quantise_linear", lambda linear, moment, settings: {})
+    monkeypatch.setattr(
+        "qlora_kit.export.awq.layer._quantise_linears", lambda linears, moment, settings: [{}] * len(linears)
+    )
     found = quantise_layer(
         layer,
         readings,
@@ -100,7 +102,9 @@ def test_fold_that_would_change_the_model_is_undone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "qlora_kit.export.awq.layer._search", lambda reading, linears, m, settings: torch.linspace(0.5, 2, 16)
     )
-    monkeypatch.setattr("qlora_kit.export.awq.layer._quantise_linear", lambda linear, moment, settings: {})
+    monkeypatch.setattr(
+        "qlora_kit.export.awq.layer._quantise_linears", lambda linears, moment, settings: [{}] * len(linears)
+    )
     moment = reading.moment.clone()
     quantise_layer(layer, [reading], lambda: layer(hidden), Settings(4, 16, True), stored=torch.float32, head_dim=16)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.core.errors import RunError
+from qlora_kit.export.awq import search
 from qlora_kit.export.awq.feedback import DAMPING, TRUST, compensated_codes
 from qlora_kit.export.awq.grid import Grid, decode, encode, nearest, ranges, span
+from qlora_kit.export.awq.layer import Settings, _quantise_linears
 from qlora_kit.export.awq.packing import pack_columns, packed_tensors, unpack_columns, unpacked_weight
 from qlora_kit.export.awq.search import channel_scales, clipped_grid, output_error
 
@@ -73,6 +75,36 @@ def test_channel_scales_lower_the_output_error(weight: Tensor, inputs: Tensor) -
     kept = output_error(nearest(scaled, grid_of(scaled)) / scales - weight, moment)
     assert kept < 0.5 * plain
     assert scales[5] > scales.median()
+
+
+def test_of_a_large_layer_some_outputs_are_judged(weight: Tensor, inputs: Tensor, monkeypatch) -> None:
+    moment, magnitude = inputs.T @ inputs, inputs.abs().mean(0)
+    settings = {"bits": 4, "group_size": GROUP, "zero_point": True}
+    tall = torch.stack([weight, torch.full_like(weight, float("nan"))], dim=1).flatten(0, 1)
+    monkeypatch.setattr(search, "JUDGED", tall.numel() // 2)
+    assert torch.equal(
+        channel_scales([tall], magnitude, moment, **settings), channel_scales([weight], magnitude, moment, **settings)
+    )
+
+
+def test_layers_that_read_one_input_are_rounded_as_each_alone(weight: Tensor, inputs: Tensor) -> None:
+    def linears() -> list[nn.Linear]:
+        made = []
+        for part in (weight[:16], weight[16:], weight.flip(0)):
+            linear = nn.Linear(64, len(part), bias=False)
+            linear.weight.data = part.clone()
+            made.append(linear)
+        return made
+
+    moment, settings, together, apart = inputs.T @ inputs, Settings(4, GROUP, True), linears(), linears()
+    packed = _quantise_linears(together, moment, settings)
+    for one, other, found in zip(together, apart, packed, strict=True):
+        (alone,) = _quantise_linears([other], moment, settings)
+        assert {name: part.shape for name, part in found.items()} == {name: part.shape for name, part in alone.items()}
+        assert torch.equal(found["scales"], alone["scales"])
+        # A value halfway between two codes may fall either way: products of other sizes add up in another order.
+        assert (one.weight == other.weight).float().mean() > 0.995
+    assert _quantise_linears([], moment, settings) == []
 
 
 def test_channel_scales_leave_even_inputs_alone(weight: Tensor) -> None:
