@@ -137,6 +137,7 @@ MODELS: dict[str, Callable[[Path], Any]] = {
     "merged": _load_merged,
     "gptq": _load_quantized,
     "awq": _load_quantized,
+    "awq_gemv": _load_quantized,
     "compressed": load_compressed,
     "bnb": load_bnb,
 }

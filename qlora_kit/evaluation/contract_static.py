@@ -19,6 +19,7 @@ SERVERS_OF_FORMAT = {
     "merged": (VLLM, SGLANG),
     "gptq": (VLLM, SGLANG),
     "awq": (VLLM, SGLANG),
+    "awq_gemv": (),
     "compressed": (VLLM, SGLANG),
     "bnb": (VLLM,),
     "adapter": (VLLM, SGLANG),

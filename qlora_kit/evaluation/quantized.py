@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
+from qlora_kit.evaluation.gemm_twin import gemm_twin, is_gemv
 
 if TYPE_CHECKING:
     from transformers import GPTQConfig, PreTrainedModel
@@ -23,7 +25,8 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
     """Load a GPTQ or AWQ folder through transformers, ready to score.
 
     On a GPU in the file's dtype (transformers turns AWQ to float16); without one on the CPU, in float32 around
-    kernels that multiply in bfloat16. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and
+    kernels that multiply in bfloat16; there AWQ's GEMV layout has no kernel, and the same numbers are read from a twin
+    in GEMM's. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and
     SGLang read it: transformers knows one number of bits for all.
 
     Raises:
@@ -39,6 +42,9 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
         require("gptqmodel", f"Loading {method.upper()} files")
         if method == "gptq":
             require("optimum", "Loading GPTQ files")
+        if is_gemv(folder) and not has_nvidia_gpu():
+            with gemm_twin(folder) as twin:
+                return _load(twin, method)
         return _load(folder, method)
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 WeightReader = Callable[[str], "Tensor | None"]
 
-AWQ_PACKED = ("qweight", "qzeros", "scales")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
 FITTING_ROUNDS = 3
 
@@ -61,7 +60,7 @@ def dequantized_weights(artifact: Path, merged_dir: Path) -> WeightReader:
     if method == "gptq":
         return _gptq_weights(read)
     if method == "awq":
-        return _awq_weights(read, stored_tensors(merged_dir))
+        return _awq_weights(read, stored_tensors(merged_dir), settings)
     raise RunError(f"{artifact} is in the layout '{method}', whose weights cannot be compared one by one")
 
 
@@ -81,15 +80,15 @@ def _gptq_weights(read: WeightReader) -> WeightReader:
     return weight
 
 
-def _awq_weights(read: WeightReader, merged: WeightReader) -> WeightReader:
-    from qlora_kit.export.awq.packing import unpacked_weight
+def _awq_weights(read: WeightReader, merged: WeightReader, settings: Mapping[str, Any]) -> WeightReader:
+    from qlora_kit.model.awq_layout import KINDS, unpacked_weight
 
     def weight(name: str) -> "Tensor | None":
-        packed, source = _packed(read, name, AWQ_PACKED), merged(name)
+        packed, source = _packed(read, name, KINDS), merged(name)
         if packed is None or source is None:
             return read(name)
-        width = len(packed["qweight"]) // len(packed["scales"])
-        return without_factors(unpacked_weight(packed, width), source.float())
+        found = unpacked_weight(packed, int(settings["group_size"]), str(settings["version"]))
+        return without_factors(found, source.float())
 
     return weight
 

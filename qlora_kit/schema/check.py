@@ -12,7 +12,7 @@ from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
-from qlora_kit.schema.export import ExportConfig
+from qlora_kit.schema.export import AWQ_GROUP_SIZES, ExportConfig
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
@@ -181,6 +181,11 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
         if gptq.bits not in (2, 3, 4, 8):
             path = f"export.gptq.{name}.bits"
             yield Finding(path, f"GPTQ packs 2, 3, 4 or 8 bits, not {gptq.bits}", f"{path}=4")
+    for name, awq in export.awq.items():
+        if awq.group_size not in (sizes := AWQ_GROUP_SIZES[awq.layout]):
+            path = f"export.awq.{name}.group_size"
+            what = f"readers of AWQ files ({awq.layout.value}) take groups of {', '.join(map(str, sizes))}, not "
+            yield Finding(path, f"{what}{awq.group_size}", f"{path}=128")
     for name, merged in export.merged.items():
         if merged.dtype != "bfloat16":
             path = f"export.merged.{name}.dtype"

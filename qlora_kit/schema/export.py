@@ -115,13 +115,25 @@ class GptqTarget(Sealed):
     )
 
 
+class AwqLayout(Enum):
+    """Layouts of AutoAWQ."""
+
+    gemm = "gemm"
+    gemv = "gemv"
+
+
+# Weights that share a scale, as the kernels of each layout take them.
+AWQ_GROUP_SIZES = {AwqLayout.gemm: (16, 32, 64, 128, -1), AwqLayout.gemv: (64, 128)}
+
+
 @dataclass
 class AwqTarget(Sealed):
-    """AWQ in the GEMM layout that vLLM and transformers load."""
+    """AWQ folders: GEMM for vLLM, SGLang and transformers, GEMV for transformers on a GPU, one request at a time."""
 
     bits: int = knob(4, "Bits a weight; the layout exists for 4.", minimum=4, maximum=4)
     group_size: int = knob(128, "Weights that share a scale.", unit="weights", minimum=-1)
     zero_point: bool = knob(True, "Asymmetric range with zero points.")
+    layout: AwqLayout = knob(AwqLayout.gemm, "gemv: another order of the same codes, for one request at a time.")
 
 
 class CompressedScheme(Enum):

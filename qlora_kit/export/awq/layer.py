@@ -18,20 +18,29 @@ from qlora_kit.export.awq.folding import (
 )
 from qlora_kit.export.awq.grid import Grid, decode
 from qlora_kit.export.awq.observe import Reading
-from qlora_kit.export.awq.packing import packed_tensors
 from qlora_kit.export.awq.search import channel_scales, clipped_grid
+from qlora_kit.model.awq_layout import PER_WORD, gemm_tensors, gemv_tensors
+from qlora_kit.schema.export import AwqLayout
 
+PACK = {AwqLayout.gemm: gemm_tensors, AwqLayout.gemv: gemv_tensors}
+GEMV_OUTPUTS = 64
 # How much a layer's output may move, relative to its size, when scales are folded: float32 rounding, no more.
 SAME_FUNCTION = 1e-3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantise: code bits, inputs per group (-1: all of them), and whether zero is a code of its own."""
+    """How to quantise: code bits, inputs per group (-1: all of them), whether zero is a code of its own, the layout."""
 
     bits: int
     group_size: int
     zero_point: bool
+    layout: AwqLayout = AwqLayout.gemm
+
+    @property
+    def outputs_together(self) -> int:
+        """Of how many outputs a layer has to have whole numbers, for the kernels of the layout."""
+        return PER_WORD if self.layout is AwqLayout.gemm else GEMV_OUTPUTS
 
     def group(self, width: int) -> int:
         return width if self.group_size == -1 else self.group_size
@@ -192,5 +201,5 @@ def _quantise_linears(linears: Sequence[nn.Linear], moment: Tensor, settings: Se
     packed = []
     for linear, grid, part in zip(linears, grids, apart, strict=True):
         linear.weight.data = decode(part, grid)
-        packed.append(packed_tensors(part, grid))
+        packed.append(PACK[settings.layout](part, grid.scale, grid.zero))
     return packed

@@ -11,7 +11,6 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.awq.layer import Quantised, Settings, quantise_layer
 from qlora_kit.export.awq.observe import Call, decoder_layers, first_inputs, observe_layer, run_layer
-from qlora_kit.export.awq.packing import PER_WORD
 from qlora_kit.export.group_sizes import check_group_size
 
 
@@ -22,7 +21,7 @@ def quantised_tensors(
 
     Returns:
         source tensor name to the tensors that replace it (on the CPU), and full module names. Left in 16 bits are
-        layers whose outputs do not fill whole words, and layers that no calibration row reaches.
+        layers whose outputs do not fill what the kernels take at once, and layers that no calibration row reaches.
 
     Raises:
         RecipeError: the group size does not divide a layer's inputs.
@@ -51,7 +50,7 @@ def _advance(
     layer: nn.Module, calls: Sequence[Call], index: int, settings: Settings, stored: torch.dtype, head_dim: int
 ) -> Quantised:
     readings, outputs = observe_layer(layer, calls, index)
-    skip = frozenset(name for name, linear in _linears(layer) if linear.out_features % PER_WORD)
+    skip = frozenset(name for name, linear in _linears(layer) if linear.out_features % settings.outputs_together)
 
     def run() -> Tensor:
         return run_layer(layer, calls[0], index)

@@ -127,6 +127,7 @@ _TABLE: dict[str, tuple[tuple[str, str, Lines], ...]] = {
     "merged": (("transformers", "pip install transformers accelerate", _transformers), _VLLM, _SGLANG),
     "gptq": (("transformers", _QUANTIZED, _transformers), _VLLM, _SGLANG),
     "awq": (("transformers", _QUANTIZED, _transformers), _VLLM, _SGLANG),
+    "awq_gemv": (("transformers", _QUANTIZED, _transformers),),
     "compressed": (("transformers", "pip install transformers compressed-tensors", _transformers), _VLLM, _SGLANG),
     "bnb": (
         ("transformers", "pip install transformers bitsandbytes", _transformers),
@@ -151,6 +152,6 @@ def serve_commands(kind: str, served: Served) -> list[ServeCommand]:
     """The servers that read a format, with the lines to paste; empty for a format that is not in the table.
 
     Args:
-        kind: a key of the table: merged, gptq, awq, compressed, bnb, gguf, adapter, adapter_gguf.
+        kind: a key of the table: merged, gptq, awq, awq_gemv, compressed, bnb, gguf, adapter, adapter_gguf.
     """
     return [ServeCommand(server, install, lines(served)) for server, install, lines in _TABLE.get(kind, ())]

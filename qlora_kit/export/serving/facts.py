@@ -39,7 +39,7 @@ class ServingFacts:
 
     Attributes:
         name: of the artifact; servers get it as the model's name.
-        format: merged, gguf, gptq, awq, compressed, bnb, or adapter.
+        format: merged, gguf, gptq, awq, awq_gemv, compressed, bnb, or adapter.
         file: the path inside the artifact's folder that a reader opens; `.` for a folder.
         settings: the target's fields.
         tokenizer: the one that the run trained with.

@@ -19,6 +19,7 @@ _HUB = {
     "merged": ("transformers", "finetune", ()),
     "gptq": ("transformers", "quantized", ("gptq",)),
     "awq": ("transformers", "quantized", ("awq",)),
+    "awq_gemv": ("transformers", "quantized", ("awq",)),
     "compressed": ("transformers", "quantized", ("compressed-tensors",)),
     "bnb": ("transformers", "quantized", ("bitsandbytes",)),
     "gguf": ("gguf", "quantized", ("gguf", "llama.cpp")),

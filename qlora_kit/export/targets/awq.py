@@ -1,22 +1,20 @@
-"""AWQ: 4-bit weights in the GEMM layout that vLLM and transformers load."""
+"""AWQ: 4-bit weights, in the GEMM layout that vLLM, SGLang and transformers load, or in GEMV's."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.targets.splice import splice_checkpoint
-from qlora_kit.schema.export import AwqTarget
+from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqTarget
 
 BITS = 4
-# What the readers' kernels take.
-GROUP_SIZES = (16, 32, 64, 128, -1)
 
 
 def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> None:
     """Quantise a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
 
     Channel scales and group ranges are chosen by output error (Lin et al. 2023), the rounding makes up for its own
-    errors (Frantar et al. 2022); both only choose numbers, the layout is AutoAWQ's `gemm`.
+    errors (Frantar et al. 2022); both only choose numbers, the layouts are AutoAWQ's.
 
     Args:
         out_dir: an existing, empty folder.
@@ -37,7 +35,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
 
     with torch.no_grad():
         replacements, left_out = quantised_tensors(
-            model_dir, Settings(target.bits, target.group_size, target.zero_point), rows
+            model_dir, Settings(target.bits, target.group_size, target.zero_point, target.layout), rows
         )
     quantization = {
         "quant_method": "awq",
@@ -45,7 +43,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         "group_size": target.group_size,
         # The layout always carries zero points; readers take False to mean that it does not.
         "zero_point": True,
-        "version": "gemm",
+        "version": target.layout.value,
         "modules_to_not_convert": left_out or None,
     }
     splice_checkpoint(model_dir, out_dir, replacements, quantization)
@@ -56,7 +54,7 @@ def _check(target: AwqTarget) -> None:
         raise RecipeError(
             f"AWQ files hold {BITS}-bit weights, not {target.bits}-bit", where="bits", fix=f"bits: {BITS}"
         )
-    if target.group_size not in GROUP_SIZES:
-        choices = " | ".join(map(str, GROUP_SIZES))
-        what = f"readers of AWQ files take groups of {choices}, not {target.group_size}"
+    if target.group_size not in AWQ_GROUP_SIZES[target.layout]:
+        choices = " | ".join(map(str, AWQ_GROUP_SIZES[target.layout]))
+        what = f"readers of AWQ files ({target.layout.value}) take groups of {choices}, not {target.group_size}"
         raise RecipeError(what, where="group_size", fix=f"group_size: {choices}")

@@ -12,6 +12,7 @@ from qlora_kit.export.targets.adapter import BaseName, write_adapter
 from qlora_kit.schema.export import (
     AdapterFormat,
     AdapterTarget,
+    AwqLayout,
     AwqTarget,
     BnbTarget,
     CompressedTarget,
@@ -32,6 +33,7 @@ READERS = {
     "gguf": "llama.cpp",
     "gptq": "transformers with gptqmodel",
     "awq": "transformers with gptqmodel",
+    "awq_gemv": "transformers with gptqmodel, without a GPU its gemm twin",
     "compressed": "transformers with compressed-tensors",
     "bnb": "transformers with bitsandbytes",
     "adapter": "peft",
@@ -89,7 +91,8 @@ def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
     for name, gptq in with_budgets(export.gptq, export).items():
         yield ExportJob(name, "gptq", ".", settings_of(gptq), partial(_gptq, merged, gptq, rows))
     for name, awq in export.awq.items():
-        yield ExportJob(name, "awq", ".", settings_of(awq), partial(_awq, merged, awq, rows))
+        kind = "awq" if awq.layout is AwqLayout.gemm else "awq_gemv"
+        yield ExportJob(name, kind, ".", settings_of(awq), partial(_awq, merged, awq, rows))
 
 
 def with_budgets(targets: Mapping[str, Mixing], export: ExportConfig) -> dict[str, Mixing]:

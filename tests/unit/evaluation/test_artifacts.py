@@ -129,7 +129,7 @@ def test_a_gguf_file_is_opened_by_llama_cpp(workshop: Workshop) -> None:
 
 
 def test_every_format_is_in_one_table() -> None:
-    assert FORMATS == ("merged", "gptq", "awq", "compressed", "bnb", "gguf", "adapter", "adapter_gguf")
+    assert FORMATS == ("merged", "gptq", "awq", "awq_gemv", "compressed", "bnb", "gguf", "adapter", "adapter_gguf")
 
 
 class Padded:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.evaluation.quantized import load_quantized
-from qlora_kit.export.awq.packing import unpacked_weight
 from qlora_kit.export.targets.awq import write_awq
-from qlora_kit.schema.export import AwqTarget
+from qlora_kit.model.awq_layout import KINDS, unpacked_weight
+from qlora_kit.schema.export import AwqLayout, AwqTarget
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
@@ -27,9 +27,11 @@ def source_folder(family: str, place: Path) -> Path:
     return folder
 
 
-def export(source: Path, out: Path, *, group_size: int = 64, zero_point: bool = True) -> Path:
+def export(
+    source: Path, out: Path, *, group_size: int = 64, zero_point: bool = True, layout: AwqLayout = AwqLayout.gemm
+) -> Path:
     out.mkdir()
-    write_awq(source, out, AwqTarget(group_size=group_size, zero_point=zero_point), ROWS)
+    write_awq(source, out, AwqTarget(group_size=group_size, zero_point=zero_point, layout=layout), ROWS)
     return out
 
 
@@ -66,6 +68,24 @@ def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None
     assert apart(model(SAMPLE).logits.float(), wanted) < 0.03
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(SAMPLE).logits
     assert 0.02 < apart(wanted, original) < 0.7
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_layout_for_one_request_holds_the_same_numbers(tmp_path: Path) -> None:
+    source = source_folder("llama", tmp_path)
+    gemm, gemv = (export(source, tmp_path / one.value, layout=one) for one in AwqLayout)
+    assert json.loads((gemv / "config.json").read_text())["quantization_config"]["version"] == "gemv"
+    before = {path.name: path.read_bytes() for path in gemv.iterdir()}
+    first, second = load_file(gemm / "model.safetensors"), load_file(gemv / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name in [name.removesuffix(".qweight") for name in first if name.endswith(".qweight")]:
+        one, other = ({kind: part[f"{name}.{kind}"] for kind in KINDS} for part in (first, second))
+        assert torch.equal(unpacked_weight(one, 64), unpacked_weight(other, 64, "gemv"))
+    if not torch.cuda.is_available():
+        assert torch.equal(load_quantized(gemm)(SAMPLE).logits, load_quantized(gemv)(SAMPLE).logits)
+    assert {path.name: path.read_bytes() for path in gemv.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gemm", "gemv", "llama"]
 
 
 @pytest.mark.slow
@@ -139,6 +159,7 @@ def test_group_sizes_beyond_the_fast_kernel_are_read(group_size: int, tmp_path: 
     [
         (AwqTarget(bits=8), ROWS, "4-bit"),
         (AwqTarget(group_size=256), ROWS, "16 | 32 | 64 | 128 | -1"),
+        (AwqTarget(group_size=32, layout=AwqLayout.gemv), ROWS, "(gemv) take groups of 64 | 128, not 32"),
         (AwqTarget(group_size=64), [], "calibration"),
         (AwqTarget(group_size=64), [[]], "calibration"),
     ],

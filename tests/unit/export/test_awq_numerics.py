@@ -9,8 +9,8 @@ from qlora_kit.export.awq import search
 from qlora_kit.export.awq.feedback import DAMPING, TRUST, compensated_codes
 from qlora_kit.export.awq.grid import Grid, decode, encode, nearest, ranges, span
 from qlora_kit.export.awq.layer import Settings, _quantise_linears
-from qlora_kit.export.awq.packing import pack_columns, packed_tensors, unpack_columns, unpacked_weight
 from qlora_kit.export.awq.search import channel_scales, clipped_grid, output_error
+from qlora_kit.model.awq_layout import gemm_tensors, gemv_tensors, pack_columns, unpack_columns, unpacked_weight
 
 GROUP = 16
 
@@ -202,10 +202,30 @@ def test_packing_matches_the_slow_one_and_comes_back() -> None:
 def test_packed_tensors_stand_for_the_decoded_weights(weight: Tensor, zero_point: bool) -> None:
     grid = grid_of(weight, zero_point=zero_point)
     codes = encode(weight, grid)
-    tensors = packed_tensors(codes, grid)
+    tensors = gemm_tensors(codes, grid.scale, grid.zero)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         "qweight": (torch.int32, (64, 3)),
         "qzeros": (torch.int32, (4, 3)),
         "scales": (torch.float16, (4, 24)),
     }
     assert torch.equal(unpacked_weight(tensors, GROUP), decode(codes, grid))
+
+
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("group_size, in_features", [(64, 192), (128, 384), (128, 1152)])
+def test_the_other_layout_is_what_its_library_packs(group_size: int, in_features: int, zero_point: bool) -> None:
+    gemv_awq = pytest.importorskip("gptqmodel.nn_modules.qlinear.gemv_awq")
+    wide = torch.randn(64, in_features, generator=torch.Generator().manual_seed(5))
+    grid = span(*ranges(wide, group_size), bits=4, zero_point=zero_point)
+    codes = encode(wide, grid)
+    found = gemv_tensors(codes, grid.scale, grid.zero)
+    assert torch.equal(unpacked_weight(found, group_size, "gemv"), decode(codes, grid))
+
+    library = gemv_awq.AwqGEMVLinear.__new__(gemv_awq.AwqGEMVLinear)  # its own making needs a GPU
+    nn.Module.__init__(library)
+    library.bits, library.group_size, library.in_features = 4, group_size, in_features
+    linear = nn.Linear(in_features, 64, bias=False)
+    linear.weight.data = decode(codes, grid)
+    library.pack(linear, grid.scale, grid.zero)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, getattr(library, name)), name

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.awq.packing import unpacked_weight
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival, delta_survival, noise_to_delta, survey
 from qlora_kit.export.dequantized import dequantized_weights, stored_tensors, without_factors
 from qlora_kit.export.targets.gptq import write_gptq
+from qlora_kit.model.awq_layout import unpacked_weight
 from qlora_kit.schema.export import GptqMethod, GptqTarget
 from tests.tiny_models import build_tiny_model
 
@@ -156,13 +156,16 @@ def rounding_file(merged: Path, out: Path, bits: int = 8) -> Path:
     return out
 
 
-def awq_file(merged: Path, out: Path) -> Path:
-    from qlora_kit.export.targets.awq import write_awq
-    from qlora_kit.schema.export import AwqTarget
+def awq_file(layout: str) -> Callable[[Path, Path], Path]:
+    def write(merged: Path, out: Path) -> Path:
+        from qlora_kit.export.targets.awq import write_awq
+        from qlora_kit.schema.export import AwqLayout, AwqTarget
 
-    out.mkdir()
-    write_awq(merged, out, AwqTarget(group_size=64), ROWS)
-    return out
+        out.mkdir()
+        write_awq(merged, out, AwqTarget(group_size=64, layout=AwqLayout[layout]), ROWS)
+        return out
+
+    return write
 
 
 def gguf_file(mix: str) -> Callable[[Path, Path], Path]:
@@ -181,12 +184,13 @@ def gguf_file(mix: str) -> Callable[[Path, Path], Path]:
     [
         (gptq_file, 10),
         (rounding_file, 0.3),
-        (awq_file, 10),
+        (awq_file("gemm"), 10),
+        (awq_file("gemv"), 10),
         (gguf_file("Q8_0"), 0.3),
         (gguf_file("Q4_K_M"), 5),
         (lambda merged, _: merged, 1e-9),
     ],
-    ids=["gptq", "rounding", "awq", "q8_0", "q4_k_m", "16_bit"],
+    ids=["gptq", "rounding", "awq", "awq_gemv", "q8_0", "q4_k_m", "16_bit"],
 )
 def test_files_of_every_layout_keep_the_update(
     write: Callable[[Path, Path], Path], noise: float, made: tuple[Path, Path], tmp_path: Path
@@ -252,7 +256,7 @@ def test_awq_s_factors_are_taken_out(tmp_path: Path) -> None:
             # Channels that are worth a factor.
             tensors[name][::16] *= 20
     save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
-    artifact = awq_file(merged, tmp_path / "out")
+    artifact = awq_file("gemm")(merged, tmp_path / "out")
     read, packed = dequantized_weights(artifact, merged), stored_tensors(artifact)
     left_in = []
     for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):

@@ -10,6 +10,7 @@ from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import (
+    AwqLayout,
     AwqTarget,
     CompressedTarget,
     ExportConfig,
@@ -252,6 +253,18 @@ EXPORT = {
         "export.awq.a.bits",
         "export.awq.a.bits must be at most 4, got 8",
         "export.awq.a.bits=4",
+    ),
+    "AWQ groups": (
+        ExportConfig(awq={"a": AwqTarget(group_size=48)}),
+        "export.awq.a.group_size",
+        "readers of AWQ files (gemm) take groups of 16, 32, 64, 128, -1, not 48",
+        "export.awq.a.group_size=128",
+    ),
+    "AWQ groups of the other layout": (
+        ExportConfig(awq={"a": AwqTarget(group_size=32, layout=AwqLayout.gemv)}),
+        "export.awq.a.group_size",
+        "readers of AWQ files (gemv) take groups of 64, 128, not 32",
+        "export.awq.a.group_size=128",
     ),
     "16-bit format": (
         ExportConfig(merged={"a": MergedTarget(dtype="float16")}),

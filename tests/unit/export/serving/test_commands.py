@@ -15,6 +15,7 @@ def test_a_folder_seen_from_outside_and_from_inside() -> None:
     outside = lines("awq", Served("m", "outputs/run/exports/m"))
     assert outside["vLLM"] == ("vllm serve ./outputs/run/exports/m --served-model-name m",)
     assert lines("awq", Served("m", "/abs/m"))["vLLM"] == ("vllm serve /abs/m --served-model-name m",)
+    assert list(lines("awq_gemv", Served("m"))) == ["transformers"]  # the servers read the other layout
     inside = lines("merged", Served("m"))
     assert inside["SGLang"] == ("python -m sglang.launch_server --model-path . --served-model-name m --port 30000",)
 
