@@ -75,12 +75,12 @@ def _dense(own: Tensors) -> Tensors:
 
 
 def _gptq_or_awq(own: Tensors) -> "Tensor":
-    from qlora_kit.export.awq import packing
     from qlora_kit.export.targets import gptq_layout
+    from qlora_kit.model import awq_layout
 
     if "g_idx" in own:
         return gptq_layout.unpacked_weight(own)
-    return packing.unpacked_weight(own, len(own["qweight"]) // len(own["scales"]))
+    return awq_layout.unpacked_weight(own, len(own["qweight"]) // len(own["scales"]))
 
 
 def _packed(own: Tensors) -> "Tensor":

@@ -72,9 +72,9 @@ def test_the_same_weights_in_each_layout_come_back_dense(tmp_path):
     from quantize_8b_error import dense_weights
     from safetensors.torch import save_file
 
-    from qlora_kit.export.awq import packing
     from qlora_kit.export.awq.grid import decode, encode, span
     from qlora_kit.export.targets import gptq_layout
+    from qlora_kit.model.awq_layout import gemm_tensors
 
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
     groups = weight.view(64, 2, 128)
@@ -82,7 +82,7 @@ def test_the_same_weights_in_each_layout_come_back_dense(tmp_path):
     codes = encode(weight, grid)
     eight = weight.to(torch.float8_e4m3fn)
     tensors = {
-        **{f"a.{kind}": value for kind, value in packing.packed_tensors(codes, grid).items()},
+        **{f"a.{kind}": value for kind, value in gemm_tensors(codes, grid.scale, grid.zero).items()},
         **{f"g.{kind}": value for kind, value in gptq_layout.packed_tensors(codes, grid).items()},
         "f.weight": eight,
         "f.weight_scale": torch.full((64, 1), 2.0),
