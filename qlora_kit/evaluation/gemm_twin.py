@@ -22,7 +22,7 @@ def gemm_twin(folder: Path) -> Iterator[Path]:
 
     # Beside the exports, where there is room for a model; a temporary folder may lie in memory.
     parent = folder.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=parent) as place:
+    with tempfile.TemporaryDirectory(prefix=".twin.", suffix=".partial", dir=parent) as place:
         twin, config = Path(place), dict(read_json(folder / "config.json"))
         settings: dict[str, Any] = dict(config["quantization_config"])
         for path in folder.iterdir():
