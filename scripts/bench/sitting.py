@@ -122,6 +122,11 @@ def run(job: Job, gpu: int, chosen: argparse.Namespace, end: float) -> str:
             return "was stopped: the time is over"
 
 
+def hear_interrupts() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and so would every job that is to be stopped by it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def work_on(gpu: int, waiting: deque[Job], chosen: argparse.Namespace, end: float) -> None:
     """What one GPU does until the time is over, or nothing is left."""
     began = time.monotonic()
@@ -192,6 +197,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Share the jobs among the GPUs, then write the results."""
+    hear_interrupts()
     chosen = arguments()
     chosen.work = chosen.work.resolve()
     (chosen.work / "results").mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import signal
 import time
 from collections import deque
 from pathlib import Path
@@ -61,10 +62,13 @@ def test_what_is_not_timed_shares_a_gpu(sitting):
 
 
 def test_a_job_that_takes_too_long_is_stopped(sitting, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+    sitting.hear_interrupts()
     began = time.monotonic()
     job = sitting.Job("sleep", ("-c", "import time; time.sleep(60)"))
     assert "was stopped" in sitting.run(job, 0, chosen(tmp_path), time.monotonic() + 1)
     assert time.monotonic() - began < 15
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_job_sees_its_gpu_and_its_packages(sitting, tmp_path):
