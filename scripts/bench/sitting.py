@@ -123,7 +123,7 @@ def run(job: Job, gpu: int, chosen: argparse.Namespace, end: float) -> str:
 
 
 def hear_interrupts() -> None:
-    """A shell has what it starts in the background ignore Ctrl-C, and so would every job that is to be stopped by it."""
+    """Jobs are stopped as by Ctrl-C, and would inherit that a shell lets what runs in the background ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
