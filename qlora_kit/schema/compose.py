@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -113,13 +113,21 @@ def _compose(verb: str, lines: list[str]) -> Composed:
     tree, overrides, choices = _compose_tree(verb, lines)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
-        fixes = {key: f"{key}={EXAMPLES.get(key, '<value>')}" for key in missing}
-        raise RecipeError([Problem(f"{key} has no value", f"the {verb} recipe", fix) for key, fix in fixes.items()])
+        raise RecipeError([_missing_problem(verb, key) for key in missing])
     try:
         recipe = typed_recipe(verb, tree)
     except OmegaConfBaseException as error:
         raise RecipeError(first_line(error)) from error
     return Composed(recipe, choices, _origins(recipe, overrides, choices))
+
+
+def _missing_problem(verb: str, key: str) -> Problem:
+    """A field that only the user can give; a model is given by an option, or by its source."""
+    if key != "model.source":
+        return Problem(f"{key} has no value", f"the {verb} recipe", f"{key}={EXAMPLES.get(key, '<value>')}")
+    options = ", ".join(groups()["model"])
+    what = f"no model is chosen; there are {options}; one of your own is model.source=<a folder or hub id>"
+    return Problem(what, "the command line", f"model={_common_option('model')}")
 
 
 def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
@@ -135,7 +143,7 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     good = [override for override in overrides if not problems[override.input_line]]
     named = [problem for problem in problems.values() if problem]
     try:
-        tree = _composed_tree(verb, [str(override.input_line) for override in good])
+        tree = compose(verb, overrides=[str(override.input_line) for override in good], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         misspelt = {override.key_or_group.split(".")[0] for override in overrides if problems[override.input_line]}
         raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
@@ -145,16 +153,6 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     with open_dict(tree):
         del tree["hydra"]
     return tree, overrides, choices
-
-
-def _composed_tree(verb: str, lines: list[str]) -> DictConfig:
-    """The tree of lines that are right one by one; a model of one's own needs no option, its source says all."""
-    try:
-        return compose(verb, overrides=lines, return_hydra_config=True)
-    except ConfigCompositionException as error:
-        if _group_to_choose(error) != "model" or not any(line.startswith("model.source=") for line in lines):
-            raise
-    return compose(verb, overrides=[*lines, "~model"], return_hydra_config=True)
 
 
 def _failed_compose_problems(
@@ -276,8 +274,7 @@ def _compose_problem(error: Exception) -> Problem:
     text = str(error)
     if group := _group_to_choose(error):
         options = groups().get(group, [])
-        own = "; one of your own is model.source=<a folder or hub id>" if group == "model" else ""
-        what = f"no {group} is chosen; there are {', '.join(options)}{own}"
+        what = f"no {group} is chosen; there are {', '.join(options)}"
         return Problem(what, "the command line", f"{group}={_common_option(group)}")
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-GOOD = ["model=demo", "model.source=base", "data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64"]
+GOOD = ["model.source=base", "data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64}
 RUN = ["run=outputs/done/1", "export=gptq_4bit"]
 
@@ -26,7 +26,7 @@ WRONG = {
         "lora.targets=[all_linear]",
     ),
     "missing file": (
-        ["train", *GOOD[:3], "data.train_file=data/home_commands/train.jsonl", GOOD[4]],
+        ["train", *GOOD[:2], "data.train_file=data/home_commands/train.jsonl", GOOD[3]],
         "no such file: data/home_commands/train.jsonl",
         "python -m qlora_kit.data.home_commands --out data/home_commands",
     ),

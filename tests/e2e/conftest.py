@@ -49,7 +49,6 @@ def train_line(workshop: Path, *more: str) -> list[str]:
     """The words of a short training run."""
     return [
         "train",
-        "model=demo",
         f"model.source={workshop / 'base'}",
         "data=messages",
         f"data.train_file={workshop / 'train.jsonl'}",

@@ -57,6 +57,12 @@ def test_a_model_of_ones_own_is_its_source_alone(tmp_path):
     assert named.model.source == str(tmp_path) and named.model.shape.num_layers == 36
 
 
+def test_a_wrong_value_beside_a_model_of_ones_own(tmp_path):
+    assert told("train", f"model.source={tmp_path}", "lora.r=abc", *DATA) == [
+        ("lora.r cannot be 'abc': it is int", "command line: lora.r=abc", "lora.r=16")
+    ]
+
+
 def test_no_model_at_all():
     ((what, _, fix),) = told("train", *DATA)
     assert what.startswith("no model is chosen; there are demo, ")
