@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.schema.export import AwqLayout
 
 
 def is_gemv(folder: Path) -> bool:
     """Whether a folder holds AWQ weights in the layout that has kernels for GPUs alone."""
     settings = read_json(folder / "config.json").get("quantization_config") or {}
-    return settings.get("quant_method") == "awq" and settings.get("version") == "gemv"
+    return settings.get("quant_method") == "awq" and settings.get("version") == AwqLayout.gemv.value
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def gemm_twin(folder: Path) -> Iterator[Path]:
                 save_file(tensors, twin / path.name, metadata={"format": "pt"})
             elif path.is_file() and path.name != "config.json":
                 (twin / path.name).symlink_to(path.resolve())
-        write_json(twin / "config.json", config | {"quantization_config": settings | {"version": "gemm"}})
+        write_json(twin / "config.json", config | {"quantization_config": settings | {"version": AwqLayout.gemm.value}})
         yield twin
 
 
@@ -44,6 +45,6 @@ def _in_gemm(tensors: dict[str, Any], group_size: int) -> dict[str, Any]:
             continue
         module = name.removesuffix(".qweight")
         packed = {kind: tensors[f"{module}.{kind}"] for kind in KINDS}
-        made = gemm_tensors(*unpacked(packed, group_size, "gemv"))
+        made = gemm_tensors(*unpacked(packed, group_size, AwqLayout.gemv))
         found |= {f"{module}.{kind}": tensor for kind, tensor in made.items()}
     return found

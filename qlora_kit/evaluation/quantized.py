@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
@@ -26,8 +25,8 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
 
     On a GPU in the file's dtype (transformers turns AWQ to float16); without one on the CPU, in float32 around
     kernels that multiply in bfloat16; there AWQ's GEMV layout has no kernel, and the same numbers are read from a twin
-    in GEMM's. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and
-    SGLang read it: transformers knows one number of bits for all.
+    in GEMM's. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and SGLang read it:
+    transformers knows one number of bits for all.
 
     Raises:
         RecipeError: gptqmodel or optimum is not installed.
@@ -42,9 +41,6 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
         require("gptqmodel", f"Loading {method.upper()} files")
         if method == "gptq":
             require("optimum", "Loading GPTQ files")
-        if is_gemv(folder) and not has_nvidia_gpu():
-            with gemm_twin(folder) as twin:
-                return _load(twin, method)
         return _load(folder, method)
 
 
@@ -68,6 +64,9 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
+    if not on_gpu and is_gemv(folder):
+        with gemm_twin(folder) as twin:
+            return _load(twin, method)
     try:
         if _layers_differ(folder):
             return _load_mixed(folder)

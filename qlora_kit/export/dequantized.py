@@ -9,6 +9,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.targets.gptq_layout import PACKED
+from qlora_kit.schema.export import AwqLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,7 @@ def _awq_weights(read: WeightReader, merged: WeightReader, settings: Mapping[str
         packed, source = _packed(read, name, KINDS), merged(name)
         if packed is None or source is None:
             return read(name)
-        found = unpacked_weight(packed, int(settings["group_size"]), str(settings["version"]))
+        found = unpacked_weight(packed, int(settings["group_size"]), AwqLayout(settings["version"]))
         return without_factors(found, source.float())
 
     return weight

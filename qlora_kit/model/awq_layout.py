@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlora_kit.schema.export import AwqLayout
+
 PER_WORD = 8
 KINDS = ("qweight", "qzeros", "scales")
 # The column that lies in each 4 bits of a word, lowest first: the kernels of gemm take even columns, then odd ones.
@@ -66,7 +68,11 @@ def gemv_tensors(codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor
     }
 
 
-def unpacked_weight(tensors: Mapping[str, Tensor], group_size: int, layout: str = "gemm") -> Tensor:
+PACK = {AwqLayout.gemm: gemm_tensors, AwqLayout.gemv: gemv_tensors}
+OUTPUTS_AT_ONCE = {AwqLayout.gemm: PER_WORD, AwqLayout.gemv: 64}  # that kernels take: a layer has whole numbers of them
+
+
+def unpacked_weight(tensors: Mapping[str, Tensor], group_size: int, layout: AwqLayout = AwqLayout.gemm) -> Tensor:
     """The float32 weight [out_features, in_features] that a checkpoint's packed tensors stand for."""
     codes, scale, zero = unpacked(tensors, group_size, layout)
     width = codes.shape[1] // scale.shape[1]
@@ -74,11 +80,11 @@ def unpacked_weight(tensors: Mapping[str, Tensor], group_size: int, layout: str 
     return (centred * scale.float().repeat_interleave(width, dim=1)).contiguous()
 
 
-def unpacked(tensors: Mapping[str, Tensor], group_size: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+def unpacked(tensors: Mapping[str, Tensor], group_size: int, layout: AwqLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [out_features, in_features], scales and zero points [out_features, groups]: what `gemm_tensors` takes."""
     qweight, qzeros, scales = (tensors[kind] for kind in KINDS)
-    if layout == "gemm":
+    if layout is AwqLayout.gemm:
         return unpack_columns(qweight).T, scales.T, unpack_columns(qzeros).T
     codes = unpack_columns(qweight, IN_ORDER)
-    groups = 1 if group_size == -1 else codes.shape[1] // group_size
+    groups = codes.shape[1] // group_size  # the words may hold more, to be filled up
     return codes, scales[:, :groups], unpack_columns(qzeros, IN_ORDER)[:, :groups]

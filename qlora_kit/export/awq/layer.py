@@ -19,11 +19,9 @@ from qlora_kit.export.awq.folding import (
 from qlora_kit.export.awq.grid import Grid, decode
 from qlora_kit.export.awq.observe import Reading
 from qlora_kit.export.awq.search import channel_scales, clipped_grid
-from qlora_kit.model.awq_layout import PER_WORD, gemm_tensors, gemv_tensors
+from qlora_kit.model.awq_layout import PACK
 from qlora_kit.schema.export import AwqLayout
 
-PACK = {AwqLayout.gemm: gemm_tensors, AwqLayout.gemv: gemv_tensors}
-GEMV_OUTPUTS = 64
 # How much a layer's output may move, relative to its size, when scales are folded: float32 rounding, no more.
 SAME_FUNCTION = 1e-3
 
@@ -36,11 +34,6 @@ class Settings:
     group_size: int
     zero_point: bool
     layout: AwqLayout = AwqLayout.gemm
-
-    @property
-    def outputs_together(self) -> int:
-        """Of how many outputs a layer has to have whole numbers, for the kernels of the layout."""
-        return PER_WORD if self.layout is AwqLayout.gemm else GEMV_OUTPUTS
 
     def group(self, width: int) -> int:
         return width if self.group_size == -1 else self.group_size

@@ -12,6 +12,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.awq.layer import Quantised, Settings, quantise_layer
 from qlora_kit.export.awq.observe import Call, decoder_layers, first_inputs, observe_layer, run_layer
 from qlora_kit.export.group_sizes import check_group_size
+from qlora_kit.model.awq_layout import OUTPUTS_AT_ONCE
 
 
 def quantised_tensors(
@@ -50,7 +51,8 @@ def _advance(
     layer: nn.Module, calls: Sequence[Call], index: int, settings: Settings, stored: torch.dtype, head_dim: int
 ) -> Quantised:
     readings, outputs = observe_layer(layer, calls, index)
-    skip = frozenset(name for name, linear in _linears(layer) if linear.out_features % settings.outputs_together)
+    at_once = OUTPUTS_AT_ONCE[settings.layout]
+    skip = frozenset(name for name, linear in _linears(layer) if linear.out_features % at_once)
 
     def run() -> Tensor:
         return run_layer(layer, calls[0], index)

@@ -81,7 +81,7 @@ def test_the_layout_for_one_request_holds_the_same_numbers(tmp_path: Path) -> No
     assert first.keys() == second.keys()
     for name in [name.removesuffix(".qweight") for name in first if name.endswith(".qweight")]:
         one, other = ({kind: part[f"{name}.{kind}"] for kind in KINDS} for part in (first, second))
-        assert torch.equal(unpacked_weight(one, 64), unpacked_weight(other, 64, "gemv"))
+        assert torch.equal(unpacked_weight(one, 64), unpacked_weight(other, 64, AwqLayout.gemv))
     if not torch.cuda.is_available():
         assert torch.equal(load_quantized(gemm)(SAMPLE).logits, load_quantized(gemv)(SAMPLE).logits)
     assert {path.name: path.read_bytes() for path in gemv.iterdir()} == before

@@ -11,6 +11,7 @@ from qlora_kit.export.awq.grid import Grid, decode, encode, nearest, ranges, spa
 from qlora_kit.export.awq.layer import Settings, _quantise_linears
 from qlora_kit.export.awq.search import channel_scales, clipped_grid, output_error
 from qlora_kit.model.awq_layout import gemm_tensors, gemv_tensors, pack_columns, unpack_columns, unpacked_weight
+from qlora_kit.schema.export import AwqLayout
 
 GROUP = 16
 
@@ -219,7 +220,7 @@ def test_the_other_layout_is_what_its_library_packs(group_size: int, in_features
     grid = span(*ranges(wide, group_size), bits=4, zero_point=zero_point)
     codes = encode(wide, grid)
     found = gemv_tensors(codes, grid.scale, grid.zero)
-    assert torch.equal(unpacked_weight(found, group_size, "gemv"), decode(codes, grid))
+    assert torch.equal(unpacked_weight(found, group_size, AwqLayout.gemv), decode(codes, grid))
 
     library = gemv_awq.AwqGEMVLinear.__new__(gemv_awq.AwqGEMVLinear)  # its own making needs a GPU
     nn.Module.__init__(library)
