@@ -107,7 +107,7 @@ def walked(tokens: int) -> Iterator[Case]:
     """The gated kernels with other shares of the work."""
     from qlora_kit.engine.gated_triton import Walk
 
-    sizes = itertools.product((32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (1, 2, 3))
+    sizes = itertools.product((16, 32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (1, 2, 3))
     for size, columns, parts, warps, stages in sizes:
         walk = Walk(size, columns, parts, warps, stages)
         for case in gated_cases(tokens, walk):

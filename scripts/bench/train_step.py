@@ -27,7 +27,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from train_step.parent import REPOSITORY, Job, Machine
+from train_step.parent import REPOSITORY, Begun, Machine
 from train_step.runs import BATCHES, QUICK, Batch, Run, every_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -122,20 +122,25 @@ def rows_of(
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Each run with its row; the next process has imported its packages by then if `is_ahead`."""
     bases = {(run.stack, run.shape): machine.base(run) for run in runs}
-    able = [run for run in runs if "error" not in bases[run.stack, run.shape]]
-    rest, begun = iter(able), deque[Job]()
+    able = deque(run for run in runs if "error" not in bases[run.stack, run.shape])
+    begun = deque[Begun]()
+
+    def begin(run: Run) -> Begun:
+        base = bases[run.stack, run.shape]["base"]
+        return machine.begin("train", str(run), run, base=base, profile=run in profiled)
+
     try:
         for run in runs:
             base = bases[run.stack, run.shape]
-            while "error" not in base and len(begun) <= is_ahead and (following := next(rest, None)):
-                place = bases[following.stack, following.shape]["base"]
-                begun.append(
-                    machine.begin("train", str(following), following, base=place, profile=following in profiled)
-                )
-            yield run, begun.popleft().result() if "error" not in base else base
+            if "error" in base:
+                yield run, base
+                continue
+            while able and len(begun) < (2 if is_ahead else 1):
+                begun.append(begin(able.popleft()))
+            yield run, begun.popleft().result()
     finally:
-        for job in begun:
-            job.stop()
+        for waiting in begun:
+            waiting.stop()
 
 
 def search(machine: Machine, run: Run, gigabytes: float, chosen: argparse.Namespace) -> dict[str, Any]:

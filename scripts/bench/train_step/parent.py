@@ -29,7 +29,7 @@ JOB, RESULT, TURN = "job.json", "result.json", "turn"  # in a job's folder; it b
 
 
 @dataclass(frozen=True)
-class Job:
+class Begun:
     """A process of its own, which imports its packages and waits for its turn."""
 
     process: "subprocess.Popen[bytes]"
@@ -83,10 +83,10 @@ class Machine:
     limit: float
 
     def job(self, kind: str, name: str, run: Run | None = None, **rest: object) -> dict[str, Any]:
-        """Do a job at once; see `Job.result`, and `begin` for the arguments."""
+        """Do a job at once; see `Begun.result`, and `begin` for the arguments."""
         return self.begin(kind, name, run, **rest).result()
 
-    def begin(self, kind: str, name: str, run: Run | None = None, **rest: object) -> Job:
+    def begin(self, kind: str, name: str, run: Run | None = None, **rest: object) -> Begun:
         """Start the process of a job.
 
         Args:
@@ -108,7 +108,7 @@ class Machine:
                 stderr=stream,
                 start_new_session=True,
             )
-        return Job(process, folder, log, self.limit if run is not None else PREPARING)
+        return Begun(process, folder, log, self.limit if run is not None else PREPARING)
 
     def _environment(self, *, is_ours: bool, is_longest: bool) -> dict[str, str]:
         site = self.site if is_ours else self.peers_site

@@ -61,14 +61,20 @@ def test_what_is_not_timed_shares_a_gpu(sitting):
     assert taken == ["a", "bc", "d", "e"]
 
 
-def test_a_job_that_takes_too_long_is_stopped(sitting, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+@pytest.fixture
+def in_the_background():
+    """Ctrl-C is ignored, as a shell has it for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_job_that_takes_too_long_is_stopped(sitting, tmp_path, in_the_background):
     sitting.hear_interrupts()
     began = time.monotonic()
     job = sitting.Job("sleep", ("-c", "import time; time.sleep(60)"))
     assert "was stopped" in sitting.run(job, 0, chosen(tmp_path), time.monotonic() + 1)
     assert time.monotonic() - began < 15
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_job_sees_its_gpu_and_its_packages(sitting, tmp_path):
