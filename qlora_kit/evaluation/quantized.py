@@ -80,7 +80,7 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
                 local_files_only=True,
                 **({} if on_gpu else _cpu_kernel(folder, method)),
             )
-    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reader = "gptqmodel" if _layers_differ(folder) else "transformers"
         raise RunError(f"{reader} could not load the {method.upper()} folder {folder}: {error}") from error
     if not on_gpu:

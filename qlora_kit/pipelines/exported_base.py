@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory
