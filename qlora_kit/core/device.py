@@ -1,7 +1,13 @@
-"""Is there a GPU? Asked without importing torch."""
+"""Is there a GPU, and do kernels of triton run on it? Asked without importing torch."""
 
+import importlib.util
 import os
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def has_nvidia_gpu() -> bool:
@@ -9,3 +15,13 @@ def has_nvidia_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+
+
+def runs_triton(tensor: "Tensor") -> bool:
+    """Whether kernels of triton can work on this tensor."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

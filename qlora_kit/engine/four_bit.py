@@ -5,12 +5,12 @@ each value, the number of an entry in a table from -1 to 1. With double quantiza
 same method, 256 blocks at a time, around its mean. The first of two values is in the high half of a byte.
 """
 
-import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+
+from qlora_kit.core.device import runs_triton
 
 E4M3_LARGEST = 448.0
 
@@ -128,13 +128,3 @@ def state_of(linear: Any) -> Any:
     own = getattr(linear.weight, "quant_state", None)
     # Moving a parameter can lose the reference that it holds, but not the one of its layer.
     return own if own is not None else getattr(linear, "quant_state", None)
-
-
-def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether kernels of triton can work on this tensor."""
-    return tensor.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.engine.four_bit import E4M3_LARGEST, FourBit, runs_triton, state_of
+from qlora_kit.engine.four_bit import E4M3_LARGEST, FourBit, state_of
 from qlora_kit.engine.frozen_weight import Bf16Weight, FrozenWeight
 from qlora_kit.schema.engine import Compute
 

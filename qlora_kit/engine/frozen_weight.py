@@ -9,7 +9,8 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from qlora_kit.engine.four_bit import FourBit, runs_triton
+from qlora_kit.core.device import runs_triton
+from qlora_kit.engine.four_bit import FourBit
 
 
 class NotFastError(Exception):

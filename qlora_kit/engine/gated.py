@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.engine import elementwise
 from qlora_kit.engine.elementwise import Activation
-from qlora_kit.engine.four_bit import runs_triton
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank, plus
 from qlora_kit.engine.summed import Sum, parts_over_tokens
 

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.data.collate import IGNORED_LABEL
-from qlora_kit.engine.four_bit import runs_triton
 
 TILE_BYTES = 256_000_000  # of logits that exist at a time
 # Settings of families whose logits are scaled, capped, or joined by a loss of the router.

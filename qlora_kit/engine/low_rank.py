@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.engine import elementwise
-from qlora_kit.engine.four_bit import runs_triton
 
 LARGEST_RANK = 256  # of the kernels, which unroll the sum; a larger one is no small part of the work any more
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.engine.four_bit import runs_triton
+from qlora_kit.core.device import runs_triton
 
 PARTS = (8, 4, 2)  # that the tokens of a long sum are cut into
 MOST_PARTS = PARTS[0]  # that the kernel adds up
