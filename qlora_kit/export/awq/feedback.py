@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.awq.grid import Grid
 
@@ -33,17 +34,33 @@ def compensated_codes(
     left = weight.T[order].contiguous()
     group_of = order // (weight.shape[1] // grid.scale.shape[1])
     scale, zero = grid.scale.T[group_of], grid.zero.T[group_of]
-    top = 2**grid.bits - 1
     codes, errors = torch.empty_like(left), torch.empty_like(left)
+    rounded = _columns_in_one_kernel if runs_triton(left) else _columns
     for start in range(0, len(left), BLOCK):
-        stop = min(start + BLOCK, len(left))
-        for at in range(start, stop):
-            # Only what the columns of this block owe is still missing; a matrix product has settled the rest.
-            value = left[at] - factor[start:at, at] @ errors[start:at]
-            torch.add(zero[at], (value / scale[at]).round_(), out=codes[at]).clamp_(0, top)
-            errors[at] = (value - (codes[at] - zero[at]) * scale[at]) / factor[at, at]
-        left[stop:] -= factor[start:stop, stop:].T @ errors[start:stop]
+        block = slice(start, min(start + BLOCK, len(left)))
+        rounded(left, factor, Grid(scale, zero, grid.bits), block, codes, errors)
+        left[block.stop :] -= factor[block, block.stop :].T @ errors[block]
     return codes[order.argsort()].T.contiguous()
+
+
+def _columns(left: Tensor, factor: Tensor, grid: Grid, block: slice, codes: Tensor, errors: Tensor) -> None:
+    """Codes and errors of some columns, which here are rows: all `[in_features, out_features]` but the factor."""
+    scale, zero, top = grid.scale, grid.zero, 2**grid.bits - 1
+    for at in range(block.start, block.stop):
+        # Only what the columns of this block owe is still missing; a matrix product has settled the rest.
+        value = left[at] - factor[block.start : at, at] @ errors[block.start : at]
+        torch.add(zero[at], (value / scale[at]).round_(), out=codes[at]).clamp_(0, top)
+        errors[at] = (value - (codes[at] - zero[at]) * scale[at]) / factor[at, at]
+
+
+def _columns_in_one_kernel(
+    left: Tensor, factor: Tensor, grid: Grid, block: slice, codes: Tensor, errors: Tensor
+) -> None:
+    from qlora_kit.export.awq import feedback_triton
+
+    feedback_triton.round_columns(
+        left, factor, (grid.scale, grid.zero), (block.start, block.stop, BLOCK), codes, errors, grid.bits
+    )
 
 
 def _inverse_factor(moment: Tensor, trust: float, damping: float) -> Tensor:
@@ -56,5 +73,5 @@ def _inverse_factor(moment: Tensor, trust: float, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(moment + damping * 2**attempt * mean * identity)
         if not failed:
             upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            return upper
+            return upper.contiguous()  # on a GPU it comes column by column
     raise RunError("the activations of a layer on the calibration rows are not finite numbers")
