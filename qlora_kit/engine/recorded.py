@@ -41,6 +41,17 @@ def _recording(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[Non
     graph.capture_end()
 
 
+@contextmanager
+def _drawing_goes_on() -> Iterator[None]:
+    """Random numbers after a recording that failed: the generator would refuse to draw until one ends well."""
+    try:
+        yield
+    except BaseException:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
 class Recorded:
     """One layer's forward and backward pass as two CUDA graphs.
 
@@ -82,7 +93,7 @@ class Recorded:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
         memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream), torch.enable_grad():
+        with torch.cuda.stream(memory.stream), torch.enable_grad(), _drawing_goes_on():
             with _recording(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,

@@ -8,6 +8,7 @@ from qlora_kit.data.collate import Collator, Outline, PackedCollator, feature
 from qlora_kit.engine.fast import speed_up
 from qlora_kit.engine.graphs import REPEATS
 from qlora_kit.engine.packed_attention import isolate_samples
+from qlora_kit.engine.recorded import GraphMemory, _drawing_goes_on, _recording
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
@@ -184,3 +185,19 @@ def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
         found = gradients(model, batch)
         assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2  # flash attention sums in another order
     assert len(engine.graphs.recorded) == len(engine.layers)
+
+
+def test_after_a_failed_recording_random_numbers_go_on():
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(5, device="cuda")
+    memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    found = torch.zeros(1, device="cuda")
+    torch.cuda.manual_seed(3)
+    with (
+        torch.cuda.stream(memory.stream),
+        pytest.raises(RuntimeError, match="not permitted when stream is capturing"),
+        _drawing_goes_on(),
+        _recording(torch.cuda.CUDAGraph(), memory),
+    ):
+        found.item()
+    assert torch.equal(torch.rand(5, device="cuda"), expected)
