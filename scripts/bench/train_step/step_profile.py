@@ -13,6 +13,7 @@ from train_step.clock import synchronized
 from train_step.shapes import frozen_shapes
 
 FROZEN, THIN = "frozen matmuls", "LoRA and head matmuls"
+RECORDED = "matmuls of recorded layers"  # frozen or LoRA's: a kernel of a CUDA graph does not know its operation
 ATTENTION, DEQUANTISE, ELEMENTWISE = "attention", "dequantise", "norm, activation, elementwise"
 OPTIMIZER, OTHER = "optimizer", "other"
 PRODUCT_OPS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::bmm", "aten::baddbmm", "aten::matmul")
@@ -26,6 +27,7 @@ BY_NAME = (
         ELEMENTWISE,
         ("elementwise", "rms", "norm", "silu", "swiglu", "rope", "triton", "round", "reduce", "softmax", "copy"),
     ),
+    (ELEMENTWISE, ("_gated", "_sum", "_fold")),  # the engine's own
 )
 
 
@@ -45,7 +47,7 @@ def kind_of(
     for text in (kernel.lower(), op.lower()):
         for kind, parts in BY_NAME:
             if any(part in text for part in parts):
-                return kind
+                return RECORDED if kind == THIN and not op else kind
     return OTHER
 
 
