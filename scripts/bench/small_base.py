@@ -88,17 +88,17 @@ def model_of(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def train(model: LlamaForCausalLM, ids: torch.Tensor, seconds: float) -> float:
-    """Train for so long on windows drawn at random; returns the mean of the last losses."""
+def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> float:
+    """Train on windows drawn at random; returns the mean of the last losses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     draw = torch.Generator().manual_seed(0)
     began = time.perf_counter()
     losses: list[float] = []
-    while (spent := time.perf_counter() - began) < seconds:
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (len(losses) + 1) / 50) * (1 - 0.9 * spent / seconds)
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         starts = torch.randint(len(ids) - WINDOW, (ROWS,), generator=draw)
         batch = torch.stack([ids[start : start + WINDOW] for start in starts.tolist()]).to(device)
         loss = model(input_ids=batch, labels=batch).loss
@@ -108,7 +108,8 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor, seconds: float) -> float:
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.item()))
         if len(losses) % 50 == 0:
-            print(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}, {seconds - spent:.0f} s left", flush=True)
+            left = (time.perf_counter() - began) / len(losses) * (steps - len(losses))
+            print(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}, {left:.0f} s left", flush=True)
     return sum(losses[-50:]) / len(losses[-50:])
 
 
@@ -117,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commands", type=Path, help="train.jsonl of home_commands; written anew unless given")
-    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--steps", type=int, default=1500)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         documents = texts(chosen.commands or written_commands(Path(folder)))
@@ -125,7 +126,7 @@ def main() -> None:
     ids = torch.tensor([token for document in documents for token in [*tokenizer.encode(document), 0]])
     model = model_of(tokenizer)
     print(f"{sum(part.numel() for part in model.parameters()):,} weights, {len(ids):,} tokens of text")
-    last = train(model, ids, chosen.seconds)
+    last = train(model, ids, chosen.steps)
     model.to(torch.bfloat16).save_pretrained(chosen.out)
     tokenizer.save_pretrained(chosen.out)
     print(f"loss {last:.3f}; saved in {chosen.out}")
