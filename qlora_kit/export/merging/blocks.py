@@ -1,12 +1,14 @@
 """Finished rows of one tensor: the base's values, rounded where they were in training, plus the adapter's update."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.deltas import Update
 from qlora_kit.export.merging.packed import PackedWeight
-from qlora_kit.export.merging.plan import Piece
+from qlora_kit.export.merging.plan import Piece, block_spans
 from qlora_kit.export.merging.read_base import FLOATS, read_rows, read_whole
 from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
 
@@ -46,35 +48,51 @@ def merge_rows(
     return Block(stored.to(torch.bfloat16), changed=False)
 
 
-def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor | None" = None) -> Block:
+def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tuple[int, Block]]:
     """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialisation took out.
 
     Args:
-        room: as for `merge_rows`.
+        room: as for `merge_rows`, of at least BLOCK values in 16 bit.
+    Returns:
+        Its blocks and the first row of each; a block is done with when the next is asked for.
     Raises:
         RunError: the source ends early, or a merged value is not finite.
     """
     import torch
 
     update = piece.update
-    weight: Tensor | PackedWeight
-    values = None
+    if piece.rounds and not piece.state and not (update and update.init) and rounding.packs(piece.shape):
+        yield from _merge_packed(piece, rounding, room)
+        return
     if piece.state:
         weight = read_stored(piece.source, piece.state, rounding.device)
     elif piece.rounds:
-        stored = read_whole(piece.source, room)
-        weight = rounding.exact(stored)
-        if isinstance(weight, PackedWeight) and stored.dtype == torch.bfloat16:
-            values = stored  # all that it held is in the packed weight
+        weight = rounding.exact(read_whole(piece.source))
     else:
         weight = read_whole(piece.source).to(rounding.device).float()
     if update is None:
-        return Block(weight[:].to(torch.bfloat16).cpu(), changed=False)
+        yield 0, Block(weight.to(torch.bfloat16).cpu(), changed=False)
+        return
     loaded = update.load(rounding.device)
-    if not update.init:
-        return _added(piece, weight, loaded, values=values)
-    dense = weight[:]
-    return _added(piece, _as_started(piece, dense, rounding), loaded, before=dense)
+    if update.init:
+        yield 0, _added(piece, _as_started(piece, weight, rounding), loaded, before=weight)
+    else:
+        yield 0, _added(piece, weight, loaded)
+
+
+def _merge_packed(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tuple[int, Block]]:
+    """Twice over the rows, so that they lie in a core's cache both times: to round them, and to add the update."""
+    import torch
+
+    spans = list(block_spans(piece.shape))
+    needed = max(stop - start for start, stop in spans) * piece.source.row_bytes
+    room = room if len(room) >= needed else torch.empty(needed, dtype=torch.uint8)
+    weight = rounding.packed((read_rows(piece.source, *span, room) for span in spans), piece.shape)
+    update = piece.update.load(rounding.device) if piece.update else None
+    for start, stop in spans:
+        shape = (stop - start, piece.shape[1])
+        values = room.view(torch.bfloat16)[: math.prod(shape)].view(shape)
+        yield start, _added(piece, weight.rows(start, stop), update, start, values=values)
 
 
 def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
@@ -98,7 +116,7 @@ def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
 def _added(
     piece: Piece,
     weight: "Tensor | PackedWeight",
-    update: Update,
+    update: Update | None,
     start: int = 0,
     before: "Tensor | None" = None,
     values: "Tensor | None" = None,
@@ -115,6 +133,9 @@ def _added(
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         part = weight[rows]
+        if update is None:
+            values[rows] = part
+            continue
         # What was unpacked just now is nobody else's, and is needed no more once a change was found.
         sums = part if unpacked and changed else part.to(torch.float32, copy=True)
         update.add(sums, start + first)

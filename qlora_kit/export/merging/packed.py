@@ -6,7 +6,7 @@ core's cache; that takes a twentieth and a tenth of the time. Format: blocks of 
 two codes in a byte, the first in the high half (Dettmers et al. 2023, QLoRA, section 3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -48,42 +48,48 @@ class PackedWeight:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def rows(self, start: int, stop: int) -> "PackedWeight":
+        """Some rows of it, still packed."""
+        first, last = start * self.shape[1], stop * self.shape[1]
+        codes, scales = self.codes[first // 2 : last // 2], self.scales[first // GROUP : last // GROUP]
+        return PackedWeight(codes, scales, self.kind, (stop - start, self.shape[1]))
+
     def __getitem__(self, rows: slice) -> "Tensor":
         """Rows of the weight, contiguous, float32."""
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         start, stop, _ = rows.indices(self.shape[0])
-        first, last = start * self.shape[1], stop * self.shape[1]
-        scales = self.scales[first // GROUP : last // GROUP]
-        state = QuantState(
-            scales, torch.Size((stop - start, self.shape[1])), None, GROUP, self.kind, dtype=torch.float32
-        )
-        dense: Tensor = dequantize_4bit(self.codes[first // 2 : last // 2], state)
+        part = self.rows(start, stop)
+        state = QuantState(part.scales, torch.Size(part.shape), None, GROUP, self.kind, dtype=torch.float32)
+        dense: Tensor = dequantize_4bit(part.codes, state)
         return dense
 
 
-def can_pack(weight: "Tensor") -> bool:
-    """Whether every row of the weight is whole groups, so that rows can be rounded apart."""
-    return weight.dim() == 2 and weight.shape[1] % GROUP == 0 and not weight.is_cuda
+def can_pack(shape: tuple[int, ...]) -> bool:
+    """Whether every row of a weight is whole groups, so that rows can be rounded apart."""
+    return len(shape) == 2 and shape[1] % GROUP == 0
 
 
-def pack(weight: "Tensor", kind: str, double_quant: bool) -> PackedWeight:
+def pack(blocks: "Iterable[Tensor]", shape: tuple[int, ...], kind: str, double_quant: bool) -> PackedWeight:
     """Round a weight to 4 bit.
 
     Args:
-        weight: floating point [rows, columns] on the CPU; columns a multiple of 64.
+        blocks: its rows in their order, some at a time: floating point [.., columns] on the CPU, done with when the
+            next are asked for.
+        shape: rows and columns; columns a multiple of 64.
         kind: nf4 or fp4.
         double_quant: whether the scales are rounded to 8 bit too.
     """
     import torch
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-    codes = torch.empty(weight.numel() // 2, dtype=torch.uint8)
-    scales = torch.empty(weight.numel() // GROUP)
-    looks_up, room = kind == "nf4" and weight.dtype == torch.bfloat16, _Room(min(SLICE, weight.numel()))
-    for first, last, values in _slices(weight):
-        found = _looked_up(values, room) if looks_up else None
+    rows, columns = shape
+    codes = torch.empty(rows * columns // 2, dtype=torch.uint8)
+    scales = torch.empty(rows * columns // GROUP)
+    room = _Room(min(SLICE, rows * columns))
+    for first, last, values in _slices(blocks):
+        found = _looked_up(values, room) if kind == "nf4" and values.dtype == torch.bfloat16 else None
         places, largest = found if found is not None else _counted(values.to(torch.float32, copy=True), kind)
         codes[first // 2 : last // 2] = _paired(places)
         scales[first // GROUP : last // GROUP] = largest
@@ -91,15 +97,18 @@ def pack(weight: "Tensor", kind: str, double_quant: bool) -> PackedWeight:
         offset = scales.mean()
         small, state = quantize_blockwise(scales - offset, blocksize=GROUPS_OF_SCALES)
         scales = dequantize_blockwise(small, state) + offset
-    return PackedWeight(codes, scales, kind, (weight.shape[0], weight.shape[1]))
+    return PackedWeight(codes, scales, kind, (rows, columns))
 
 
-def _slices(weight: "Tensor") -> Iterator[tuple[int, int, "Tensor"]]:
+def _slices(blocks: "Iterable[Tensor]") -> Iterator[tuple[int, int, "Tensor"]]:
     """Places of the first and the next value, and the values as a vector."""
-    flat = weight.reshape(-1)
-    for first in range(0, len(flat), SLICE):
-        last = min(first + SLICE, len(flat))
-        yield first, last, flat[first:last]
+    before = 0
+    for block in blocks:
+        flat = block.reshape(-1)
+        for first in range(0, len(flat), SLICE):
+            last = min(first + SLICE, len(flat))
+            yield before + first, before + last, flat[first:last]
+        before += len(flat)
 
 
 class _Room:

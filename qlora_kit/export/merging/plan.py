@@ -13,6 +13,7 @@ SHARD_BYTES = 4_000_000_000
 LARGEST_BASE_SHARD = 6_000_000_000  # bytes; a base that was sharded for its readers keeps its shards
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 SINGLE_FILE = "model.safetensors"
+BLOCK = 1 << 21  # values that are read, merged and written at once
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,11 @@ def _same(left: Piece, right: Piece) -> bool:
         torch.equal(read_rows(one, start, stop), read_rows(two, start, stop))
         for start, stop in row_spans(one.shape, 1 << 22)
     )
+
+
+def block_spans(shape: tuple[int, ...]) -> Iterable[tuple[int, int]]:
+    """The rows of each block that a tensor is read, merged and written in."""
+    return row_spans(shape, BLOCK)
 
 
 def row_spans(shape: tuple[int, ...], values: int) -> Iterable[tuple[int, int]]:

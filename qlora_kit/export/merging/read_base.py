@@ -140,9 +140,9 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, room: "Tensor | None"
     return buffer.view(torch_dtype(tensor.dtype)).view(stop - start, tensor.width)
 
 
-def read_whole(tensor: StoredTensor, room: "Tensor | None" = None) -> "Tensor":
+def read_whole(tensor: StoredTensor) -> "Tensor":
     """The tensor in its stored dtype and shape."""
-    return read_rows(tensor, 0, tensor.rows, room).view(tensor.shape)
+    return read_rows(tensor, 0, tensor.rows).view(tensor.shape)
 
 
 def torch_dtype(name: str) -> "dtype":

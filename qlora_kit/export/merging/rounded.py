@@ -1,6 +1,6 @@
 """Base weights as the adapter met them in training: rounded by bitsandbytes and read back, or stored that way."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,18 +35,21 @@ class Rounding:
         """The weight that the products of training read: rounded, and read back in the format of the activations."""
         return self.round_trip(weight.to(self._compute())).float()
 
-    def exact(self, weight: "Tensor") -> "Tensor | PackedWeight":
-        """The rounded weight in float32, without the rounding to the format of the activations on top.
+    def exact(self, weight: "Tensor") -> "Tensor":
+        """The rounded weight in float32, without the rounding to the format of the activations on top."""
+        return self.round_trip(weight.to(self._compute()).float()).float()
 
-        On a CPU, 4-bit weights stay packed until their rows are read.
-        """
+    def packs(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape is rounded some rows at a time, and stays packed until they are read."""
+        return self.quant.kind in (QuantKind.nf4, QuantKind.fp4) and self.device.type == "cpu" and can_pack(shape)
+
+    def packed(self, blocks: "Iterable[Tensor]", shape: tuple[int, ...]) -> PackedWeight:
+        """What `exact` gives, still packed; for the arguments see `packed.pack`."""
         import torch
 
         compute = self._compute()
-        if self.quant.kind in (QuantKind.nf4, QuantKind.fp4) and self.device.type == "cpu" and can_pack(weight):
-            near = weight if compute == torch.float32 else weight.to(compute)
-            return pack(near, self.quant.kind.value, self.quant.double_quant)
-        return self.round_trip(weight.to(compute).float()).float()
+        near = blocks if compute == torch.float32 else (block.to(compute) for block in blocks)
+        return pack(near, shape, self.quant.kind.value, self.quant.double_quant)
 
     def _compute(self) -> "dtype":
         from qlora_kit.model.load import torch_dtype

@@ -18,14 +18,13 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest
 from qlora_kit.core.files import write_json
 from qlora_kit.export.merging.blocks import Block, merge_rows, merge_whole
 from qlora_kit.export.merging.deltas import Update
-from qlora_kit.export.merging.plan import Piece, Plan, row_spans
+from qlora_kit.export.merging.plan import BLOCK, Piece, Plan, block_spans
 from qlora_kit.export.merging.read_base import BYTES, INDEX, torch_dtype
 from qlora_kit.export.merging.rounded import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 21  # values that are read, merged and written at once
 WRITE_BYTES = 1 << 19  # of one write: with 8 MB at a time Linux 6 looks for large pages, and takes ten times as long
 MOST_WORKERS = 4
 WHOLE_AT_ONCE = 2  # whole tensors in work; each takes up to five times its size in 16 bit
@@ -133,7 +132,7 @@ def _write_file(
 def _spans(piece: Piece) -> Iterator[tuple[int, int, int]]:
     """First row, next row and bytes of each span as it is written."""
     width = piece.size // max(1, piece.shape[0] if piece.shape else 1)
-    for start, stop in row_spans(piece.shape, BLOCK):
+    for start, stop in block_spans(piece.shape):
         yield start, stop, (stop - start) * width
 
 
@@ -143,7 +142,7 @@ def _combined(digests: Sequence[bytes]) -> int:
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows start..stop of a piece and where in the file they begin; the whole piece where `piece.whole`."""
+    """Rows start..stop of a piece, and where in the file it begins; the whole piece where `piece.whole`."""
 
     piece: Piece
     offset: int
@@ -175,11 +174,14 @@ class _Shard:
         room = torch.empty(BLOCK * BYTES["BF16"], dtype=torch.uint8)
         try:
             while task := self._take():
-                needed = (task.stop - task.start) * task.piece.source.row_bytes
-                if needed > len(room):
-                    room = torch.empty(needed, dtype=torch.uint8)
-                block = self._merge(task, room)
-                self._keep(task, block)
+                if task.piece.whole:
+                    with self._whole:
+                        for start, block in merge_whole(task.piece, self._rounding, room):
+                            self._keep(task, start, block)
+                else:
+                    room = self._room_for(task, room)
+                    rows = task.start, task.stop
+                    self._keep(task, task.start, merge_rows(task.piece, task.update, self._rounding, *rows, room))
         finally:
             self.stop()  # an error in one thread ends the others
 
@@ -207,29 +209,30 @@ class _Shard:
                 yield _Task(piece, offset, 0, piece.shape[0], None)
             else:
                 update = piece.update.load(self._rounding.device) if piece.update else None
-                begin = offset
-                for start, stop, size in _spans(piece):
-                    yield _Task(piece, begin, start, stop, update)
-                    begin += size
+                for start, stop, _ in _spans(piece):
+                    yield _Task(piece, offset, start, stop, update)
             offset += piece.size
 
-    def _merge(self, task: _Task, room: "Tensor") -> Block:
-        if not task.piece.whole:
-            return merge_rows(task.piece, task.update, self._rounding, task.start, task.stop, room)
-        with self._whole:
-            return merge_whole(task.piece, self._rounding, room)
+    @staticmethod
+    def _room_for(task: _Task, room: "Tensor") -> "Tensor":
+        """The same memory, or as much as a row takes that is longer than a block."""
+        import torch
 
-    def _keep(self, task: _Task, block: Block) -> None:
+        needed = (task.stop - task.start) * task.piece.source.row_bytes
+        return room if needed <= len(room) else torch.empty(needed, dtype=torch.uint8)
+
+    def _keep(self, task: _Task, start: int, block: Block) -> None:
+        """Write a block that begins with row `start` of its tensor, and note the checksum of each span in it."""
         data = block.values.reshape(-1).view(torch_dtype("U8")).numpy().data
-        if task.piece.whole:
-            begin = 0
-            for start, _, size in _spans(task.piece):
-                self._digests[task.piece.name][start] = xxh3_64_digest(data[begin : begin + size])
+        offset, begin = 0, 0
+        for first, _, size in _spans(task.piece):
+            if first < start:
+                offset += size
+            elif begin < len(data):
+                self._digests[task.piece.name][first] = xxh3_64_digest(data[begin : begin + size])
                 begin += size
-        else:
-            self._digests[task.piece.name][task.start] = xxh3_64_digest(data)
         with self._writing:
-            self._put(data, task.offset)
+            self._put(data, task.offset + offset)
             if block.changed:
                 self._changed.add(task.piece.name)
             self._wrote(len(data))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapter.attach import load_adapter
 from qlora_kit.export.merge import MergeReport, merge
-from qlora_kit.export.merging import blocks, write_shards
+from qlora_kit.export.merging import blocks, plan, write_shards
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.lora import LoraConfig, LoraInit
@@ -77,7 +77,7 @@ def test_plain_adapter_on_the_original_base(tmp_path: Path) -> None:
 def test_many_small_blocks(
     variant: str, merge_base: MergeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_shards, "BLOCK", 5000)  # 19 rows, which divides no tensor here
+    monkeypatch.setattr(plan, "BLOCK", 5000)  # 19 rows, which divides no tensor here
     monkeypatch.setattr(blocks, "SLICE", 1800)
     monkeypatch.setattr(write_shards, "WRITE_BYTES", 700)
     base = make_base("llama", tmp_path)

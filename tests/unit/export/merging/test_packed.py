@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.export.merging import packed
-from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack
+from qlora_kit.export.merging.packed import PackedWeight, can_pack
 from qlora_kit.export.merging.rounded import Rounding
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 
@@ -29,6 +29,10 @@ def by_bitsandbytes(weight: Tensor, kind: str, double_quant: bool) -> Tensor:
     return dense
 
 
+def pack(weight: Tensor, kind: str, double_quant: bool, rows: int = 1000) -> PackedWeight:
+    return packed.pack(weight.split(rows), tuple(weight.shape), kind, double_quant)
+
+
 def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.view(torch.int32), right.view(torch.int32))
 
@@ -42,7 +46,7 @@ def test_every_value_is_bitsandbytes(
     monkeypatch.setattr(packed, "SLICE", 640)  # slices that end within a row
     weight = drawn().to(dtype)
     expected = by_bitsandbytes(weight, kind, double_quant)
-    found = pack(weight, kind, double_quant)
+    found = pack(weight, kind, double_quant, rows=37)
     assert same_bits(found[:], expected)
     assert same_bits(found[7:31], expected[7:31])
     assert same_bits(found[140:1000], expected[140:])
@@ -92,16 +96,16 @@ def test_what_is_no_number_is_not_rounded_away(wrong: float) -> None:
 @pytest.mark.parametrize("compute", [ComputeDtype.float32, ComputeDtype.bfloat16])
 def test_exact_rounding_is_the_same_packed_or_not(compute: ComputeDtype) -> None:
     rounding = Rounding(QuantConfig(kind=QuantKind.nf4, compute_dtype=compute), torch.device("cpu"))
-    found = rounding.exact(drawn())
-    assert isinstance(found, PackedWeight)
+    assert rounding.packs((150, 192))
+    found = rounding.packed(drawn().split(40), (150, 192))
     near = drawn().to(torch.bfloat16).float() if compute is ComputeDtype.bfloat16 else drawn()
     assert same_bits(found[:], rounding.round_trip(near).float())
+    assert same_bits(found[:], rounding.exact(drawn()))
 
 
 def test_weight_whose_rows_share_groups_is_left_to_bitsandbytes() -> None:
     rounding = Rounding(QuantConfig(kind=QuantKind.nf4, compute_dtype=ComputeDtype.float32), torch.device("cpu"))
     weight = drawn(30, 100)
-    assert not can_pack(weight)
+    assert not can_pack(tuple(weight.shape)) and not rounding.packs(tuple(weight.shape))
     found = rounding.exact(weight)
-    assert isinstance(found, Tensor)
     assert same_bits(found, by_bitsandbytes(weight, "nf4", True))

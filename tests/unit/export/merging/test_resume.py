@@ -15,7 +15,7 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from qlora_kit.export import merge as merge_module
 from qlora_kit.export.merge import MergeReport, merge
-from qlora_kit.export.merging import write_shards
+from qlora_kit.export.merging import plan, write_shards
 from qlora_kit.export.merging.resume import JOURNAL
 from qlora_kit.schema.export import MergeBase
 from tests.unit.export.merging.trained import NOT_ROUNDED, WEIGHTS, Pair, Words, edit_json, rewrite, shard
@@ -159,7 +159,7 @@ def test_room_is_asked_for_what_is_left(sharded: Pair, tmp_path: Path, monkeypat
 
 
 def test_checksum_is_over_the_bytes(sharded: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_shards, "BLOCK", 5000)  # 19 rows of 256 values
+    monkeypatch.setattr(plan, "BLOCK", 5000)  # 19 rows of 256 values
     killed_in(sharded, tmp_path / "out", FILES[2], monkeypatch)
     noted = json.loads((tmp_path / "out" / JOURNAL).read_text())["files"]
     for file in FILES[:2]:
