@@ -54,30 +54,34 @@ def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tu
     Args:
         room: as for `merge_rows`, of at least BLOCK values in 16 bit.
     Returns:
-        Its blocks and the first row of each; a block is done with when the next is asked for.
+        Its blocks, those of `block_spans`, with the first row of each; one is done with when the next is asked for.
     Raises:
         RunError: the source ends early, or a merged value is not finite.
     """
-    import torch
-
     update = piece.update
     if piece.rounds and not piece.state and not (update and update.init) and rounding.packs(piece.shape):
         yield from _merge_packed(piece, rounding, room)
         return
+    merged = _merge_unpacked(piece, rounding)
+    for start, stop in block_spans(piece.shape):
+        yield start, Block(merged.values[start:stop], merged.changed)
+
+
+def _merge_unpacked(piece: Piece, rounding: Rounding) -> Block:
+    import torch
+
     if piece.state:
         weight = read_stored(piece.source, piece.state, rounding.device)
     elif piece.rounds:
         weight = rounding.exact(read_whole(piece.source))
     else:
         weight = read_whole(piece.source).to(rounding.device).float()
-    if update is None:
-        yield 0, Block(weight.to(torch.bfloat16).cpu(), changed=False)
-        return
-    loaded = update.load(rounding.device)
-    if update.init:
-        yield 0, _added(piece, _as_started(piece, weight, rounding), loaded, before=weight)
-    else:
-        yield 0, _added(piece, weight, loaded)
+    if piece.update is None:
+        return Block(weight.to(torch.bfloat16).cpu(), changed=False)
+    update = piece.update.load(rounding.device)
+    if piece.update.init:
+        return _added(piece, _as_started(piece, weight, rounding), update, before=weight)
+    return _added(piece, weight, update)
 
 
 def _merge_packed(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tuple[int, Block]]:

@@ -37,6 +37,8 @@ class Rounding:
 
     def exact(self, weight: "Tensor") -> "Tensor":
         """The rounded weight in float32, without the rounding to the format of the activations on top."""
+        if self.packs(tuple(weight.shape)):
+            return self.packed([weight], tuple(weight.shape))[:]
         return self.round_trip(weight.to(self._compute()).float()).float()
 
     def packs(self, shape: tuple[int, ...]) -> bool:

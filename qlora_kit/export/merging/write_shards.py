@@ -131,9 +131,13 @@ def _write_file(
 
 def _spans(piece: Piece) -> Iterator[tuple[int, int, int]]:
     """First row, next row and bytes of each span as it is written."""
-    width = piece.size // max(1, piece.shape[0] if piece.shape else 1)
     for start, stop in block_spans(piece.shape):
-        yield start, stop, (stop - start) * width
+        yield start, stop, (stop - start) * _row_bytes(piece)
+
+
+def _row_bytes(piece: Piece) -> int:
+    """Bytes of a row as it is written; a scalar is one row."""
+    return piece.size // max(1, piece.shape[0] if piece.shape else 1)
 
 
 def _combined(digests: Sequence[bytes]) -> int:
@@ -209,7 +213,7 @@ class _Shard:
                 yield _Task(piece, offset, 0, piece.shape[0], None)
             else:
                 update = piece.update.load(self._rounding.device) if piece.update else None
-                for start, stop, _ in _spans(piece):
+                for start, stop in block_spans(piece.shape):
                     yield _Task(piece, offset, start, stop, update)
             offset += piece.size
 
@@ -222,19 +226,14 @@ class _Shard:
         return room if needed <= len(room) else torch.empty(needed, dtype=torch.uint8)
 
     def _keep(self, task: _Task, start: int, block: Block) -> None:
-        """Write a block that begins with row `start` of its tensor, and note the checksum of each span in it."""
+        """Write the block that begins with row `start` of its tensor, and note its checksum."""
+        piece = task.piece
         data = block.values.reshape(-1).view(torch_dtype("U8")).numpy().data
-        offset, begin = 0, 0
-        for first, _, size in _spans(task.piece):
-            if first < start:
-                offset += size
-            elif begin < len(data):
-                self._digests[task.piece.name][first] = xxh3_64_digest(data[begin : begin + size])
-                begin += size
+        self._digests[piece.name][start] = xxh3_64_digest(data)
         with self._writing:
-            self._put(data, task.offset + offset)
+            self._put(data, task.offset + start * _row_bytes(piece))
             if block.changed:
-                self._changed.add(task.piece.name)
+                self._changed.add(piece.name)
             self._wrote(len(data))
 
     def _put(self, data: memoryview, offset: int) -> None:
