@@ -25,9 +25,23 @@ BY_NAME = (
     (THIN, ("gemm", "nvjet", "cutlass", "xmma", "matmul", "scaled_mm")),
     (
         ELEMENTWISE,
-        ("elementwise", "rms", "norm", "silu", "swiglu", "rope", "triton", "round", "reduce", "softmax", "copy"),
+        (
+            "elementwise",
+            "rms",
+            "norm",
+            "silu",
+            "swiglu",
+            "rope",
+            "triton",
+            "round",
+            "reduce",
+            "softmax",
+            "copy",
+            "_gated",
+            "_sum",
+            "_fold",
+        ),  # the last are the engine's own
     ),
-    (ELEMENTWISE, ("_gated", "_sum", "_fold")),  # the engine's own
 )
 
 
