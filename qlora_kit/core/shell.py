@@ -1,0 +1,36 @@
+"""Command lines to paste: whatever is in a name, a POSIX shell and then Hydra read back what was meant."""
+
+import re
+import shlex
+from collections.abc import Iterable
+
+# A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
+_PLAIN_VALUE = re.compile(r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@]*", re.IGNORECASE)
+
+
+def shell_line(words: Iterable[object]) -> str:
+    """The words as one line to paste, each quoted where a shell would read it as anything else."""
+    return " ".join(_shell_word(str(word)) for word in words)
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` as Hydra reads it, before any quoting for a shell; text of any characters stays text."""
+    return f"{key}={hydra_text(str(value))}"
+
+
+def hydra_text(text: str) -> str:
+    """A text as a Hydra value: as it is where that reads back as the same, else in quotes."""
+    if _PLAIN_VALUE.fullmatch(text):
+        return text
+    # In a quoted value a backslash escapes only a quote, and backslashes before one (Hydra's "Quoted values").
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def _shell_word(word: str) -> str:
+    if any(ord(char) < 0x20 or ord(char) == 0x7F for char in word):
+        # $'..' (bash, zsh, ksh): a line feed within plain quotes would be run as typed where a line is pasted
+        escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+        return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda char: f"\\x{ord(char[0]):02x}", escaped) + "'"
+    return shlex.quote(word)
