@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,28 @@ def staged_directory(place: Path) -> Iterator[Path]:
 
 def _replace(place: Path, staged: Path) -> None:
     before = _beside(place, "before")
-    if place.exists():
+    if os.path.lexists(place):  # a link, too, whose aim may be gone
         place.rename(before)
     try:
         staged.rename(place)
     except OSError:
-        if before.exists():
+        if os.path.lexists(before):
             before.rename(place)
         raise
-    shutil.rmtree(before, ignore_errors=True)
+    with suppress(OSError):
+        remove(before)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it; what a link points to stays.
+
+    Raises:
+        OSError: it cannot be removed; a path that is not there is no error.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clear_left_overs(folder: Path) -> None:
@@ -81,13 +94,10 @@ def clear_left_overs(folder: Path) -> None:
     """
     for before in folder.glob(".*.before"):
         place = folder / before.name[1:].rsplit(".", 2)[0]
-        if not place.exists():
+        if not os.path.lexists(place):
             before.rename(place)
     for left in (*folder.glob(".*.before"), *folder.glob(".*.partial")):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        remove(left)
 
 
 def file_hash(path: Path) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qlora_kit.core.errors import KitError, RunError
-from qlora_kit.core.files import clear_left_overs, size_on_disk, staged_directory
+from qlora_kit.core.files import clear_left_overs, remove, size_on_disk, staged_directory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
@@ -91,7 +91,7 @@ def _clear_other_merges(subject: Exportable, bases: Sequence[MergeBase]) -> None
     wanted = {_merge_folder(subject, base) for base in bases}
     for left in subject.directory.exports.glob(f"{MERGED}*"):
         if left not in wanted:
-            shutil.rmtree(left)
+            remove(left)
 
 
 @contextmanager

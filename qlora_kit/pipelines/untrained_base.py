@@ -1,7 +1,6 @@
 """A base that was never trained, opened for export: for people who want the quantizers alone."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import ClassVar, cast
 
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import clear_left_overs, read_json, write_json, write_text
+from qlora_kit.core.files import clear_left_overs, read_json, remove, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory, new_run_path
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -160,7 +159,7 @@ def clear_killed(path: Path) -> None:
 def _clear_copies(exports: Path) -> None:
     """Remove 16-bit copies that a killed export left: unlike a merge they are not gone on with."""
     for copied in exports.glob(f"{MERGED}*"):
-        shutil.rmtree(copied)
+        remove(copied)
 
 
 def _refuse_unknown(folder: Path, recipe: ExportRecipe) -> None:

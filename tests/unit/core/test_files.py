@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.core.files import clear_left_overs, size_on_disk, staged_directory, write_text
+from qlora_kit.core.files import clear_left_overs, remove, size_on_disk, staged_directory, write_text
 
 
 def test_staged_directory_takes_its_place(tmp_path):
@@ -69,3 +69,48 @@ def test_what_a_killed_process_left_is_undone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moved", "replaced"]
     assert (tmp_path / "moved" / "from").read_text() == ".moved.12345678.before"
     assert (tmp_path / "replaced" / "from").read_text() == "replaced"
+
+
+def test_a_stage_takes_the_place_of_a_link_and_leaves_its_aim(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "a").write_text("moved")
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    for text in ("new", "newer"):
+        with staged_directory(tmp_path / "out") as folder:
+            (folder / "a").write_text(text)
+        assert (tmp_path / "out" / "a").read_text() == text
+        assert (tmp_path / "big" / "a").read_text() == "moved"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "out"]
+
+
+def test_a_stage_takes_the_place_of_a_link_whose_aim_is_gone(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with staged_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_left_overs_that_are_links_are_put_back_or_unlinked(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "a").write_text("moved")
+    folder = tmp_path / "exports"
+    (folder / "taken").mkdir(parents=True)
+    for name in (".taken.0a1b2c3d.before", ".half.0a1b2c3d.partial", ".free.0a1b2c3d.before"):
+        (folder / name).symlink_to(tmp_path / "big")
+    clear_left_overs(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["free", "taken"]
+    assert (folder / "free").is_symlink()
+    assert (tmp_path / "big" / "a").read_text() == "moved"
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "a").write_text("moved")
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    remove(tmp_path / "link")
+    assert (tmp_path / "big" / "a").read_text() == "moved"
+    assert not (tmp_path / "link").is_symlink()
+    remove(tmp_path / "big")
+    remove(tmp_path / "big")
+    assert not (tmp_path / "big").exists()
