@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.links import refuse_links_outside
 
 OUTPUTS = Path("outputs")
 
@@ -126,13 +127,14 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         name: a path, or `latest`.
         finished: whether it must hold a trained adapter; otherwise it must be one that can be resumed.
     Raises:
-        RecipeError: there is none, or it is in the other state.
+        RecipeError: there is none, it is in the other state, or a link in it leads out of it.
     """
     if name == "latest":
         fitting = [run for run in _all_runs() if run.is_finished == finished]
         if not fitting:
             what = "finished run" if finished else "unfinished run"
             raise RecipeError(f"there is no {what} below {OUTPUTS}/", "run=latest", "qlora-kit train experiment=<name>")
+        refuse_links_outside(fitting[0].path)
         return fitting[0]
     run = RunDirectory(Path(name))
     refuse_no_run(run, name)
@@ -140,4 +142,5 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", f"qlora-kit train resume={name}")
     if not finished and run.is_finished:
         raise RecipeError(f"the run {name} is finished; there is nothing to resume", f"resume={name}")
+    refuse_links_outside(run.path)
     return run

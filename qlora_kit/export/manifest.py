@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.core.environment import package_versions
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.core.say import say
 from qlora_kit.export.merge import MergeReport
 
 MANIFEST = "manifest.json"
@@ -55,7 +56,10 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
 
 
 def record_scores(folder: Path, scores: Mapping[str, object]) -> None:
-    """Add what `eval` measured to an artifact's manifest."""
+    """Add what `eval` measured to an artifact's manifest; not through a link, which may lead to another's folder."""
+    if folder.is_symlink():
+        say(f"{folder} is a link, so its manifest stays as it was; the scores are in eval.json")
+        return
     write_json(folder / MANIFEST, {**read_manifest(folder), "evaluation": dict(scores)})
 
 

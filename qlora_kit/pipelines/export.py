@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_kit.core.errors import KitError, RunError
 from qlora_kit.core.files import clear_left_overs, remove, size_on_disk, staged_directory
+from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
@@ -55,6 +56,7 @@ def _alone(subject: Exportable) -> Iterator[None]:
 
     directory = subject.directory
     directory.path.mkdir(parents=True, exist_ok=True)
+    refuse_links_outside(directory.path)
     lock = FileLock(directory.path / EXPORT_LOCK)
     try:
         lock.acquire(timeout=0)

@@ -8,19 +8,26 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory
 
 
 def find_exported_base(name: str) -> RunDirectory:
-    """The folder beside whose `exports/` lies export.yaml.
+    """The folder in which export.yaml lies beside `exports/`.
 
     Args:
         name: that folder; what `qlora-kit export` was given as `base=`, for the newest exports of it below outputs/; or
             `latest`, for the newest of any base.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or a link in it leads out of it.
     """
+    found = _find(name)
+    refuse_links_outside(found.path)
+    return found
+
+
+def _find(name: str) -> RunDirectory:
     named = RunDirectory(Path(name).expanduser())
     if named.export_recipe.is_file():
         return named

@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import clear_left_overs, read_json, remove, write_json, write_text
+from qlora_kit.core.links import links_outside
 from qlora_kit.core.rundir import RunDirectory, new_run_path
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -140,13 +141,13 @@ def facts_of(named: NamedBase) -> BaseFacts:
 def clear_killed(path: Path) -> None:
     """Clear away what killed exports left in the folders beside `path`, each of which was one export of a base.
 
-    A folder whose export is at work is left alone.
+    A folder whose export is at work is left alone, and so is one with links that lead out of it.
     """
     from filelock import FileLock, Timeout
 
     for noted in path.parent.glob("*/export.yaml"):
         folder = noted.parent
-        if folder.resolve() == path.resolve():
+        if folder.resolve() == path.resolve() or any(links_outside(folder)):
             continue
         try:
             with FileLock(folder / EXPORT_LOCK, timeout=0):
