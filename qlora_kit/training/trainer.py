@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.tokens import Ints
 from qlora_kit.engine.fast import FastEngine
@@ -71,6 +72,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     engine: FastEngine | None = None
     logs_late: bool = False
     tells_counts: bool = False
+    _modules: tuple[torch.nn.Module, ...] = ()  # of the model, as they were when it was put into training mode
     _waiting: _Waiting | None = None
     _globalstep_last_logged: int
 
@@ -94,18 +96,35 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         """One micro-batch forward and backward; its loss, detached.
 
         transformers puts every module into training mode before every batch, and the GPU waits for that: 5 ms for the
-        3,000 modules of an 8B model. Here it is done where the model is not in that mode.
+        3,000 modules of an 8B model. Here that is done where a module is found in the other mode.
         """
-        if not model.training or num_items_in_batch is None or self.args.n_gpu > 1 or self._is_not_plain:
+        if num_items_in_batch is None or self.args.n_gpu > 1 or self._is_not_plain:
             done: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             self._log_what_waits()
             return done
+        self._be_in_training_mode(model)
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
         self._log_what_waits()
         return loss.detach()
+
+    def _be_in_training_mode(self, model: torch.nn.Module) -> None:
+        """Put every module into training mode, whoever left one in eval mode.
+
+        The root says nothing of what is below it: under an adapter's new modules a base is as `from_pretrained` leaves
+        it, in eval mode, in which nothing is checkpointed and nothing dropped out. Looking takes 0.2 ms of 3,000.
+
+        Raises:
+            RunError: a module stays in eval mode.
+        """
+        if self._modules and all(module.training for module in self._modules):
+            return
+        model.train()
+        self._modules = tuple(model.modules())
+        if left := [name for name, module in model.named_modules() if not module.training]:
+            raise RunError(f"{len(left)} modules of the model cannot be put into training mode, such as {left[0]}")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate for a batch, six for each weight and token, with the weights counted once."""
