@@ -2,9 +2,18 @@
 
 import importlib
 import importlib.util
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.shell import shell_line
+
+DISTRIBUTION = "qlora-kit"
 
 # module -> extra of this distribution that installs it
 EXTRA_OF_MODULE = {
@@ -31,8 +40,49 @@ def missing_extra(module: str, needed_for: str) -> RecipeError:
     """The error for an absent optional module, with the pip line that installs it."""
     return RecipeError(
         f"{needed_for} needs the package '{module}', which is not installed",
-        fix=f"pip install 'qlora-kit[{EXTRA_OF_MODULE[module]}]'",
+        fix=install_line(EXTRA_OF_MODULE[module]),
     )
+
+
+def install_line(extra: str) -> str:
+    """The pip line that adds an extra to this installation, to paste into a shell in the working folder."""
+    return install_from(extra, _checkout(Path(__file__).resolve().parents[2]), _origin())
+
+
+def install_from(extra: str, checkout: Path | None, origin: Mapping[str, Any]) -> str:
+    """The pip line that adds an extra to what was installed from a place.
+
+    Args:
+        checkout: the folder that the package runs from, where that is one with a pyproject.toml.
+        origin: what pip noted of where it installed from (direct_url.json, PEP 610); empty for an index.
+    """
+    if checkout is not None:
+        return _from_folder(extra, checkout, ["-e"])
+    url, named = str(origin.get("url", "")), f"{DISTRIBUTION}[{extra}]"
+    if "dir_info" in origin and (folder := _checkout(Path(unquote(urlsplit(url).path)))):
+        return _from_folder(extra, folder, [])
+    if vcs := origin.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return shell_line(["pip", "install", f"{named} @ {url}" if url else named])
+
+
+def _from_folder(extra: str, folder: Path, options: list[str]) -> str:
+    is_here = folder == Path.cwd().resolve()
+    constraints = folder / "constraints.txt"
+    pins = ["-c", constraints.name if is_here else constraints] if constraints.is_file() else []
+    return shell_line(["pip", "install", *pins, *options, f"{'.' if is_here else folder}[{extra}]"])
+
+
+def _checkout(folder: Path) -> Path | None:
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def _origin() -> Mapping[str, Any]:
+    try:
+        noted = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return {}
+    return json.loads(noted) if noted else {}
 
 
 def require(module: str, needed_for: str) -> ModuleType:

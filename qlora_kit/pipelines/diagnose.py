@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 
 from qlora_kit.core.cache import cache_folder
 from qlora_kit.core.device import has_nvidia_gpu
+from qlora_kit.core.extras import DISTRIBUTION, install_line
+from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import human_bytes
 
-DISTRIBUTION = "qlora-kit"
 PYTHON_RANGE = ((3, 11), (3, 14))
 BUNDLES = frozenset({"all", "export", "dev"})  # extras made of other extras, or not for users
 COMPILERS = ("c++", "g++", "clang++")
@@ -109,7 +110,12 @@ def _devices() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     wanted = [requirement for requirement in requirements() if requirement.marker is None]
     if not wanted:
-        yield Finding(DISTRIBUTION, "runs from a folder, not installed", Health.bad, "pip install -e .")
+        yield Finding(
+            DISTRIBUTION,
+            "runs from a folder, not installed",
+            Health.bad,
+            shell_line(["pip", "install", "-e", Path(__file__).resolve().parents[2]]),
+        )
     for requirement in wanted:
         yield check_requirement(requirement)
 
@@ -120,7 +126,7 @@ def _extras() -> Iterator[Finding]:
         wrong = [found for part in parts if (found := check_requirement(part)).health is Health.bad]
         if wrong:
             value = "; ".join(f"{found.name} {found.value}" for found in wrong)
-            yield Finding(f"extra {extra}", value, Health.missing, f"pip install '{DISTRIBUTION}[{extra}]'")
+            yield Finding(f"extra {extra}", value, Health.missing, install_line(extra))
         else:
             yield Finding(f"extra {extra}", "installed")
 

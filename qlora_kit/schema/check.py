@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_kit.core.device import has_nvidia_gpu
-from qlora_kit.core.extras import EXTRA_OF_MODULE, is_present
+from qlora_kit.core.extras import EXTRA_OF_MODULE, install_line, is_present
 from qlora_kit.schema import walk
 from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
@@ -164,7 +164,7 @@ def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
         yield Finding(
             "tracker.name",
             f"tracker.name={name} needs the package '{name}', which is not installed",
-            f"pip install 'qlora-kit[{EXTRA_OF_MODULE[name]}]'",
+            install_line(EXTRA_OF_MODULE[name]),
         )
 
 
@@ -203,7 +203,7 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
     }
     for module, wanted in modules.items():
         if wanted and not is_present(module):
-            fix = f"pip install 'qlora-kit[{EXTRA_OF_MODULE[module]}]'"
+            fix = install_line(EXTRA_OF_MODULE[module])
             yield Finding("export", f"this export needs the package '{module}', which is not installed", fix)
 
 

@@ -113,6 +113,6 @@ def test_without_the_harness_the_pip_line_is_given(monkeypatch):
     needs = r"eval\.lm_eval needs the package 'lm_eval', which is not installed"
     with pytest.raises(RecipeError, match=needs) as caught:
         require_harness()
-    assert "pip install 'qlora-kit[harness]'" in str(caught.value)
+    assert extras.install_line("harness") in str(caught.value)
     with pytest.raises(RecipeError, match=needs):
         run_harness("model", "tokenizer", harness_tasks(["arc_easy"]), 1, None)

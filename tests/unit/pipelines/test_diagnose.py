@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from qlora_kit.core.extras import install_line
 from qlora_kit.pipelines import diagnose as doctor
 from qlora_kit.pipelines.diagnose import Health, check_requirement, diagnose
 
@@ -39,7 +40,7 @@ def test_a_missing_extra_is_optional_and_comes_with_the_pip_line(monkeypatch):
     monkeypatch.setattr(doctor, "extras", lambda: ["wandb", "gguf"])
     found = {finding.name: finding for finding in doctor._extras()}
     assert found["extra wandb"].health is Health.missing
-    assert found["extra wandb"].fix == "pip install 'qlora-kit[wandb]'"
+    assert found["extra wandb"].fix == install_line("wandb")
     assert found["extra gguf"].health is Health.good
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from qlora_kit.core.extras import install_line
 from qlora_kit.schema import check as checks
 from qlora_kit.schema.check import check, check_targets
 from qlora_kit.schema.data import DataConfig, Task
@@ -217,7 +218,7 @@ def test_a_tracker_that_is_not_installed(rows, monkeypatch):
     assert found(train(rows, tracker=TrackerConfig(name=TrackerName.mlflow))) == {
         "tracker.name": (
             "tracker.name=mlflow needs the package 'mlflow', which is not installed",
-            "pip install 'qlora-kit[mlflow]'",
+            install_line("mlflow"),
         )
     }
 
@@ -293,7 +294,7 @@ def test_findings_of_an_export(case):
 def test_an_export_whose_package_is_missing(monkeypatch, config, module, extra):
     monkeypatch.setattr(checks, "is_present", lambda name: name != module)
     what = f"this export needs the package '{module}', which is not installed"
-    assert found(ExportRecipe(export=config)) == {"export": (what, f"pip install 'qlora-kit[{extra}]'")}
+    assert found(ExportRecipe(export=config)) == {"export": (what, install_line(extra))}
 
 
 def test_an_evaluation_of_nothing():
