@@ -64,6 +64,7 @@ def prepare(
     if eval_source is not None:
         out_source = eval_source
         out: Ints = np.arange(len(eval_source.store), dtype=np.int64)
+        _tell_of_eval_file(config, len(out))
         _refuse_overlap(train_source, rows, eval_source)
     else:
         out_source, (rows, out) = train_source, _split(config, train_source, rows)
@@ -130,6 +131,14 @@ def _tell(split: Tokenized) -> None:
             say(f"{file.path}: rows recognised as {file.format}")
     for name, columns in split.unused_columns.items():
         say(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
+
+
+def _tell_of_eval_file(config: DataConfig, rows: int) -> None:
+    """Say what of a recipe gives way to `data.eval_file`, which the user named in its place."""
+    if config.eval_share is not None:
+        say(f"held-out rows come from data.eval_file, so data.eval_share={config.eval_share:g} holds out none")
+    if rows == config.eval_rows:
+        say(f"held out: the first {rows} rows of {config.eval_file}; data.eval_rows=null takes all there are")
 
 
 def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Ints]:

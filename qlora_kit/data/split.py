@@ -52,24 +52,30 @@ def held_out(
     """Training rows, held-out rows, and how many copies of held-out rows were left out of both.
 
     A row is held out by its content and the seed alone, so it stays held out when other rows come or go, and equal rows
-    never end up on both sides.
+    never end up on both sides. Both bounds together are a share of the rows, `count` of them at most.
+
+    Args:
+        share: of the different rows; at least one of them is held out.
+        count: as many rows, or at most as many of the share.
 
     Raises:
-        RecipeError: nothing would be left to train on, or to hold out.
+        RecipeError: nothing would be left to train on.
     """
     order = _shuffled_hashes(store.table.hashes[rows], seed)
     values, first = np.unique(order, return_index=True)
     if share is not None:
-        chosen = values[values < np.uint64(min(share * 2.0**64, 2.0**64 - 1))]
+        within = int((values < np.uint64(min(share * 2.0**64, 2.0**64 - 1))).sum())
+        wanted = min(max(within, 1), count or len(values))
     else:
-        chosen = values[: count or 0]
-    if len(chosen) == 0 or len(chosen) == len(values):
+        wanted = count or 0
+    chosen = values[:wanted]
+    if len(chosen) == len(values):
         what = "data.eval_share" if share is not None else "data.eval_rows"
         raise RecipeError(
-            f"{what}={share if share is not None else count} of {len(values)} different rows leaves no row to "
-            + ("hold out" if len(chosen) == 0 else "train on"),
+            f"{what}={share if share is not None else count} of {len(values)} different "
+            f"row{'s' if len(values) > 1 else ''} leaves no row to train on",
             where=what,
-            fix="data.eval_file=<held-out rows>",
+            fix="data.eval_share=null data.eval_rows=null",
         )
     is_chosen = np.isin(order, chosen)
     firsts = np.zeros(len(rows), dtype=np.bool_)

@@ -57,7 +57,7 @@ def prepared_rows(data: DataConfig, base_folder: Path, tokenizer: "PreTrainedTok
     Raises:
         RecipeError: the rows cannot be used.
     """
-    if data.eval_file is None and data.eval_share is None and data.eval_rows is None:
+    if not data.holds_out:
         say(f"data holds no rows out: {HELD_OUT_SHARE:.0%} of them are set aside to score on")
         data = replace(data, eval_share=HELD_OUT_SHARE)
     context = context_of(read_json(base_folder / "config.json"))

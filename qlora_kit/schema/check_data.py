@@ -80,23 +80,17 @@ def _missing_file(path: str, name: str | None) -> Iterator[Finding]:
 
 def _held_out(recipe: TrainRecipe) -> Iterator[Finding]:
     data = recipe.data
-    if data.eval_share is not None and data.eval_file is not None:
-        what = "data.eval_share and data.eval_file are both set; held-out rows come from one of them"
-        yield Finding("data.eval_share", what, "data.eval_share=null")
-    if data.eval_share is not None and data.eval_rows is not None:
-        what = "data.eval_share and data.eval_rows are both set; say how many rows to hold out in one way"
-        yield Finding("data.eval_share", what, "data.eval_share=null")
-    if data.eval_file is not None or data.eval_share is not None or data.eval_rows is not None:
+    if data.holds_out:
         return
     if data.task is not Task.none:
         yield Finding(
             "data.task",
             f"data.task={data.task.name} is set, but there are no held-out rows whose answers it could judge",
-            "data.eval_file=<a JSONL file>",
+            "data.eval_share=0.02",
         )
     if recipe.trainer.eval_every_steps is not None:
         yield Finding(
             "trainer.eval_every_steps",
             "trainer.eval_every_steps is set, but there are no held-out rows",
-            "data.eval_file=<a JSONL file>",
+            "data.eval_share=0.02",
         )

@@ -88,7 +88,9 @@ class DataConfig(Sealed):
     train_file: str | None = knob(None, "Training rows: a file, a glob, or a folder that `datasets` saved.")
     sources: dict[str, SourceConfig] = knob({}, "A mix of named sources, instead of train_file.")
     eval_file: str | None = knob(None, "Held-out rows; never trained on, used to score.")
-    eval_share: float | None = knob(None, "Hold out this share of the training rows instead.", above=0, maximum=0.5)
+    eval_share: float | None = knob(
+        None, "Without eval_file: hold out this share of the training rows, at least one.", above=0, maximum=0.5
+    )
     format: RowFormat = knob(RowFormat.auto, "Row format; auto recognises it from the rows and says so.")
     columns: dict[str, str] = knob({}, "Our field -> your column, such as {prompt: question, completion: answer}.")
     roles: dict[str, str] = knob({}, "Your role -> ours, such as {customer: user, agent: assistant}.")
@@ -110,9 +112,16 @@ class DataConfig(Sealed):
     max_bad_share: float = knob(0.01, "Skipped rows above this share stop the run.", minimum=0, maximum=1)
     train_rows: int | None = knob(None, "Use only this many training rows, from the top.", minimum=1)
     eval_rows: int | None = knob(
-        None, "Held-out rows: at most this many of eval_file; without it, take this many from training.", minimum=1
+        None,
+        "Held-out rows: at most this many of eval_file or of eval_share; without either, this many training rows.",
+        minimum=1,
     )
     seed: int = knob(0, "Seed of the mix and of the held-out split.", minimum=0)
     processes: int | None = knob(None, "Processes that tokenize; unset: one for each CPU.", minimum=1)
     cache: bool = knob(True, "Keep tokenized rows in the user's cache, so that the next run starts at once.")
     task: Task = knob(Task.none, "How generated answers are judged on held-out rows.")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any rows are held out."""
+        return self.eval_file is not None or self.eval_share is not None or self.eval_rows is not None

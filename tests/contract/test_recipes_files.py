@@ -133,6 +133,13 @@ def test_an_experiment_is_named_after_its_model_and_data(path, tmp_path):
     assert path.stem.startswith(f"{model}_{data}_")
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_holds_out_a_few_dozen_rows_at_most(path):
+    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if own["defaults"][1] != {"override /data": "home_commands"}:  # which names a file of held-out rows
+        assert (own["data"]["eval_share"], own["data"]["eval_rows"]) == (0.02, 48)
+
+
 def _compose(path: Path, folder: Path) -> TrainRecipe:
     rows = folder / "rows.jsonl"
     rows.write_text('{"messages": []}\n', encoding="utf-8")

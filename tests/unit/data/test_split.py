@@ -67,12 +67,33 @@ def test_copies_of_a_held_out_row_are_never_trained_on(tmp_path, capsys):
     ("settings", "why"),
     [
         ({"eval_rows": 2}, "data.eval_rows=2 of 2 different rows leaves no row to train on"),
-        ({"eval_share": 1e-9}, "data.eval_share=1e-09 of 2 different rows leaves no row to hold out"),
+        ({"eval_share": 0.5, "train_rows": 1}, "data.eval_share=0.5 of 1 different row leaves no row to train on"),
     ],
 )
-def test_a_split_that_leaves_one_side_empty_is_refused(tmp_path, settings, why):
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path, settings, why):
     train = write(tmp_path / "a.jsonl", ("a", "b"), ("c", "d"))
-    assert why in refusal(DataConfig(train_file=train, max_tokens=64, **settings))
+    message = refusal(DataConfig(train_file=train, max_tokens=64, **settings))
+    assert why in message and "data.eval_share=null data.eval_rows=null" in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "most", "wanted"), [(2, 0.02, 48, 1), (400, 0.25, 5, 5), (15, 1e-9, None, 1)]
+)
+def test_a_share_holds_out_one_row_at_least_and_as_many_as_allowed_at_most(tmp_path, rows, share, most, wanted):
+    pairs = [(f"question {index}", "x") for index in range(rows)]
+    file = write(tmp_path / "a.jsonl", *pairs)
+    data = prepare(DataConfig(train_file=file, max_tokens=64, eval_share=share, eval_rows=most), TOKENIZER)
+    assert (len(data.held_out), len(data.train)) == (wanted, rows - wanted)
+
+
+def test_a_file_of_held_out_rows_takes_the_place_of_a_share_and_says_so(tmp_path, capsys):
+    train = write(tmp_path / "a.jsonl", *[(f"question {index}", "x") for index in range(50)])
+    other = write(tmp_path / "b.jsonl", *[(f"other {index}", "x") for index in range(5)])
+    data = prepare(DataConfig(train_file=train, max_tokens=64, eval_file=other, eval_share=0.5, eval_rows=4), TOKENIZER)
+    assert (len(data.train), len(data.held_out)) == (50, 4)
+    said = capsys.readouterr().err
+    assert "held-out rows come from data.eval_file, so data.eval_share=0.5 holds out none" in said
+    assert f"held out: the first 4 rows of {other}; data.eval_rows=null takes all there are" in said
 
 
 def test_a_mix_takes_rows_by_weight_or_count_and_the_same_ones_each_time(tmp_path):

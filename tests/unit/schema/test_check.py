@@ -105,7 +105,7 @@ TRAIN = {
         {"trainer": TrainerConfig(eval_every_steps=5)},
         "trainer.eval_every_steps",
         "trainer.eval_every_steps is set, but there are no held-out rows",
-        "data.eval_file=<a JSONL file>",
+        "data.eval_share=0.02",
     ),
     "strict": (
         {"optim": OptimConfig(strict=True)},
@@ -136,7 +136,7 @@ def test_a_task_needs_rows_to_judge(rows):
     assert found(train(rows)) == {
         "data.task": (
             "data.task=exact_match is set, but there are no held-out rows whose answers it could judge",
-            "data.eval_file=<a JSONL file>",
+            "data.eval_share=0.02",
         )
     }
 

@@ -28,6 +28,7 @@ def test_good_recipes_have_no_finding(file, tmp_path):
     assert found(train_file=str(tmp_path / "*.jsonl")) == {}
     assert found(train_file=str(tmp_path)) == {}
     assert found(train_file=file, max_tokens="auto", eval_share=0.1, task=Task.exact_match) == {}
+    assert found(train_file=file, eval_share=0.1, eval_rows=3, eval_file=file) == {}
     assert found(sources={"a": SourceConfig(path=file, weight=1), "b": SourceConfig(path=file, weight=2)}) == {}
     assert found(sources={"a": SourceConfig(path="owner/name", revision="abc")}) == {}
     assert found(train_file=file, batching=Batching.packed) == {}
@@ -79,23 +80,11 @@ def cases(file):
             "no such file: owner/name",
             "data.sources.a.revision=<commit>, if owner/name is a hub id",
         ),
-        "share and file": (
-            {"train_file": file, "eval_file": file, "eval_share": 0.1},
-            "data.eval_share",
-            "data.eval_share and data.eval_file are both set; held-out rows come from one of them",
-            "data.eval_share=null",
-        ),
-        "share and count": (
-            {"train_file": file, "eval_rows": 3, "eval_share": 0.1},
-            "data.eval_share",
-            "data.eval_share and data.eval_rows are both set; say how many rows to hold out in one way",
-            "data.eval_share=null",
-        ),
         "task without rows": (
             {"train_file": file, "task": Task.exact_match},
             "data.task",
             "data.task=exact_match is set, but there are no held-out rows whose answers it could judge",
-            "data.eval_file=<a JSONL file>",
+            "data.eval_share=0.02",
         ),
         "a word for a length": (
             {"train_file": file, "max_tokens": "many"},
