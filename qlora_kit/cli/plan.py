@@ -1,11 +1,9 @@
 """`qlora-kit plan`: what a recipe needs, before a weight is loaded."""
 
-from pathlib import Path
 from typing import cast
 
 from qlora_kit.cli.line import parse_line
-from qlora_kit.core.errors import EXIT_OK, RecipeError
-from qlora_kit.schema.model import ModelShape
+from qlora_kit.core.errors import EXIT_OK
 from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit plan [group=option] [path=value]
@@ -25,25 +23,10 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     from rich.console import Console
 
-    from qlora_kit.pipelines.plan import plan
+    from qlora_kit.pipelines.plan import known_base, known_rows, plan
     from qlora_kit.schema.compose import compose_unchecked
 
     recipe = cast(TrainRecipe, compose_unchecked("train", line.overrides))
-    Console().print(plan(recipe, _shape(recipe)))
+    base = known_base(recipe)
+    Console().print(plan(recipe, base, known_rows(recipe)))
     return EXIT_OK
-
-
-def _shape(recipe: TrainRecipe) -> ModelShape:
-    from qlora_kit.core.files import read_json
-    from qlora_kit.memory.shapes import shape_of_config
-
-    config = Path(recipe.model.source).expanduser() / "config.json"
-    if config.is_file():
-        return shape_of_config(read_json(config))
-    if recipe.model.shape is not None:
-        return recipe.model.shape
-    raise RecipeError(
-        f"the sizes of {recipe.model.source} are not at hand",
-        "model.source",
-        "model.source=<a local folder>",
-    )

@@ -1,8 +1,16 @@
 """In which order an epoch reads its rows, from a seed and the epoch's number alone."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
+from qlora_kit.data.packing import Packing
 from qlora_kit.data.tokens import Ints
+from qlora_kit.schema.data import Batching
+from qlora_kit.schema.trainer import TrainerConfig
+
+Order = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
 GROUPS_IN_A_POOL = 50  # rows are sorted by length inside pools, so that batches still differ from epoch to epoch
 
@@ -36,3 +44,43 @@ def by_length(lengths: Ints, group: int, seed: int, epoch: int) -> Ints:
     groups = order[:grouped].reshape(-1, group)
     groups[1:] = draw.permutation(groups[1:])
     return order
+
+
+def epoch_order(batching: Batching, lengths: Ints, items: int, group: int, seed: int) -> Order:
+    """The order that a recipe asks for.
+
+    Args:
+        lengths: `[N]`, tokens of each row.
+        items: rows, or bins of a packing.
+        group: rows that are computed at one time, on all devices together.
+    """
+    if batching is Batching.by_length:
+        return partial(by_length, lengths, group, seed)
+    return partial(shuffled, items, seed)
+
+
+def tokens_at_once(
+    batching: Batching, trainer: TrainerConfig, lengths: Ints, packing: Packing | None, processes: int = 1
+) -> int:
+    """Tokens of the largest forward pass of a run on one device, padding included.
+
+    Args:
+        lengths: `[N]`, tokens of each row.
+        packing: of the rows, where they are packed.
+    """
+    if packing is not None:
+        return trainer.batch_size * packing.capacity
+    order = epoch_order(batching, lengths, len(lengths), trainer.batch_size * processes, trainer.seed)
+    steps = trainer.steps(len(lengths), processes)
+    left, largest, epoch = steps * trainer.gradient_accumulation * trainer.batch_size * processes, 0, 0
+    while left > 0 and largest < trainer.batch_size * int(lengths.max()):
+        largest = max(largest, _largest_batch(lengths[order(epoch)[:left]], trainer.batch_size))
+        left, epoch = left - len(lengths), epoch + 1
+    return largest
+
+
+def _largest_batch(lengths: Ints, rows: int) -> int:
+    """Tokens of the largest padded batch of rows of these lengths, read in this order."""
+    starts = np.arange(0, len(lengths), rows)
+    longest = np.maximum.reduceat(lengths, starts)
+    return int((longest * np.minimum(rows, len(lengths) - starts)).max())

@@ -17,8 +17,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from qlora_kit.core.device import runs_triton
 from qlora_kit.data.collate import IGNORED_LABEL
+from qlora_kit.engine.recompute import LOGITS_TILE_BYTES
 
-TILE_BYTES = 256_000_000  # of logits that exist at a time
 # Settings of families whose logits are scaled, capped, or joined by a loss of the router.
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 ROUTED = "output_router_logits"
@@ -167,7 +167,7 @@ class OnePassLogProbs(torch.autograd.Function):
 def _chunk(tokens: int, weight: torch.Tensor) -> int:
     """Tokens whose logits fit a tile, such that all chunks are about equally long."""
     size = weight.element_size() if runs_triton(weight) else 4
-    most = max(1, TILE_BYTES // (size * len(weight)))
+    most = max(1, LOGITS_TILE_BYTES // (size * len(weight)))
     return -(-tokens // -(-tokens // most)) if tokens else 0
 
 

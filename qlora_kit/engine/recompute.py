@@ -17,6 +17,7 @@ LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
 _UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
 
 
@@ -160,12 +161,22 @@ def auto_budget(
         in_pieces: whether all layers are at level 4.
     """
     workspace = workspace or Workspace()
-    # Gate and up are unpacked side by side for the gradient of their input.
-    widest = max(2 * shape.intermediate_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
-    dequantized = wide * shape.hidden_size * widest
-    # The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
-    # width: of the layer's output and of its input, in the parts that are summed.
-    at_once = min(tokens, PIECE) if in_pieces else tokens
-    temporary = wide * (at_once * 4 * shape.intermediate_size + tokens * 4 * shape.hidden_size)
     spared = free_bytes / _SPARED_PARTS
-    return max(0.0, free_bytes - spared - dequantized - temporary - workspace.logits - workspace.trained)
+    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces)
+    return max(0.0, free_bytes - spared - needed - workspace.logits - workspace.trained)
+
+
+def unpacked_bytes(shape: ModelShape, wide: int = 2) -> int:
+    """Bytes of the largest frozen weight that is unpacked at a time: gate and up, for the gradient of their input."""
+    widest = max(2 * shape.intermediate_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
+    return wide * shape.hidden_size * widest
+
+
+def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False) -> int:
+    """Bytes that the backward pass of one layer holds beside what was kept for it.
+
+    The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
+    width: of the layer's output and of its input, in the parts that are summed.
+    """
+    at_once = min(tokens, PIECE) if in_pieces else tokens
+    return wide * (at_once * 4 * shape.intermediate_size + tokens * 4 * shape.hidden_size)

@@ -47,6 +47,7 @@ class MemoryEstimate:
     workspace: float
     trainable: int
     frozen: int
+    copies: float = 0.0  # of frozen weights that are kept unpacked too
 
     @property
     def weights(self) -> float:
@@ -57,7 +58,7 @@ class MemoryEstimate:
     def total(self) -> float:
         """All parts; CUDA's context and what the allocator wastes come on top."""
         trained = self.adapter + self.gradients + self.optimizer
-        return self.weights + trained + self.activations + self.loss + self.workspace
+        return self.weights + trained + self.activations + self.loss + self.workspace + self.copies
 
 
 def estimate(
@@ -66,9 +67,12 @@ def estimate(
     lora: LoraConfig,
     optim: OptimConfig,
     trainer: TrainerConfig,
-    max_tokens: int,
+    tokens: int,
 ) -> MemoryEstimate:
-    """Peak memory of one training step with every row `max_tokens` long.
+    """Peak memory of one training step on transformers and peft.
+
+    Args:
+        tokens: of the largest forward pass on one device, padding included.
 
     Raises:
         RecipeError: the adapter names modules that no supported family has.
@@ -78,7 +82,6 @@ def estimate(
     kept = [linear for linear in linears if linear not in stored]
     wide = _compute_bytes(quant)
     trainable = trainable_parameters(shape, lora)
-    tokens = trainer.batch_size * max_tokens
     return MemoryEstimate(
         frozen_linears=sum(linear.weights for linear in stored) * (0.5 if quant.kind.is_4bit else 1.0),
         quant_state=sum(_state_bytes(linear, quant) for linear in stored),

@@ -6,46 +6,97 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qlora_kit.core.device import has_nvidia_gpu
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.memory.estimate import MemoryEstimate, estimate
+from qlora_kit.data.order import tokens_at_once
+from qlora_kit.data.prepare import PreparedData
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
-from qlora_kit.schema.model import ModelShape
+from qlora_kit.pipelines.rows import packing_of, rows_that_fit
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
 
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
 
 
-def plan(recipe: TrainRecipe, shape: ModelShape) -> str:
+def known_base(recipe: TrainRecipe) -> KnownBase:
+    """The sizes of the recipe's base, from its config.json or the recipe.
+
+    Raises:
+        RecipeError: neither is there.
+    """
+    folder = Path(recipe.model.source).expanduser()
+    if (folder / "config.json").is_file():
+        return KnownBase.in_folder(folder)
+    if recipe.model.shape is not None:
+        return KnownBase(recipe.model.shape)
+    raise RecipeError(
+        f"the sizes of {recipe.model.source} are not at hand",
+        "model.source",
+        "model.source=<a local folder>",
+    )
+
+
+def known_rows(recipe: TrainRecipe) -> PreparedData | None:
+    """The recipe's rows, read and tokenized as training would; None where rows or tokenizer are not at hand.
+
+    Raises:
+        RecipeError: the rows cannot be used.
+    """
+    folder = Path(recipe.model.source).expanduser()
+    has_rows = recipe.data.train_file is not None and Path(recipe.data.train_file).expanduser().is_file()
+    if not has_rows or not (folder / "tokenizer_config.json").is_file():
+        return None
+    from qlora_kit.model.tokenizer import load_tokenizer
+
+    return rows_that_fit(recipe, folder, load_tokenizer(folder, recipe.model.chat_template))
+
+
+def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> str:
     """The plan as text, as wide as its table needs.
+
+    Args:
+        data: the rows, where they are known; else each is taken to be `data.max_tokens` long.
 
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
     page = Console(file=io.StringIO(), width=120)
     with page.capture() as printed:
-        page.print(plan_table(recipe, shape))
+        page.print(plan_table(recipe, base, data))
     return "\n".join(line.rstrip() for line in printed.get().splitlines())
 
 
-def plan_table(recipe: TrainRecipe, shape: ModelShape) -> Table:
-    """Memory by part, tokens a step and steps; every row is taken to be `data.max_tokens` long.
+def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> Table:
+    """Memory by part, tokens a step and steps.
 
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    longest = _longest(recipe, shape)
-    memory = estimate(shape, recipe.quant, recipe.lora, recipe.optim, recipe.trainer, longest)
+    longest = _longest(recipe, base) if data is None else data.summary.train.max_tokens
+    found = forecast(recipe, base, _at_once(recipe, longest, data), _free_bytes())
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
     table.columns[1].justify = "right"
-    for part, amount, how in _memory_rows(recipe, memory, longest):
+    for part, amount, how in _memory_rows(recipe, found):
         table.add_row(part, human_bytes(amount), how)
     table.add_section()
-    table.add_row("total", human_bytes(memory.total), "on one device; CUDA's context comes on top", style="bold")
+    table.add_row("total", human_bytes(found.memory.total), "on one device; CUDA's context comes on top", style="bold")
     table.add_section()
     for part, text, how in _step_rows(recipe, longest):
         table.add_row(part, text, how)
     return table
+
+
+def _free_bytes() -> float | None:
+    """Free memory of the GPU; None without one: a plan is made for a GPU, wherever it is made."""
+    return free_memory_bytes() if has_nvidia_gpu() else None
+
+
+def _at_once(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> int:
+    if data is None:
+        return recipe.trainer.batch_size * longest
+    return tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
 
 
 def rows_of(path: Path, limit: int | None) -> int | None:
@@ -57,18 +108,17 @@ def rows_of(path: Path, limit: int | None) -> int | None:
     return count if limit is None else min(count, limit)
 
 
-def _longest(recipe: TrainRecipe, shape: ModelShape) -> int:
+def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
     if isinstance(recipe.data.max_tokens, int):
         return recipe.data.max_tokens
-    return longest_that_fits(recipe, shape, free_memory_bytes(), MOST_TOKENS)
+    return longest_that_fits(needed_bytes(recipe, base), free_memory_bytes(), MOST_TOKENS)
 
 
-def _memory_rows(recipe: TrainRecipe, memory: MemoryEstimate, longest: int) -> list[tuple[str, float, str]]:
-    quant, trainer = recipe.quant, recipe.trainer
+def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float, str]]:
+    quant, memory = recipe.quant, found.memory
     doubled = " + double quantization" if quant.kind.is_4bit and quant.double_quant else ""
     share = memory.trainable / memory.frozen
-    recompute = "recomputed in the backward pass" if trainer.gradient_checkpointing else "kept for the backward pass"
-    return [
+    rows = [
         ("weights", memory.weights, f"{human_count(memory.frozen)} weights, {quant.kind.name}{doubled}"),
         ("  linear", memory.frozen_linears, "frozen linear layers"),
         ("  state", memory.quant_state, "scales of the quantized blocks"),
@@ -76,10 +126,11 @@ def _memory_rows(recipe: TrainRecipe, memory: MemoryEstimate, longest: int) -> l
         ("adapter", memory.adapter, f"{human_count(memory.trainable)} trained weights ({share:.2%}) in float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, recipe.optim.name.name),
-        ("activations", memory.activations, f"{trainer.batch_size} x {longest} tokens, {recompute}"),
+        ("activations", memory.activations, f"{human_count(found.tokens)} tokens at once, {found.kept}"),
         ("loss", memory.loss, "a tile of the logits"),
         ("workspace", memory.workspace, "one layer unpacked to 16 bit"),
     ]
+    return [*rows, ("copies", memory.copies, "frozen weights kept unpacked too")] if memory.copies else rows
 
 
 def _step_rows(recipe: TrainRecipe, longest: int) -> list[tuple[str, str, str]]:

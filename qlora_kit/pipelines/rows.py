@@ -16,10 +16,10 @@ from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.template.prompt_check import prompt_finding
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
-from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.model.tokenizer import stop_ids
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.forecast import KnownBase, needed_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,7 +81,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
     is_packed = recipe.data.batching is Batching.packed
     most = context if is_packed else min(context, longest)
     free = free_memory_bytes()
-    fits = longest_that_fits(recipe, shape_of_config(config), free, most)
+    fits = longest_that_fits(needed_bytes(recipe, KnownBase.in_folder(base_folder)), free, most)
     if fits == 0:
         raise RecipeError(
             f"by the estimate not even a short row fits into the {human_bytes(free)} that are free",

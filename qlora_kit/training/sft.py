@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from transformers import PrinterCallback
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.core.say import say
 from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
-from qlora_kit.data.order import by_length, shuffled
+from qlora_kit.data.order import epoch_order, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.fast import FastEngine
@@ -31,7 +30,7 @@ from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.optimizer import effective_optimizer
 from qlora_kit.training.speed import put_engine
-from qlora_kit.training.trainer import KitTrainer, Order
+from qlora_kit.training.trainer import KitTrainer
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ def build_trainer(
     optimizer, line = effective_optimizer(recipe.optim, has_gpu=torch.cuda.is_available())
     if line:
         say(line)
-    undo, engine = _made_ready(model, recipe, train, packing)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
+    undo, engine = _made_ready(model, recipe, packing, at_once)
     dataset = training_dataset(train, packing)
     trainer = KitTrainer(
         model=model,
@@ -92,7 +92,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    trainer.order = _order(recipe, train, len(dataset), processes)
+    group = recipe.trainer.batch_size * processes
+    trainer.order = epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed)
     trainer.remove_callback(PrinterCallback)
     train_in_fp32(model)
     _ready_for_gpu(trainer, undo, engine)
@@ -109,13 +110,13 @@ def _ready_for_gpu(trainer: KitTrainer, undo: list[Callable[[], None]], engine: 
 
 
 def _made_ready(
-    model: PeftModel, recipe: TrainRecipe, rows: TokenRows, packing: Packing | None
+    model: PeftModel, recipe: TrainRecipe, packing: Packing | None, at_once: int
 ) -> tuple[list[Callable[[], None]], FastEngine | None]:
     """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
-    engine = put_engine(model, recipe.engine, _tokens_at_once(recipe, rows, packing))
+    engine = put_engine(model, recipe.engine, at_once)
     if engine is not None:
         undo.append(engine.undo)
         if (back := attend_in_rows(model.get_base_model())) is not None:
@@ -123,11 +124,6 @@ def _made_ready(
     if packing is not None:
         check_isolation(model, recipe.model.attention)
     return undo, engine
-
-
-def _tokens_at_once(recipe: TrainRecipe, rows: TokenRows, packing: Packing | None) -> int:
-    """Tokens of the largest forward pass."""
-    return recipe.trainer.batch_size * (packing.capacity if packing is not None else int(rows.lengths.max()))
 
 
 def _collator(recipe: TrainRecipe, pad_token_id: int, packing: Packing | None, outline: Outline | None) -> Counted:
@@ -155,13 +151,6 @@ def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRec
     alike = None if packing is None else pack(rows.lengths, max(packing.capacity, int(rows.lengths.max())))
     multiple = recipe.trainer.batch_size * processes if processes > 1 else 1
     return training_dataset(rows, alike, multiple)
-
-
-def _order(recipe: TrainRecipe, rows: TokenRows, items: int, processes: int) -> Order:
-    seed = recipe.trainer.seed
-    if recipe.data.batching is Batching.by_length:
-        return partial(by_length, rows.lengths, recipe.trainer.batch_size * processes, seed)
-    return partial(shuffled, items, seed)
 
 
 def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:

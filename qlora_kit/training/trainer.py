@@ -13,11 +13,9 @@ from trl import SFTTrainer
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
-from qlora_kit.data.tokens import Ints
+from qlora_kit.data.order import Order
 from qlora_kit.engine.fast import FastEngine
 from qlora_kit.training.flat_optimizer import flat
-
-Order = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
 
 class EpochSampler(Sampler[int]):

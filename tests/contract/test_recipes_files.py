@@ -115,7 +115,7 @@ def test_an_experiment_composes_and_needs_the_memory_it_says(path, tmp_path):
     recipe = _compose(path, tmp_path)
     assert recipe.model.shape is not None
     parts = (recipe.quant, recipe.lora, recipe.optim, recipe.trainer)
-    gigabytes = estimate(recipe.model.shape, *parts, recipe.data.max_tokens).total / 1e9
+    gigabytes = estimate(recipe.model.shape, *parts, recipe.trainer.batch_size * recipe.data.max_tokens).total / 1e9
     stated = re.search(r"# memory: about ([\d.]+) GB", header(path))
     assert stated
     assert float(stated[1]) == pytest.approx(gigabytes, abs=0.051)

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from qlora_kit.data.order import by_length, shuffled
+from qlora_kit.data.order import by_length, epoch_order, shuffled, tokens_at_once
+from qlora_kit.data.packing import pack
+from qlora_kit.schema.data import Batching
+from qlora_kit.schema.trainer import TrainerConfig
 
 LENGTHS = np.random.default_rng(0).integers(1, 2000, 1003)
 
@@ -39,3 +42,24 @@ def test_groups_do_not_run_from_long_to_short():
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
 def test_few_rows_make_few_groups(count):
     assert sorted(by_length(LENGTHS[:count], 8, 0, 0).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("batching", [Batching.padded, Batching.by_length])
+@pytest.mark.parametrize("loop", [{"max_steps": 3}, {"max_steps": 40, "gradient_accumulation": 4}, {"epochs": 2.5}])
+def test_the_largest_forward_pass_is_the_one_that_the_run_makes(batching, loop):
+    trainer, lengths = TrainerConfig(batch_size=4, **loop), LENGTHS[:101]
+    order = epoch_order(batching, lengths, len(lengths), 4, trainer.seed)
+    made = []
+    for epoch in range(3 if "epochs" in loop else 20):
+        read = lengths[order(epoch)]
+        made += [len(batch) * max(batch) for batch in (read[start : start + 4] for start in range(0, len(read), 4))]
+    count = trainer.steps(len(lengths)) * trainer.gradient_accumulation
+    assert tokens_at_once(batching, trainer, lengths, None) == max(made[:count])
+
+
+def test_the_largest_forward_pass_of_packed_rows_is_a_batch_of_bins():
+    assert tokens_at_once(Batching.packed, TrainerConfig(batch_size=3), LENGTHS, pack(LENGTHS, 2048)) == 3 * 2048
+
+
+def test_one_batch_of_fewer_rows_than_it_may_have():
+    assert tokens_at_once(Batching.padded, TrainerConfig(batch_size=8), np.array([3, 7, 5]), None) == 3 * 7

@@ -83,7 +83,7 @@ def in_fp64(hidden, weight, bias, positions, targets, incoming):
 @pytest.mark.parametrize("chunk", [1, 7, 10, 20, 21, 1000])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fp32_equals_cross_entropy_in_fp64(chunk, bias, monkeypatch):
-    monkeypatch.setattr(module, "TILE_BYTES", chunk * VOCABULARY * 4)
+    monkeypatch.setattr(module, "LOGITS_TILE_BYTES", chunk * VOCABULARY * 4)
     hidden, weight, offset, positions, targets, incoming = drawn(bias=bias)
     expected, gradient, is_top1 = in_fp64(hidden, weight, offset, positions, targets, incoming)
     found, top1 = OnePassLogProbs.apply(hidden, positions, targets, weight, offset, True)
@@ -170,7 +170,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_whole_logits_never_exist(wanted, monkeypatch):
-    monkeypatch.setattr(module, "TILE_BYTES", 5 * VOCABULARY * 4)
+    monkeypatch.setattr(module, "LOGITS_TILE_BYTES", 5 * VOCABULARY * 4)
     hidden, weight, _, _, _, incoming = drawn()
     positions, targets = torch.arange(TOKENS), torch.arange(TOKENS)  # more of them than the weight has columns
     with Largest() as largest:

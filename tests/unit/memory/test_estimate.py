@@ -23,7 +23,7 @@ def of_8b(
     trainer: TrainerConfig | None = None,
 ):
     parts = (quant or QuantConfig(), lora or LoraConfig(), optim or OptimConfig(), trainer or TrainerConfig())
-    return estimate(LLAMA_8B, *parts, max_tokens=2048)
+    return estimate(LLAMA_8B, *parts, tokens=4 * 2048)
 
 
 def test_4bit_state_is_the_papers_half_bit_and_eighth_of_a_bit():

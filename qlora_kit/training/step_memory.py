@@ -1,0 +1,159 @@
+"""What a step of the fast engine needs beside the weights, and what its layers may therefore keep; without torch.
+
+The engine asks once the model is loaded, `plan` before: the same arithmetic answers both.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qlora_kit.engine.recompute import (
+    GATE_UP_AGAIN,
+    IN_PIECES,
+    KEEP_ALL,
+    LAYER_AGAIN,
+    LAYER_FROM_HOST,
+    LOGITS_TILE_BYTES,
+    Amount,
+    LayerExtras,
+    Workspace,
+    auto_budget,
+    parse_amount,
+    peak_bytes,
+    plan_levels,
+    temporary_bytes,
+    unpacked_bytes,
+)
+from qlora_kit.memory.estimate import MemoryEstimate
+from qlora_kit.memory.shapes import frozen_linears
+from qlora_kit.memory.trainable import target_names
+from qlora_kit.schema.engine import Compute, EngineConfig
+from qlora_kit.schema.lora import LoraConfig
+from qlora_kit.schema.model import ModelShape
+
+TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weight
+# Beside a tile of logits the head and the norm before it hold, for each hidden value of a token: two copies of 32 bits
+# and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
+HEAD_BYTES = 22
+WHATEVER_IS_FREE = {Amount.none: KEEP_ALL, Amount.all: LAYER_AGAIN}  # of every layer
+AGAIN = {
+    GATE_UP_AGAIN: "gate and up",
+    LAYER_AGAIN: "whole layers",
+    LAYER_FROM_HOST: "whole layers, from the host's memory",
+    IN_PIECES: "whole layers, from the host's memory, some tokens at a time",
+}
+COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
+COPY_BYTES = {Compute.bf16: 2, Compute.fp8_backward: 1, Compute.fp8: 2}  # of a weight that is kept unpacked
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # kept together
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a training step of a model needs beside its weights.
+
+    Attributes:
+        tokens: of one forward pass on one device, padding included.
+        trained: weights.
+    """
+
+    shape: ModelShape
+    tokens: int
+    extras: LayerExtras
+    trained: int
+
+    @property
+    def head(self) -> float:
+        """Bytes of the output head and its gradient."""
+        return 2.0 * LOGITS_TILE_BYTES + HEAD_BYTES * self.tokens * self.shape.hidden_size
+
+    def budget(self, free_bytes: float, *, in_pieces: bool = False) -> float:
+        """Bytes that layers may keep, from what is free once model and adapter are loaded."""
+        workspace = Workspace(logits=self.head, trained=float(TRAINED_BYTES * self.trained))
+        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces)
+
+    def needed(self, levels: Sequence[int]) -> float:
+        """Bytes that layers keep at these levels."""
+        return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
+
+    def room_for_copies(self, weight_copies: str, levels: Sequence[int], free_bytes: float) -> float:
+        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what levels say.
+
+        For auto there are none where memory is so short that something is computed again.
+        """
+        wanted = parse_amount(weight_copies)
+        if wanted.amount is Amount.auto:
+            return 0.0 if any(levels) else COPIES_SHARE * (self.budget(free_bytes) - self.needed(levels))
+        return math.inf if wanted.amount is Amount.all else wanted.budget_bytes
+
+    def levels(self, recompute: str, free_bytes: float) -> tuple[list[int], float]:
+        """The levels that the recipe's word for it comes to, and the bytes that there are for what layers keep.
+
+        Where even the last level needs more than there is, that is the caller's to say.
+        """
+        wanted = parse_amount(recompute)
+        if wanted.amount in WHATEVER_IS_FREE:
+            return [WHATEVER_IS_FREE[wanted.amount]] * self.shape.num_layers, math.inf
+        budget = self.budget(free_bytes) if wanted.amount is Amount.auto else wanted.budget_bytes
+        levels = plan_levels(self.shape, self.tokens, budget, extras=self.extras)
+        if wanted.amount is Amount.auto and self.needed(levels) > budget:
+            return [IN_PIECES] * self.shape.num_layers, self.budget(free_bytes, in_pieces=True)
+        return levels, budget
+
+
+def fast_estimate(
+    plain: MemoryEstimate, engine: EngineConfig, lora: LoraConfig, step: StepMemory, free_bytes: float | None
+) -> tuple[MemoryEstimate, list[int]]:
+    """What the fast engine will need, and the level of recomputation of each layer.
+
+    Args:
+        plain: the estimate of the plain engine, whose weights, adapter and optimizer are the same.
+        free_bytes: before anything is loaded; None where no device is at hand: what `engine.recompute=auto` then
+            needs at the least is reckoned, with every layer computed again and no copies.
+    """
+    if free_bytes is None:
+        least = "all" if parse_amount(engine.recompute).amount is Amount.auto else engine.recompute
+        no_copies = "none" if parse_amount(engine.weight_copies).amount is Amount.auto else engine.weight_copies
+        engine = replace(engine, recompute=least, weight_copies=no_copies)
+    left = math.inf if free_bytes is None else max(0.0, free_bytes - plain.weights - plain.adapter)
+    levels, _ = step.levels(engine.recompute, left)
+    in_pieces = IN_PIECES in levels
+    room = step.room_for_copies(engine.weight_copies, levels, left)
+    found = replace(
+        plain,
+        activations=step.needed(levels) + temporary_bytes(step.shape, step.tokens, in_pieces=in_pieces),
+        loss=step.head,
+        workspace=float(unpacked_bytes(step.shape)),
+        copies=_copies(step.shape, lora, engine.compute, room),
+    )
+    return found, levels
+
+
+def again(levels: Sequence[int]) -> str:
+    """In words, what layers at these levels compute again."""
+    counts = ", ".join(f"{count} {what}" for level, what in AGAIN.items() if (count := levels.count(level)))
+    return f"computed again in the backward pass: {counts}" if counts else "nothing is computed again"
+
+
+def extras_of_recipe(shape: ModelShape, lora: LoraConfig, *, head_norms: bool, sandwich: bool) -> LayerExtras:
+    """What a layer keeps beside what its sizes say, before there is a model."""
+    adapted = [linear for linear in frozen_linears(shape, layers=1) if linear.name in target_names(lora)]
+    return LayerExtras(ranks=lora.r * len(adapted), head_norms=head_norms, sandwich=sandwich)
+
+
+def _copies(shape: ModelShape, lora: LoraConfig, compute: Compute, room: float) -> float:
+    """Bytes of the groups of weights that fit into the room, in the order of the layers."""
+    taken = 0.0
+    for size in _groups(shape, lora, compute):
+        if 0 < size <= room - taken:
+            taken += size
+    return taken
+
+
+def _groups(shape: ModelShape, lora: LoraConfig, compute: Compute) -> Iterator[float]:
+    linears = {linear.name: linear for linear in frozen_linears(shape, layers=1)}
+    names = target_names(lora)
+    for _ in range(shape.num_layers):
+        for group in GROUPS:
+            outputs = sum(linears[name].outputs for name in group)
+            room = lora.r * sum(name in names for name in group) if compute is Compute.bf16 else 0
+            yield float(COPY_BYTES[compute] * (outputs + room) * linears[group[0]].inputs)
