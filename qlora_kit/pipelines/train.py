@@ -9,11 +9,14 @@ from transformers import set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.core.environment import capture_environment
-from qlora_kit.core.errors import StoppedError
+from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.files import staged_directory, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.data.order import tokens_at_once
+from qlora_kit.data.prepare import PreparedData
+from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.source import locate_base
@@ -25,6 +28,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import open_trackers, read_metrics, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete, step_of
+from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 
 
@@ -48,6 +52,11 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     tokens_before = rewind_metrics(run.metrics, step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
+    planned = planned_memory(recipe, base_folder, data)
+    if planned is not None:
+        say(
+            f"plan: about {human_bytes(planned.memory.total)} of memory for {human_count(planned.tokens)} tokens at once"
+        )
     model = _adapted_base(recipe, base_folder, len(data.train))
 
     stop = StopOnSignal()
@@ -71,9 +80,21 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
+    if planned is not None and torch.cuda.is_available():
+        result["planned_memory_bytes"] = planned.memory.total
     write_json(run.result, result)
     say(f"done: {run.path}")
     return result
+
+
+def planned_memory(recipe: TrainRecipe, base_folder: Path, data: PreparedData) -> Forecast | None:
+    """What the largest step of the rows will need on this device; None where the base has sizes that no plan knows."""
+    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
+    try:
+        base = KnownBase.in_folder(base_folder)
+        return forecast(recipe, base, at_once, free_memory_bytes() if torch.cuda.is_available() else None)
+    except RecipeError:
+        return None
 
 
 def _adapted_base(recipe: TrainRecipe, base_folder: Path, rows: int) -> PeftModel:
