@@ -54,9 +54,8 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
         say(f"resuming from step {step_of(checkpoint)}")
     planned = planned_memory(recipe, base_folder, data)
     if planned is not None:
-        say(
-            f"plan: about {human_bytes(planned.memory.total)} of memory for {human_count(planned.tokens)} tokens at once"
-        )
+        total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
+        say(f"plan: about {total} of memory, for {at_once} tokens at once")
     model = _adapted_base(recipe, base_folder, len(data.train))
 
     stop = StopOnSignal()
