@@ -46,6 +46,12 @@ class RunError(KitError):
     """The run could not go on."""
 
 
+class DamagedFileError(RunError):
+    """A file that came from somebody else is damaged, or not what its name says."""
+
+    exit_code = EXIT_BAD_RECIPE
+
+
 class StoppedError(KitError):
     """The user stopped the run; what was done is saved."""
 

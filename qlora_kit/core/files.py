@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+LONGEST_JSON = 100_000_000  # bytes of a file of settings
 ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
 
 
@@ -38,8 +39,17 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON object."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none, it is nested too deeply, or it is too long to be a file of settings.
+    """
+    if path.stat().st_size > LONGEST_JSON:
+        raise ValueError(f"{path} is longer than {LONGEST_JSON // 1_000_000} MB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value

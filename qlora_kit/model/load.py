@@ -1,13 +1,12 @@
 """Loads a base model, quantized as the recipe says."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.model.device import this_device
 from qlora_kit.schema.model import Attention
@@ -103,9 +102,12 @@ def quiet_libraries() -> None:
 
 
 def _stored_kind(folder: Path) -> QuantKind | None:
-    stored: dict[str, Any] | None = read_json(folder / "config.json").get("quantization_config")
+    path = folder / "config.json"
+    stored = read_json(path).get("quantization_config")
     if stored is None:
         return None
+    if not isinstance(stored, dict):
+        raise DamagedFileError(f"{path}: its quantization_config is not a JSON object", str(path))
     if stored.get("quant_method") != "bitsandbytes":
         raise RecipeError(
             f"the base in {folder} is quantized with {stored.get('quant_method')}; "
@@ -113,7 +115,14 @@ def _stored_kind(folder: Path) -> QuantKind | None:
             "model.source",
             "model.source=<the 16-bit model it was made from>",
         )
-    return QuantKind.int8 if stored.get("load_in_8bit") else QuantKind(stored.get("bnb_4bit_quant_type", "fp4"))
+    if stored.get("load_in_8bit"):
+        return QuantKind.int8
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise DamagedFileError(
+            f"{path}: its quantization_config has an unknown bnb_4bit_quant_type, {kind!r}", str(path)
+        )
+    return QuantKind(kind)
 
 
 def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:

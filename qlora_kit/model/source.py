@@ -1,14 +1,13 @@
 """Finds the folder of the base model that `model.source` names: the demo, a local folder or a hub repository."""
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
 from qlora_kit.model.demo import demo_base
+from qlora_kit.model.stored_tensors import INDEX, listed_files
 from qlora_kit.schema.model import ModelConfig
 
 DEMO = "demo"
@@ -115,9 +114,12 @@ def _is_known(model_type: str) -> bool:
 
 
 def _weight_problems(folder: Path) -> list[Problem]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        return _shard_problems(folder, read_json(index))
+        try:
+            return _shard_problems(folder, sorted(set(listed_files(index).values())))
+        except DamagedFileError as error:
+            return list(error.problems)
     if any(folder.glob("*.safetensors")):
         return []
     pickles = sorted(entry.name for pattern in _PICKLES for entry in folder.glob(pattern))
@@ -131,8 +133,7 @@ def _weight_problems(folder: Path) -> list[Problem]:
     return [Problem(what, "model.source", "model.source=<folder of a model in Hugging Face format>")]
 
 
-def _shard_problems(folder: Path, index: Mapping[str, Any]) -> list[Problem]:
-    shards = sorted(set(index.get("weight_map", {}).values()))
+def _shard_problems(folder: Path, shards: list[str]) -> list[Problem]:
     missing = [name for name in shards if not (folder / name).is_file()]
     if not missing:
         return []

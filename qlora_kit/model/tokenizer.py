@@ -1,26 +1,45 @@
 """Loads the tokenizer of a base: a fast one, with a pad token, and the chat template that the recipe asks for."""
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.schema.model import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MOST_TOKENS = 2**24  # in a vocabulary: sixty times the largest that is published
 # Tokens that published vocabularies reserve and never produce, the likeliest first.
 _RESERVED = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>")
 
 
 def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """Ids that end an answer when the model is served: the tokenizer's end of text and the generation settings' own."""
-    path = folder / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    """Ids that end an answer when the model is served: the tokenizer's end of text and the generation settings' own.
+
+    Raises:
+        DamagedFileError: generation_config.json is no JSON object, or names something that is no token.
+    """
+    ids = [*_listed_ends(folder / "generation_config.json"), tokenizer.eos_token_id]
+    return frozenset(token for token in ids if token is not None)
+
+
+def _listed_ends(path: Path) -> list[int | None]:
+    if not path.is_file():
+        return []
+    try:
+        listed = read_json(path).get("eos_token_id")
+    except ValueError as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}", str(path), "fetch or copy this file again") from error
     ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None)
+    if odd := [token for token in ids if token is not None and not (type(token) is int and 0 <= token < MOST_TOKENS)]:
+        odd_one = json.dumps(odd[0])[:80]
+        what = f"{path} says that token {odd_one} ends an answer; a token is a number below {MOST_TOKENS:,}"
+        raise DamagedFileError(what, str(path), "fetch or copy this file again")
+    return ids
 
 
 def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreTrainedTokenizerFast":
@@ -41,7 +60,9 @@ def load_tokenizer(folder: Path, chat_template_file: str | None = None) -> "PreT
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the library's compiled part is no Exception
         raise RecipeError(
             f"the tokenizer in {folder} cannot be read: {_first_line(error)}", where="model.source"
         ) from error
@@ -99,5 +120,9 @@ def _template(name: str) -> str:
     return text
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    # The usual refusals explain themselves; of a TypeError its text alone says nothing.
+    return (
+        first if isinstance(error, (OSError, ValueError, ImportError)) and first else f"{type(error).__name__} {first}"
+    )

@@ -14,9 +14,9 @@ from qlora_kit.core.environment import package_versions
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.model.stored_tensors import raw_header
 
 LOCK = "lock.json"
-_LONGEST_HEADER = 1 << 30  # bytes; a longer one is no safetensors file
 
 
 def write_lock(folder: Path, facts: ServingFacts) -> str:
@@ -94,6 +94,5 @@ def _text_hash(value: object) -> str | None:
 
 
 def _header_hash(path: Path) -> str | None:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return sha256(stream.read(length)).hexdigest() if length < _LONGEST_HEADER else None
+    header = raw_header(path)
+    return None if header is None else sha256(header).hexdigest()

@@ -129,3 +129,25 @@ def test_stop_ids_are_those_of_the_tokenizer_and_of_the_generation_settings(tmp_
     assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5, 7}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
     assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 50_000,
+        "{",
+        '{"model": 5}',
+        '{"added_tokens_decoder": [1]}',
+        '{"extra": 1, "model_max_length": {}}',
+    ],
+)
+def test_a_strangers_tokenizer_is_read_or_refused_by_name(tmp_path, name, text):
+    smollm_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    try:
+        load_tokenizer(tmp_path)
+    except RecipeError as error:
+        assert str(tmp_path) in str(error)
