@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.shell import read_hydra_text
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -35,7 +36,7 @@ class Line:
         values = [
             line.split("=", 1)[1] for line in self.overrides if line.split("=", 1)[0].lstrip("+") == key and "=" in line
         ]
-        return values[-1].strip("'\"") if values else None
+        return read_hydra_text(values[-1]) if values else None
 
 
 def parse_line(arguments: list[str]) -> Line:

@@ -1,5 +1,6 @@
 """The table of verbs, and the one place where errors become messages and exit codes."""
 
+import errno
 import importlib
 import os
 import sys
@@ -97,4 +98,6 @@ def _unforeseen(error: Exception) -> Problem:
     if is_disk_full(error, Path.cwd()):
         fix = "make room; a run that was training goes on with qlora-kit train resume=latest"
         return Problem(f"the disk that holds {Path.cwd()} is full", fix=fix)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return Problem(f"a file's name is too long for its disk: {error.filename}")
     return Problem(f"{type(error).__name__}: {error}", fix="add debug=true to see where")

@@ -19,6 +19,11 @@ def _beside(path: Path, state: str = "partial") -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{state}")
 
 
+def file_part(text: str) -> str:
+    """A text as part of a file's name: separators and what is no character become underscores."""
+    return "".join("_" if char in "/\\" or not char.isprintable() else char for char in text)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically, making its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.links import refuse_links_outside
+from qlora_kit.core.shell import override, shell_line
 
 OUTPUTS = Path("outputs")
 
@@ -139,7 +140,8 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
     run = RunDirectory(Path(name))
     refuse_no_run(run, name)
     if finished and not run.is_finished:
-        raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", f"qlora-kit train resume={name}")
+        again = shell_line(["qlora-kit", "train", override("resume", name)])
+        raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", again)
     if not finished and run.is_finished:
         raise RecipeError(f"the run {name} is finished; there is nothing to resume", f"resume={name}")
     refuse_links_outside(run.path)

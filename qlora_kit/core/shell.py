@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable
 
 # A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
-_PLAIN_VALUE = re.compile(r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@]*", re.IGNORECASE)
+_PLAIN_VALUE = re.compile(r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@]*", re.IGNORECASE | re.ASCII)
 
 
 def shell_line(words: Iterable[object]) -> str:
@@ -26,6 +26,15 @@ def hydra_text(text: str) -> str:
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def read_hydra_text(value: str) -> str:
+    """What `hydra_text` was given, from what it made; words that are read without Hydra's parser go through this."""
+    quote = value[:1]
+    if len(value) < 2 or quote not in ("'", '"') or value[-1] != quote:
+        return value
+    unescaped = re.sub(rf"(\\+)({quote}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
+    return unescaped.replace("\\${", "${")
 
 
 def _shell_word(word: str) -> str:

@@ -11,3 +11,8 @@ _PICTURES = {
 def printable(text: str) -> str:
     """The text with each control character as its picture; tabs and line feeds stay."""
     return text.translate(_PICTURES)
+
+
+def one_line(text: str) -> str:
+    """The text on one line: tabs, line feeds and what Unicode counts among them are pictures too."""
+    return "".join("␊" if char in "\n\u2028\u2029" else "␉" if char == "\t" else char for char in printable(text))

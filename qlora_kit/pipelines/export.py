@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qlora_kit.core.errors import KitError, RunError
-from qlora_kit.core.files import clear_left_overs, remove, size_on_disk, staged_directory
+from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -81,7 +81,7 @@ def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:
 
 def _source(subject: Exportable, sixteen_bit: Path, calibration: list[list[int]]) -> Source:
     base = BaseName(subject.base.source, subject.base.revision)
-    return Source(sixteen_bit, subject.directory.adapter, base, subject.name, calibration)
+    return Source(sixteen_bit, subject.directory.adapter, base, file_part(subject.name), calibration)
 
 
 def _merge_folder(subject: Exportable, merge_base: MergeBase) -> Path:

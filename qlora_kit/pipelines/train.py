@@ -13,6 +13,7 @@ from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.files import staged_directory, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
@@ -68,7 +69,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
         if not progress.is_finished:
             raise StoppedError(
                 f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved",
-                fix=f"qlora-kit train resume={run.path}",
+                fix=shell_line(["qlora-kit", "train", override("resume", run.path)]),
             )
         eval_loss = held_out_loss(trainer)
         trainer.restore_model()

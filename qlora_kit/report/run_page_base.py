@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes
 from qlora_kit.data.audit.finding import counted
 from qlora_kit.report.page import text
@@ -74,15 +75,16 @@ def base_rows(page: RunPage, untrained: Untrained) -> str:
 def base_missing(page: RunPage, untrained: Untrained) -> Iterator[Missing]:
     """What whole exports of a base would have and these have not."""
     if not page.exports:
-        base = untrained.base or "<model>"
-        yield Missing("There is no finished file.", f"qlora-kit export base={base} export=gguf_q4_k_m")
+        base = override("base", untrained.base) if untrained.base else "base=<model>"
+        line = shell_line(["qlora-kit", "export", base, "export=gguf_q4_k_m"])
+        yield Missing("There is no finished file.", line)
     if not page.splits and untrained.calibration_rows is None:
         yield Missing("data.json tells nothing about the rows.")
     if not page.environment.packages:
         yield Missing("environment.json tells no versions, so these files cannot be made again exactly.")
     if unscored := _unscored(page):
         what = f"Not scored by eval yet: {', '.join(unscored)}; their numbers are those of the export."
-        yield Missing(what, f"qlora-kit eval base={page.quoted}")
+        yield Missing(what, page.line("eval", "base"))
 
 
 def _unscored(page: RunPage) -> Sequence[str]:

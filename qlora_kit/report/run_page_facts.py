@@ -1,9 +1,9 @@
 """What a page shows of a run or of the exports of a base, as it was read; whatever they lack is None or empty."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
@@ -212,10 +212,9 @@ class RunPage:
         """What the files are compared with."""
         return THE_TRAINED if self.untrained is None else THE_BASE
 
-    @property
-    def quoted(self) -> str:
-        """The path as a shell takes it."""
-        return shlex.quote(self.path)
+    def line(self, verb: str, key: str, *more: str) -> str:
+        """A command on this directory, to paste."""
+        return shell_line(["qlora-kit", verb, override(key, self.path), *more])
 
     @property
     def exports(self) -> list[Artifact]:

@@ -19,7 +19,7 @@ def _training(page: RunPage) -> Iterator[Missing]:
     if not page.is_finished:
         logged = counted(steps, "step is", "steps are") if steps else "no step is"
         what = f"Training has not ended: {logged} logged, and there is no adapter. If it was stopped, it can go on."
-        yield Missing(what, f"qlora-kit train resume={page.quoted}")
+        yield Missing(what, page.line("train", "resume"))
     elif not steps:
         yield Missing("metrics.jsonl holds no step, so there are no curves.")
     if steps and not any("eval_loss" in row for row in page.metrics):
@@ -41,12 +41,12 @@ def _files(page: RunPage) -> Iterator[Missing]:
     if not page.is_finished:
         return
     if not page.exports:
-        yield Missing("No file to serve was exported yet.", f"qlora-kit export run={page.quoted} export=gguf_q4_k_m")
+        yield Missing("No file to serve was exported yet.", page.line("export", "run", "export=gguf_q4_k_m"))
     if any(split.name == "held out" for split in page.splits):
         unscored = [export.name for export in page.exports if not export.is_evaluated]
         if not any(artifact.is_evaluated for artifact in page.artifacts):
             what = "Nothing was scored by eval yet, so base, adapter and files cannot be compared."
-            yield Missing(what, f"qlora-kit eval run={page.quoted}")
+            yield Missing(what, page.line("eval", "run"))
         elif unscored:
             what = f"Not scored by eval yet: {', '.join(unscored)}; their numbers are those of the export."
-            yield Missing(what, f"qlora-kit eval run={page.quoted}")
+            yield Missing(what, page.line("eval", "run"))

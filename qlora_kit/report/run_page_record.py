@@ -1,9 +1,9 @@
 """How a run was made: setup, rows, and what it takes to make it again."""
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 
+from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import human_count
 from qlora_kit.data.audit.finding import counted
 from qlora_kit.report.page import table, text
@@ -106,7 +106,7 @@ def reproduction(page: RunPage) -> str:
     """The command line, hashes of the rows, versions, and the whole recipe."""
     parts = []
     if page.overrides:
-        line = shlex.join(["qlora-kit", "train" if page.untrained is None else "export", *page.overrides])
+        line = shell_line(["qlora-kit", "train" if page.untrained is None else "export", *page.overrides])
         parts.append(f"<p>The command, run where the same files lie:</p><pre>{text(line)}</pre>")
     hashes = {path: digest for split in page.splits for one in split.sources for path, digest in one.sha256.items()}
     if hashes:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_kit.core.terminal import one_line
 from qlora_kit.data.conversation import Message
 from qlora_kit.data.template.go_template import GoTemplate
 
@@ -50,15 +51,15 @@ class Modelfile:
         Raises:
             ValueError: a text holds three quotes in a row, which a Modelfile cannot say.
         """
-        lines = [*(f"# {line}".rstrip() for line in self.comments), f"FROM {self.source}"]
+        lines = [*(f"# {one_line(line)}".rstrip() for line in self.comments), f"FROM {_path(self.source)}"]
         if self.adapter is not None:
-            lines.append(f"ADAPTER {self.adapter}")
+            lines.append(f"ADAPTER {_path(self.adapter)}")
         if self.template is not None:
             lines.append(f"TEMPLATE {_in_quotes(self.template)}")
         if self.system is not None:
             lines.append(f"SYSTEM {_in_quotes(self.system)}")
         for name, value in self.parameters:
-            lines.append(f"PARAMETER {name} {_in_quotes(value) if name == 'stop' else value}")
+            lines.append(f"PARAMETER {name} {_in_quotes(value) if name == 'stop' else one_line(value)}")
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -134,7 +135,16 @@ def _said(match: "re.Match[str]") -> str:
     return next((text for text in texts[:2] if text is not None), (texts[2] or "").strip())
 
 
+def _path(path: str) -> str:
+    return one_line(path) if re.fullmatch(r"[^\s\"#]+", path) else _in_quotes(one_line(path))
+
+
+def can_say(text: str) -> bool:
+    """Whether a Modelfile can hold a text."""
+    return '"""' not in text and not text.endswith('"')
+
+
 def _in_quotes(text: str) -> str:
-    if '"""' in text or text.endswith('"'):
+    if not can_say(text):
         raise ValueError(f"a Modelfile cannot hold a text with three quotes or one that ends in a quote: {text[:60]!r}")
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'

@@ -1,10 +1,14 @@
 """How each kind of artifact is served: a table of formats, servers and the lines to paste."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from qlora_kit.core.shell import shell_line
+
 PROMPT = "Hello"
+_SGLANG_SERVER = ("python", "-m", "sglang.launch_server")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def _transformers(served: Served) -> tuple[str, ...]:
     return (
         "python - <<'EOF'",
         "from transformers import pipeline",
-        f'chat = pipeline("text-generation", model="{served.root}", device_map="auto")',
+        f'chat = pipeline("text-generation", model={_literal(served.root)}, device_map="auto")',
         f'turns = [{{"role": "user", "content": "{PROMPT}"}}]',
         'print(chat(turns, max_new_tokens=64)[0]["generated_text"][-1]["content"])',
         "EOF",
@@ -68,8 +72,8 @@ def _peft(served: Served) -> tuple[str, ...]:
         "python - <<'EOF'",
         "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{served.root}")',
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{served.root}", device_map="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(served.root)})",
+        f'model = AutoPeftModelForCausalLM.from_pretrained({_literal(served.root)}, device_map="auto")',
         f'turns = [{{"role": "user", "content": "{PROMPT}"}}]',
         "prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)",
         'given = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
@@ -79,42 +83,52 @@ def _peft(served: Served) -> tuple[str, ...]:
 
 
 def _vllm(served: Served) -> tuple[str, ...]:
-    cache = " --kv-cache-dtype fp8" if served.fp8_cache else ""
-    return (f"vllm serve {served.root} --served-model-name {served.name}{cache}",)
+    cache = ["--kv-cache-dtype", "fp8"] if served.fp8_cache else []
+    return (shell_line(["vllm", "serve", served.root, "--served-model-name", served.name, *cache]),)
 
 
 def _vllm_lora(served: Served) -> tuple[str, ...]:
     allowed = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= served.rank), served.rank)
-    modules = f"--enable-lora --lora-modules {served.name}={served.root} --max-lora-rank {allowed}"
-    return (f"vllm serve {served.base} {modules}",)
+    modules = ["--enable-lora", "--lora-modules", f"{served.name}={served.root}", "--max-lora-rank", allowed]
+    return (shell_line(["vllm", "serve", served.base, *modules]),)
 
 
 def _sglang(served: Served) -> tuple[str, ...]:
-    cache = " --kv-cache-dtype fp8_e4m3" if served.fp8_cache else ""
-    where = f"--model-path {served.root} --served-model-name {served.name}"
-    return (f"python -m sglang.launch_server {where} --port 30000{cache}",)
+    cache = ["--kv-cache-dtype", "fp8_e4m3"] if served.fp8_cache else []
+    where = ["--model-path", served.root, "--served-model-name", served.name]
+    return (shell_line([*_SGLANG_SERVER, *where, "--port", 30000, *cache]),)
 
 
 def _sglang_lora(served: Served) -> tuple[str, ...]:
-    lora = f"--enable-lora --lora-paths {served.name}={served.root}"
-    return (f"python -m sglang.launch_server --model-path {served.base} {lora} --port 30000",)
+    lora = ["--enable-lora", "--lora-paths", f"{served.name}={served.root}"]
+    return (shell_line([*_SGLANG_SERVER, "--model-path", served.base, *lora, "--port", 30000]),)
 
 
 def _llama_cpp(served: Served) -> tuple[str, ...]:
-    return (f"llama-server -m {served.path} --alias {served.name} --jinja --port 8080",)
+    return (shell_line(["llama-server", "-m", served.path, *_alias(served)]),)
 
 
 def _llama_cpp_lora(served: Served) -> tuple[str, ...]:
-    return (f"llama-server -m ./base.gguf --lora {served.path} --alias {served.name} --jinja --port 8080",)
+    return (shell_line(["llama-server", "-m", "./base.gguf", "--lora", served.path, *_alias(served)]),)
+
+
+def _alias(served: Served) -> list[str]:
+    return ["--alias", served.name, "--jinja", "--port", "8080"]
 
 
 def _ollama(served: Served) -> tuple[str, ...]:
     modelfile = PurePosixPath(served.folder) / "Modelfile"
-    return (f"ollama create {served.name} -f {modelfile}", f'ollama run {served.name} "{PROMPT}"')
+    create = shell_line(["ollama", "create", served.name, "-f", modelfile])
+    return (create, shell_line(["ollama", "run", served.name, PROMPT]))
 
 
 def _lm_studio(served: Served) -> tuple[str, ...]:
-    return (f"lms import --copy {served.path}", "lms load")
+    return (shell_line(["lms", "import", "--copy", served.path]), "lms load")
+
+
+def _literal(text: str) -> str:
+    """A text as Python reads it between double quotes; no line end is left that would end the lines' own text."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 _QUANTIZED = "pip install transformers gptqmodel optimum"

@@ -1,9 +1,10 @@
 """README.md of an artifact: what it is, how close to the trained model, what it was trained on, how to serve it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
@@ -12,6 +13,7 @@ from qlora_kit.export.licence import Licence, licence_files, read_licence
 from qlora_kit.export.serving.commands import Served, serve_commands
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.lock import LOCK, data_hashes
+from qlora_kit.export.serving.markdown import block, code, plain
 
 MODEL_CARD = "README.md"
 # format -> library of the hub's front matter, relation to the base, tags
@@ -51,7 +53,7 @@ def model_card(facts: ServingFacts) -> str:
     sections = [
         *_front_matter(facts, licence),
         "",
-        f"# {facts.name}",
+        f"# {plain(facts.name)}",
         "",
         f"{_what(facts)} Written by qlora-kit {__version__}; `{LOCK}` says from what.",
         *_rejection(facts),
@@ -66,33 +68,39 @@ def model_card(facts: ServingFacts) -> str:
 def _front_matter(facts: ServingFacts, licence: Licence) -> Iterator[str]:
     library, relation, tags = _HUB.get(facts.kind, ("transformers", "finetune", ()))
     relation = "quantized" if facts.run is None and relation == "finetune" else relation
-    yield "---"
-    for key, value in (("license", licence.id), ("license_name", licence.name), ("license_link", licence.link)):
-        if value:
-            yield f"{key}: {json.dumps(value, ensure_ascii=False)}"
-    if facts.base.hub_id:
-        yield f"base_model: {json.dumps(facts.base.hub_id)}"
-        yield f"base_model_relation: {relation}"
-    yield f"library_name: {library}"
-    yield "pipeline_tag: text-generation"
-    yield "tags:"
     trained = ("qlora",) if facts.run is not None else ()
-    for tag in (*trained, *tags, "conversational", "qlora-kit"):
-        yield f"- {tag}"
-    yield "---"
+    yield from front_matter(
+        {
+            "license": licence.id,
+            "license_name": licence.name,
+            "license_link": licence.link,
+            "base_model": facts.base.hub_id,
+            "base_model_relation": relation if facts.base.hub_id else None,
+            "library_name": library,
+            "pipeline_tag": "text-generation",
+            "tags": [*trained, *tags, "conversational", "qlora-kit"],
+        }
+    )
+
+
+def front_matter(facts: Mapping[str, object]) -> list[str]:
+    """What the hub reads at the head of a card, as YAML between its marks; facts that are not known are left out."""
+    known = {key: value for key, value in facts.items() if value}
+    text: str = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1 << 20)
+    return ["---", *text.splitlines(), "---"]
 
 
 def _what(facts: ServingFacts) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in facts.settings.items())
+    settings = ", ".join(plain(f"{key} {value}") for key, value in facts.settings.items())
     form = f"`{facts.kind}`" + (f" ({settings})" if settings else "")
-    at = f" at revision `{facts.base.revision}`" if facts.base.revision else ""
+    at = f" at revision {code(facts.base.revision)}" if facts.base.revision else ""
     done = "fine-tuned with QLoRA" if facts.run is not None else "quantized, not fine-tuned"
-    return f"{facts.base.shown}{at}, {done}, as {form}."
+    return f"{plain(facts.base.shown)}{at}, {done}, as {form}."
 
 
 def _rejection(facts: ServingFacts) -> Iterator[str]:
     if facts.faults:
-        yield from ("", "**Rejected**, do not serve this file:", "", *(f"- {fault}" for fault in facts.faults))
+        yield from ("", "**Rejected**, do not serve this file:", "", *(f"- {plain(fault)}" for fault in facts.faults))
 
 
 def _measured(facts: ServingFacts) -> Iterator[str]:
@@ -127,7 +135,7 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
             yield f"| {label} | {counts['rows']:,} | {counts['tokens']:,} | {counts['trained_tokens']:,} |"
     yield ""
     for hashes in data_hashes(run).values():
-        yield from (f"- `{name}` sha256 `{digest}`" for name, digest in hashes.items())
+        yield from (f"- {code(name)} sha256 {code(digest)}" for name, digest in hashes.items())
     if run.result.is_file():
         result = read_json(run.result)
         if isinstance(result.get("steps"), int | float) and isinstance(result.get("final_loss"), int | float):
@@ -151,7 +159,7 @@ def _serving(facts: ServingFacts) -> Iterator[str]:
     if commands:
         yield from ("", "## Serve", "", "Run these in this folder.")
     for command in commands:
-        yield from ("", f"**{command.server}** ({command.install})", "", "```bash", *command.lines, "```")
+        yield from ("", f"**{command.server}** ({command.install})", "", *block(command.lines, "bash"))
 
 
 def _rank(facts: ServingFacts) -> int:
@@ -163,5 +171,10 @@ def _rank(facts: ServingFacts) -> int:
 
 
 def _licence(facts: ServingFacts, licence: Licence) -> Iterator[str]:
-    files = ", ".join(f"`{path.name}`" for path in licence_files(facts.base.folder))
-    yield from ("", "## Licence", "", f"That of the base: {licence.shown}." + (f" See {files}." if files else ""))
+    files = ", ".join(code(path.name) for path in licence_files(facts.base.folder))
+    yield from (
+        "",
+        "## Licence",
+        "",
+        f"That of the base: {plain(licence.shown)}." + (f" See {files}." if files else ""),
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import write_text
-from qlora_kit.data.template.ollama import MODELFILE, Modelfile
+from qlora_kit.data.template.ollama import MODELFILE, Modelfile, can_say
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.families import OllamaTemplate, ollama_template
 from qlora_kit.export.serving.generation_config import base_generation, served_stop_ids
@@ -23,6 +23,8 @@ _SAMPLING = {
 def modelfile_of(facts: ServingFacts) -> Modelfile:
     """The Modelfile of a GGUF artifact, or of a GGUF adapter on top of its base."""
     chosen = ollama_template(facts.tokenizer)
+    if isinstance(chosen, OllamaTemplate) and not can_say(chosen.template + "\n" + (chosen.system or "")):
+        chosen = "it holds a text with quotes that a Modelfile cannot hold"
     source = f"./{facts.file}"
     adapter = None
     comments = [f"{facts.name}: made by qlora-kit from {facts.base.shown}", *_comments(chosen)]
@@ -30,12 +32,15 @@ def modelfile_of(facts: ServingFacts) -> Modelfile:
         adapter, source = source, "./base.gguf"
         comments.append("FROM names the base as a GGUF file; put it beside this file, or change the path.")
     known = chosen if isinstance(chosen, OllamaTemplate) else None
+    stops = _stops(facts)
+    told = [("stop", text) for text in stops if can_say(text)]
+    comments += [f"Ollama cannot be told to stop at the token {text}." for text in stops if not can_say(text)]
     return Modelfile(
         source=source,
         comments=tuple(comments),
         template=known.template if known else None,
         system=known.system if known else None,
-        parameters=(*_stops(facts), *_sampling(base_generation(facts.base.folder))),
+        parameters=(*told, *_sampling(base_generation(facts.base.folder))),
         adapter=adapter,
     )
 
@@ -59,9 +64,9 @@ def _comments(chosen: OllamaTemplate | str) -> list[str]:
     return lines
 
 
-def _stops(facts: ServingFacts) -> list[tuple[str, str]]:
+def _stops(facts: ServingFacts) -> list[str]:
     ids = served_stop_ids(facts.base.folder, facts.tokenizer)
-    return [("stop", str(facts.tokenizer.convert_ids_to_tokens(token))) for token in ids]
+    return [str(facts.tokenizer.convert_ids_to_tokens(token)) for token in ids]
 
 
 def _sampling(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

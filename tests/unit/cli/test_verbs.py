@@ -58,3 +58,9 @@ def test_a_full_disk_is_called_by_its_name(failing, capsys, monkeypatch, error, 
 def test_the_users_own_stop_is_not_an_error_of_the_kit(failing, capsys):
     assert run_verb(failing(KeyboardInterrupt()), []) == 1
     assert capsys.readouterr().err == "error: stopped\n"
+
+
+def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
+    error = OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300)
+    assert run_verb(failing(error), []) == 1
+    assert capsys.readouterr().err == f"error: a file's name is too long for its disk: {'x' * 300}\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.core.files import clear_left_overs, remove, size_on_disk, staged_directory, write_text
+from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory, write_text
 
 
 def test_staged_directory_takes_its_place(tmp_path):
@@ -114,3 +114,7 @@ def test_removing_a_link_leaves_what_it_points_to(tmp_path):
     remove(tmp_path / "big")
     remove(tmp_path / "big")
     assert not (tmp_path / "big").exists()
+
+
+def test_a_name_is_one_part_of_a_path():
+    assert file_part("a/b\nc\\d\x00é 漢") == "a_b_c_d_é 漢"

@@ -1,6 +1,6 @@
 """What strangers wrote is shown and does nothing."""
 
-from qlora_kit.core.terminal import printable
+from qlora_kit.core.terminal import one_line, printable
 
 
 def test_control_characters_become_pictures():
@@ -10,3 +10,8 @@ def test_control_characters_become_pictures():
 def test_ordinary_text_stays():
     text = "tab\there\nünïcode 漢字 👍"
     assert printable(text) == text
+
+
+def test_one_line_has_no_line_ends():
+    assert one_line("a\nb\tc\r\n\u2028d\x85e") == "a␊b␉c␍␊␊d\ufffde"
+    assert one_line("a b") == "a b"

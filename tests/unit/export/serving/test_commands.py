@@ -24,7 +24,7 @@ def test_a_gguf_file() -> None:
     found = lines("gguf", Served("m", "exports/m", "m.Q4.gguf"))
     assert found == {
         "llama.cpp": ("llama-server -m ./exports/m/m.Q4.gguf --alias m --jinja --port 8080",),
-        "Ollama": ("ollama create m -f exports/m/Modelfile", 'ollama run m "Hello"'),
+        "Ollama": ("ollama create m -f exports/m/Modelfile", "ollama run m Hello"),
         "LM Studio": ("lms import --copy ./exports/m/m.Q4.gguf", "lms load"),
     }
 
