@@ -14,9 +14,11 @@ def run_sweep(line: Line) -> int:
     """Check every job, launch them, print the ranked table; exit code 1 when a job failed."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
     from qlora_kit.cli.train import named, quoted
+    from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
     first, jobs = _check_jobs(overrides)
+    reach_services(first.tracker)
     sweep = Path(line.value("hydra.sweep.dir") or new_run_path(first.name, "sweep_"))
     say(f"sweep of {jobs} jobs into {sweep}")
     place = [] if line.value("hydra.sweep.dir") else [f"hydra.sweep.dir={quoted(sweep)}"]

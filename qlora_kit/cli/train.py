@@ -38,9 +38,11 @@ def _once(line: Line) -> int:
     from qlora_kit.cli.hydra_entry import run_under_hydra
     from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import compose_recipe
+    from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
     recipe = check_train(compose_recipe("train", overrides))
+    reach_services(recipe.tracker)
     run_path = new_run_path(recipe.name)
 
     def task(tree: object) -> None:

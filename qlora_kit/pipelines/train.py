@@ -26,7 +26,7 @@ from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
-from qlora_kit.tracking.tracker import open_trackers, read_metrics, rewind_metrics
+from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
@@ -50,18 +50,17 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     _describe(recipe, run, overrides, dataclasses.asdict(data.summary))
 
     checkpoint = last_complete(run.checkpoints)
-    tokens_before = rewind_metrics(run.metrics, step_of(checkpoint) if checkpoint else 0)
+    step, logged = step_of(checkpoint) if checkpoint else 0, read_metrics(run.metrics)
+    tokens_before = rewind_metrics(run.metrics, step)
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
     planned = planned_memory(recipe, base_folder, data)
     if planned is not None:
         total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
         say(f"plan: about {total} of memory, for {at_once} tokens at once")
-    model = _adapted_base(recipe, base_folder, len(data.train))
-
     stop = StopOnSignal()
-    tracker = open_trackers(recipe.tracker, run, {"recipe": recipe_yaml(recipe)})
-    try:
+    with recording(recipe, run, logged, step) as tracker:
+        model = _adapted_base(recipe, base_folder, len(data.train))
         watch = Watch(tracker, stop, tokens_before)
         trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
         with stop.listening():
@@ -73,16 +72,13 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
             )
         eval_loss = held_out_loss(trainer)
         trainer.restore_model()
-    finally:
-        tracker.finish()
-
-    with staged_directory(run.adapter) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
-    if planned is not None and torch.cuda.is_available():
-        result["planned_memory_bytes"] = planned.memory.total
-    write_json(run.result, result)
+        with staged_directory(run.adapter) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
+        if planned is not None and torch.cuda.is_available():
+            result["planned_memory_bytes"] = planned.memory.total
+        write_json(run.result, result)
     say(f"done: {run.path}")
     return result
 

@@ -19,7 +19,6 @@ from qlora_kit.schema.lora import TARGET_SETS, LoraInit
 from qlora_kit.schema.model import CHAT_TEMPLATES, Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
-from qlora_kit.schema.tracker import TrackerName
 
 AMOUNT = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
 EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
@@ -159,13 +158,10 @@ def _device(recipe: TrainRecipe) -> Iterator[Finding]:
 
 
 def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
-    name = recipe.tracker.name.value
-    if recipe.tracker.name is not TrackerName.jsonl and not is_present(name):
-        yield Finding(
-            "tracker.name",
-            f"tracker.name={name} needs the package '{name}', which is not installed",
-            install_line(EXTRA_OF_MODULE[name]),
-        )
+    for name in recipe.tracker.services:
+        if not is_present(name):
+            what = f"tracker={name} needs the package '{name}', which is not installed"
+            yield Finding(f"tracker.{name}", what, install_line(EXTRA_OF_MODULE[name]))
 
 
 def _export(export: ExportConfig) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from qlora_kit.schema import walk
 from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
+from qlora_kit.schema.renamed import with_todays_names
 from qlora_kit.schema.store import RECIPE_OF_VERB, register
 from qlora_kit.schema.value_problems import first_line, nearest, value_problems
 
@@ -240,10 +241,8 @@ def _common_option(group: str) -> str:
 
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
     # Merging a plain container into a fresh schema catches keys that '+' added behind the schema's back.
-    plain = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
-    recipe = cast(
-        Sealed, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), cast("dict[str, Any]", plain)))
-    )
+    plain = with_todays_names(cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=True, enum_to_str=True)))
+    recipe = cast(Sealed, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain)))
     recipe.seal()
     return recipe
 

@@ -5,15 +5,7 @@ from enum import Enum
 
 from qlora_kit.schema.field import Sealed, knob
 
-
-class TrackerName(Enum):
-    """Metric services."""
-
-    jsonl = "jsonl"
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-    mlflow = "mlflow"
-    trackio = "trackio"
+SERVICES = ("wandb", "tensorboard", "mlflow", "trackio")  # fields of the group, and modules
 
 
 class TrackerMode(Enum):
@@ -26,8 +18,16 @@ class TrackerMode(Enum):
 
 @dataclass
 class TrackerConfig(Sealed):
-    """The metric service."""
+    """The metric services."""
 
-    name: TrackerName = knob(TrackerName.jsonl, "Service beside metrics.jsonl.")
+    wandb: bool = knob(False, "Weights & Biases.")
+    tensorboard: bool = knob(False, "TensorBoard's event files, in the run directory.")
+    mlflow: bool = knob(False, "MLflow, in the run directory unless MLFLOW_TRACKING_URI names a server.")
+    trackio: bool = knob(False, "Trackio, in the run directory unless the environment names a server.")
     mode: TrackerMode = knob(TrackerMode.auto, "auto is online when there is a key and offline when there is none.")
     project: str = knob("qlora_kit", "Project that the run is filed under.")
+
+    @property
+    def services(self) -> list[str]:
+        """Names of the chosen services."""
+        return [name for name in SERVICES if getattr(self, name)]

@@ -1,18 +1,28 @@
-"""Metrics go to metrics.jsonl always, and to a service when the recipe names one."""
+"""Metrics go to metrics.jsonl always, and to the services that the recipe names."""
 
 import json
-import netrc
-import os
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from qlora_kit.core.extras import require
+from qlora_kit.core.errors import Problem, RecipeError, StoppedError
 from qlora_kit.core.files import write_text
 from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.core.say import say
-from qlora_kit.schema.tracker import TrackerConfig, TrackerMode, TrackerName
+from qlora_kit.core.secrets import masked
+from qlora_kit.schema.compose import recipe_yaml
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.tracker import TrackerConfig
+from qlora_kit.tracking import mlflow_service, trackio_service, wandb_service
+from qlora_kit.tracking.kept import KeptService, Row, reason
+from qlora_kit.tracking.mlflow_service import MlflowService
+from qlora_kit.tracking.parameters import parameters_of
+from qlora_kit.tracking.record import read_known
+from qlora_kit.tracking.service import Ending, Recorded, Service
+from qlora_kit.tracking.tensorboard_service import TensorboardService
+from qlora_kit.tracking.trackio_service import TrackioService
+from qlora_kit.tracking.wandb_service import WandbService
 
 
 class Tracker(Protocol):
@@ -21,8 +31,29 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of an optimizer step."""
 
-    def finish(self) -> None:
+
+class Closable(Tracker, Protocol):
+    """A tracker that a run opened."""
+
+    def finish(self, ending: Ending) -> None:
         """Flush and close; called after success and after failure."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a service is opened, where its runs go, and how to ask whether it is there."""
+
+    open: Callable[[TrackerConfig, Recorded], Service]
+    place: Callable[[TrackerConfig], str] = lambda config: ""
+    reach: Callable[[str], None] | None = None
+
+
+KINDS = {
+    "wandb": _Kind(WandbService, wandb_service.place, wandb_service.reach),
+    "tensorboard": _Kind(TensorboardService),
+    "mlflow": _Kind(MlflowService, mlflow_service.place, mlflow_service.reach),
+    "trackio": _Kind(TrackioService, trackio_service.place),
+}
 
 
 class JsonlTracker:
@@ -36,100 +67,15 @@ class JsonlTracker:
         self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
         self._stream.flush()
 
-    def finish(self) -> None:
+    def finish(self, ending: Ending) -> None:
         """Close the file."""
         self._stream.close()
 
 
-class WandbTracker:
-    """Weights & Biases; offline when there is no key, never a prompt."""
-
-    def __init__(self, config: TrackerConfig, run: RunDirectory, recipe: Mapping[str, object]) -> None:
-        wandb = require("wandb", "tracker.name=wandb")
-        mode = "online" if _is_online(config, "wandb", _has_wandb_key()) else "offline"
-        self._run = wandb.init(
-            project=config.project,
-            name=f"{run.path.parent.name}/{run.path.name}",
-            dir=str(run.path),
-            config=dict(recipe),
-            mode=mode,
-            settings=wandb.Settings(console="off", silent=True),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a step."""
-        self._run.log(dict(metrics), step=step)
-
-    def finish(self) -> None:
-        """Flush and close the run."""
-        self._run.finish()
-
-
-class TensorboardTracker:
-    """Event files below the run directory."""
-
-    def __init__(self, config: TrackerConfig, run: RunDirectory, recipe: Mapping[str, object]) -> None:
-        require("tensorboard", "tracker.name=tensorboard")
-        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(run.path / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one scalar a metric."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def finish(self) -> None:
-        """Flush and close the file."""
-        self._writer.close()
-
-
-class MlflowTracker:
-    """MLflow; a SQLite store in the run directory unless MLFLOW_TRACKING_URI names a server."""
-
-    def __init__(self, config: TrackerConfig, run: RunDirectory, recipe: Mapping[str, object]) -> None:
-        self._mlflow = require("mlflow", "tracker.name=mlflow")
-        if not _is_online(config, "mlflow", "MLFLOW_TRACKING_URI" in os.environ):
-            self._mlflow.set_tracking_uri(f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
-        self._mlflow.set_experiment(config.project)
-        self._mlflow.start_run(run_name=f"{run.path.parent.name}/{run.path.name}")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a step."""
-        self._mlflow.log_metrics(dict(metrics), step=step)
-
-    def finish(self) -> None:
-        """End the run."""
-        self._mlflow.end_run()
-
-
-class TrackioTracker:
-    """Trackio; its database lies in the run directory."""
-
-    def __init__(self, config: TrackerConfig, run: RunDirectory, recipe: Mapping[str, object]) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(run.path.resolve() / "trackio"))
-        self._trackio = require("trackio", "tracker.name=trackio")
-        self._trackio.init(project=config.project, name=run.path.name, config=dict(recipe))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step."""
-        self._trackio.log({**metrics, "step": step})
-
-    def finish(self) -> None:
-        """Close the run."""
-        self._trackio.finish()
-
-
-SERVICES: dict[TrackerName, Callable[[TrackerConfig, RunDirectory, Mapping[str, object]], Tracker]] = {
-    TrackerName.wandb: WandbTracker,
-    TrackerName.tensorboard: TensorboardTracker,
-    TrackerName.mlflow: MlflowTracker,
-    TrackerName.trackio: TrackioTracker,
-}
-
-
 class AllTrackers:
-    """metrics.jsonl and at most one service."""
+    """metrics.jsonl and any number of services."""
 
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[Closable]) -> None:
         self._trackers = trackers
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -137,18 +83,65 @@ class AllTrackers:
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
-    def finish(self) -> None:
+    def finish(self, ending: Ending) -> None:
         """Close every tracker."""
         for tracker in self._trackers:
-            tracker.finish()
+            tracker.finish(ending)
 
 
-def open_trackers(config: TrackerConfig, run: RunDirectory, recipe: Mapping[str, object]) -> Tracker:
-    """Open metrics.jsonl and the recipe's service."""
-    trackers: list[Tracker] = [JsonlTracker(run.metrics)]
-    if config.name is not TrackerName.jsonl:
-        trackers.append(SERVICES[config.name](config, run, recipe))
-    return AllTrackers(trackers)
+def reach_services(config: TrackerConfig) -> None:
+    """Ask every chosen server for an answer, before anything else is done.
+
+    Raises:
+        RecipeError: one gives none; with the override that records in the run directory instead.
+    """
+    problems = []
+    for name in config.services:
+        kind = KINDS[name]
+        address = kind.place(config)
+        if kind.reach is None or not address:
+            continue
+        try:
+            kind.reach(address)
+        except RecipeError:
+            raise
+        except Exception as error:  # each library has its own
+            what = f"{name} gives no answer at {masked(address)}: {reason(error)}"
+            problems.append(Problem(what, "the environment", "tracker.mode=offline"))
+    if problems:
+        raise RecipeError(problems)
+
+
+@contextmanager
+def recording(recipe: TrainRecipe, run: RunDirectory, logged: Sequence[Row], kept_step: int) -> Iterator[Tracker]:
+    """Open metrics.jsonl and the recipe's services for a block, and mark them as the block ends.
+
+    Args:
+        logged: what metrics.jsonl held before it was rewound to `kept_step`, the step that training goes on from.
+    """
+    recorded = Recorded(run.path, "", kept_step, parameters_of(recipe), masked(recipe_yaml(recipe)))
+    services = [_opened(name, recipe.tracker, recorded, logged) for name in recipe.tracker.services]
+    tracker = AllTrackers([JsonlTracker(run.metrics), *services])
+    ending = Ending.failed
+    try:
+        yield tracker
+        ending = Ending.finished
+    except (StoppedError, KeyboardInterrupt):
+        ending = Ending.interrupted
+        raise
+    finally:
+        tracker.finish(ending)
+
+
+def _opened(name: str, config: TrackerConfig, run: Recorded, logged: Sequence[Row]) -> KeptService:
+    known = read_known(run.folder, name, masked(KINDS[name].place(config)))
+    try:
+        service = KINDS[name].open(config, replace(run, id=known.id))
+    except Exception as error:  # whatever a library raises: no service stops a training
+        return KeptService(name, None, known, run.folder, f"to open: {reason(error)}")
+    kept = KeptService(name, service, known, run.folder)
+    kept.catch_up(logged, run.kept_step)
+    return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -168,18 +161,3 @@ def rewind_metrics(path: Path, step: int) -> int:
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return int(max((row.get("tokens", 0) for row in kept), default=0))
-
-
-def _is_online(config: TrackerConfig, service: str, has_access: bool) -> bool:
-    if config.mode is TrackerMode.auto and not has_access:
-        say(f"tracker: no access to {service}, so its record stays in the run directory")
-    return config.mode is TrackerMode.online or (config.mode is TrackerMode.auto and has_access)
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

@@ -25,7 +25,7 @@ from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
-from qlora_kit.schema.tracker import TrackerConfig, TrackerName
+from qlora_kit.schema.tracker import TrackerConfig
 from qlora_kit.schema.trainer import TrainerConfig
 
 
@@ -215,9 +215,9 @@ def test_flash_attention_without_its_package_or_a_gpu(rows, monkeypatch):
 
 def test_a_tracker_that_is_not_installed(rows, monkeypatch):
     monkeypatch.setattr(checks, "is_present", lambda module: module != "mlflow")
-    assert found(train(rows, tracker=TrackerConfig(name=TrackerName.mlflow))) == {
-        "tracker.name": (
-            "tracker.name=mlflow needs the package 'mlflow', which is not installed",
+    assert found(train(rows, tracker=TrackerConfig(mlflow=True, wandb=True))) == {
+        "tracker.mlflow": (
+            "tracker=mlflow needs the package 'mlflow', which is not installed",
             install_line("mlflow"),
         )
     }
