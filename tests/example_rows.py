@@ -54,6 +54,13 @@ def read(row, **options):
     return reader(row_format, **options).conversation(row, "a.jsonl", 7)
 
 
+def mended(row, **options):
+    """The line to paste that a refused row comes with."""
+    with pytest.raises(BadRowError) as caught:
+        read(row, **options)
+    return caught.value.fix
+
+
 def refusal(row, **options):
     with pytest.raises(BadRowError) as caught:
         read(row, **options)

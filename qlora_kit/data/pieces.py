@@ -93,7 +93,7 @@ def encode_piece(piece: Piece, encoder: Encoder, readings: Sequence[Reading]) ->
             conversations.append(reader.conversation(row, file, line))
             unused |= reader.unused(row)
         except BadRowError as error:
-            bad.append(BadRow(file, line, str(error)))
+            bad.append(BadRow(file, line, str(error), error.fix))
     kept: list[tuple[Conversation, EncodedRow]] = []
     for conversation, row_or_error in zip(conversations, encoder.rows(conversations), strict=True):
         if isinstance(row_or_error, RecipeError):

@@ -12,6 +12,7 @@ from qlora_kit.core.say import say
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.lengths import fit, told
+from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, told_once
 from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.data.tokenized import NamedSource, Tokenized, tokenized
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN, HELD_OUT = "train", "held out"
-MOST_PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,16 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
     store, bad = split.store, sum(split.store.bad_row_counts.values())
     problems = [Problem(row.why, f"{row.file}:{row.line}", row.fix) for row in store.bad_rows]
     if bad and config.on_bad_row is OnBadRow.error:
-        raise RecipeError(shown_problems(problems, bad))
+        raise RecipeError(told_once(problems, store.bad_row_sorts))
     share = bad / max(1, bad + len(store))
     if share > config.max_bad_share:
         what = f"{bad} of {bad + len(store)} rows cannot be read ({share:.1%}), more than data.max_bad_share allows"
-        raise RecipeError([Problem(what, "data.max_bad_share", f"data.max_bad_share={share:.3f}"), *problems[:5]])
+        raise RecipeError(
+            [
+                Problem(what, "data.max_bad_share", f"data.max_bad_share={share:.3f}"),
+                *told_once(problems, store.bad_row_sorts),
+            ]
+        )
     for name, count in store.bad_row_counts.items():
         if count:
             say(f"{name}: skipped {count} rows that cannot be read, the first: {problems[0].where}: {problems[0].what}")
@@ -186,7 +191,7 @@ def _check_task(task: Task, data: PreparedData) -> None:
             what = "data.task=json_exact_match, but this held-out answer is not JSON"
             problems.append(Problem(what, row.place, "data.task=exact_match"))
     if problems:
-        raise RecipeError(shown_problems(problems))
+        raise RecipeError(told_once(problems))
 
 
 def _summary(rows: TokenRows, source: Tokenized, max_tokens: int, counts: LongRowCounts) -> SplitSummary:
@@ -221,10 +226,3 @@ def _sources(rows: TokenRows, source: Tokenized) -> Iterator[SourceSummary]:
             trained_tokens=trained,
             trained_share=round(trained / tokens, 4) if tokens else 0.0,
         )
-
-
-def shown_problems(problems: Sequence[Problem], count: int | None = None) -> list[Problem]:
-    """The first `MOST_PROBLEMS_SHOWN` problems, and a last one that counts the rest of `count`."""
-    rest = (count or len(problems)) - min(len(problems), MOST_PROBLEMS_SHOWN)
-    shown = list(problems[:MOST_PROBLEMS_SHOWN])
-    return [*shown, Problem(f"and {rest} more row{'s' if rest > 1 else ''} with problems")] if rest > 0 else shown

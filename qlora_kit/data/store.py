@@ -17,6 +17,7 @@ from qlora_kit.core.cache import cache_folder
 from qlora_kit.core.files import size_on_disk, staged_directory, write_json
 from qlora_kit.data.conversation import HASH_BYTES
 from qlora_kit.data.pieces import EncodedPiece
+from qlora_kit.data.problems import sort_of
 from qlora_kit.data.tokens import (
     META_FILE,
     ROWS_FILE,
@@ -42,6 +43,7 @@ class StoreWriter:
         self._pieces: list[EncodedPiece] = []
         self._bad: list[BadRow] = []
         self._bad_counts: Counter[int] = Counter()
+        self._bad_sorts: Counter[str] = Counter()
 
     def add(self, piece: EncodedPiece) -> None:
         """Append one piece."""
@@ -51,6 +53,9 @@ class StoreWriter:
         self._pieces.append(EncodedPiece(**{**vars(piece), "ids": nothing[0], "trained": nothing[1], "bad": ()}))
         self._bad.extend(piece.bad[: MOST_BAD_ROWS_KEPT - len(self._bad)])
         self._bad_counts[piece.file] += len(piece.bad)
+        for row in piece.bad:
+            sort = sort_of(row.why, row.fix)
+            self._bad_sorts[sort if sort in self._bad_sorts or len(self._bad_sorts) < MOST_BAD_ROWS_KEPT else ""] += 1
 
     def finish(self, files: list[StoredFile]) -> None:
         """Write the table of rows and what is known of the files; `files` is indexed by `EncodedPiece.file`."""
@@ -78,6 +83,7 @@ class StoreWriter:
                 "files": [asdict(file) for file in files],
                 "bad_rows": [asdict(row) for row in self._bad],
                 "bad_row_counts": dict(counts),
+                "bad_row_sorts": dict(self._bad_sorts),
             },
         )
 

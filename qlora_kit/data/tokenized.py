@@ -16,12 +16,13 @@ from qlora_kit.data.encode import Encoder
 from qlora_kit.data.formats.bad_rows import BadRowError
 from qlora_kit.data.formats.reader import RowReader, recognise
 from qlora_kit.data.pieces import EncodedPiece, Reading, encoded_pieces
+from qlora_kit.data.problems import told_once
 from qlora_kit.data.sources.source import Piece, Source, open_source, parse
 from qlora_kit.data.store import StoreWriter, stored
 from qlora_kit.data.tokens import Ints, StoredFile, TokenStore
 from qlora_kit.schema.data import DataConfig, RowFormat, SourceConfig, TrainOn
 
-VERSION = 1  # raised when the same rows would come out as other tokens or masks
+VERSION = 2  # raised when the same rows would come out as other tokens or masks
 ROWS_IN_A_PIECE = 512
 WITHOUT_TURNS = (TrainOn.last, TrainOn.chosen, TrainOn.completion)
 
@@ -141,9 +142,10 @@ def _recognised(source: Source, limit: int | None, columns: Mapping[str, str]) -
             try:
                 return recognise(parse(record), columns)
             except BadRowError as error:
-                problems.append(Problem(str(error), f"{source.files[piece.file]}:{line}"))
+                problems.append(Problem(str(error), f"{source.files[piece.file]}:{line}", error.fix))
     if problems:
-        raise RecipeError(problems)
+        is_whole = limit is None and len(problems) < ROWS_IN_A_PIECE
+        raise RecipeError(told_once(problems, among="" if is_whole else f"of the first {len(problems)}"))
     raise RecipeError(
         f"{', '.join(source.files)} holds no rows",
         fix='one JSON object a line, such as {"prompt": "...", "completion": "..."}',

@@ -89,6 +89,7 @@ class TokenStore:
         self.files = [StoredFile(**file) for file in meta["files"]]
         self.bad_rows = [BadRow(**row) for row in meta["bad_rows"]]  # the first ones, at most MOST_BAD_ROWS_KEPT
         self.bad_row_counts: dict[str, int] = dict(meta["bad_row_counts"])  # by source
+        self.bad_row_sorts: dict[str, int] = dict(meta.get("bad_row_sorts", {}))  # by `problems.sort_of`
         with np.load(folder / ROWS_FILE) as arrays:
             self.table = RowTable(**{name: arrays[name] for name in RowTable.__dataclass_fields__})
         # opened at once, so that they stay readable when the cache drops the folder

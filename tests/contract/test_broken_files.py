@@ -170,7 +170,7 @@ BAD_ROWS: list[tuple[str, str, bytes, dict[int, str], list[int]]] = [
         b'{"question": "hi", "answer": "hello", "id": 1}\n',
         {
             1: "none of messages, conversations, instruction/output, prompt/completion, text; the row has answer, id, "
-            "question; name what it has with 'data.columns={prompt: question, completion: answer}'"
+            "question"
         },
         [],
     ),

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class BadRowError(Exception):
-    """Why a row cannot be used; whoever reads the file adds its name and the line."""
+    """Why a row cannot be used; whoever reads the file adds its name and the line.
+
+    Attributes:
+        fix: a line that mends it, to paste; empty where there is none.
+    """
+
+    def __init__(self, why: str, fix: str = "") -> None:
+        super().__init__(why)
+        self.fix = fix
 
 
 def kind(value: object) -> str:
@@ -51,7 +59,16 @@ def json_text(value: object, name: str) -> str:
 
 def json_reason(error: json.JSONDecodeError) -> str:
     """What is wrong with JSON text, and in which column."""
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return f"{stray_comma(error) or error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def stray_comma(error: json.JSONDecodeError) -> str:
+    """The words for a comma that nothing follows, which json names by what it misses; empty where it is not that."""
+    before, after = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos :].lstrip()[:1]
+    if error.msg == "Extra data" and after == ",":
+        return "a comma after the value, where a JSON line ends without one,"
+    is_comma = (before == "," and after in ("]", "}")) or "trailing comma" in error.msg
+    return "a comma after the last entry, which JSON does not allow," if is_comma else ""
 
 
 def unsupported(name: str) -> BadRowError:

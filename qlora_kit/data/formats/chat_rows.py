@@ -1,10 +1,12 @@
 """Entries of a `messages` or `conversations` list -> typed turns."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qlora_kit.core.shell import hydra_text, shell_line
 from qlora_kit.data.conversation import Message, ToolCall
-from qlora_kit.data.formats.bad_rows import BadRowError, kind, listed, unsupported, whole_text
+from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind, listed, unsupported, whole_text
 from qlora_kit.data.formats.tool_calls import calls_from_text, tool_calls
 from qlora_kit.schema.data import ROLES
 
@@ -25,6 +27,21 @@ _EXTRAS = {
     "tool": frozenset({"name", "tool_call_id"}),
 }
 _NAME_ONLY = frozenset({"name"})
+
+
+# What others call a speaker, so that the line to paste says what was meant.
+_LIKELY_ROLES = {
+    **dict.fromkeys(
+        ("customer", "client", "caller", "patient", "student", "visitor", "prompter", "questioner"), "user"
+    ),
+    **dict.fromkeys(("agent", "ai", "advisor", "doctor", "teacher", "tutor", "operator", "support"), "assistant"),
+    **dict.fromkeys(("instructions", "sys"), "system"),
+    **dict.fromkeys(("function", "ipython", "tool_response", "tool_result"), "tool"),
+}
+
+
+class _UnknownRoleError(BadRowError):
+    """A speaker that no table here knows."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +67,25 @@ class TurnReader:
         Raises:
             BadRowError: not a list, empty, or an entry that cannot be read whole.
         """
+        if isinstance(value, str):
+            value = _from_text(value, name)
         if not isinstance(value, list):
             raise BadRowError(f"{name} must be a list, not {kind(value)}")
         if not value:
             raise BadRowError(f"{name} is empty")
-        return tuple([self._turn(entry, name, index, flags) for index, entry in enumerate(value)])
+        try:
+            turns = [self._turn(entry, name, index, flags) for index, entry in enumerate(value)]
+        except _UnknownRoleError as error:
+            raise BadRowError(str(error), self._named_roles(value)) from error
+        return tuple(_with_calls_joined(turns, value, self.role_key))
+
+    def _named_roles(self, entries: list[object]) -> str:
+        """The override that says what every unknown role of a row is; empty where one cannot be told."""
+        found = [entry.get(self.role_key) for entry in entries if isinstance(entry, dict)]
+        unknown = list(dict.fromkeys(role for role in found if isinstance(role, str) and role not in self.roles))
+        ours = [_LIKELY_ROLES.get(role.casefold(), "") for role in unknown]
+        pairs = ", ".join(f"{hydra_text(role)}: {our}" for role, our in zip(unknown, ours, strict=True))
+        return shell_line([f"data.roles={{{pairs}}}"]) if all(ours) else ""
 
     def _turn(self, entry: object, column: str, index: int, flags: set[str]) -> Message:
         # Most turns are a role and a text; the careful way costs several times as much.
@@ -96,9 +127,9 @@ class TurnReader:
         if not isinstance(role, str):
             raise BadRowError(f"{name}.{self.role_key} must be a string, not {kind(role)}")
         if role not in self.roles:
-            raise BadRowError(
+            raise _UnknownRoleError(
                 f"{name} has the unknown role '{role}'; known are {', '.join(self.roles)}; "
-                f"say which it is with 'data.roles={{{role}: user}}' or another of {', '.join(ROLES)}"
+                f"data.roles says which of {', '.join(ROLES)} another one is"
             )
         return self.roles[role]
 
@@ -117,6 +148,30 @@ class TurnReader:
         return _content(value, label), calls
 
 
+def _from_text(value: str, name: str) -> object:
+    """A list of turns that a column holds as JSON text."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        hint = ", though Python would print a list so" if value.lstrip().startswith("[{'") else ""
+        raise BadRowError(f"{name} is a text and not JSON{hint}: {json_reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{name} is a text and not JSON: nested too deep or a number too long") from error
+
+
+def _with_calls_joined(turns: list[Message], entries: list[object], role_key: str) -> list[Message]:
+    """The turns, with calls that a turn of their own spells joined to the assistant's text right before them."""
+    joined: list[Message] = []
+    for turn, entry in zip(turns, entries, strict=True):
+        spells_calls = isinstance(entry, dict) and entry.get(role_key) == CALLS_ROLE
+        before = joined[-1] if joined else None
+        if spells_calls and before is not None and before.role == "assistant" and not before.tool_calls:
+            joined[-1] = replace(before, tool_calls=turn.tool_calls)
+        else:
+            joined.append(turn)
+    return joined
+
+
 def _content(value: object, name: str) -> str:
     if isinstance(value, str):
         return whole_text(value, name)
@@ -128,11 +183,12 @@ def _content(value: object, name: str) -> str:
 def _part(part: object, name: str) -> str:
     if not isinstance(part, dict):
         raise BadRowError(f"{name} must be an object with type and text, not {kind(part)}")
-    if part.get("type") != "text":
-        refused = (
-            "images are not supported, only text" if part.get("type") in _IMAGE_PARTS else "only text is supported"
-        )
-        raise BadRowError(f"{name} is a part of type '{part.get('type')}'; {refused}")
+    spoken = part.get("type")
+    if not isinstance(spoken, str):
+        raise BadRowError(f"{name}.type must be a string, not {kind(spoken)}")
+    if spoken != "text":
+        refused = "images are not supported, only text" if spoken in _IMAGE_PARTS else "only text is supported"
+        raise BadRowError(f"{name} is a part of type '{spoken}'; {refused}")
     for key, value in part.items():
         if key not in ("type", "text") and value:
             raise unsupported(f"{name}.{key}")

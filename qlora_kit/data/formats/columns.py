@@ -1,10 +1,11 @@
 """Which column of a row holds which of our fields, and the format that a row's columns speak of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from qlora_kit.data.formats.bad_rows import BadRowError, listed
+from qlora_kit.data.formats.guesses import guessed_columns, is_one_turn, refuse_preference
 from qlora_kit.schema.data import RowFormat
 
 _CHAT_FIELDS = ("tools", "system", "chat_template_kwargs")
@@ -29,13 +30,6 @@ _WORDS = {
     RowFormat.alpaca: "instruction/output",
     RowFormat.prompt_completion: "prompt/completion",
     RowFormat.text: "text",
-}
-# What others call our fields, to guess the line to paste.
-_OTHER_NAMES = {
-    "prompt": ("question", "query", "instruction", "input", "user", "problem"),
-    "completion": ("answer", "response", "output", "chosen", "solution", "assistant", "target"),
-    "instruction": ("question", "prompt", "query"),
-    "output": ("response", "answer", "completion", "target"),
 }
 
 
@@ -80,9 +74,18 @@ class Columns:
                 f"no {field}" + (f" (data.columns says '{self.renamed[field]}')" if field in self.renamed else "")
                 for field in missing
             ]
-            guessed = "" if any(field in self.renamed for field in missing) else _guessed_fix(row, missing)
-            fix = "" if "<" in guessed else guessed
-            raise BadRowError(f"{' and '.join(said)}; the row has {listed(row)}{fix}")
+            fix = "" if any(field in self.renamed for field in missing) else self._fix(row, missing)
+            raise BadRowError(f"{' and '.join(said)}; the row has {listed(row)}", fix)
+
+    def _fix(self, row: Mapping[str, object], missing: list[str]) -> str:
+        """Another format that the row is of, or columns that hold what is missing; empty where neither can be told."""
+        other = next((known for known in REQUIRED if known is not self.format and _fits(row, known, {})), None)
+        if other is not None:
+            return f"data.format={other.name}"
+        if guessed := guessed_columns(row, missing):
+            return guessed
+        pair = guessed_columns(row, REQUIRED[RowFormat.prompt_completion])
+        return f"data.format={RowFormat.prompt_completion.name} {pair}" if pair else ""
 
     def unused(self, row: Mapping[str, object]) -> set[str]:
         """Columns that carry nothing that is read."""
@@ -106,22 +109,28 @@ def recognise(row: Mapping[str, object], renamed: Mapping[str, str] | None = Non
         BadRowError: columns of no format, or of several; with the line to paste.
     """
     columns = renamed or {}
+    refuse_preference(row, columns)
     found = [row_format for row_format in REQUIRED if _fits(row, row_format, columns)]
     by_name = [row_format for row_format in found if columns.keys() & set(REQUIRED[row_format])]
     found = by_name or found
     if len(found) > 1:
         words = " and ".join(_WORDS[row_format] for row_format in found)
         raise BadRowError(
-            f"the row has both {words}; say which with data.format={found[0].name}; the row has {listed(row)}"
+            f"the row has both {words}, so say which is meant; the row has {listed(row)}",
+            f"data.format={found[0].name}",
         )
     if found:
         return found[0]
     for row_format, fields in REQUIRED.items():
         if any(_has(row, Columns(row_format, columns).name(row, field)) for field in fields):
             return row_format
+    if is_one_turn(row):
+        raise BadRowError(
+            f"one turn of a conversation, where a row holds all of them as a list under messages; it has {listed(row)}"
+        )
+    guesses = (guessed_columns(row, REQUIRED[known]) for known in (RowFormat.prompt_completion, RowFormat.text))
     raise BadRowError(
-        f"none of {', '.join(_WORDS.values())}; the row has {listed(row)}"
-        f"{_guessed_fix(row, REQUIRED[RowFormat.prompt_completion])}"
+        f"none of {', '.join(_WORDS.values())}; the row has {listed(row)}", next(filter(None, guesses), "")
     )
 
 
@@ -137,15 +146,6 @@ def _fits(row: Mapping[str, object], row_format: RowFormat, renamed: Mapping[str
     first = turns[0] if isinstance(turns, list) and turns else None
     speaks_sharegpt = "from" in first if isinstance(first, dict) else name in ("conversations", "conversation")
     return speaks_sharegpt is (row_format is RowFormat.sharegpt)
-
-
-def _guessed_fix(row: Mapping[str, object], fields: Sequence[str]) -> str:
-    guesses: dict[str, str] = {}
-    for field in fields:
-        named = [name for name in _OTHER_NAMES.get(field, ()) if name in row and name not in guesses.values()]
-        guesses[field] = named[0] if named else f"<your {field} column>"
-    pairs = ", ".join(f"{field}: {column}" for field, column in guesses.items())
-    return f"; name what it has with 'data.columns={{{pairs}}}'"
 
 
 def _has(row: Mapping[str, object], name: str) -> bool:

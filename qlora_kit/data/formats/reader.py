@@ -9,6 +9,7 @@ from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.formats.bad_rows import BadRowError, json_text, kind, unsupported, whole_text
 from qlora_kit.data.formats.chat_rows import OPENAI_ROLES, SHAREGPT_ROLES, TurnReader
 from qlora_kit.data.formats.columns import Columns, recognise
+from qlora_kit.data.formats.guesses import REJECTED, refuse_preference
 from qlora_kit.data.formats.tool_calls import check_answered_calls, tools
 from qlora_kit.data.formats.turn_order import check_order, with_choices
 from qlora_kit.schema.data import RowFormat, TrainOn
@@ -69,6 +70,8 @@ class RowReader:
         """
         if self._refusal:
             raise BadRowError(self._refusal)
+        if not REJECTED.isdisjoint(row):
+            refuse_preference(row, self.columns)
         self._where.require(row)
         if not self._refused.isdisjoint(row):
             for key in sorted(self._refused & row.keys()):

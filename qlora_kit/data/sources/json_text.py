@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from qlora_kit.data.formats.bad_rows import stray_comma
+from qlora_kit.data.sources.records import KeyTwice, each_key_once
+
 CHUNK_BYTES = 1 << 18
 # The longest thing whose cut-off half is an error at its start: -Infinity; an escape such as \ud83d\ude00 is longer.
 _LONGEST_TOKEN = 16
@@ -34,6 +37,7 @@ class JsonText:
 
     Attributes:
         last_length: characters of the value read last.
+        twice: what is wrong with its keys; empty where each stands once.
 
     Raises:
         JsonTextError: from every method, where the text is no JSON or ends too early.
@@ -43,9 +47,10 @@ class JsonText:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._values = json.JSONDecoder()
+        self._values = json.JSONDecoder(object_pairs_hook=self._object)
         self._text, self._at, self._is_all = "", 0, False
         self.last_length = 0
+        self.twice = ""
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -70,14 +75,15 @@ class JsonText:
         if not self.peek():
             raise JsonTextError("it ends too early")
         while True:
+            self.twice = ""
             try:
                 value, end = self._values.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_TOKEN
                 if self._is_all and is_cut:
-                    raise JsonTextError("it ends too early") from error
+                    raise JsonTextError(stray_comma(error).rstrip(",") or "it ends too early") from error
                 if not is_cut:
-                    raise JsonTextError(error.msg.removesuffix(" at")) from error
+                    raise JsonTextError(stray_comma(error).rstrip(",") or error.msg.removesuffix(" at")) from error
             except RecursionError as error:
                 raise JsonTextError("nested too deep") from error
             except ValueError as error:
@@ -97,6 +103,7 @@ class JsonText:
             yield self.value()
             while self.peek() == ",":
                 self.take(",")
+                self._refuse_last_comma("]")
                 yield self.value()
         self.take("]")
 
@@ -107,8 +114,20 @@ class JsonText:
             yield self._key()
             while self.peek() == ",":
                 self.take(",")
+                self._refuse_last_comma("}")
                 yield self._key()
         self.take("}")
+
+    def _refuse_last_comma(self, closing: str) -> None:
+        if self.peek() == closing:
+            raise JsonTextError("a comma after the last entry, which JSON does not allow")
+
+    def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        try:
+            return each_key_once(pairs)
+        except KeyTwice as error:
+            self.twice = self.twice or str(error)
+            return dict(pairs)
 
     def _key(self) -> str:
         key = self.value()

@@ -1,14 +1,17 @@
 """Text files of rows, read in bounded memory: JSON lines, JSON arrays and CSV."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.formats.bad_rows import kind
+from qlora_kit.data.formats.other_shapes import is_list_of_turns
+from qlora_kit.data.sources.column_json import column_rows
 from qlora_kit.data.sources.compressed import BUFFER_BYTES, COMPRESSED_SUFFIXES, kind_suffix, opened
 from qlora_kit.data.sources.csv_rows import csv_entries
 from qlora_kit.data.sources.json_text import JsonText, JsonTextError, shape
-from qlora_kit.data.sources.records import BOM, BadRecord, Entry, FileOnDisk
+from qlora_kit.data.sources.records import BOM, BadRecord, Entry, FileOnDisk, Record
 
 JSON_SUFFIXES, CSV_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -34,7 +37,7 @@ class TextFile(FileOnDisk):
         if suffix in CSV_SUFFIXES:
             return csv_entries(self.path, "\t" if suffix == ".tsv" else ",")
         if text.startswith(b"["):
-            return self._array("")
+            return self._lines() if _is_turns_in_a_line(text) else self._array("")
         if text.startswith(b"{") and suffix == ".json":
             return self._object_or_lines(text)
         return self._lines()
@@ -74,7 +77,7 @@ class TextFile(FileOnDisk):
     def _single(self) -> Iterator[Entry]:
         with opened(self.path) as stream:
             raw = stream.read()
-        yield 1, raw, len(raw)
+        yield from column_rows(raw) or [(1, raw, len(raw))]
 
     def _array(self, key: str) -> Iterator[Entry]:
         """Rows of the file's array, or of the one under `key`."""
@@ -84,8 +87,7 @@ class TextFile(FileOnDisk):
             try:
                 for row in _elements(text, key):
                     number += 1
-                    what = f"a row must be a JSON object, not {kind(row)}"
-                    yield number, row if isinstance(row, dict) else BadRecord(what), text.last_length
+                    yield number, BadRecord(text.twice) if text.twice else _record(row), text.last_length
                 if text.peek():
                     raise JsonTextError("more text follows its end")
             except (JsonTextError, UnicodeDecodeError) as error:
@@ -96,6 +98,20 @@ class TextFile(FileOnDisk):
             byte = error.object[error.start]
             return RecipeError(f"{self.path} is not UTF-8: byte 0x{byte:02x} after row {number}")
         return RecipeError(f"{self.path} is not JSON: {error}, after row {number}")
+
+
+def _is_turns_in_a_line(head: bytes) -> bool:
+    """Whether the first line is a whole list of turns, so that each line is a conversation."""
+    try:
+        return is_list_of_turns(json.loads(head.split(b"\n", 1)[0]))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _record(row: object) -> Record:
+    if is_list_of_turns(row):
+        return {"messages": row}
+    return row if isinstance(row, dict) else BadRecord(f"a row must be a JSON object, not {kind(row)}")
 
 
 def _elements(text: JsonText, key: str) -> Iterator[object]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_kit.core.files import file_hash
-from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind
+from qlora_kit.data.formats.bad_rows import BadRowError, json_reason
+from qlora_kit.data.formats.other_shapes import known_shape
 
 BOM = b"\xef\xbb\xbf"
 
@@ -59,21 +60,38 @@ def parse(record: Record) -> Mapping[str, object]:
     """The row that a record holds.
 
     Raises:
-        BadRowError: NUL bytes, not UTF-8, not JSON, nested too deep, or not an object.
+        BadRowError: NUL bytes, not UTF-8, not JSON, nested too deep, a key twice, or neither an object nor turns.
     """
     if isinstance(record, BadRecord):
         raise BadRowError(record.why)
-    row = _parsed(record) if isinstance(record, bytes) else record
-    if not isinstance(row, Mapping):
-        raise BadRowError(f"a row must be a JSON object, not {kind(row)}")
-    return row
+    return known_shape(_parsed(record) if isinstance(record, bytes) else record)
+
+
+class KeyTwice(Exception):  # noqa: N818  says what the text holds; not a subclass of what json raises
+    """An object of a JSON text gives one key two values."""
+
+
+def each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of a JSON text, for `object_pairs_hook`.
+
+    Raises:
+        KeyTwice: one key has two different values, of which json would keep the last without a word.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise KeyTwice(f"the key '{name}' stands twice, with different values")
+    return found
 
 
 def _parsed(record: bytes) -> object:
     if b"\x00" in record:
         raise BadRowError(f"NUL bytes, the first at column {record.index(0) + 1}; the file is damaged or not UTF-8")
     try:
-        return json.loads(record.removeprefix(BOM).decode("utf-8"))
+        return json.loads(record.removeprefix(BOM).decode("utf-8"), object_pairs_hook=each_key_once)
+    except KeyTwice as error:
+        raise BadRowError(str(error)) from error
     except UnicodeDecodeError as error:
         raise BadRowError(f"not UTF-8: byte 0x{record[error.start]:02x} at column {error.start + 1}") from error
     except json.JSONDecodeError as error:

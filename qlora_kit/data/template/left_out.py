@@ -7,6 +7,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 
+_AS_SYSTEM = "'data.roles={developer: system}'"
 THINK_END = "</think>"
 
 
@@ -39,7 +40,8 @@ def left_out(conversation: Conversation, template: ChatTemplate, text: str) -> L
             raise _refusal(conversation, "the tool calls of an assistant turn")
         if answer_of(message).strip() and _words(index) not in shown:
             if not message.tool_calls:
-                raise _refusal(conversation, f"{'an' if message.role == 'assistant' else 'a'} {message.role} turn")
+                what = f"{'an' if message.role == 'assistant' else 'a'} {message.role} turn"
+                raise _refusal(conversation, what, _AS_SYSTEM if message.role == "developer" else "")
             texts += 1
     return LeftOut(thoughts, texts)
 
@@ -100,9 +102,9 @@ def _call(index: int, place: int) -> str:
     return f"Qzxcall{letters(index)}x{letters(place)}xzq"
 
 
-def _refusal(conversation: Conversation, what: str) -> RecipeError:
+def _refusal(conversation: Conversation, what: str, fix: str = "") -> RecipeError:
     return RecipeError(
         f"the chat template leaves {what} out of the text",
         where=conversation.place,
-        fix="change the row, or model.chat_template=<a Jinja file that writes it>",
+        fix=fix or "change the row, or model.chat_template=<a Jinja file that writes it>",
     )

@@ -84,7 +84,7 @@ def test_rows_that_the_template_refuses_come_together(tmp_path):
     )
     with pytest.raises(RecipeError) as caught:
         prepare(DataConfig(train_file=train, max_tokens=64), tokenizer)
-    assert [problem.where for problem in caught.value.problems] == [f"{train}:1", f"{train}:3"]
+    assert [problem.where for problem in caught.value.problems] == [f"{train}:1, {train}:3"]
 
 
 def test_a_row_of_which_nothing_would_be_trained_is_refused(tmp_path):
@@ -100,9 +100,23 @@ def test_a_row_of_which_nothing_would_be_trained_is_refused(tmp_path):
 
 def test_many_bad_rows_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + "{\n" * 2000, encoding="utf-8")
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + "{\n" * 2000 + "[]\n" * 4, encoding="utf-8")
     message = refusal(DataConfig(train_file=str(path), max_tokens=64))
-    assert "and 1980 more rows with problems" in message
+    assert f"  set in   {path}:2, {path}:3, {path}:4 and 1,997 more rows\n" in message + "\n"
+    assert "and 4 more rows with other problems" in message
+    assert message.count("not JSON") == 1
+
+
+@pytest.mark.parametrize("rows", [150, 30_000])
+def test_columns_of_other_names_are_told_once(tmp_path, rows):
+    path = tmp_path / "support.csv"
+    path.write_text("Question,Answer\n" + "what?,that\n" * rows, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        prepare(DataConfig(train_file=str(path), max_tokens=64), TOKENIZER)
+    (problem,) = caught.value.problems
+    more = "147 more rows" if rows == 150 else "509 more rows of the first 512"
+    assert problem.where == f"{path}:2, {path}:3, {path}:4 and {more}"
+    assert problem.fix == "'data.columns={prompt: Question, completion: Answer}'"
 
 
 def test_tokens_are_the_same_from_processes_and_from_the_cache(tmp_path, cache):

@@ -1,9 +1,11 @@
 """Entries of a list of turns, in OpenAI's and ShareGPT's words, and what is refused in them."""
 
+import json
+
 import pytest
 
 from qlora_kit.data.conversation import Conversation, Message
-from tests.example_rows import ANSWER, ASK, SYSTEM, messages, read, refusal, turns
+from tests.example_rows import ANSWER, ASK, SYSTEM, mended, messages, read, refusal, turns
 
 
 def test_messages_rows():
@@ -56,7 +58,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
 
 
 BAD_ROWS = [
-    ({"messages": "a"}, "messages must be a list, not a string"),
+    ({"messages": "a"}, "messages is a text and not JSON: Expecting value at column 1"),
+    ({"messages": "3"}, "messages must be a list, not a number"),
+    ({"messages": "[{'role': 1}]"}, "messages is a text and not JSON, though Python would print a list so: "),
     ({"messages": []}, "messages is empty"),
     ({"messages": None}, "messages must be a list, not null"),
     (messages("a"), "messages[0] must be an object with role and content, not a string"),
@@ -84,8 +88,8 @@ BAD_ROWS = [
     ),
     (
         messages(ASK, {"role": "bot", "content": "a"}),
-        "messages[1] has the unknown role 'bot'; known are system, developer, user, assistant, tool; say which it is "
-        "with 'data.roles={bot: user}' or another of system, developer, user, assistant, tool",
+        "messages[1] has the unknown role 'bot'; known are system, developer, user, assistant, tool; data.roles says "
+        "which of system, developer, user, assistant, tool another one is",
     ),
     (
         messages(ASK, {**ANSWER, "function_call": {"name": "a"}}),
@@ -122,3 +126,35 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason[:50] for _, reason in BAD_ROWS])
 def test_a_bad_row_says_why(row, reason):
     assert reason in refusal(row)
+
+
+def test_unknown_roles_come_with_the_line_that_says_what_each_is():
+    turns = [{"role": "Customer", "content": "hi"}, {"role": "agent", "content": "hello"}]
+    assert mended(messages(*turns)) == "'data.roles={Customer: user, agent: assistant}'"
+    assert mended(messages(ASK, {"role": "alien", "content": "a"})) == ""
+
+
+WRONG_PARTS = [{"type": [1], "text": "a"}, {"type": {}, "text": "a"}, {"type": 3}, {"text": "a"}, 3, None, ["text"]]
+
+
+@pytest.mark.parametrize("part", WRONG_PARTS, ids=repr)
+def test_a_part_of_a_wrong_type_is_a_bad_row(part):
+    assert refusal(messages({"role": "user", "content": [part]}, ANSWER)).startswith("messages[0].content[0]")
+
+
+def test_turns_as_json_text_are_read():
+    assert turns({"messages": json.dumps([ASK, ANSWER])}) == [Message("user", "hi"), Message("assistant", "hello")]
+
+
+def test_text_before_a_function_call_is_one_turn_with_it():
+    spelt = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    said = {"from": "gpt", "value": "Let me look."}
+    asked, found = {"from": "human", "value": "hi"}, {"from": "observation", "value": "1"}
+    row = {"conversations": [asked, said, spelt, found, {"from": "gpt", "value": "One."}]}
+    _, both, *_ = turns(row)
+    assert (both.content, [call.name for call in both.tool_calls]) == ("Let me look.", ["add"])
+    assert [turn.role for turn in turns(row)] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_two_answers_in_a_row_are_still_refused():
+    assert "roles out of order" in refusal(messages(ASK, ANSWER, ANSWER))

@@ -1,11 +1,15 @@
 """Which format the columns of a row speak of, and which of them are read."""
 
+import shlex
+
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from qlora_kit.data.conversation import Message
 from qlora_kit.data.formats.reader import recognise
 from qlora_kit.schema.data import RowFormat
-from tests.example_rows import ALPACA, ANSWER, ASK, PAIR, SHAREGPT, messages, read, reader, refusal, turns
+from tests.example_rows import ALPACA, ANSWER, ASK, PAIR, SHAREGPT, mended, messages, read, reader, refusal, turns
 
 
 @pytest.mark.parametrize(
@@ -37,35 +41,60 @@ def test_columns_that_the_recipe_names_decide():
     assert turns(row, columns=columns) == [Message("user", "hi"), Message("assistant", "hello")]
 
 
+NONE = "none of messages, conversations, instruction/output, prompt/completion, text; "
+PAIR_OF = "'data.columns={prompt: %s, completion: %s}'"
 RECOGNISED_NOT = [
+    ({"question": "a", "answer": "b"}, NONE + "the row has answer, question", PAIR_OF % ("question", "answer")),
+    ({"Question": "a", "Answer": "b"}, NONE + "the row has Answer, Question", PAIR_OF % ("Question", "Answer")),
+    ({"prompt": "a", "response": "b", "id": "1"}, "no completion; the row", "'data.columns={completion: response}'"),
     (
-        {"question": "a", "answer": "b"},
-        "none of messages, conversations, instruction/output, prompt/completion, text; the row has answer, question; "
-        "name what it has with 'data.columns={prompt: question, completion: answer}'",
+        {"input": "a", "output": "b"},
+        "no instruction; the row has input, output",
+        "data.format=prompt_completion " + PAIR_OF % ("input", "output"),
     ),
+    ({"input_text": "a", "target": "b"}, NONE, PAIR_OF % ("input_text", "target")),
+    ({"my question": "a", "answer": "b"}, NONE, ""),
     (
-        {},
-        "none of messages, conversations, instruction/output, prompt/completion, text; the row has no keys; name what "
-        "it has with 'data.columns={prompt: <your prompt column>, completion: <your completion column>}'",
+        {"User Message": "a", "Model Response": "b"},
+        NONE,
+        """'data.columns={prompt: '"'"'User Message'"'"', completion: """,
     ),
+    ({"body": "a", "id": 3}, NONE, "'data.columns={text: body}'"),
+    ({"dialog": [ASK, ANSWER]}, NONE + "the row has dialog", "'data.columns={messages: dialog}'"),
+    (
+        ASK,
+        "one turn of a conversation, where a row holds all of them as a list under messages; it has content, role",
+        "",
+    ),
+    ({}, NONE + "the row has no keys", ""),
     (
         {**PAIR, "messages": [ASK, ANSWER]},
-        "the row has both messages and prompt/completion; say which with data.format=messages; "
+        "the row has both messages and prompt/completion, so say which is meant; "
         "the row has completion, messages, prompt",
+        "data.format=messages",
     ),
-    ({**ALPACA, "text": "a"}, "both instruction/output and text; say which with data.format=alpaca"),
-    ({"prompt": "a"}, "no completion; the row has prompt"),
-    ({"completion": "a"}, "no prompt; the row has completion"),
+    ({**ALPACA, "text": "a"}, "both instruction/output and text, so say which is meant", "data.format=alpaca"),
+    ({"prompt": "a"}, "no completion; the row has prompt", ""),
+    ({"completion": "a"}, "no prompt; the row has completion", ""),
     (
         {"instruction": "a", "response": "b"},
-        "no output; the row has instruction, response; name what it has with 'data.columns={output: response}'",
+        "no output; the row has instruction, response",
+        "'data.columns={output: response}'",
     ),
 ]
 
 
-@pytest.mark.parametrize(("row", "reason"), RECOGNISED_NOT, ids=[reason[:30] for _, reason in RECOGNISED_NOT])
-def test_columns_of_no_format_or_of_two_are_named_with_the_line_to_paste(row, reason):
+@pytest.mark.parametrize(("row", "reason", "fix"), RECOGNISED_NOT)
+def test_columns_of_no_format_or_of_two_are_named_with_the_line_to_paste(row, reason, fix):
     assert reason in refusal(row)
+    assert mended(row).startswith(fix) if fix else mended(row) == ""
+
+
+@pytest.mark.parametrize("row", [row for row, _, fix in RECOGNISED_NOT if fix.startswith("'data.columns=")])
+def test_the_line_to_paste_reads_the_row(row):
+    (word,) = shlex.split(mended(row))
+    columns = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(word.partition("=")[2])))
+    assert read(row, columns=columns).messages
 
 
 def test_formats_are_not_mixed():
@@ -73,6 +102,13 @@ def test_formats_are_not_mixed():
         "no prompt and no completion; the row has messages"
     )
     assert refusal(PAIR, format=RowFormat.messages) == "no messages; the row has completion, prompt"
+    assert mended(PAIR, format=RowFormat.messages) == "data.format=prompt_completion"
+    assert mended(messages(ASK, ANSWER), format=RowFormat.alpaca) == "data.format=messages"
+    table = {"question": "a", "answer": "b"}
+    assert mended(table, format=RowFormat.messages) == (
+        "data.format=prompt_completion 'data.columns={prompt: question, completion: answer}'"
+    )
+    assert mended(table, format=RowFormat.alpaca) == "'data.columns={instruction: question, output: answer}'"
 
 
 def test_a_named_column_that_is_not_there_is_named():

@@ -121,3 +121,37 @@ def test_utf_16_is_named_with_the_line_that_converts_it(tmp_path):
     assert f"iconv -f UTF-16 -t UTF-8 {table} > a.utf8.csv" in refusal(table)
     packed = write(tmp_path / "a.jsonl.gz", gzip.compress(path.read_bytes()))
     assert refusal(packed) == f"{packed} is UTF-16, not UTF-8; unpack it and convert it with iconv"
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_lists_of_turns_are_conversations_in_lines_and_in_arrays(tmp_path):
+    expected = numbered([{"messages": TURNS}, {"messages": TURNS}])
+    line = json.dumps(TURNS)
+    assert read(write(tmp_path / "a.jsonl", f"{line}\n{line}\n")) == expected
+    assert read(write(tmp_path / "a.json", f"[{line}, {line}]")) == expected
+    assert read(write(tmp_path / "b.jsonl", line)) == expected[:1]
+
+
+def test_a_key_with_two_values_is_a_bad_row_alone(tmp_path):
+    rows = '{"a": 1, "b": {"c": 1, "c": 2}}', '{"a": 1}', '{"a": 1, "a": 1}'
+    expected = [(1, "the key 'c' stands twice, with different values"), (2, {"a": 1}), (3, {"a": 1})]
+    assert read(write(tmp_path / "a.jsonl", "\n".join(rows))) == expected
+    assert read(write(tmp_path / "a.json", f"[{', '.join(rows)}]")) == expected
+
+
+COMMA = "a comma after the last entry, which JSON does not allow"
+
+
+def test_a_comma_that_nothing_follows_is_named(tmp_path):
+    array = write(tmp_path / "a.json", json.dumps(ROWS)[:-1] + ",\n]\n")
+    assert refusal(array) == f"{array} is not JSON: {COMMA}, after row 2"
+    inside = write(tmp_path / "b.json", '[{"a": [1, ]}]')
+    assert refusal(inside) == f"{inside} is not JSON: {COMMA}, after row 0"
+    lines = write(tmp_path / "a.jsonl", '{"a": 1,}\n{"a": 1},\n{"a": 1}')
+    assert read(lines) == [
+        (1, f"not JSON: {COMMA}, at column 9"),
+        (2, "not JSON: a comma after the value, where a JSON line ends without one, at column 9"),
+        (3, {"a": 1}),
+    ]
