@@ -7,13 +7,15 @@ from qlora_kit.cli.line import Line
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.rundir import new_run_path
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import override
 from qlora_kit.schema.root import TrainRecipe
 
 
 def run_sweep(line: Line) -> int:
     """Check every job, launch them, print the ranked table; exit code 1 when a job failed."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
-    from qlora_kit.cli.train import named, quoted
+    from qlora_kit.cli.train import named
+    from qlora_kit.schema.compose import sweep_lines
     from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
@@ -21,8 +23,8 @@ def run_sweep(line: Line) -> int:
     reach_services(first.tracker)
     sweep = Path(line.value("hydra.sweep.dir") or new_run_path(first.name, "sweep_"))
     say(f"sweep of {jobs} jobs into {sweep}")
-    place = [] if line.value("hydra.sweep.dir") else [f"hydra.sweep.dir={quoted(sweep)}"]
-    run_under_hydra("train", ["--multirun", *overrides, *place], _job)
+    place = [] if line.value("hydra.sweep.dir") else [override("hydra.sweep.dir", sweep)]
+    run_under_hydra("train", ["--multirun", *sweep_lines(overrides), *place], _job)
     return _conclude(sweep, first)
 
 
@@ -30,11 +32,13 @@ def _job(tree: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from qlora_kit.pipelines.sweep import run_job
-    from qlora_kit.schema.compose import typed_recipe
+    from qlora_kit.schema.compose import compose_unchecked
 
     hydra = HydraConfig.get()
-    recipe = cast(TrainRecipe, typed_recipe("train", tree))
-    return run_job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), list(hydra.overrides.task))
+    overrides = list(hydra.overrides.task)
+    # As the lines were checked: Hydra's own tree merges mappings that a line replaces.
+    recipe = cast(TrainRecipe, compose_unchecked("train", overrides))
+    return run_job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), overrides)
 
 
 def _check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:

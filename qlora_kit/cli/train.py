@@ -1,7 +1,5 @@
 """`qlora-kit train`: one run, a resumed run, or a sweep."""
 
-from pathlib import Path
-
 from qlora_kit.cli.line import Line, parse_line, run_verb_help
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path, no_empty_folder_left
@@ -35,7 +33,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _once(line: Line) -> int:
-    from qlora_kit.cli.hydra_entry import run_under_hydra
     from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.tracking.tracker import reach_services
@@ -45,13 +42,10 @@ def _once(line: Line) -> int:
     reach_services(recipe.tracker)
     run_path = new_run_path(recipe.name)
 
-    def task(tree: object) -> None:
-        from qlora_kit.pipelines.train import train
-
-        train(recipe, RunDirectory(run_path), overrides)
+    from qlora_kit.pipelines.train import train
 
     with no_empty_folder_left(run_path):
-        run_under_hydra("train", [*overrides, f"hydra.run.dir={quoted(run_path)}"], task)
+        train(recipe, RunDirectory(run_path), overrides)
     return EXIT_OK
 
 
@@ -80,8 +74,3 @@ def named(line: Line) -> list[str]:
     if line.value("name") is not None or experiment is None or "," in experiment:
         return line.overrides
     return [*line.overrides, f"name={experiment}"]
-
-
-def quoted(path: Path) -> str:
-    """A path as a Hydra value."""
-    return "'" + str(path).replace("'", "\\'") + "'"

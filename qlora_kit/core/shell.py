@@ -20,12 +20,22 @@ def override(key: str, value: object) -> str:
 
 def hydra_text(text: str) -> str:
     """A text as a Hydra value: as it is where that reads back as the same, else in quotes."""
+    return hydra_quoted(no_references(text))
+
+
+def no_references(text: str) -> str:
+    """A text in which OmegaConf finds no `${..}` to look up."""
+    # A backslash before ${ makes it text; backslashes before that one are doubled.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def hydra_quoted(text: str) -> str:
+    """As `hydra_text`, of a text whose `${..}` are references and whose `\\${` are text."""
     if _PLAIN_VALUE.fullmatch(text):
         return text
     # In a quoted value a backslash escapes only a quote, and backslashes before one (Hydra's "Quoted values").
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return "'" + escaped.replace("${", "\\${") + "'"
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def read_hydra_text(value: str) -> str:

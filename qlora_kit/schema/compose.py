@@ -1,5 +1,6 @@
 """Composes a command line into a frozen recipe; every mistake is collected and reported at once."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from itertools import islice, product
@@ -8,7 +9,6 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -16,13 +16,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.shell import no_references
+from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
 from qlora_kit.schema.renamed import with_todays_names
 from qlora_kit.schema.store import RECIPE_OF_VERB, register
-from qlora_kit.schema.value_problems import first_line, nearest, value_problems
+from qlora_kit.schema.value_problems import first_line, nearest, set_in_mapping, value_problems
+from qlora_kit.schema.words import Word, read_words
 
 MOST_SWEEP_JOBS_CHECKED = 200
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
@@ -67,18 +70,37 @@ def compose_unchecked(verb: str, overrides: list[str]) -> Sealed:
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     """The override lists of a grid; at most `MOST_SWEEP_JOBS_CHECKED`, without ranges a sweeper has to sample."""
     choices: list[list[str]] = []
-    for override in _parse(overrides):
+    for word in _read(RECIPE_OF_VERB["train"], overrides, sweeps=True):
+        override = word.override
         if not override.is_sweep_override():
-            choices.append([str(override.input_line)])
+            choices.append([word.typed])
         elif override.is_discrete_sweep():
             key = override.get_key_element()
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     return [list(job) for job in islice(product(*choices), MOST_SWEEP_JOBS_CHECKED)]
 
 
+def sweep_lines(overrides: list[str]) -> list[str]:
+    """The overrides of a sweep as Hydra's own grammar says them.
+
+    Raises:
+        RecipeError: one cannot be read, or only a recipe file can say it.
+    """
+    words = _read(RECIPE_OF_VERB["train"], overrides, sweeps=True)
+    problems = [
+        Problem(f"a sweep cannot be given {word.override.key_or_group} on its line", word.where)
+        for word in words
+        if not word.line
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return [word.line for word in words]
+
+
 def recipe_yaml(recipe: Sealed) -> str:
     """A recipe as YAML that `load_recipe` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    plain = _without_references(dataclasses.asdict(cast(Any, recipe)))
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def load_recipe(verb: str, path: Path) -> Sealed:
@@ -111,7 +133,7 @@ def composed_yaml(verb: str, lines: list[str]) -> str:
 
 
 def _compose(verb: str, lines: list[str]) -> Composed:
-    tree, overrides, choices = _compose_tree(verb, lines)
+    tree, words, choices = _compose_tree(verb, lines)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise RecipeError([_missing_problem(verb, key) for key in missing])
@@ -119,7 +141,7 @@ def _compose(verb: str, lines: list[str]) -> Composed:
         recipe = typed_recipe(verb, tree)
     except OmegaConfBaseException as error:
         raise RecipeError(first_line(error)) from error
-    return Composed(recipe, choices, _origins(recipe, overrides, choices))
+    return Composed(recipe, choices, _origins(recipe, words, choices))
 
 
 def _missing_problem(verb: str, key: str) -> Problem:
@@ -131,58 +153,60 @@ def _missing_problem(verb: str, key: str) -> Problem:
     return Problem(what, "the command line", f"model={_common_option('model')}")
 
 
-def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
+def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], dict[str, str]]:
     register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(packaged_recipes()), version_base="1.3", job_name=verb):
-        return _compose_initialized(verb, lines)
+    state = GlobalHydra.instance()
+    around = state.hydra  # of a sweep, whose jobs compose their recipes too
+    state.clear()
+    try:
+        with initialize_config_dir(str(packaged_recipes()), version_base="1.3", job_name=verb):
+            return _compose_initialized(verb, lines)
+    finally:
+        GlobalHydra.instance().hydra = around
 
 
-def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[Override], dict[str, str]]:
-    overrides = _parse(lines)
-    problems = {override.input_line: _override_problem(RECIPE_OF_VERB[verb], override) for override in overrides}
-    good = [override for override in overrides if not problems[override.input_line]]
+def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], dict[str, str]]:
+    root = RECIPE_OF_VERB[verb]
+    words = _read(root, lines)
+    problems = {word.typed: _override_problem(root, word) for word in words}
+    good = [word for word in words if not problems[word.typed]]
     named = [problem for problem in problems.values() if problem]
     try:
-        tree = compose(verb, overrides=[str(override.input_line) for override in good], return_hydra_config=True)
+        plain = [word.line for word in good if not word.mapping]
+        tree = compose(verb, overrides=plain, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        misspelt = {override.key_or_group.split(".")[0] for override in overrides if problems[override.input_line]}
+        misspelt = {word.override.key_or_group.split(".")[0] for word in words if problems[word.typed]}
         raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
+    for word in good:
+        if word.mapping and (problem := set_in_mapping(tree, root, word)):
+            named.append(problem)
     if named:
         raise RecipeError(named)
     choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
     with open_dict(tree):
         del tree["hydra"]
-    return tree, overrides, choices
+    return tree, words, choices
 
 
-def _failed_compose_problems(
-    verb: str, overrides: list[Override], misspelt: set[str], error: Exception
-) -> list[Problem]:
+def _failed_compose_problems(verb: str, words: list[Word], misspelt: set[str], error: Exception) -> list[Problem]:
     """Why a line does not compose: an option's file, else every value that does not fit its field.
 
     A group whose option or field is `misspelt` was told of already; that none is left to choose says nothing more.
     """
-    options = [str(override.input_line) for override in overrides if _is_group(override)]
+    options = [word.line for word in words if _is_group(word.override)]
     try:
         tree = compose(verb, overrides=options)
     except (HydraException, OmegaConfBaseException) as option_error:
         return [] if _group_to_choose(option_error) in misspelt else [_compose_problem(option_error)]
-    values = [override for override in overrides if not _is_group(override)]
-    return value_problems(tree, values) or [_compose_problem(error)]
+    values = [word for word in words if not _is_group(word.override)]
+    return value_problems(tree, RECIPE_OF_VERB[verb], values) or [_compose_problem(error)]
 
 
-def _parse(lines: list[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed, problems = [], []
-    for line in lines:
-        try:
-            parsed += parser.parse_overrides([line])
-        except HydraException as error:
-            problems.append(Problem(f"cannot read '{line}': {first_line(error)}", "the command line", "key=value"))
+def _read(root: type[Sealed], lines: list[str], *, sweeps: bool = False) -> list[Word]:
+    words, problems = read_words(root, lines, sweeps=sweeps)
     if problems:
         raise RecipeError(problems)
-    return parsed
+    return words
 
 
 def _is_group(override: Override) -> bool:
@@ -190,16 +214,17 @@ def _is_group(override: Override) -> bool:
     return key in groups() or key.startswith("hydra")
 
 
-def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
+def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
     """A misspelt key or option, with the nearest right one."""
-    key, line = override.key_or_group, f"command line: {override.input_line}"
+    override, line = word.override, word.where
+    key = override.key_or_group
     if key.startswith("hydra"):
         return None
     if key in groups():
-        return _option_problem(key, override)
+        return _option_problem(key, word)
     if override.is_delete():
         return Problem(
-            f"'{override.input_line}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
+            f"'{printable(word.typed)}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
         )
     if walk.find_path(root, key):
         return None
@@ -212,7 +237,8 @@ def _override_problem(root: type[Sealed], override: Override) -> Problem | None:
     return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
 
 
-def _option_problem(group: str, override: Override) -> Problem | None:
+def _option_problem(group: str, word: Word) -> Problem | None:
+    override = word.override
     value = override.value()
     wanted = [str(option) for option in (value if isinstance(value, list) else [value]) if option is not None]
     known = groups()[group]
@@ -226,7 +252,7 @@ def _option_problem(group: str, override: Override) -> Problem | None:
     # The rest of a list stays as it is.
     right = [meant.get(option, option) or _common_option(group) for option in wanted]
     fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if isinstance(value, list) else f"{group}={right[0]}"
-    return Problem(what, f"command line: {override.input_line}", fix)
+    return Problem(what, word.where, fix)
 
 
 def _quoted(names: list[str]) -> str:
@@ -242,14 +268,24 @@ def _common_option(group: str) -> str:
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
     # Merging a plain container into a fresh schema catches keys that '+' added behind the schema's back.
     plain = with_todays_names(cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=True, enum_to_str=True)))
-    recipe = cast(Sealed, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain)))
+    merged = OmegaConf.merge(OmegaConf.structured(root), _without_references(plain))
+    recipe = cast(Sealed, OmegaConf.to_object(merged))
     recipe.seal()
     return recipe
 
 
-def _origins(recipe: Sealed, overrides: list[Override], choices: dict[str, str]) -> dict[str, str]:
+def _without_references(value: Any) -> Any:
+    """The same values, of whose texts OmegaConf looks nothing up: they are resolved already."""
+    if isinstance(value, dict):
+        return {key: _without_references(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_references(part) for part in value]
+    return no_references(value) if isinstance(value, str) else value
+
+
+def _origins(recipe: Sealed, words: list[Word], choices: dict[str, str]) -> dict[str, str]:
     """Where each value was set: the command line, the experiment's file or the group's file."""
-    lines = {override.key_or_group: f"command line: {override.input_line}" for override in overrides}
+    lines = {word.override.key_or_group: word.where for word in words}
     files = [(group, recipe_file(group, option)) for group, option in choices.items()]
     loaded = {group: (str(file), OmegaConf.load(file)) for group, file in files if file}
     origins = {}

@@ -4,30 +4,78 @@ import difflib
 from enum import EnumMeta
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.schema import walk
+from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.words import Word, hydra_line
 
 
-def value_problems(tree: DictConfig, overrides: list[Override]) -> list[Problem]:
+def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> list[Problem]:
     """Values of the wrong type, with the nearest right one where it is a choice."""
     problems = []
-    for override in overrides:
+    for word in words:
+        override = word.override
+        if word.mapping:
+            found = set_in_mapping(tree, root, word)
+            problems += [found] if found else []
+            continue
         if override.is_sweep_override():
+            what = f"{override.key_or_group} is given several values, which is for a sweep"
+            problems.append(Problem(what, word.where, ""))
             continue
         try:
             OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         except (OmegaConfBaseException, ValueError) as error:
-            key = override.key_or_group
-            declared = _declared_type(tree, key)
-            expected = walk.type_name(declared) if declared is not None else ""
-            what = f"{key} cannot be {override.value()!r}: " + (f"it is {expected}" if expected else first_line(error))
-            fix = _example(tree, key, declared, override.value())
-            problems.append(Problem(what, f"command line: {override.input_line}", fix))
+            problems.append(_value_problem(tree, root, word, error))
     return problems
+
+
+def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem | None:
+    """Set a mapping of names to values, or an entry of one, in a composed tree; returns what is wrong with it.
+
+    A mapping that is given as a whole replaces the one that is there.
+    """
+    path, value = word.override.key_or_group, word.override.value()
+    entry = path.removeprefix(word.mapping).removeprefix(".")
+    kind = walk.group_class(walk.type_at(root, word.mapping))
+    name, _, field = entry.partition(".")
+    if (
+        field
+        and kind is not None
+        and word.mapping != "data.sources"
+        and name not in OmegaConf.select(tree, word.mapping)
+    ):
+        known = [str(one) for one in OmegaConf.select(tree, word.mapping)]
+        near = nearest(name, known)
+        what = f"{word.mapping} holds nothing named '{name}'" + (f"; it holds {', '.join(known)}" if known else "")
+        fix = hydra_line(f"{word.mapping}.{near}.{field}", value) if near else ""
+        return Problem(what, word.where, fix)
+    change = value if not entry else {entry: value} if kind is None else _nested(entry, value)
+    try:
+        # Into a fresh schema first: it knows which names and types there are.
+        OmegaConf.merge(OmegaConf.structured(root), _nested(word.mapping, change))
+        if not entry:
+            OmegaConf.update(tree, word.mapping, {}, merge=False, force_add=True)
+        OmegaConf.update(tree, word.mapping, change, merge=True, force_add=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        return _value_problem(tree, root, word, error)
+    return None
+
+
+def _nested(path: str, value: object) -> dict[str, Any]:
+    first, *rest = path.split(".", 1)
+    return {first: _nested(rest[0], value) if rest else value}
+
+
+def _value_problem(tree: DictConfig, root: type[Sealed], word: Word, error: Exception) -> Problem:
+    key, value = word.override.key_or_group, word.override.value()
+    declared = walk.type_at(root, key)
+    expected = walk.type_name(declared) if declared is not None else ""
+    what = f"{key} cannot be {value!r}: " + (f"it is {expected}" if expected else first_line(error))
+    return Problem(what, word.where, _example(tree, key, declared, value))
 
 
 def nearest(name: str, known: list[str]) -> str | None:
@@ -39,16 +87,6 @@ def nearest(name: str, known: list[str]) -> str | None:
 def first_line(error: Exception) -> str:
     """The first line of a message, or the kind of an error without one."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _declared_type(tree: DictConfig, path: str) -> Any:
-    group: Any = OmegaConf.get_type(tree)
-    for part in path.split(".")[:-1]:
-        group = walk.group_class(walk.fields_of(group)[part][0]) if group and part in walk.fields_of(group) else None
-    name = path.rsplit(".", 1)[-1]
-    if group is None or name not in walk.fields_of(group):
-        return None
-    return walk.fields_of(group)[name][0]
 
 
 def _example(tree: DictConfig, path: str, declared: Any, given: object) -> str:

@@ -78,6 +78,32 @@ def find_path(root: type[Sealed], path: str) -> bool:
     return True
 
 
+def type_at(root: type[Sealed], path: str) -> Any:
+    """The declared type of a field, a group or an entry of a mapping; None if there is no such dotted path."""
+    annotation: Any = root
+    for name in path.split("."):
+        if is_dict(annotation):
+            annotation = typing.get_args(annotation)[1]
+            if group_class(annotation) is None:
+                return annotation  # the rest of the path, dots and all, is a name in it
+            continue
+        group = group_class(annotation)
+        if group is None or name not in fields_of(group):
+            return None
+        annotation = fields_of(group)[name][0]
+    return annotation
+
+
+def mapping_of(root: type[Sealed], path: str) -> str:
+    """The mapping that a dotted path names or reaches an entry of; empty where it does neither."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        head = ".".join(parts[:length])
+        if is_dict(type_at(root, head)):
+            return head
+    return ""
+
+
 def takes(annotation: Any, value: object) -> bool:
     """Whether a value from a command line can be one of this type."""
     if isinstance(annotation, types.UnionType):

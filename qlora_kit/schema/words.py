@@ -1,0 +1,162 @@
+"""Words of a command line, each read as what its field can hold: paths and texts as typed, names mapped to values."""
+
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
+from hydra.errors import HydraException
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.core.shell import hydra_quoted, hydra_text
+from qlora_kit.core.terminal import printable
+from qlora_kit.schema import walk
+from qlora_kit.schema.field import Sealed
+
+_KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w/-]*(?:\.[\w*-]+)*)")
+
+
+@dataclass(frozen=True)
+class Word:
+    """One override.
+
+    Attributes:
+        typed: as the user wrote it.
+        override: as Hydra would read what was meant.
+        mapping: the field of names mapped to values that it sets or reaches into; empty for any other word. Hydra
+            refuses names that a mapping does not hold yet, and merges where it should replace.
+    """
+
+    typed: str
+    override: Override
+    mapping: str = ""
+
+    @property
+    def line(self) -> str:
+        """The override for Hydra's grammar; empty where the grammar has no words for it."""
+        return str(self.override.input_line or "")
+
+    @property
+    def where(self) -> str:
+        """Where it was set."""
+        return f"command line: {printable(self.typed)}"
+
+
+def read_words(root: type[Sealed], lines: list[str], *, sweeps: bool = False) -> tuple[list[Word], list[Problem]]:
+    """Each line as a word, and what cannot be read.
+
+    Args:
+        root: the recipe that is composed.
+        lines: overrides as the shell handed them over.
+        sweeps: whether `a,b` is a choice of values; otherwise it is text where a text is wanted.
+    """
+    words: list[Word] = []
+    problems: list[Problem] = []
+    for typed in lines:
+        if word := _read(root, typed, sweeps=sweeps):
+            words.append(word)
+        else:
+            what = f"cannot read '{printable(typed)}'; an override is group=option or path=value"
+            problems.append(Problem(what, "the command line"))
+    return words, problems
+
+
+def _read(root: type[Sealed], typed: str, *, sweeps: bool) -> Word | None:
+    key, equals, raw = typed.partition("=")
+    match = _KEY.fullmatch(key)
+    if not equals or match is None:
+        parsed = _parsed(typed)
+        return Word(typed, parsed) if parsed and parsed.key_or_group and parsed.package is None else None
+    path = match[2]
+    mapping = walk.mapping_of(root, path)
+    if mapping:
+        # Added or changed: a mapping starts empty.
+        key = f"++{path}"
+    declared = walk.type_at(root, path)
+    if declared is not None and _is_text(declared):
+        return Word(typed, _text(root, key, raw, declared, sweeps=sweeps), mapping)
+    override = _parsed(f"{key}={raw}")
+    if override is None:
+        is_container = walk.is_dict(declared) or typing.get_origin(declared) is list
+        value = _flow_container(raw) if is_container else None
+        override = _override(key, raw if value is None else value)
+    return Word(typed, override, mapping)
+
+
+def _is_text(declared: Any) -> bool:
+    parts = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+    return set(parts) <= {str, type(None)} and str in parts
+
+
+def _text(root: type[Sealed], key: str, raw: str, declared: Any, *, sweeps: bool) -> Override:
+    """A text as typed, whatever Hydra's grammar makes of it; quotes and backslashes that it knows keep their sense."""
+    parsed = _parsed(f"{key}={raw}")
+    if sweeps and (parsed.is_sweep_override() if parsed else "," in raw):
+        choices = ",".join(hydra_text(part.strip()) for part in raw.split(","))
+        return parsed or _parsed(f"{key}={choices}") or _beyond_the_grammar(key, raw)
+    value = None if parsed is None or parsed.is_sweep_override() else parsed.value()
+    if parsed is not None and raw.strip().lower() == "null" and declared is not str:
+        return parsed
+    text = value if isinstance(value, str) else raw
+    meant = _with_references(root, text)
+    if parsed is not None and value == meant:
+        return parsed
+    return _parsed(f"{key}={hydra_quoted(meant)}") or _beyond_the_grammar(key, meant)
+
+
+def _with_references(root: type[Sealed], text: str) -> str:
+    """The text, in which `${path}` of a field of the recipe stays a reference, and any other `${` is text."""
+
+    def meant(match: re.Match[str]) -> str:
+        backslashes, path = match.groups()
+        is_text_already = len(backslashes) % 2 == 1
+        if is_text_already or (path and walk.find_path(root, path)):
+            return match[0]
+        return f"{backslashes}\\{match[0].removeprefix(backslashes)}"
+
+    return re.sub(r"(\\*)\$\{(?:([A-Za-z_][\w.]*)\})?", meant, text)
+
+
+def _override(key: str, value: Any) -> Override:
+    """An override of a value that the user's own words do not say in Hydra's grammar."""
+    return _parsed(hydra_line(key, value)) or _beyond_the_grammar(key, value)
+
+
+def _beyond_the_grammar(key: str, value: Any) -> Override:
+    kind = OverrideType.FORCE_ADD if key.startswith("++") else OverrideType.CHANGE
+    return Override(kind, key.lstrip("+"), ValueType.ELEMENT, value)
+
+
+def hydra_line(key: str, value: object) -> str:
+    """`key=value` of any value, in Hydra's grammar."""
+    return f"{key}={_hydra_value(value)}"
+
+
+def _hydra_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_hydra_value(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra_value, value)) + "]"
+    if isinstance(value, str):
+        return hydra_text(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flow_container(raw: str) -> Any:
+    """`{a: b}` or `[a, b]` with texts beyond Hydra's grammar, as YAML; None where it is neither."""
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _parsed(line: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException:
+        return None
