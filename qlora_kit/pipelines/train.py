@@ -61,7 +61,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[
     stop = StopOnSignal()
     with recording(recipe, run, logged, step) as tracker:
         model = _adapted_base(recipe, base_folder, len(data.train))
-        watch = Watch(tracker, stop, tokens_before)
+        watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"))
         trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
         with stop.listening():
             progress = fit(trainer, checkpoint)
@@ -113,6 +113,10 @@ def _describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str], data
         write_text(run.recipe, recipe_yaml(recipe))
 
 
+def _last(metrics: Path, key: str) -> float:
+    return max((row[key] for row in read_metrics(metrics) if key in row), default=0.0)
+
+
 def _result(metrics: Path, step: int, eval_loss: float | None, parameters: int) -> dict[str, float]:
     rows = [row for row in read_metrics(metrics) if "loss" in row]
     steady = sorted(row["tokens_per_second"] for row in rows[1:] or rows)
@@ -120,6 +124,7 @@ def _result(metrics: Path, step: int, eval_loss: float | None, parameters: int) 
         "steps": float(step),
         "final_loss": rows[-1]["loss"],
         "tokens": rows[-1]["tokens"],
+        "seconds": _last(metrics, "seconds"),
         "tokens_per_second": steady[len(steady) // 2],
         "peak_memory_bytes": float(peak_memory_bytes()),
         "trainable_parameters": float(parameters),

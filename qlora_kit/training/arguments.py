@@ -65,6 +65,7 @@ def sft_config(
         seed=loop.seed,
         data_seed=loop.seed,
         logging_steps=loop.log_every_steps,
+        logging_first_step=True,  # the loss before anything was learned, to compare the last one with
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=loop.save_every_steps,

@@ -2,14 +2,12 @@
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,8 +15,9 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.tracking.tracker import Tracker
 from qlora_kit.training.checkpoint import mark_complete
+from qlora_kit.training.step_clock import StepClock
 
-KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy")
+KEPT_METRICS = ("epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy")
 
 
 class StopOnSignal:
@@ -44,16 +43,22 @@ class StopOnSignal:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Progress bar, metrics, checkpoint marks, and the stop for a loss that is no number."""
+    """Progress bar, metrics, checkpoint marks, and the stop for a loss that is no number.
 
-    def __init__(self, tracker: Tracker, stop: StopOnSignal, tokens_before: int = 0) -> None:
+    Args:
+        tokens_before: trained on before this process took the run up.
+        seconds_before: of training, before that.
+    """
+
+    def __init__(
+        self, tracker: Tracker, stop: StopOnSignal, tokens_before: int = 0, seconds_before: float = 0.0
+    ) -> None:
         self.tracker = tracker
         self.stop = stop
         self.tokens = tokens_before
+        self.seconds = seconds_before
         self._tokens_before = tokens_before
-        self._running_since: float | None = None
-        self._seconds = 0.0
-        self._tokens_logged = tokens_before
+        self._clock = StepClock()
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(
@@ -68,8 +73,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Start the clock, unless it runs from step to step."""
-        if self._running_since is None:
-            self._running_since = time.perf_counter()
+        self._clock.begin_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -80,11 +84,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         if self.stop.asked:
             control.should_save = True
             control.should_training_stop = True
-        if control.should_evaluate or control.should_save:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # the device is behind: what it still has to do is training
-            self._read_clock()
-            self._running_since = None
+        # Nothing is saved whose loss was not looked at, and a resumed run counts on from what was logged.
+        control.should_log |= control.should_save
+        self._clock.end_step(pauses=control.should_evaluate or control.should_save)
 
     def on_log(
         self,
@@ -102,7 +104,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         if not logs:
             return
         metrics = {key: float(logs[key]) for key in KEPT_METRICS if key in logs}
-        if not metrics:
+        if metrics.keys() <= {"epoch"}:
             return
         for key in ("loss", "grad_norm"):
             if key in metrics and not math.isfinite(metrics[key]):
@@ -127,20 +129,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         if self._bar is not None:
             self._bar.close()
 
-    def _read_clock(self) -> None:
-        if self._running_since is not None:
-            now = time.perf_counter()
-            self._seconds += now - self._running_since
-            self._running_since = now
-
     def _throughput(self, logs: dict[str, float]) -> dict[str, float]:
-        # A step that is logged is done on the device; its end, as the host sees it, may be long before that.
-        self._read_clock()
-        self.tokens = self._tokens_before + int(logs.get("num_tokens", 0))
-        rate = (self.tokens - self._tokens_logged) / self._seconds if self._seconds else 0.0
-        self._tokens_logged, self._seconds = self.tokens, 0.0
+        """Of the steps that this entry is of: all that ended since the last one."""
+        seconds, tokens = self._clock.read(), self._tokens_before + int(logs.get("num_tokens", 0))
+        rate = (tokens - self.tokens) / seconds if seconds else 0.0
+        self.tokens, self.seconds = tokens, self.seconds + seconds
         return {
-            "tokens": float(self.tokens),
+            "tokens": float(tokens),
+            "seconds": round(self.seconds, 3),
             "tokens_per_second": round(rate, 1),
             "peak_memory_bytes": float(peak_memory_bytes()),
         }

@@ -148,3 +148,18 @@ def test_dropout_acts_in_training_alone(workshop, tmp_path, batching):
     assert seen.wrong() == set()
     adapted = 7 * LAYERS
     assert seen.dropped == {True: 2 * adapted * seen.calls("PeftModelForCausalLM"), False: 0}
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_first_step_the_last_one_and_every_saved_one_are_logged(workshop, tmp_path):
+    run, recipe = RunDirectory(tmp_path / "run"), recipe_for(workshop, log_every_steps=100, eval_every_steps=None)
+    result = train(recipe, run, [])
+    logged = [row for row in metrics_of(run) if "loss" in row]
+    assert [row["step"] for row in logged] == [1, SAVED, STEPS]
+    assert result["final_loss"] == logged[-1]["loss"]
+    assert result["tokens"] == logged[-1]["tokens"] > 0
+    assert result["seconds"] == logged[-1]["seconds"] > 0
