@@ -21,12 +21,11 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(HELP)
         return EXIT_OK
-    from rich.console import Console
-
+    from qlora_kit.core.console import SafeConsole
     from qlora_kit.pipelines.plan import known_base, known_rows, plan
     from qlora_kit.schema.compose import compose_unchecked
 
     recipe = cast(TrainRecipe, compose_unchecked("train", line.overrides))
     base = known_base(recipe)
-    Console().print(plan(recipe, base, known_rows(recipe)))
+    SafeConsole().print(plan(recipe, base, known_rows(recipe)))
     return EXIT_OK

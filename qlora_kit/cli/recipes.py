@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import write_text
+from qlora_kit.core.say import show
 from qlora_kit.schema.folders import VERB_CONFIGS, groups, recipe_file, recipe_folders, user_recipes
 
 
@@ -39,14 +40,14 @@ def _list(group: str | None) -> int:
     known = groups()
     if group is not None and group not in known:
         raise RecipeError(f"there is no group '{group}'; there are {', '.join(known)}", fix="qlora-kit recipes list")
-    print("found in " + ", then ".join(str(folder) for folder in recipe_folders()))
+    show("found in " + ", then ".join(str(folder) for folder in recipe_folders()))
     mine = user_recipes()
     for name in [group] if group else known:
-        print(f"\n{name}")
+        show(f"\n{name}")
         for option in known[name]:
             file = recipe_file(name, option)
             is_mine = mine is not None and file is not None and file.is_relative_to(mine)
-            print(f"  {option:<36} {_headline(file)}{'  (./recipes)' if is_mine else ''}")
+            show(f"  {option:<36} {_headline(file)}{'  (./recipes)' if is_mine else ''}")
     return EXIT_OK
 
 
@@ -60,10 +61,10 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
     from qlora_kit.schema.compose import compose_recipe, composed_yaml
 
     if shows:
-        print(composed_yaml(verb, overrides).rstrip())
+        show(composed_yaml(verb, overrides).rstrip())
     else:
         compose_recipe(verb, overrides)
-        print("good")
+        show("good")
     return EXIT_OK
 
 
@@ -72,7 +73,7 @@ def _diff(left: str, right: str) -> int:
 
     texts = [composed_yaml("train", [f"experiment={name}", f"name={name}"]) for name in (left, right)]
     lines = difflib.unified_diff(texts[0].splitlines(), texts[1].splitlines(), left, right, n=1, lineterm="")
-    print("\n".join(lines) or "no difference")
+    show("\n".join(lines) or "no difference")
     return EXIT_OK
 
 
@@ -90,5 +91,5 @@ def _copy(option: str, name: str | None) -> int:
             f"{place} exists already and is kept", fix=f"qlora-kit recipes copy {option} {name or stem}_2"
         )
     write_text(place, file.read_text(encoding="utf-8"))
-    print(f"{place}  (from {file})")
+    show(f"{place}  (from {file})")
     return EXIT_OK

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.say import show
 
 HELP = """usage: qlora-kit report [run=DIR|latest] [base=DIR|latest] [out=FILE.html]
 
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> int:
 
     from qlora_kit.pipelines.report import report, report_base
 
-    print(f"page: {report(name or 'latest', out) if base is None else report_base(base or 'latest', out)}")
+    show(f"page: {report(name or 'latest', out) if base is None else report_base(base or 'latest', out)}")
     return EXIT_OK
 
 

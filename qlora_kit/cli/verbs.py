@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from qlora_kit import __version__
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError, Problem
 from qlora_kit.core.quiet import quiet_loggers
+from qlora_kit.core.say import say
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        print(
-            f"error: there is no verb '{words[0]}'{hint}\n  fix      qlora-kit {near[0] if near else '--help'}",
-            file=sys.stderr,
-        )
+        say(f"error: there is no verb '{words[0]}'{hint}\n  fix      qlora-kit {near[0] if near else '--help'}")
         return EXIT_BAD_RECIPE
     return run_verb(VERBS[words[0]], words[1:])
 
@@ -74,19 +72,19 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
         return code
     except KitError as error:
         if debug:
-            traceback.print_exc()
+            say(traceback.format_exc())
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            say(f"error: {problem}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
+        say("error: stopped")
         return EXIT_RUN_FAILED
     except BrokenPipeError:
         return EXIT_OK
     except Exception as error:
         if debug:
-            traceback.print_exc()
-        print(f"error: {_unforeseen(error)}", file=sys.stderr)
+            say(traceback.format_exc())
+        say(f"error: {_unforeseen(error)}")
         return EXIT_RUN_FAILED
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.say import show
 from qlora_kit.export.manifest import MANIFEST, read_manifest
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import open_run
@@ -26,9 +27,9 @@ def chat(place: str, message: str | None, max_new_tokens: int) -> None:
         said.append({"role": "user", "content": line})
         answer = ""
         for piece in speaker(said, max_new_tokens):
-            print(piece, end="", flush=True)
+            show(piece, end="")
             answer += piece
-        print()
+        show("")
         said.append({"role": "assistant", "content": answer})
 
 

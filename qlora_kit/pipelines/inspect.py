@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_count
 from qlora_kit.data.audit.audit import Audit, stop_on_errors
@@ -49,7 +50,7 @@ def inspect(shown: Inspected, rows: int, page: Path | None = None, console: Cons
     Raises:
         RecipeError: the page's place is taken by another file.
     """
-    console = console or Console()
+    console = console or SafeConsole()
     _print_rows(shown.train[:rows], shown.tokenizer, console)
     _print_lengths(shown.audit, console)
     console.print(_sources(shown.summary))

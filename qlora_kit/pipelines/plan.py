@@ -3,9 +3,9 @@
 import io
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import human_bytes, human_count
@@ -62,7 +62,7 @@ def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None)
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    page = Console(file=io.StringIO(), width=120)
+    page = SafeConsole(file=io.StringIO(), width=120)
     with page.capture() as printed:
         page.print(plan_table(recipe, base, data))
     return "\n".join(line.rstrip() for line in printed.get().splitlines())

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
+from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.units import human_bytes
 from qlora_kit.report.table import print_table
 
@@ -28,7 +27,7 @@ def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str =
         reference: a name of `REFERENCES`.
     """
     shown = [_cells(row, reference, with_intervals=True) for row in rows]
-    is_wide = _width(shown) <= Console().width
+    is_wide = _width(shown) <= SafeConsole().width
     if not is_wide:
         shown = [_cells(row, reference, with_intervals=False) for row in rows]
     columns = _columns(shown)

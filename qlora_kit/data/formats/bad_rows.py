@@ -3,6 +3,10 @@
 import json
 from collections.abc import Iterable
 
+from qlora_kit.core.terminal import one_line
+
+MOST_NAMES = 40
+
 
 class BadRowError(Exception):
     """Why a row cannot be used; whoever reads the file adds its name and the line.
@@ -25,8 +29,10 @@ def kind(value: object) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names of keys or columns, sorted."""
-    return ", ".join(sorted(names)) or "no keys"
+    """Names of keys or columns, sorted, the first of very many."""
+    known = [one_line(name) for name in sorted(names)]
+    more = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
+    return (", ".join(known[:MOST_NAMES]) or "no keys") + more
 
 
 def whole_text(value: str, name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qlora_kit.core.shell import hydra_text, shell_line
+from qlora_kit.core.terminal import one_line
 from qlora_kit.data.conversation import Message, ToolCall
 from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind, listed, unsupported, whole_text
 from qlora_kit.data.formats.tool_calls import calls_from_text, tool_calls
@@ -128,7 +129,7 @@ class TurnReader:
             raise BadRowError(f"{name}.{self.role_key} must be a string, not {kind(role)}")
         if role not in self.roles:
             raise _UnknownRoleError(
-                f"{name} has the unknown role '{role}'; known are {', '.join(self.roles)}; "
+                f"{name} has the unknown role '{one_line(role)}'; known are {', '.join(self.roles)}; "
                 f"data.roles says which of {', '.join(ROLES)} another one is"
             )
         return self.roles[role]
