@@ -45,13 +45,15 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(recipe: "ExportRecipe") -> "Exportable":
-    from qlora_kit.core.rundir import find_run
+    from qlora_kit.core.rundir import find_run, refuse_at_work
     from qlora_kit.model.source import locate_base
     from qlora_kit.schema.compose import load_recipe
     from qlora_kit.schema.root import TrainRecipe
 
     name = recipe.run or "latest"
-    trained = cast(TrainRecipe, load_recipe("train", find_run(name, finished=True).recipe))
+    found = find_run(name, finished=True)
+    refuse_at_work(found)
+    trained = cast(TrainRecipe, load_recipe("train", found.recipe))
     _check_shapes(locate_base(trained.model), recipe.export)
 
     from qlora_kit.pipelines.exportable import TrainedRun

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from qlora_kit.cli.line import Line
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
-from qlora_kit.core.rundir import new_run_path
+from qlora_kit.core.rundir import make_run_folder
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override
 from qlora_kit.schema.root import TrainRecipe
@@ -21,7 +21,7 @@ def run_sweep(line: Line) -> int:
     overrides = named(line)
     first, jobs = _check_jobs(overrides)
     reach_services(first.tracker)
-    sweep = Path(line.value("hydra.sweep.dir") or new_run_path(first.name, "sweep_"))
+    sweep = Path(line.value("hydra.sweep.dir") or make_run_folder(first.name, "sweep_"))
     say(f"sweep of {jobs} jobs into {sweep}")
     place = [] if line.value("hydra.sweep.dir") else [override("hydra.sweep.dir", sweep)]
     run_under_hydra("train", ["--multirun", *sweep_lines(overrides), *place], _job)

@@ -2,7 +2,8 @@
 
 from qlora_kit.cli.line import Line, parse_line, run_verb_help
 from qlora_kit.core.errors import EXIT_OK, RecipeError
-from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path, no_empty_folder_left
+from qlora_kit.core.lock import hold
+from qlora_kit.core.rundir import RunDirectory, find_run, new_run
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -40,11 +41,10 @@ def _once(line: Line) -> int:
     overrides = named(line)
     recipe = check_train(compose_recipe("train", overrides))
     reach_services(recipe.tracker)
-    run_path = new_run_path(recipe.name)
 
     from qlora_kit.pipelines.train import train
 
-    with no_empty_folder_left(run_path):
+    with new_run(recipe.name, "train") as run_path:
         train(recipe, RunDirectory(run_path), overrides)
     return EXIT_OK
 
@@ -61,10 +61,12 @@ def _resume(line: Line) -> int:
             f"qlora-kit train resume={line.value('resume')}",
         )
     found = find_run(line.value("resume") or "latest", finished=False)
-    recipe = check_train(Composed(load_recipe("train", found.recipe), {}, {}))
-    from qlora_kit.pipelines.train import train
+    with hold(found.path, "train"):
+        find_run(str(found.path), finished=False)  # whoever held it may have finished it
+        recipe = check_train(Composed(load_recipe("train", found.recipe), {}, {}))
+        from qlora_kit.pipelines.train import train
 
-    train(recipe, found, [])
+        train(recipe, found, None)
     return EXIT_OK
 
 

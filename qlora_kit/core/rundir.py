@@ -4,13 +4,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.links import refuse_links_outside
+from qlora_kit.core.lock import LOCK, Holder, busy, hold, holder
+from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 
 OUTPUTS = Path("outputs")
+JUST_MADE = 60  # seconds; an empty folder that is younger may be one that a run begins in
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,38 @@ class RunDirectory:
         return self.result.is_file() and self.adapter.is_dir()
 
 
-def new_run_path(name: str, prefix: str = "") -> Path:
-    """A folder name below outputs/ that no run has taken: `outputs/<name>/<prefix><time>`."""
+@contextmanager
+def new_run(name: str, doing: str, prefix: str = "") -> Iterator[Path]:
+    """Make a folder for a run and hold it; removed again if an error comes before anything is written to it.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    path = make_run_folder(name, prefix)
+    with no_empty_folder_left(path), hold(path, doing):
+        yield path
+
+
+def make_run_folder(name: str, prefix: str = "") -> Path:
+    """Make `outputs/<name>/<prefix><time>`, which is nobody else's.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
     stamp = prefix + time.strftime("%Y-%m-%d_%H-%M-%S")
-    path, again = OUTPUTS / name / stamp, 2
-    while path.exists():
-        path, again = OUTPUTS / name / f"{stamp}-{again}", again + 1
-    return path
+    place = OUTPUTS / name
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _clear_empty(place)
+        for again in count(1):
+            path = place / (stamp if again == 1 else f"{stamp}-{again}")
+            with suppress(FileExistsError):
+                path.mkdir()  # two that begin at once get two folders
+                return path
+    except OSError as error:
+        what = f"a run writes below {OUTPUTS.absolute()}, and {error.filename} cannot be made: {error.strerror}"
+        raise RecipeError(what, "the working folder") from error
+    raise AssertionError("unreachable")
 
 
 @contextmanager
@@ -99,6 +128,54 @@ def no_empty_folder_left(path: Path) -> Iterator[None]:
             for folder in (path, *path.parents[:-1]):
                 folder.rmdir()
         raise
+
+
+def _clear_empty(place: Path) -> None:
+    """Remove folders of runs that were killed before they wrote anything."""
+    for folder in place.iterdir():
+        with suppress(OSError, RecipeError):
+            if {path.name for path in folder.iterdir()} <= {LOCK} and time.time() - folder.stat().st_mtime > JUST_MADE:
+                with hold(folder, "clearing", patience=0):
+                    pass
+                folder.rmdir()
+
+
+def newest_run() -> RunDirectory | None:
+    """The run that was begun last, whatever its state; to look at."""
+    return next(iter(_all_runs()), None)
+
+
+def at_work(run: RunDirectory) -> Holder | None:
+    """Who else is at work on a run, or is about to be: a sweep holds the jobs that it has not begun."""
+    found = holder(run.path)
+    return found if found or run.is_finished else holder(run.path.parent)
+
+
+def refuse_at_work(run: RunDirectory) -> None:
+    """Refuse a run that another process writes to, before anything is loaded.
+
+    Raises:
+        BusyError: who that is, and since when.
+    """
+    if who := holder(run.path):
+        raise busy(run.path, who)
+
+
+def _latest(*, finished: bool) -> RunDirectory:
+    """The newest run; of unfinished ones, the newest that nobody is at work on."""
+    what = "finished run" if finished else "unfinished run"
+    passed: list[str] = []
+    for run in _all_runs():
+        if run.is_finished != finished:
+            continue
+        if finished or not (who := at_work(run)):
+            for line in passed:
+                say(line)
+            return run
+        passed.append(f"passing over {run.path}: {who}")
+    more = "".join(f"\n  {line}" for line in passed)
+    fix = "qlora-kit train experiment=<name>"
+    raise RecipeError(f"there is no {what} below {OUTPUTS}/{more}", "run=latest", fix)
 
 
 def _all_runs() -> list[RunDirectory]:
@@ -131,12 +208,9 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         RecipeError: there is none, it is in the other state, or a link in it leads out of it.
     """
     if name == "latest":
-        fitting = [run for run in _all_runs() if run.is_finished == finished]
-        if not fitting:
-            what = "finished run" if finished else "unfinished run"
-            raise RecipeError(f"there is no {what} below {OUTPUTS}/", "run=latest", "qlora-kit train experiment=<name>")
-        refuse_links_outside(fitting[0].path)
-        return fitting[0]
+        run = _latest(finished=finished)
+        refuse_links_outside(run.path)
+        return run
     run = RunDirectory(Path(name))
     refuse_no_run(run, name)
     if finished and not run.is_finished:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import size_on_disk, write_json
+from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
 from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
@@ -66,6 +67,11 @@ def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
     Raises:
         RecipeError: an artifact, the text file or a task of the harness is not there.
     """
+    with hold(subject.directory.path, "eval"):
+        return _evaluate(subject, config)
+
+
+def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
     exports = exported_folders(subject.directory.exports)
     wanted = _wanted(config.artifacts, subject, list(exports))
     exam = set_exam(subject, config)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, cast
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.rundir import RunDirectory, find_run
+from qlora_kit.core.lock import BusyError
+from qlora_kit.core.rundir import RunDirectory, find_run, refuse_at_work
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import open_trained
@@ -132,11 +133,10 @@ def open_evaluated_run(name: str) -> EvaluatedRun:
     Raises:
         RecipeError: there is none.
     """
-    if name == "latest":
-        try:
-            find_run(name, finished=True)
-        except RecipeError as error:
-            raise no_run_but_exports(error) from error
+    try:
+        refuse_at_work(find_run(name, finished=True))
+    except RecipeError as error:
+        raise (no_run_but_exports(error) if name == "latest" and not isinstance(error, BusyError) else error) from error
     return EvaluatedRun(open_run(name))
 
 

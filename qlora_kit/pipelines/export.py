@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qlora_kit.core.errors import KitError, RunError
+from qlora_kit.core.errors import KitError
 from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
+from qlora_kit.core.lock import hold
+from qlora_kit.core.rundir import no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
@@ -18,7 +20,7 @@ from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.targets.adapter import BaseName
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
-from qlora_kit.pipelines.exportable import EXPORT_LOCK, MERGED, Exportable
+from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, Reference, finish
 from qlora_kit.schema.export import ExportConfig, MergeBase
@@ -33,6 +35,14 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
         RunError: an export failed; the others are written.
         FidelityError: a file is further from what it is compared with than `export.max_mean_kl`; its manifest says so.
     """
+    with no_empty_folder_left(subject.directory.path):
+        done = _exported(subject, config)
+    print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
+    raise_what_went_wrong(done)
+    return done
+
+
+def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
     rows = subject.rows(config)
     with _alone(subject), ExitStack() as folders:
         subject.begin(rows)
@@ -41,34 +51,21 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
         _clear_other_merges(subject, bases)
         merges = [folders.enter_context(_sixteen_bit(subject, base)) for base in bases]
         jobs = [list(export_jobs(config, _source(subject, folder, rows.calibration))) for folder, _ in merges]
-        done = [
+        return [
             _write(subject, config, list(zip(same, merges, strict=True)), reference) for same in zip(*jobs, strict=True)
         ]
-    print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
-    raise_what_went_wrong(done)
-    return done
 
 
 @contextmanager
 def _alone(subject: Exportable) -> Iterator[None]:
     """Hold the exports of a run or base, and clear away what a killed export left there."""
-    from filelock import FileLock, Timeout
-
     directory = subject.directory
     directory.path.mkdir(parents=True, exist_ok=True)
     refuse_links_outside(directory.path)
-    lock = FileLock(directory.path / EXPORT_LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        what = f"another export of this {subject.kind} is at work"
-        raise RunError(what, str(directory.exports), "wait for it, or stop it") from None
-    try:
+    with hold(directory.path, "export"):
         directory.exports.mkdir(exist_ok=True)
         clear_left_overs(directory.exports)
         yield
-    finally:
-        lock.release()
 
 
 def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:

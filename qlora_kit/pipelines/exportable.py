@@ -23,7 +23,6 @@ from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
-EXPORT_LOCK = ".export.lock"
 MERGED = ".merged."  # begins the name of a folder of 16-bit weights that files are made from
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, find_run, refuse_no_run
+from qlora_kit.core.links import refuse_links_outside
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run
 from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.report.page import check_place, write_page
 from qlora_kit.report.run_page import run_page
@@ -65,13 +66,9 @@ def any_run(name: str) -> RunDirectory:
         run = RunDirectory(Path(name).expanduser())
         refuse_no_run(run, name)
         return run
-    found = []
-    for finished in (True, False):
-        try:
-            found.append(find_run(name, finished=finished))
-        except RecipeError:
-            continue
-    if not found:
+    newest = newest_run()
+    if newest is None:
         fix = "qlora-kit train experiment=<name>"
         raise no_run_but_exports(RecipeError(f"there is no run below {OUTPUTS}/", "run=latest", fix))
-    return max(found, key=lambda run: run.recipe.stat().st_mtime_ns)
+    refuse_links_outside(newest.path)
+    return newest

@@ -1,6 +1,5 @@
 """Train: recipe -> rows -> 4-bit base -> adapter -> run directory."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -8,9 +7,9 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
-from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError, StoppedError
-from qlora_kit.core.files import staged_directory, write_json, write_text
+from qlora_kit.core.files import clear_left_overs, staged_directory, write_json
+from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
@@ -22,9 +21,9 @@ from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.inspect import gate
-from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
-from qlora_kit.schema.compose import recipe_yaml
+from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
@@ -33,21 +32,31 @@ from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 
 
-def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str]) -> dict[str, float]:
+def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> dict[str, float]:
     """Train one recipe into a run directory, going on from its last checkpoint if it has one.
 
+    Args:
+        overrides: the command line's, for the record; None for a run that goes on.
     Returns:
         What result.json holds: steps, losses, tokens, speed, memory.
     Raises:
+        BusyError: another process is at work on the run.
         StoppedError: the user stopped the run; the checkpoint to go on from is written.
     """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with hold(run.path, "train"):
+        clear_left_overs(run.path)
+        return _train(recipe, run, overrides)
+
+
+def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> dict[str, float]:
     quiet_libraries()
     base_folder = locate_base(recipe.model)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
-    data = rows_that_fit(recipe, base_folder, tokenizer)
+    data = rows_of(recipe, run, base_folder, tokenizer)
     packing = packing_of(recipe.data, data)
     gate(audit_of(recipe, data, packing, base_folder, tokenizer))
-    _describe(recipe, run, overrides, dataclasses.asdict(data.summary))
+    describe(recipe, run, overrides, data)
 
     checkpoint = last_complete(run.checkpoints)
     step, logged = step_of(checkpoint) if checkpoint else 0, read_metrics(run.metrics)
@@ -102,15 +111,6 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, rows: int) -> PeftMode
     size = adapter_size(model)
     say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {rows} rows")
     return model
-
-
-def _describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str], data: dict[str, object]) -> None:
-    run.path.mkdir(parents=True, exist_ok=True)
-    if not run.recipe.exists():
-        write_text(run.overrides, "".join(f"{override}\n" for override in overrides))
-        write_json(run.environment, capture_environment())
-        write_json(run.data, data)
-        write_text(run.recipe, recipe_yaml(recipe))
 
 
 def _last(metrics: Path, key: str) -> float:

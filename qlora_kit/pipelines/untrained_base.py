@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
@@ -10,7 +11,8 @@ from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import clear_left_overs, read_json, remove, write_json, write_text
 from qlora_kit.core.links import links_outside
-from qlora_kit.core.rundir import RunDirectory, new_run_path
+from qlora_kit.core.lock import BusyError, hold
+from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.evaluation.scores import Scorer
@@ -21,7 +23,7 @@ from qlora_kit.export.sixteen_bit import write_sixteen_bit
 from qlora_kit.export.targets.table import ExportJob
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.base_rows import rows_of_data, rows_of_general_text
-from qlora_kit.pipelines.exportable import EXPORT_LOCK, MERGED, Exportable, ExportRows
+from qlora_kit.pipelines.exportable import MERGED, Exportable, ExportRows
 from qlora_kit.pipelines.named_base import NamedBase, in_words_of_base
 from qlora_kit.schema.check_exported import names_rows
 from qlora_kit.schema.compose import load_recipe, recipe_yaml
@@ -103,7 +105,7 @@ class UntrainedBase(Exportable):
 
 
 def open_base(recipe: ExportRecipe, named: NamedBase, overrides: Sequence[str] = ()) -> UntrainedBase:
-    """A located base as something to export; loads no weight and writes nothing.
+    """A located base as something to export; loads no weight, and makes no more than the folder for it.
 
     Args:
         overrides: the command line's words, for the record.
@@ -112,9 +114,13 @@ def open_base(recipe: ExportRecipe, named: NamedBase, overrides: Sequence[str] =
         RecipeError: its tokenizer cannot be read, or `out` is another thing's folder.
     """
     name = facts_of(named).shown.rpartition("/")[2]
-    directory = RunDirectory(Path(recipe.out).expanduser() if recipe.out else new_run_path(name))
-    _refuse_taken(directory.path, recipe)
-    return base_in(directory, recipe, named, overrides)
+    if recipe.out:
+        directory = RunDirectory(Path(recipe.out).expanduser())
+        _refuse_taken(directory.path, recipe)
+        return base_in(directory, recipe, named, overrides)
+    path = make_run_folder(name)
+    with no_empty_folder_left(path):
+        return base_in(RunDirectory(path), recipe, named, overrides)
 
 
 def base_in(
@@ -143,18 +149,13 @@ def clear_killed(path: Path) -> None:
 
     A folder whose export is at work is left alone, and so is one with links that lead out of it.
     """
-    from filelock import FileLock, Timeout
-
     for noted in path.parent.glob("*/export.yaml"):
         folder = noted.parent
         if folder.resolve() == path.resolve() or any(links_outside(folder)):
             continue
-        try:
-            with FileLock(folder / EXPORT_LOCK, timeout=0):
-                clear_left_overs(folder / "exports")
-                _clear_copies(folder / "exports")
-        except Timeout:
-            continue
+        with suppress(BusyError), hold(folder, "clearing", patience=0):
+            clear_left_overs(folder / "exports")
+            _clear_copies(folder / "exports")
 
 
 def _clear_copies(exports: Path) -> None:

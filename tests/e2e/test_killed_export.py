@@ -90,7 +90,7 @@ def test_kill_9_during_a_target(trained, kill):
 def test_two_exports_of_one_run_do_not_meet(trained):
     from filelock import FileLock
 
-    with FileLock(only_run(trained) / ".export.lock"):
+    with FileLock(only_run(trained) / ".lock"):
         done = kit(trained, *export_line("merged_16bit"))
-    assert done.returncode == 1
-    assert "another export of this run is at work" in done.stderr
+    assert done.returncode == 2
+    assert "it is in use; wait until it ends, or stop it" in done.stderr

@@ -1,11 +1,15 @@
 """Runs are found again by path or as the latest, in the state that the verb needs."""
 
+import fcntl
 import os
+import time
+from contextlib import contextmanager
 
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory, find_run, new_run_path
+from qlora_kit.core.lock import BusyError, holder
+from qlora_kit.core.rundir import RunDirectory, find_run, make_run_folder, new_run, newest_run, refuse_at_work
 
 
 def make_run(path, *, finished, age):
@@ -31,10 +35,67 @@ def test_latest_is_the_newest_in_the_wanted_state(outputs):
     assert find_run("latest", finished=False).path.parts[-2:] == ("a", "2")
 
 
-def test_new_run_paths_never_collide(outputs):
-    first = new_run_path("a")
-    first.mkdir(parents=True)
-    assert new_run_path("a") != first
+def test_runs_begun_in_the_same_second_get_folders_of_their_own(outputs, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    with new_run("c", "train") as first, new_run("c", "train") as second:
+        assert (first.name, second.name) == ("now", "now-2")
+        (first / "recipe.yaml").write_text("")
+        assert holder(second) is None  # held by this process alone
+    assert first.exists()
+
+
+def test_a_folder_that_a_failed_run_left_empty_goes(outputs):
+    with pytest.raises(OSError, match="stop"), new_run("c", "train"):
+        raise OSError("stop")
+    assert not (outputs / "c").exists()
+
+
+def test_an_empty_folder_of_a_killed_run_is_cleared_by_the_next(outputs):
+    for name, age in (("killed", 600), ("just_made", 0), ("begun", 600)):
+        (outputs / "c" / name).mkdir(parents=True)
+        (outputs / "c" / name / (".lock" if name != "begun" else "recipe.yaml")).write_text("")
+        os.utime(outputs / "c" / name, (time.time() - age,) * 2)
+    with new_run("c", "train") as path:
+        assert {one.name for one in (outputs / "c").iterdir()} == {"just_made", "begun", path.name}
+
+
+def test_outputs_that_cannot_be_made_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").write_text("a file")
+    with pytest.raises(RecipeError, match=r"a run writes below .*outputs, and outputs.* cannot be made: "):
+        make_run_folder("a")
+
+
+@contextmanager
+def held_elsewhere(folder):
+    """A folder that another process is at work in."""
+    with (folder / ".lock").open("w") as stream:
+        stream.write('{"pid": 7, "doing": "train", "since": "2026-01-31 12:00:00"}')
+        stream.flush()
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def test_latest_passes_over_a_run_at_work_and_says_so(outputs, capsys):
+    make_run(outputs / "a/3", finished=False, age=1)
+    with held_elsewhere(outputs / "a/3"):
+        assert find_run("latest", finished=False).path.name == "2"
+        told = capsys.readouterr().err
+        assert "passing over outputs/a/3: train is at work there (process 7, since 2026-01-31 12:00:00)" in told
+        with held_elsewhere(outputs / "a/2"), pytest.raises(RecipeError, match="there is no unfinished run") as caught:
+            find_run("latest", finished=False)
+        assert "passing over outputs/a/2: train is at work" in str(caught.value)
+        assert newest_run().path.name == "3"  # to look at
+        with pytest.raises(BusyError, match="process 7"):
+            refuse_at_work(RunDirectory(outputs / "a/3"))
+
+
+def test_latest_passes_over_a_job_that_a_sweep_at_work_has_not_begun(outputs):
+    make_run(outputs / "b/sweep_1/1", finished=False, age=1)
+    with held_elsewhere(outputs / "b/sweep_1"):
+        assert find_run("latest", finished=False).path.parts[-2:] == ("a", "2")
+        assert find_run("latest", finished=True).path.parts[-2:] == ("sweep_1", "0")
+    assert find_run("latest", finished=False).path.parts[-2:] == ("sweep_1", "1")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_the_files_go_to_a_folder_named_after_the_base(recipe, tmp_path):
     assert base.directory.exports.name == "exports"
     assert (base.name, base.seed, base.trained, base.kind) == ("mine", 7, None, "base")
     assert base.merge_bases(ExportConfig(), is_scored=True) == [MergeBase.original]
-    assert list((tmp_path / "here").iterdir()) == []
+    assert list((tmp_path / "here" / base.directory.path).iterdir()) == []
+    assert opened(recipe()).directory.path != base.directory.path  # two that begin in one second
     assert opened(recipe(out="there")).directory.path.name == "there"
 
 
@@ -129,7 +130,7 @@ def test_left_overs_of_killed_exports_go_and_those_at_work_stay(tmp_path):
     killed, at_work, mine = (left_over(tmp_path, name) for name in ("1", "2", "3"))
     run = left_over(tmp_path, "4")
     (tmp_path / "4" / "export.yaml").unlink()  # so it is none of ours
-    with FileLock(tmp_path / "2" / ".export.lock"):
+    with FileLock(tmp_path / "2" / ".lock"):
         clear_killed(tmp_path / "3")
     assert not killed.exists()
     assert at_work.exists() and mine.exists() and run.exists()
