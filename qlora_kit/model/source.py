@@ -1,6 +1,7 @@
 """Finds the folder of the base model that `model.source` names: the demo, a local folder or a hub repository."""
 
 import difflib
+import re
 from pathlib import Path
 
 from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
@@ -11,6 +12,8 @@ from qlora_kit.model.stored_tensors import INDEX, listed_files
 from qlora_kit.schema.model import ModelConfig
 
 DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/?$")  # as huggingface_hub lays out its cache
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # README.md names the licence.
@@ -19,6 +22,20 @@ HUB_FILES = ["*.safetensors", *TOKENIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLI
 HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def hub_name(source: str, revision: str | None = None) -> tuple[str, str | None] | None:
+    """Repository and revision of a base that comes from the hub; None for a folder of the user's own.
+
+    Args:
+        source, revision: `model.source` and `model.revision`; a folder in the hub's cache is its repository, too.
+    """
+    if source == DEMO:
+        return DEMO_HUB_ID, None
+    if cached := _CACHED.search(source):
+        return f"{cached[1]}/{cached[2]}", cached[3]
+    is_local = _looks_like_a_path(source) or Path(source).expanduser().exists()
+    return None if is_local else (source, revision)
 
 
 def locate_base(config: ModelConfig) -> Path:

@@ -18,7 +18,6 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.targets.adapter import BaseName
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
@@ -77,8 +76,7 @@ def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:
 
 
 def _source(subject: Exportable, sixteen_bit: Path, calibration: list[list[int]]) -> Source:
-    base = BaseName(subject.base.source, subject.base.revision)
-    return Source(sixteen_bit, subject.directory.adapter, base, file_part(subject.name), calibration)
+    return Source(sixteen_bit, subject.directory.adapter, subject.base.name, file_part(subject.name), calibration)
 
 
 def _merge_folder(subject: Exportable, merge_base: MergeBase) -> Path:

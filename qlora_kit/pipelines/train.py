@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
+from qlora_kit.adapter.saved import name_base
 from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.files import clear_left_overs, staged_directory, write_json
 from qlora_kit.core.lock import hold
@@ -16,6 +17,8 @@ from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
+from qlora_kit.export.serving.adapter_card import write_adapter_card
+from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.load import load_base, quiet_libraries
@@ -83,6 +86,9 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
         trainer.restore_model()
         with staged_directory(run.adapter) as folder:
             model.save_pretrained(folder)
+            base = BaseFacts(recipe.model.source, base_folder, recipe.model.revision)
+            name_base(folder, base.name)
+            write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)
         result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
         if planned is not None and torch.cuda.is_available():

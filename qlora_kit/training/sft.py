@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PrinterCallback
 
 from qlora_kit.adapter.attach import train_in_fp32
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.say import say
 from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
 from qlora_kit.data.order import epoch_order, tokens_at_once
@@ -22,6 +23,7 @@ from qlora_kit.engine.fast import FastEngine
 from qlora_kit.engine.head_loss import one_pass_head
 from qlora_kit.engine.packed_attention import check_isolation, isolate_samples
 from qlora_kit.engine.row_attention import attend_in_rows
+from qlora_kit.model.source import hub_name
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
@@ -95,6 +97,8 @@ def build_trainer(
     group = recipe.trainer.batch_size * processes
     trainer.order = epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed)
     trainer.remove_callback(PrinterCallback)
+    source, revision = recipe.model.source, recipe.model.revision
+    trainer.base = BaseName(*(hub_name(source, revision) or (source, revision)))
     train_in_fp32(model)
     _ready_for_gpu(trainer, undo, engine)
     return trainer

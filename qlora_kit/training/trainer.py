@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.order import Order
@@ -63,6 +65,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         engine: of the decoder layers; None where they run plain.
         logs_late: a step is logged while the next one runs.
         tells_counts: the model's forward takes `trained_tokens` of a batch.
+        base: as saved adapters name it.
     """
 
     order: Order
@@ -70,6 +73,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     engine: FastEngine | None = None
     logs_late: bool = False
     tells_counts: bool = False
+    base: BaseName | None = None
     _modules: tuple[torch.nn.Module, ...] = ()  # of the model, as they were when it was put into training mode
     _waiting: _Waiting | None = None
     _globalstep_last_logged: int
@@ -78,6 +82,14 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     def _unread(self) -> list[torch.Tensor]:
         """Right answers, trained tokens and tokens of each batch since the last log, on the device."""
         return []
+
+    def create_model_card(self, *arguments: object, **settings: object) -> None:
+        """Nothing: TRL's card of a checkpoint tells less than the run's own files do."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.base is not None:
+            name_base(Path(output_dir or str(self.args.output_dir)), self.base)
 
     def restore_model(self) -> None:
         """Take everything off the model that was put on it for training; for when the trainer is not needed again."""

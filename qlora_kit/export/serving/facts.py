@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.model.source import DEMO
-
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+from qlora_kit.model.source import hub_name
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,13 @@ class BaseFacts:
     @property
     def hub_id(self) -> str | None:
         """`owner/name` where the base came from the hub; None for a local folder."""
-        if self.source == DEMO:
-            return DEMO_HUB_ID
-        is_local = Path(self.source).expanduser().exists() or self.source.startswith((".", "/", "~"))
-        return None if is_local or self.source.count("/") != 1 else self.source
+        found = hub_name(self.source, self.revision)
+        return found[0] if found else None
+
+    @property
+    def name(self) -> BaseName:
+        """What a reader of an adapter loads under it: the hub's name, else the folder as the recipe names it."""
+        return BaseName(*(hub_name(self.source, self.revision) or (self.source, self.revision)))
 
     @property
     def shown(self) -> str:

@@ -2,10 +2,10 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.export.gguf.lora import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, refuse_changed_base, write_lora_gguf
@@ -13,14 +13,6 @@ from qlora_kit.export.targets.splice import INDEX
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 
 _NOT_COPIED = (INDEX, "config.json", "README.md", ADAPTER_SETTINGS)
-
-
-@dataclass(frozen=True)
-class BaseName:
-    """What a server loads under the adapter: `model.source` of the recipe and its `model.revision`."""
-
-    source: str
-    revision: str | None = None
 
 
 def write_adapter(

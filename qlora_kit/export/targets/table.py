@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_kit.export.targets.adapter import BaseName, write_adapter
+from qlora_kit.adapter.saved import BaseName
+from qlora_kit.export.targets.adapter import write_adapter
 from qlora_kit.schema.export import (
     AdapterFormat,
     AdapterTarget,

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation import llama_lora
@@ -18,7 +19,7 @@ from qlora_kit.evaluation.llama_library import LibraryUnusable
 from qlora_kit.evaluation.llama_lora import LlamaCppLora
 from qlora_kit.evaluation.scores import Scorer, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
-from qlora_kit.export.targets.adapter import BaseName, write_adapter
+from qlora_kit.export.targets.adapter import write_adapter
 from qlora_kit.export.targets.bnb import write_bnb
 from qlora_kit.export.targets.compressed import write_compressed
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget, BnbKind, BnbTarget, CompressedScheme, CompressedTarget

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.evaluation.llama_lora import LlamaCppLora
 from qlora_kit.export.gguf.writer import write_gguf
-from qlora_kit.export.targets.adapter import BaseName, write_adapter
+from qlora_kit.export.targets.adapter import write_adapter
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 from qlora_kit.schema.lora import LoraConfig
 from tests.tiny_models import FAMILIES, build_tiny_model

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.model.source import HUB_FILES, check_folder, locate_base, locate_tokenizer
+from qlora_kit.model.source import HUB_FILES, check_folder, hub_name, locate_base, locate_tokenizer
 from qlora_kit.schema.model import ModelConfig
 
 
@@ -199,3 +199,25 @@ def test_a_fetched_tokenizer_does_not_pass_for_the_model(folder, monkeypatch, ca
     assert "base model: fetching owner/name at 0000" in capsys.readouterr().err
     assert locate_base(config) == folder
     assert calls[3:] == [True]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("demo", ("HuggingFaceTB/SmolLM2-135M-Instruct", None)),
+        ("owner/model", ("owner/model", "abc")),
+        ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/0a1b", ("Qwen/Qwen3-4B", "0a1b")),
+        ("/home/me/models/mine", None),
+        ("./models", None),
+        ("~/x", None),
+        ("models", None),
+    ],
+)
+def test_the_hubs_name_of_a_base(source, found):
+    assert hub_name(source, "abc") == found
+
+
+def test_a_folder_that_reads_like_a_hub_name_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("owner/model") is None

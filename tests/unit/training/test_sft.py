@@ -1,5 +1,6 @@
 """TRL receives the kit's rows as they are: no cut, no packing of its own, the kit's mask and order, fp32 adapters."""
 
+import json
 import pickle
 from dataclasses import replace
 from itertools import islice
@@ -69,6 +70,14 @@ def trainer_for(base, recipe, train, held_out, folder):
 def built(base, rows, tmp_path):
     """A trainer for each way of batching, on the same rows."""
     return lambda batching=Batching.padded, **loop: trainer_for(base, recipe_for(batching, **loop), *rows, tmp_path)
+
+
+def test_checkpoints_name_the_base_as_the_recipe_does_and_hold_no_cards(base, rows, tmp_path):
+    recipe = replace(recipe_for(save_every_steps=1), model=ModelConfig(source="owner/model", revision="0a1b"))
+    fit(trainer_for(base, recipe, rows[0], None, tmp_path), None)
+    assert not list(tmp_path.rglob("README.md"))
+    settings = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/model", "0a1b")
 
 
 def test_rows_reach_the_loss_whole(base, tmp_path):

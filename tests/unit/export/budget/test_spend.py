@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.budget.fisher import Fisher
 from qlora_kit.export.budget.gguf_formats import GgufFormats
@@ -17,7 +18,6 @@ from qlora_kit.export.budget.gptq_formats import GptqFormats
 from qlora_kit.export.budget.reach import gguf_names_of
 from qlora_kit.export.budget.spend import Spent, predicted_rises, spend_gguf, spend_gptq
 from qlora_kit.export.gguf.imatrix import ImportanceMatrix
-from qlora_kit.export.targets.adapter import BaseName
 from qlora_kit.export.targets.gptq_layers import linear_shapes, plan_layers
 from qlora_kit.export.targets.table import Source, export_jobs
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget, GptqMethod, GptqOverride, GptqTarget

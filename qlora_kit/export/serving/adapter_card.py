@@ -1,0 +1,49 @@
+"""README.md of a run's own adapter: what it is, of which base, and how it is used."""
+
+from pathlib import Path
+
+from qlora_kit import __version__
+from qlora_kit.adapter.saved import CARD
+from qlora_kit.core.files import write_text
+from qlora_kit.export.licence import read_licence
+from qlora_kit.export.serving.facts import BaseFacts
+from qlora_kit.export.serving.markdown import code, plain
+from qlora_kit.export.serving.model_card import front_matter
+
+
+def write_adapter_card(folder: Path, name: str, base: BaseFacts) -> None:
+    """Write the card into an adapter's folder; no path of the machine is in it.
+
+    Args:
+        name: of the run.
+    """
+    write_text(folder / CARD, adapter_card(name, base))
+
+
+def adapter_card(name: str, base: BaseFacts) -> str:
+    """The card's text."""
+    licence = read_licence(base.folder)
+    head = front_matter(
+        {
+            "license": licence.id,
+            "license_name": licence.name,
+            "license_link": licence.link,
+            "base_model": base.hub_id,
+            "base_model_relation": "adapter" if base.hub_id else None,
+            "library_name": "peft",
+            "pipeline_tag": "text-generation",
+            "tags": ["lora", "qlora", "qlora-kit"],
+        }
+    )
+    at = f" at revision {code(base.name.revision)}" if base.name.revision else ""
+    lines = [
+        *head,
+        "",
+        f"# {plain(name)}",
+        "",
+        f"A LoRA adapter for {plain(base.shown)}{at}, trained with qlora-kit {__version__}.",
+        "It needs that base beside it; `qlora-kit export` merges both and writes files to serve.",
+        "",
+        f"Licence of the base: {plain(licence.shown)}.",
+    ]
+    return "\n".join(lines) + "\n"
