@@ -128,7 +128,7 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
         ("optimizer", memory.optimizer, recipe.optim.name.name),
         ("activations", memory.activations, f"{human_count(found.tokens)} tokens at once, {found.kept}"),
         ("loss", memory.loss, "a tile of the logits"),
-        ("workspace", memory.workspace, "one layer unpacked to 16 bit"),
+        ("workspace", memory.workspace, "one layer unpacked to 16 bit, and its backward pass"),
     ]
     return [*rows, ("copies", memory.copies, "frozen weights kept unpacked too")] if memory.copies else rows
 

@@ -116,13 +116,13 @@ def fast_estimate(
         engine = replace(engine, recompute=least, weight_copies=no_copies)
     left = math.inf if free_bytes is None else max(0.0, free_bytes - plain.weights - plain.adapter)
     levels, _ = step.levels(engine.recompute, left)
-    in_pieces = IN_PIECES in levels
+    in_backward = unpacked_bytes(step.shape) + temporary_bytes(step.shape, step.tokens, in_pieces=IN_PIECES in levels)
     room = step.room_for_copies(engine.weight_copies, levels, left)
     found = replace(
         plain,
-        activations=step.needed(levels) + temporary_bytes(step.shape, step.tokens, in_pieces=in_pieces),
+        activations=step.needed(levels),
         loss=step.head,
-        workspace=float(unpacked_bytes(step.shape)),
+        workspace=max(0.0, in_backward - step.head),  # the head is done when the layers' backward begins
         copies=_copies(step.shape, lora, engine.compute, room),
     )
     return found, levels

@@ -90,22 +90,28 @@ def fast(**engine) -> TrainRecipe:
     return planned
 
 
+def on_a_card_of(monkeypatch, free, **engine):
+    monkeypatch.setattr(module, "_free_bytes", lambda: free)
+    return printed(fast(**engine))
+
+
+@pytest.mark.parametrize(
+    ("engine", "measured"), [({"weight_copies": "6.4GB"}, 38.7), ({"recompute": "1MB"}, 8.1)]
+)  # GB of an 8B model, 4 x 2,048 tokens, on an H100 (docs/speed.md)
+def test_the_fast_engine_needs_what_was_measured(monkeypatch, engine, measured):
+    table = on_a_card_of(monkeypatch, 84e9, **engine)
+    assert float(table["total"].split()[0]) == pytest.approx(measured, rel=0.04)  # 1% and 3% off
+
+
 def test_the_fast_engine_keeps_what_fits_into_the_card_at_hand(monkeypatch):
-    """8B, 4 x 2,048 tokens: measured 38.7 GB with nothing computed again, 8.1 GB with every layer (docs/speed.md)."""
-
-    def on_a_card_of(free, **engine):
-        monkeypatch.setattr(module, "_free_bytes", lambda: free)
-        return printed(fast(**engine))
-
-    everything = on_a_card_of(84e9)
+    everything = on_a_card_of(monkeypatch, 84e9)
     assert "nothing is computed again" in everything["activations"]
     assert everything["copies"].startswith("14.0 GB")
-    assert float(everything["total"].split()[0]) == pytest.approx(47.6, abs=1.5)
-    small = on_a_card_of(15.5e9)
+    small = on_a_card_of(monkeypatch, 15.5e9)
     assert "computed again in the backward pass" in small["activations"]
     assert "copies" not in small
-    assert float(small["total"].split()[0]) < 15.5
-    assert printed(fast(recompute="all"))["total"] == on_a_card_of(None)["total"]
+    assert 10 < float(small["total"].split()[0]) < 15.5
+    assert printed(fast(recompute="all"))["total"] == on_a_card_of(monkeypatch, None)["total"]
 
 
 def test_layers_that_the_engine_does_not_know_are_planned_plain():
