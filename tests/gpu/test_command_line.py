@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.tiny_models import build_tokenizer
+from tests.tiny_models import smollm_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WORDS = ["lamp", "door", "fan", "clock", "radio", "oven", "shade", "bell"]
@@ -20,7 +20,7 @@ WORDS = ["lamp", "door", "fan", "clock", "radio", "oven", "shade", "bell"]
 def workshop(tmp_path_factory):
     """A random Llama of 0.7 B weights with `rows.jsonl` of mixed length."""
     folder = tmp_path_factory.mktemp("workshop")
-    tokenizer = build_tokenizer()
+    tokenizer = smollm_tokenizer()
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
