@@ -1,9 +1,12 @@
 """A command line taken apart: flags, overrides, and the kit's own words."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.shell import read_hydra_text
+from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.shell import read_hydra_text, shell_line
+from qlora_kit.core.terminal import printable
+from qlora_kit.schema.folders import groups
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -45,8 +48,22 @@ def parse_line(arguments: list[str]) -> Line:
     overrides = [word for word in arguments if not word.startswith("-")]
     own = [word for word in overrides if "=" not in word and not word.startswith("~")]
     if own and not any(flag not in HELP + MULTIRUN for flag in flags):
-        raise RecipeError(f"'{own[0]}' is not an override", "the command line", f"{own[0]}=<value>")
+        raise RecipeError([_no_override(word) for word in own])
     return Line(flags, overrides)
+
+
+def _no_override(word: str) -> Problem:
+    """A word without a value: a recipe's file or option where its group is wanted too, or a slip."""
+    what, where = f"'{printable(word)}' is not an override", "the command line"
+    file = Path(word)
+    if file.suffix in (".yaml", ".yml"):
+        what += "; a recipe file lies in ./recipes/experiment and is chosen by its name"
+        commands = [["qlora-kit", "train", f"experiment={file.stem}"]]
+        if file.is_file():
+            commands = [["mkdir", "-p", "recipes/experiment"], ["cp", word, "recipes/experiment/"], *commands]
+        return Problem(what, where, " && ".join(map(shell_line, commands)))
+    chosen = [group for group, options in groups().items() if word in options]
+    return Problem(what, where, shell_line([f"{chosen[0]}={word}"]) if len(chosen) == 1 else "")
 
 
 def run_verb_help(verb: str, summary: str, examples: list[str]) -> str:

@@ -23,6 +23,17 @@ def hydra_text(text: str) -> str:
     return hydra_quoted(no_references(text))
 
 
+def hydra_value(value: object) -> str:
+    """Any value of a recipe as a Hydra value: texts, numbers, lists and mappings."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{hydra_value(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(hydra_value, value)) + "]"
+    if isinstance(value, str):
+        return hydra_text(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def no_references(text: str) -> str:
     """A text in which OmegaConf finds no `${..}` to look up."""
     # A backslash before ${ makes it text; backslashes before that one are doubled.

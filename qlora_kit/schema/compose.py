@@ -22,9 +22,10 @@ from qlora_kit.schema import walk
 from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
+from qlora_kit.schema.meant import meant, nearest_option
 from qlora_kit.schema.renamed import with_todays_names
 from qlora_kit.schema.store import RECIPE_OF_VERB, register
-from qlora_kit.schema.value_problems import first_line, nearest, set_in_mapping, value_problems
+from qlora_kit.schema.value_problems import first_line, set_in_mapping, value_problems
 from qlora_kit.schema.words import Word, read_words
 
 MOST_SWEEP_JOBS_CHECKED = 200
@@ -228,13 +229,9 @@ def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
         )
     if walk.find_path(root, key):
         return None
-    if near := walk.nearest_path(root, key, override.value()):
-        fix = walk.example(root, near, override.value())
-    elif "." not in key and (near := nearest(key, list(groups()))):
-        fix = f"{near}={override.value()}"
-    else:
-        fix = f"qlora-kit {_verb_of(root)} --help lists every field"
-    return Problem(f"there is no field '{key}'" + (f"; did you mean '{near}'?" if near else ""), line, fix)
+    found = meant(root, key, override.value())
+    what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
+    return Problem(what + (f"; {found.hint}" if found.hint else ""), line, found.line or help_line(root))
 
 
 def _option_problem(group: str, word: Word) -> Problem | None:
@@ -245,12 +242,12 @@ def _option_problem(group: str, word: Word) -> Problem | None:
     wrong = [option for option in wanted if option not in known]
     if not wrong or override.is_sweep_override():
         return None
-    meant = {option: nearest(option, known) for option in wrong}
-    near = [option for option in meant.values() if option]
+    likely = {option: nearest_option(group, option) for option in wrong}
+    near = [option for option in likely.values() if option]
     what = f"there is no {group} named {_quoted(wrong)}" + (f"; did you mean {_quoted(near)}?" if near else "")
     what += f"\n  known    {', '.join(known)}"
     # The rest of a list stays as it is.
-    right = [meant.get(option, option) or _common_option(group) for option in wanted]
+    right = [likely.get(option, option) or _common_option(group) for option in wanted]
     fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if isinstance(value, list) else f"{group}={right[0]}"
     return Problem(what, word.where, fix)
 
@@ -314,7 +311,7 @@ def _compose_problem(error: Exception) -> Problem:
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)
     if key:
-        found = next((near for verb in RECIPE_OF_VERB if (near := walk.nearest_path(RECIPE_OF_VERB[verb], key))), None)
+        found = next((near for verb in RECIPE_OF_VERB if (near := meant(RECIPE_OF_VERB[verb], key, ...).name)), None)
         hint = f"; did you mean '{found.rsplit('.', 1)[-1]}'?" if found else ""
         return Problem(f"recipe {where} holds the unknown key '{key}'{hint}", f"recipes/{where}.yaml")
     return Problem(f"recipe {where} cannot be composed: {first_line(error)}", where)
@@ -328,6 +325,11 @@ def _group_to_choose(error: Exception) -> str:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     return match.group(1) if match else ""
+
+
+def help_line(root: type[Sealed]) -> str:
+    """The command that lists every field."""
+    return f"qlora-kit {_verb_of(root)} --help"
 
 
 def _verb_of(root: type[Sealed]) -> str:

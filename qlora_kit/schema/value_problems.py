@@ -8,9 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_kit.core.errors import Problem
+from qlora_kit.core.shell import hydra_value
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
-from qlora_kit.schema.words import Word, hydra_line
+from qlora_kit.schema.words import Word
 
 
 def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> list[Problem]:
@@ -51,7 +52,7 @@ def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem 
         known = [str(one) for one in OmegaConf.select(tree, word.mapping)]
         near = nearest(name, known)
         what = f"{word.mapping} holds nothing named '{name}'" + (f"; it holds {', '.join(known)}" if known else "")
-        fix = hydra_line(f"{word.mapping}.{near}.{field}", value) if near else ""
+        fix = f"{word.mapping}.{near}.{field}={hydra_value(value)}" if near else ""
         return Problem(what, word.where, fix)
     change = value if not entry else {entry: value} if kind is None else _nested(entry, value)
     try:
@@ -93,7 +94,6 @@ def _example(tree: DictConfig, path: str, declared: Any, given: object) -> str:
     if isinstance(declared, EnumMeta) and (near := nearest(str(given), list(declared.__members__))):
         return f"{path}={near}"
     value = OmegaConf.select(tree, path)
-    shown = getattr(value, "name", value)
-    if OmegaConf.is_list(value):
-        shown = "[" + ",".join(str(item) for item in value) + "]"
-    return f"{path}={'null' if shown is None else shown}"
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    return f"{path}={hydra_value(getattr(value, 'name', value))}"

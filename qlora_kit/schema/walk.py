@@ -1,7 +1,6 @@
 """Recipe classes as a tree of dotted paths."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from qlora_kit.core.shell import hydra_value
 from qlora_kit.schema.field import Knob, Sealed
 
 
@@ -118,31 +118,15 @@ def takes(annotation: Any, value: object) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def nearest_path(root: type[Sealed], path: str, value: object = ...) -> str | None:
-    """The field whose path, or last name, is closest to a misspelt one, and of some the first that takes the value."""
-    known = {known: annotation for known, annotation, _ in schema_paths(root)}
-    close = difflib.get_close_matches(path, known, n=3, cutoff=0.75)
-    if not close:
-        by_last: dict[str, list[str]] = {}
-        for known_path in sorted(known, key=lambda one: one.count(".")):
-            by_last.setdefault(known_path.rsplit(".", 1)[-1], []).append(known_path)
-        last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=3, cutoff=0.75)
-        close = [one for name in last for one in by_last[name]]
-    return next((one for one in close if value is ... or takes(known[one], value)), next(iter(close), None))
-
-
 def example(root: type[Sealed], path: str, value: object) -> str:
     """`path=value`, with the field's own default in the place of a value that it does not take."""
     annotation, field = next((annotation, field) for known, annotation, field in schema_paths(root) if known == path)
     if not takes(annotation, value):
-        value = getattr(field.default, "name", field.default)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(default, "name", default)
         if value in (dataclasses.MISSING, MISSING):
-            value = f"<{type_name(annotation)}>"
-    if value is None:
-        value = "null"
-    if isinstance(value, list):
-        value = f"[{','.join(map(str, value))}]"
-    return f"{path}={value}"
+            return f"{path}=<{type_name(annotation)}>"
+    return f"{path}={hydra_value(value)}"
 
 
 def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Knob | None]]:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.core.shell import hydra_quoted, hydra_text
+from qlora_kit.core.shell import hydra_quoted, hydra_text, hydra_value
 from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
@@ -123,27 +123,12 @@ def _with_references(root: type[Sealed], text: str) -> str:
 
 def _override(key: str, value: Any) -> Override:
     """An override of a value that the user's own words do not say in Hydra's grammar."""
-    return _parsed(hydra_line(key, value)) or _beyond_the_grammar(key, value)
+    return _parsed(f"{key}={hydra_value(value)}") or _beyond_the_grammar(key, value)
 
 
 def _beyond_the_grammar(key: str, value: Any) -> Override:
     kind = OverrideType.FORCE_ADD if key.startswith("++") else OverrideType.CHANGE
     return Override(kind, key.lstrip("+"), ValueType.ELEMENT, value)
-
-
-def hydra_line(key: str, value: object) -> str:
-    """`key=value` of any value, in Hydra's grammar."""
-    return f"{key}={_hydra_value(value)}"
-
-
-def _hydra_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_hydra_value(part)}" for name, part in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_hydra_value, value)) + "]"
-    if isinstance(value, str):
-        return hydra_text(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flow_container(raw: str) -> Any:

@@ -41,35 +41,3 @@ def test_find_path(path, known):
 def test_find_path_inside_a_named_target():
     assert walk.find_path(ExportRecipe, "export.gptq.gptq_4bit.group_size")
     assert not walk.find_path(ExportRecipe, "export.gptq.gptq_4bit.groupsize")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [
-        ("lora.rr", "lora.r"),
-        ("optim.lr_rate", "optim.learning_rate"),
-        ("zzz", None),
-        ("learning_rat", "optim.learning_rate"),
-    ],
-)
-def test_nearest_path(wrong, right):
-    assert walk.nearest_path(TrainRecipe, wrong) == right
-
-
-@pytest.mark.parametrize(
-    ("wrong", "value", "line"),
-    [
-        ("data.train", "x.jsonl", "data.train_file=x.jsonl"),
-        ("data.train", "last", "data.train_on=last"),
-        ("engine.fp8_copies", False, "engine.weight_copies=auto"),
-        ("optim.learning_rat", 1, "optim.learning_rate=1"),
-        ("trainer.sed", True, "trainer.seed=0"),
-        ("lora.targts", ["a", "b"], "lora.targets=[a,b]"),
-        ("engine.cuda_graph", False, "engine.cuda_graphs=False"),
-        ("engine.cuda_graph", 3, "engine.cuda_graphs=True"),
-        ("model.sourc", 7, "model.source=<str>"),
-    ],
-)
-def test_the_nearest_field_is_one_that_takes_the_value_if_there_is_one(wrong, value, line):
-    found = walk.nearest_path(TrainRecipe, wrong, value)
-    assert walk.example(TrainRecipe, found, value) == line
