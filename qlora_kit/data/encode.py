@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from qlora_kit.core.bounds import bounded_memory
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation
-from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
+from qlora_kit.data.template.chat_template import MOST_MEMORY, ChatTemplate, TemplateRefusal
 from qlora_kit.data.template.spans import rendered
 from qlora_kit.data.template.turns import RenderedRow, Span, refused
 from qlora_kit.data.tokens import Ids, Mask
@@ -96,11 +97,12 @@ class Encoder:
     def rows(self, conversations: Sequence[Conversation]) -> list[EncodedRow | RecipeError]:
         """Each conversation tokenized, or why its template or tokenizer cannot do it."""
         texts: list[RenderedRow | RecipeError] = []
-        for conversation in conversations:
-            try:
-                texts.append(self._text(conversation))
-            except RecipeError as error:
-                texts.append(error)
+        with bounded_memory(MOST_MEMORY):  # once for all of them: setting it costs as much as a rendering
+            for conversation in conversations:
+                try:
+                    texts.append(self._text(conversation))
+                except RecipeError as error:
+                    texts.append(error)
         good = [text.text for text in texts if isinstance(text, RenderedRow)]
         encodings = iter(self._tokenizer.encode_batch(good, add_special_tokens=False))
         rows: list[EncodedRow | RecipeError] = []

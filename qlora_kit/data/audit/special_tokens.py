@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from qlora_kit.data.conversation import Message
+from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -88,12 +91,12 @@ def special_tokens(tokenizer: "PreTrainedTokenizerFast", stop_ids: frozenset[int
 
 def _framing(tokenizer: "PreTrainedTokenizerFast", exchanges: int) -> list[int]:
     """Ids of a conversation of plain words, or nothing where the template does not render one."""
-    import jinja2
-
-    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    exchange = (Message("user", "a"), Message("assistant", "b"))
+    if not tokenizer.chat_template:
+        return []
     try:
-        text = str(tokenizer.apply_chat_template(exchange * exchanges, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        text = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map).render(exchange * exchanges)
+    except TemplateRefusal:
         return []
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

@@ -1,24 +1,41 @@
 """A model's chat template, rendered as transformers renders it, but without transformers: workers start in a moment."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from datetime import datetime
 from functools import cache, cached_property
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_environment
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import sync_do_sum
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qlora_kit.core.bounds import OutOfTimeError, Timed, bounded_memory
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
+from qlora_kit.core.units import human_bytes
 from qlora_kit.data.conversation import Message
 
-# What a template can raise besides its own refusal: it adds an object to a text, asks for a key, divides.
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+LONGEST_RENDERING = 5.0  # seconds of processor time; a conversation of 40,000 turns takes about one
+MOST_MEMORY = 1 << 29  # bytes of one rendering, beyond what the process holds
+# What says enough without its name: a refusal of the template's own, a key that is not there, a division by zero.
+_SPEAKING = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_DEEPEST_INDENT = 100
+_LONGEST_NUMBER = 100_000  # bits
+_MOST_REPEATED = 10_000_000  # characters or entries that a multiplication makes
 
 
 class TemplateRefusal(Exception):  # noqa: N818
     """The template does not take these messages; the message is the template's own, or names what went wrong in it."""
+
+
+class TemplateTooCostlyError(KitError):
+    """A rendering took more time or memory than any needs, so no row is tried again."""
+
+    exit_code = EXIT_BAD_RECIPE
 
 
 class ChatTemplate:
@@ -27,10 +44,12 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         special: the tokenizer's special tokens by name, such as `{"bos_token": "<s>"}`.
+        seconds: of processor time that one rendering may take.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special: Mapping[str, str], seconds: float = LONGEST_RENDERING) -> None:
         self.source = source
+        self.seconds = seconds
         self.special = dict(special)
         self._hash = hash((source, *sorted(self.special.items())))
         self._arguments_as_text = False
@@ -49,6 +68,7 @@ class ChatTemplate:
 
         Raises:
             TemplateRefusal: the template raises an exception, or cannot handle the messages.
+            TemplateTooCostlyError: it takes more time or memory than one rendering may.
         """
         given = {**self.special, **(settings or {})}
         given |= {"tools": list(tools) or None, "documents": None, "add_generation_prompt": answer_follows}
@@ -79,12 +99,28 @@ class ChatTemplate:
 
     def _text(self, turns: list[dict[str, object]], given: Mapping[str, object]) -> str:
         try:
-            return self._compiled.render(given, messages=turns)
-        except _FAILURES as error:
-            raise TemplateRefusal(str(error) or type(error).__name__) from error
+            with bounded_memory(MOST_MEMORY), Timed(self.seconds):
+                return self._compiled.render(given, messages=turns)
+        except TemplateRefusal:
+            raise
+        except OutOfTimeError:
+            raise TemplateTooCostlyError(
+                f"the chat template was still at work after {self.seconds:g} seconds on one conversation of "
+                f"{len(turns)} turns",
+                "model.chat_template",
+            ) from None
+        except MemoryError:
+            raise TemplateTooCostlyError(
+                f"the chat template needs more than {human_bytes(MOST_MEMORY)} for one conversation of "
+                f"{len(turns)} turns",
+                "model.chat_template",
+            ) from None
+        # A template is a stranger's program: whatever it raises is its own doing.
+        except Exception as error:
+            raise TemplateRefusal(_first_line(error)) from error
 
-    def __reduce__(self) -> "tuple[type[ChatTemplate], tuple[str, dict[str, str]]]":
-        return ChatTemplate, (self.source, self.special)
+    def __reduce__(self) -> "tuple[type[ChatTemplate], tuple[str, dict[str, str], float]]":
+        return ChatTemplate, (self.source, self.special, self.seconds)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChatTemplate) and (self.source, self.special) == (other.source, other.special)
@@ -104,10 +140,46 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """transformers' environment, in which arithmetic makes no number and no text that takes for ever.
+
+    What runs inside one step of Python cannot be interrupted, so it is bounded before it begins.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power, unless its size is out of all reason."""
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * right > _LONGEST_NUMBER:
+                raise OverflowError(f"a power with more than {_LONGEST_NUMBER:,} bits")
+        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() + right.bit_length() > _LONGEST_NUMBER:
+                raise OverflowError(f"a product with more than {_LONGEST_NUMBER:,} bits")
+        elif operator == "*":
+            pair = ((left, right), (right, left))
+            if any(isinstance(count, int) and _size(some) * count > _MOST_REPEATED for some, count in pair):
+                raise OverflowError(f"a repetition of more than {_MOST_REPEATED:,}")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(value: object) -> int:
+    return len(value) if isinstance(value, Sized) else 0
+
+
+@pass_environment
+def _sum(environment: jinja2.Environment, values: Iterable[Any], attribute: Any = None, start: float = 0) -> Any:
+    # Lists summed up are copied once more with each, inside one step that nothing interrupts.
+    if not isinstance(start, int | float):
+        raise TypeError("sum is for numbers")
+    return sync_do_sum(environment, values, attribute, start)
+
+
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _as_json
+    made.filters["sum"] = _sum
     made.globals["raise_exception"] = _refuse
     made.globals["strftime_now"] = _today
     return made
@@ -120,12 +192,20 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if isinstance(indent, int) and indent > _DEEPEST_INDENT:
+        raise OverflowError(f"an indent of more than {_DEEPEST_INDENT}")
     # Jinja's own filter escapes HTML, which no model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    name = "" if isinstance(error, _SPEAKING) else f"{type(error).__name__}: "
+    return name + said[0] if said else type(error).__name__
 
 
 def _today(pattern: str) -> str:
