@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +11,14 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
+
+WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,22 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a trained adapter on a freshly loaded base."""
+    """Put a trained adapter on a freshly loaded base.
+
+    Raises:
+        RunError: the adapter holds a module that this base has no place for, or lacks one.
+    """
     # peft imports gptqmodel, if it is there, to see whether a layer is one of its own; the import prints a banner.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
+        loaded = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    placed = {name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        held = {_FACTOR.split(name)[0].replace(".base_layer", "") for name in file.keys() if _FACTOR.search(name)}  # noqa: SIM118  # not a mapping
+    if odd := sorted(placed ^ held):
+        what = f"{len(odd)} modules of the adapter and of this base do not match, such as {odd[0]}"
+        raise RunError(f"{what}, so the adapter would not be used as it was trained", str(folder))
+    return loaded
 
 
 def adapter_size(model: PeftModel) -> AdapterSize:

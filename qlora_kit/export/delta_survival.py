@@ -130,12 +130,11 @@ def survey(
         base_weight: gives the base's weight that a merged one was made from, by the merged name, any float dtype;
             None for weights that the adapter does not touch. Exactly the base that was merged into, dequantized or
             original, or its difference to the other is taken for learning.
-        stored_weight: gives the weight that the file stands for, see `dequantized.dequantized_weights`; None for one
-            that it does not hold.
+        stored_weight: gives the weight that the file stands for, see `dequantized.dequantized_weights`.
         layer_done: called with the name after each weight.
 
     Raises:
-        RunError: a shape differs, or no adapted weight of the file can be read.
+        RunError: a shape differs, an adapted weight is not in the file, or there is none.
     """
     layers = []
     for name, merged in _matrices(merged_dir):
@@ -144,7 +143,7 @@ def survey(
             continue
         quantized = stored_weight(name)
         if quantized is None:
-            continue
+            raise RunError(f"the file holds no weight for '{name}', which the adapter changed")
         if not merged.shape == base.shape == quantized.shape:
             shapes = " and ".join(str(tuple(tensor.shape)) for tensor in (merged, base, quantized))
             raise RunError(f"'{name}' has the shapes {shapes} in the merged model, the base and the file")

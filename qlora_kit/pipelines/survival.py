@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.export.delta_survival import DeltaSurvival, survey
 from qlora_kit.export.dequantized import WeightReader, dequantized_weights, stored_tensors
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.deltas import Adapter, read_adapter
+from qlora_kit.export.merging.names import checkpoint_names
+from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.targets.table import ExportJob
 from qlora_kit.schema.export import MergeBase
 
@@ -63,9 +66,13 @@ def record(found: DeltaSurvival | None) -> dict[str, object]:
 def _without(adapter: Adapter, merged: Path) -> WeightReader:
     """The weights that the updates were added to, as the merged ones less their updates."""
     read = stored_tensors(merged)
+    named = checkpoint_names([f"{module}.weight" for module in adapter.updates], read_headers(merged))
+    if len(named) != len(adapter.updates):
+        raise RunError(f"{len(adapter.updates) - len(named)} modules of the adapter are not in {merged}")
+    updates = {named[f"{module}.weight"]: update for module, update in adapter.updates.items()}
 
     def base_weight(name: str) -> "Tensor | None":
-        update = adapter.updates.get(name.removesuffix(".weight"))
+        update = updates.get(name)
         if update is None or update.embedding or (stored := read(name)) is None:
             return None
         weight = stored.float()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.deltas import Adapter, LowRank
+from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.read_base import BYTES, FLOATS, StoredTensor, read_rows
 from qlora_kit.export.merging.rounded import stored_shape, weight_beside
 
@@ -93,9 +94,9 @@ def make_plan(
         rounded: modules that were rounded in training.
         merge_rounded: whether those are merged as rounded.
     Raises:
-        RunError: the adapter is not one of this base.
+        RunError: the adapter is not one of this base, or a rounded module is not in it.
     """
-    pieces = _base_pieces(base, rounded, merge_rounded)
+    pieces = _base_pieces(base, _rounded_weights(base, rounded), merge_rounded)
     embedding = next((name for name in pieces if name.endswith(EMBEDDING)), "")
     head = next((name for name in pieces if name.endswith(HEAD)), HEAD)
     shared = tied and bool(embedding)
@@ -110,6 +111,23 @@ def make_plan(
     return Plan(_shards(edited.values()), still_tied, shared and not still_tied, rows if grown else None)
 
 
+def _rounded_weights(base: Mapping[str, StoredTensor], rounded: Collection[str]) -> set[str]:
+    """The base's names of the weights that were rounded in training.
+
+    Raises:
+        RunError: one of them is not there, so that its update would be added to another weight than it was trained on.
+    """
+    wanted = [f"{module}.weight" for module in rounded]
+    named = checkpoint_names(wanted, base)
+    if missing := sorted(name for name in wanted if name not in named):
+        what = (
+            f"{len(missing)} of {len(wanted)} weights that were rounded in training are not in the base under their "
+            f"names, such as {missing[0]}, so the merge cannot round them again"
+        )
+        raise RunError(what, fix="export.merge_base=original")
+    return set(named.values())
+
+
 def _base_pieces(base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool) -> dict[str, Piece]:
     state: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in base.items():
@@ -118,7 +136,7 @@ def _base_pieces(base: Mapping[str, StoredTensor], rounded: Collection[str], mer
             state.setdefault(str(weight), {})[name] = tensor
     beside = {name for found in state.values() for name in found}
     return {
-        name: _base_piece(tensor, state.get(name, {}), name.removesuffix(".weight") in rounded, merge_rounded)
+        name: _base_piece(tensor, state.get(name, {}), name in rounded, merge_rounded)
         for name, tensor in base.items()
         if name not in beside
     }
@@ -149,14 +167,15 @@ def _with_head(pieces: Mapping[str, Piece], embedding: str, head: str) -> dict[s
 
 def _edited(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, Piece]:
     edited = dict(pieces)
+    named = _named(pieces, adapter)
     for name, saved in adapter.replaced.items():
-        piece = pieces[_find(name, pieces, adapter)]
+        piece = pieces[named[name]]
         free = 1 if piece.name.endswith((EMBEDDING, HEAD)) else 0  # tokens may have been added
         if saved.dtype not in FLOATS or saved.shape[free:] != piece.shape[free:]:
             raise _foreign(adapter, f"its {name} is {list(saved.shape)} where the base's is {list(piece.shape)}")
         edited[piece.name] = Piece(piece.name, saved, piece.file, saved.shape, "BF16", replaced=True)
     for module, update in adapter.updates.items():
-        piece = edited[_find(f"{module}.weight", pieces, adapter)]
+        piece = edited[named[f"{module}.weight"]]
         if piece.shape != update.shape:
             raise _foreign(
                 adapter,
@@ -166,16 +185,15 @@ def _edited(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, Piece]:
     return edited
 
 
-def _find(name: str, pieces: Mapping[str, Piece], adapter: Adapter) -> str:
-    """The base's name of a tensor; checkpoints of models with a vision tower write another prefix than the model."""
-    if name in pieces:
-        return name
-    start = name.find("layers.")
-    tail = name[start:] if start >= 0 else ".".join(name.split(".")[-2:])
-    near = [other for other in pieces if other.endswith(f".{tail}") and "vision" not in other]
-    if len(near) != 1:
-        raise _foreign(adapter, f"it changes {name}, which the base does not have")
-    return near[0]
+def _named(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, str]:
+    """The base's name of each tensor that the adapter changes."""
+    wanted = [*adapter.replaced, *(f"{module}.weight" for module in adapter.updates)]
+    named = checkpoint_names(wanted, pieces)
+    if missing := [name for name in wanted if name not in named]:
+        raise _foreign(adapter, f"it changes {missing[0]}, which the base does not have")
+    if len(set(named.values())) != len(set(wanted)):
+        raise _foreign(adapter, "two of the tensors that it changes are one in the base")
+    return named
 
 
 def _foreign(adapter: Adapter, what: str) -> RunError:

@@ -111,6 +111,13 @@ def test_a_survey_that_can_compare_nothing_says_so(tmp_path: Path) -> None:
         survey(folder, lambda _: torch.zeros(4, 4), lambda _: torch.zeros(2, 8))
 
 
+def test_an_adapted_weight_that_the_file_lacks_is_no_detail(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "merged", {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4)})
+    held = {"a.weight": torch.ones(4, 4)}
+    with pytest.raises(RunError, match=r"the file holds no weight for 'b\.weight', which the adapter changed"):
+        survey(folder, lambda _: torch.zeros(4, 4), held.get)
+
+
 def layer(name: str, kept: float) -> LayerSurvival:
     return LayerSurvival(name, kept, 1.0, 0.01, 1.0)
 

@@ -38,7 +38,7 @@ def test_shard_whose_table_is_damaged(pair: Pair, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[20] = 0xFF
     file.write_bytes(data)
-    with pytest.raises(RunError, match="its table of tensors cannot be read"):
+    with pytest.raises(RunError, match="its table of tensors is not JSON"):
         merge_pair(pair, tmp_path / "out")
 
 
@@ -58,7 +58,7 @@ def test_missing_shard_and_index_that_lies(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"it says that model.safetensors holds more.weight, which is not there"):
         merge_pair(pair, tmp_path / "out2")
     index.write_text("{}")
-    with pytest.raises(RunError, match="it has no readable weight_map"):
+    with pytest.raises(RunError, match="it has no weight_map"):
         merge_pair(pair, tmp_path / "out3")
 
 

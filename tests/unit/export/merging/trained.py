@@ -101,10 +101,11 @@ def rewrite(path: Path, change: Any) -> None:
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
 
 
-def merge_pair(pair: Pair, out: Path, words: int = 600) -> MergeReport:
-    """Merge into the 16-bit base, in a new folder."""
+def merge_pair(pair: Pair, out: Path, words: int = 600, quant: QuantConfig = NOT_ROUNDED) -> MergeReport:
+    """Merge into the 16-bit base, or into one that was rounded as in training, in a new folder."""
     out.mkdir()
-    return merge(pair.base, pair.adapter, NOT_ROUNDED, MergeBase.original, Words(words), out)
+    base = MergeBase.original if quant is NOT_ROUNDED else MergeBase.dequantized
+    return merge(pair.base, pair.adapter, quant, base, Words(words), out)
 
 
 def shard(folder: Path) -> Path:
