@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_kit.core.shell import is_line
+
 EXIT_OK = 0
 EXIT_RUN_FAILED = 1
 EXIT_BAD_RECIPE = 2
@@ -11,7 +13,10 @@ EXIT_UNFAITHFUL = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what, where it was set, and a line that mends it."""
+    """One thing that is wrong: what, where it was set, and what mends it.
+
+    A `fix` that can be pasted as it stands is shown as one; words, or a line with a `<place to fill in>`, as advice.
+    """
 
     what: str
     where: str = ""
@@ -22,7 +27,7 @@ class Problem:
         if self.where:
             lines.append(f"  set in   {self.where}")
         if self.fix:
-            lines.append(f"  fix      {self.fix}")
+            lines.append(f"  {'fix' if is_line(self.fix) else 'do ':<9}{self.fix}")
         return "\n".join(lines)
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 # A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
 _PLAIN_VALUE = re.compile(r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@]*", re.IGNORECASE | re.ASCII)
 
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@-]*=")
+_OTHER_COMMANDS = ("pip", "python", "hf", "rm", "jq", "iconv", "cd")
+
 
 def shell_line(words: Iterable[object]) -> str:
     """The words as one line to paste, each quoted where a shell would read it as anything else."""
@@ -56,6 +59,32 @@ def read_hydra_text(value: str) -> str:
         return value
     unescaped = re.sub(rf"(\\+)({quote}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
     return unescaped.replace("\\${", "${")
+
+
+def is_line(text: str) -> bool:
+    """Whether a text can be pasted: commands, or the overrides to add to one, with nothing left to fill in."""
+    try:
+        lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        parts: list[list[str]] = [[]]
+        for word in lexer:
+            if word == "&&":
+                parts.append([])
+            else:
+                parts[-1].append(word)
+    except ValueError:  # an open quote, which `$'..'` may leave to this parser
+        return text.startswith("qlora-kit ")
+    return all(map(_is_command, parts))
+
+
+def _is_command(words: list[str]) -> bool:
+    if not words or words[-1].endswith(",") or any(word in ("<", "or", "and") for word in words):
+        return False
+    if words[0] != "qlora-kit":
+        return words[0] in _OTHER_COMMANDS or all(_OVERRIDE.match(word) for word in words)
+    if len(words) > 1 and words[1] in ("chat", "recipes", "doctor"):
+        return True
+    return all(word.startswith("-") or _OVERRIDE.match(word) for word in words[2:])
 
 
 def _shell_word(word: str) -> str:

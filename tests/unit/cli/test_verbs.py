@@ -30,7 +30,7 @@ def failing(monkeypatch):
 
 def test_an_unforeseen_error_is_one_line_and_a_way_to_see_more(failing, capsys):
     assert run_verb(failing(RuntimeError("odd")), []) == 1
-    assert capsys.readouterr().err == "error: RuntimeError: odd\n  fix      add debug=true to see where\n"
+    assert capsys.readouterr().err == "error: RuntimeError: odd\n  do       add debug=true to see where\n"
 
 
 def test_debug_shows_the_traceback(failing, capsys):
@@ -51,7 +51,7 @@ def test_a_full_disk_is_called_by_its_name(failing, capsys, monkeypatch, error, 
     monkeypatch.setattr(shutil, "disk_usage", lambda place: type(usage)(usage.total, usage.used, free))
     assert run_verb(failing(error), []) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: the disk that holds {Path.cwd()} is full\n  fix      make room")
+    assert said.startswith(f"error: the disk that holds {Path.cwd()} is full\n  do       make room")
     assert "qlora-kit train resume=latest" in said
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qlora_kit.core.shell import override, read_hydra_text, shell_line
+from qlora_kit.core.shell import is_line, override, read_hydra_text, shell_line
 
 NAMES = [
     "plain",
@@ -56,3 +56,34 @@ def test_a_dollar_stays_text():
     (parsed,) = OverridesParser.create().parse_overrides([override("name", "a${oc.env:HOME}b")])
     assert OmegaConf.create({"name": parsed.value()}).name == "a${oc.env:HOME}b"
     assert read_hydra_text(override("name", "a${oc.env:HOME}b").split("=", 1)[1]) == "a${oc.env:HOME}b"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora.r=8", True),
+        ("lora.targets=[all_linear] lora.modules_to_save=[lm_head]", True),
+        ("'data.columns={prompt: question}'", True),
+        ("qlora-kit train resume=latest", True),
+        ("qlora-kit train --help", True),
+        ("qlora-kit recipes copy experiment/a b", True),
+        ("pip install -c constraints.txt '.[gguf]'", True),
+        ("jq -c '.train[]' a.json > a.train.jsonl", True),
+        ("rm 'it'\"'\"'s'", True),
+        ("'data.train_file=a<b>.jsonl'", True),
+        ("data.train_file=$'a\\x0ab'", True),
+        ("qlora-kit train a=1 && qlora-kit export run=latest", True),
+        ("data.train_file=<a file of rows>", False),
+        ("model.revision=<commit>", False),
+        ("make room", False),
+        ("add debug=true to see where", False),
+        ("model.attention=sdpa or data.batching=padded", False),
+        ("run=a, or base=b, not both", False),
+        ("qlora-kit eval base=a, or qlora-kit report base=a", False),
+        ("qlora-kit train --help lists every field", False),
+        ("imatrix: true", False),
+        ("", False),
+    ],
+)
+def test_what_can_be_pasted_is_told_from_advice(text, expected):
+    assert is_line(text) is expected

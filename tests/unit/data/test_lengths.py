@@ -17,7 +17,7 @@ def test_long_rows_stop_with_their_lines_and_the_line_to_paste(tmp_path):
     message = refusal(DataConfig(train_file=train, max_tokens=30))
     assert f"2 of 4 rows are longer than data.max_tokens=30; the longest has {longest} tokens" in message
     assert f"{train}, lines 2, 4" in message
-    assert f"fix      data.max_tokens={longest} or data.on_long_row=drop" in message
+    assert f"do       data.max_tokens={longest} or data.on_long_row=drop" in message
     assert len(prepare(DataConfig(train_file=train, max_tokens=longest), TOKENIZER).train) == 4
 
 

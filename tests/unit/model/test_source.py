@@ -53,7 +53,7 @@ def test_everything_that_is_missing_comes_together(tmp_path):
     assert "has no config.json" in message
     assert "has no *.safetensors" in message
     assert "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json, spiece.model)" in message
-    assert f"fix      copy the model's tokenizer files into {tmp_path / 'empty'}" in message
+    assert f"do       copy the model's tokenizer files into {tmp_path / 'empty'}" in message
 
 
 def test_an_adapter_is_not_a_base(folder):
@@ -124,7 +124,7 @@ def test_a_misspelt_demo():
 def test_a_hub_repository_needs_a_revision():
     message = refusal("owner/name")
     assert "a hub repository, which may change; a run needs one commit of it" in message
-    assert "fix      model.revision=<commit>" in message
+    assert "do       model.revision=<commit>" in message
 
 
 def test_a_name_that_no_repository_can_have():
@@ -152,7 +152,7 @@ def locate_with_hub(tmp_path, **environment):
 def test_a_hub_that_cannot_be_reached(tmp_path, environment):
     said = locate_with_hub(tmp_path, **environment)
     assert "owner/name could not be fetched: the hub cannot be reached and 0000" in said
-    assert "fix      model.source=<folder of a model in Hugging Face format>" in said
+    assert "do       model.source=<folder of a model in Hugging Face format>" in said
 
 
 def test_a_repository_in_the_hub_cache_needs_no_network(tmp_path, folder):

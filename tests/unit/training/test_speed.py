@@ -120,7 +120,7 @@ def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
         f"a step of 1.0 k tokens keeps {human_bytes(2 * kept)} in the host's memory, "
         f"where {human_bytes(kept)} are free\n"
         "  set in   data.max_tokens, trainer.batch_size\n"
-        "  fix      lower one of them; or engine.recompute=all, if the GPU has room for it"
+        "  do       lower one of them; or engine.recompute=all, if the GPU has room for it"
     )
     assert layer_levels(model, EngineConfig(mode=FAST, recompute="all"), 1000) == [2, 2]
 

@@ -16,10 +16,10 @@ def test_a_revision_makes_a_hub_id():
 
 def test_a_hub_id_needs_a_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "fix      data.sources.chat.revision=<commit>" in refusal("me/rows", setting="data.sources.chat.path")
+    assert "do       data.sources.chat.revision=<commit>" in refusal("me/rows", setting="data.sources.chat.path")
     message = refusal("me/rows")
     assert "no such file: me/rows; a hub id needs the commit to read" in message
-    assert "fix      data.sources.rows.path=me/rows data.sources.rows.revision=<commit>" in message
+    assert "do       data.sources.rows.path=me/rows data.sources.rows.revision=<commit>" in message
 
 
 def test_a_glob_reads_its_files_in_order(tmp_path):
@@ -80,7 +80,7 @@ def test_a_missing_demo_file_names_the_generator(tmp_path):
 def test_an_empty_file(tmp_path):
     message = refusal(write(tmp_path / "a.jsonl", ""))
     assert f"{tmp_path / 'a.jsonl'} is empty" in message
-    assert 'fix      one JSON object a line, such as {"prompt": "...", "completion": "..."}' in message
+    assert 'do       one JSON object a line, such as {"prompt": "...", "completion": "..."}' in message
     assert read(write(tmp_path / "a.jsonl", "\n  \n")) == []
     assert read(write(tmp_path / "a.csv", "p,c\n")) == []
 
