@@ -1,5 +1,6 @@
 """Train: recipe -> rows -> 4-bit base -> adapter -> run directory."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.begun import describe, rows_of
+from qlora_kit.pipelines.failed_training import explained, less_learning
 from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.schema.root import TrainRecipe
@@ -32,18 +34,21 @@ from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
+from qlora_kit.training.optimizer import effective_optimizer
+from qlora_kit.training.result import TrainResult, curve_of
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 
 
-def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> dict[str, float]:
+def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> TrainResult:
     """Train one recipe into a run directory, going on from its last checkpoint if it has one.
 
     Args:
         overrides: the command line's, for the record; None for a run that goes on.
     Returns:
-        What result.json holds: steps, losses, tokens, speed, memory.
+        What result.json holds.
     Raises:
         BusyError: another process is at work on the run.
+        RunError: a number is not finite any more, or memory ran out.
         StoppedError: the user stopped the run; the checkpoint to go on from is written.
     """
     run.path.mkdir(parents=True, exist_ok=True)
@@ -52,7 +57,7 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
         return _train(recipe, run, overrides)
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> dict[str, float]:
+def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> TrainResult:
     quiet_libraries()
     base_folder = locate_base(recipe.model)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
@@ -66,12 +71,15 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
     tokens_before = rewind_metrics(run.metrics, step)
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
-    planned = planned_memory(recipe, base_folder, data)
+    free_before = free_memory_bytes() if torch.cuda.is_available() else None
+    planned = planned_memory(recipe, base_folder, data, free_before)
     if planned is not None:
         total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
         say(f"plan: about {total} of memory, for {at_once} tokens at once")
     stop = StopOnSignal()
-    with recording(recipe, run, logged, step) as tracker:
+    longest = int(data.train.lengths.max())
+    needs = partial(_needed_bytes, base_folder=base_folder, data=data, free_before=free_before)
+    with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         model = _adapted_base(recipe, base_folder, len(data.train))
         watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"))
         trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
@@ -82,7 +90,9 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
                 f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved",
                 fix=shell_line(["qlora-kit", "train", override("resume", run.path)]),
             )
-        eval_loss = held_out_loss(trainer)
+        eval_loss = _measured(run.metrics, progress.step)
+        if eval_loss is None:
+            eval_loss = held_out_loss(trainer)
         trainer.restore_model()
         with staged_directory(run.adapter) as folder:
             model.save_pretrained(folder)
@@ -90,20 +100,24 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
             name_base(folder, base.name)
             write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)
-        result = _result(run.metrics, progress.step, eval_loss, adapter_size(model).parameters)
-        if planned is not None and torch.cuda.is_available():
-            result["planned_memory_bytes"] = planned.memory.total
-        write_json(run.result, result)
-    say(f"done: {run.path}")
+        result = _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned)
+        write_json(run.result, result.record())
+    _tell(result, recipe, run)
     return result
 
 
-def planned_memory(recipe: TrainRecipe, base_folder: Path, data: PreparedData) -> Forecast | None:
-    """What the largest step of the rows will need on this device; None where the base has sizes that no plan knows."""
+def planned_memory(
+    recipe: TrainRecipe, base_folder: Path, data: PreparedData, free_before: float | None
+) -> Forecast | None:
+    """What the largest step of the rows will need on this device; None where the base has sizes that no plan knows.
+
+    Args:
+        free_before: bytes of the GPU, before anything is loaded; None without one.
+    """
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
     try:
         base = KnownBase.in_folder(base_folder)
-        return forecast(recipe, base, at_once, free_memory_bytes() if torch.cuda.is_available() else None)
+        return forecast(recipe, base, at_once, free_before)
     except RecipeError:
         return None
 
@@ -119,25 +133,47 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, rows: int) -> PeftMode
     return model
 
 
+def _needed_bytes(
+    recipe: TrainRecipe, base_folder: Path, data: PreparedData, free_before: float | None
+) -> float | None:
+    planned = planned_memory(recipe, base_folder, data, free_before)
+    return None if planned is None else planned.memory.total
+
+
 def _last(metrics: Path, key: str) -> float:
     return max((row[key] for row in read_metrics(metrics) if key in row), default=0.0)
 
 
-def _result(metrics: Path, step: int, eval_loss: float | None, parameters: int) -> dict[str, float]:
-    rows = [row for row in read_metrics(metrics) if "loss" in row]
-    steady = sorted(row["tokens_per_second"] for row in rows[1:] or rows)
-    result = {
-        "steps": float(step),
-        "final_loss": rows[-1]["loss"],
-        "tokens": rows[-1]["tokens"],
-        "seconds": _last(metrics, "seconds"),
-        "tokens_per_second": steady[len(steady) // 2],
-        "peak_memory_bytes": float(peak_memory_bytes()),
-        "trainable_parameters": float(parameters),
-    }
-    if eval_loss is not None:
-        result["eval_loss"] = eval_loss
-        say(f"held-out loss {eval_loss:.4f}")
+def _measured(metrics: Path, step: int) -> float | None:
+    """The held-out loss that was logged at a step: by an evaluation at the last step, or before a kill."""
+    return next((row["eval_loss"] for row in read_metrics(metrics) if "eval_loss" in row and row["step"] == step), None)
+
+
+def _result(
+    recipe: TrainRecipe, metrics: Path, steps: int, eval_loss: float | None, parameters: int, planned: Forecast | None
+) -> TrainResult:
+    on_gpu = torch.cuda.is_available()
+    curve = curve_of(read_metrics(metrics), eval_loss)
+    return TrainResult(
+        steps=steps,
+        tokens=curve.tokens,
+        seconds=curve.seconds,
+        tokens_per_second=curve.tokens_per_second,
+        peak_memory_bytes=peak_memory_bytes(),
+        trainable_parameters=parameters,
+        optimizer=effective_optimizer(recipe.optim, has_gpu=on_gpu)[0].name,
+        final_loss=curve.final_loss,
+        eval_loss=eval_loss,
+        planned_memory_bytes=planned.memory.total if planned is not None and on_gpu else None,
+        warnings=curve.warnings,
+    )
+
+
+def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory) -> None:
+    if result.eval_loss is not None:
+        say(f"held-out loss {result.eval_loss:.4f}")
     device = "GPU memory" if torch.cuda.is_available() else "memory"
-    say(f"{result['tokens_per_second']:.0f} tokens/s, peak {device} {human_bytes(result['peak_memory_bytes'])}")
-    return result
+    say(f"{result.tokens_per_second:.0f} tokens/s, peak {device} {human_bytes(result.peak_memory_bytes)}")
+    say(f"done: {run.path}")
+    for warning in result.warnings:
+        say(f"warning: {warning}\n  try      {less_learning(recipe, run)}")

@@ -1,6 +1,5 @@
 """What happens around steps: progress, metrics, checkpoint marks, stops."""
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_kit.core.errors import RunError
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.tracking.tracker import Tracker
 from qlora_kit.training.checkpoint import mark_complete
+from qlora_kit.training.finite import refuse_not_finite
 from qlora_kit.training.step_clock import StepClock
 
 KEPT_METRICS = ("epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy")
+WATCHED = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "held-out loss"}
 
 
 class StopOnSignal:
@@ -99,19 +99,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         """Write the metrics of a step.
 
         Raises:
-            RunError: the loss or the gradient norm is not a finite number.
+            NotFiniteError: the loss, the gradient norm or the held-out loss is not a finite number.
         """
         if not logs:
             return
         metrics = {key: float(logs[key]) for key in KEPT_METRICS if key in logs}
         if metrics.keys() <= {"epoch"}:
             return
-        for key in ("loss", "grad_norm"):
-            if key in metrics and not math.isfinite(metrics[key]):
-                raise RunError(
-                    f"{key} became {metrics[key]} at step {state.global_step}",
-                    fix="optim.learning_rate=<a tenth of it>",
-                )
+        for key, name in WATCHED.items():
+            if key in metrics:
+                refuse_not_finite(name, metrics[key], state.global_step)
         if "loss" in metrics:
             metrics |= self._throughput(logs)
         self.tracker.log(state.global_step, metrics)

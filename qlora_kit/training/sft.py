@@ -29,6 +29,7 @@ from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import Watch
+from qlora_kit.training.checkpoint import step_of
 from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.optimizer import effective_optimizer
 from qlora_kit.training.speed import put_engine
@@ -41,7 +42,6 @@ class Progress:
 
     step: int
     last_step: int
-    train_loss: float
 
     @property
     def is_finished(self) -> bool:
@@ -158,13 +158,26 @@ def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRec
 
 
 def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
-    """Train to the end, or until a stop was asked for; resumes exactly from a checkpoint."""
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return Progress(trainer.state.global_step, trainer.state.max_steps, float(output.training_loss))
+    """Train to the end, or until a stop was asked for; resumes exactly from a checkpoint.
+
+    From a checkpoint of the last step its weights are taken, and nothing is trained.
+
+    Raises:
+        NotFiniteError: a loss, a gradient or a trained weight is not finite; it was not saved.
+    """
+    if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
+        trainer.take_up(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return Progress(trainer.state.global_step, trainer.args.max_steps)
 
 
 def held_out_loss(trainer: KitTrainer) -> float | None:
-    """Mean loss over the trained tokens of the held-out rows; None without such rows."""
+    """Mean loss over the trained tokens of the held-out rows; None without such rows.
+
+    Raises:
+        NotFiniteError: it is not finite.
+    """
     if trainer.eval_dataset is None:
         return None
     return float(cast("dict[str, float]", trainer.evaluate())["eval_loss"])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -17,6 +19,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.order import Order
 from qlora_kit.engine.fast import FastEngine
+from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.flat_optimizer import flat
 
 
@@ -96,6 +99,16 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         for undo in reversed(self.undo):
             undo()
         self.undo = ()
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where a checkpoint does: its trained weights, and what was logged until then.
+
+        Raises:
+            NotFiniteError: one of its weights is not finite.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        refuse_weights_not_finite(self.model, self.state.global_step)
 
     def training_step(
         self,
@@ -253,6 +266,15 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         logs = {"loss": loss / waiting.steps, "grad_norm": grad_norm, "learning_rate": waiting.learning_rate}
         super().log(logs, waiting.start_time)  # self.log would count the step that is running
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save, and remove older ones; but not what the last update broke, which neither loss nor gradient told.
+
+        Raises:
+            NotFiniteError: a trained weight is not finite.
+        """
+        refuse_weights_not_finite(self.model, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' optimizer; one of bitsandbytes runs over flat buffers."""
         self.optimizer = flat(super().create_optimizer(model), self.model)
@@ -291,5 +313,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, tokens = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1.0)
+        if not tokens:
+            raise RunError("the held-out rows hold no trained token, so there is no held-out loss")
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output

@@ -2,17 +2,23 @@
 
 import json
 import random
+import re
+import shlex
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.engine.fast import FastLayer
 from qlora_kit.pipelines.train import train
-from qlora_kit.schema.data import Batching, DataConfig
+from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.schema.data import Batching, DataConfig, LongRows
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
@@ -20,10 +26,13 @@ from qlora_kit.schema.optim import OptimConfig, OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training.trainer import KitTrainer
 from tests.tiny_models import build_tiny_model
 
 LAYERS = 2
 STEPS, EVALUATED, SAVED, PASSES = 5, 2, 3, 2
+HELD_OUT_BATCHES = 2  # four rows, two at a time
+ADAPTER = "adapter_model.safetensors"
 WORDS = ["lamp", "door", "fan", "clock", "radio"]
 
 
@@ -160,6 +169,142 @@ def test_the_first_step_the_last_one_and_every_saved_one_are_logged(workshop, tm
     result = train(recipe, run, [])
     logged = [row for row in metrics_of(run) if "loss" in row]
     assert [row["step"] for row in logged] == [1, SAVED, STEPS]
-    assert result["final_loss"] == logged[-1]["loss"]
-    assert result["tokens"] == logged[-1]["tokens"] > 0
-    assert result["seconds"] == logged[-1]["seconds"] > 0
+    assert result.final_loss == logged[-1]["loss"]
+    assert result.tokens == logged[-1]["tokens"] > 0
+    assert result.seconds == logged[-1]["seconds"] > 0
+
+
+def evaluated(seen):
+    """Held-out batches that a run looked at."""
+    return seen.modes[False, "PeftModelForCausalLM", False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [EVALUATED, STEPS, None])
+def test_each_held_out_loss_is_measured_once(workshop, tmp_path, every):
+    run = RunDirectory(tmp_path / "run")
+    with Seen() as seen:
+        result = train(recipe_for(workshop, eval_every_steps=every), run, [])
+    steps = [row["step"] for row in metrics_of(run) if "eval_loss" in row]
+    assert steps == {EVALUATED: [2, 4, 5], STEPS: [5], None: [5]}[every]
+    assert evaluated(seen) == HELD_OUT_BATCHES * len(steps)
+    assert result.eval_loss == json.loads(run.result.read_text())["eval_loss"] == metrics_of(run)[-1]["eval_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_before", ["the held-out loss", "result.json"])
+def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(workshop, tmp_path, killed_before):
+    run, recipe = RunDirectory(tmp_path / "run"), recipe_for(workshop, eval_every_steps=None)
+    whole = train(recipe, run, [])
+    adapter, metrics = (run.adapter / ADAPTER).read_bytes(), run.metrics.read_text()
+    cut_back(run, STEPS)
+    if killed_before == "the held-out loss":
+        run.metrics.write_text("".join(metrics.splitlines(keepends=True)[:-1]))
+    with Seen() as seen:
+        again = train(recipe, run, [])
+    assert not any(with_gradients for with_gradients, _, _ in seen.modes)
+    assert evaluated(seen) == (HELD_OUT_BATCHES if killed_before == "the held-out loss" else 0)
+    assert replace(again, peak_memory_bytes=0) == replace(whole, peak_memory_bytes=0)
+    assert (run.adapter / ADAPTER).read_bytes() == adapter
+    assert (run.checkpoints / f"checkpoint-{STEPS}" / ADAPTER).read_bytes() == adapter
+    assert [row["step"] for row in metrics_of(run)] == [json.loads(line)["step"] for line in metrics.splitlines()]
+
+
+def command_in(line):
+    """The recipe of a printed command line."""
+    program, verb, *words = shlex.split(line)
+    assert (program, verb) == ("qlora-kit", "train")
+    return compose_recipe("train", words).recipe
+
+
+@pytest.fixture
+def typed(workshop):
+    """The overrides that a user would have typed for `recipe_for`."""
+    return [
+        f"model.source={workshop / 'base'}",
+        "data=messages",
+        f"data.train_file={workshop / 'train.jsonl'}",
+        "data.max_tokens=128",
+        "trainer.batch_size=2",
+        "optim.learning_rate=1e30",
+    ]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_not_kept(workshop, tmp_path, typed):
+    run = RunDirectory(tmp_path / "run")
+    steps = {"log_every_steps": 50, "save_every_steps": 1, "eval_every_steps": None}
+    recipe = recipe_for(workshop, **steps)
+    optim = OptimConfig(name=OptimizerName.adamw, learning_rate=1e30, warmup_fraction=0.5, max_grad_norm=1e9)
+    with pytest.raises(RunError) as told:
+        train(replace(recipe, optim=optim), run, typed)
+    (problem,) = told.value.problems
+    assert re.search(r"became (nan|inf) by step \d|hold values that are not finite", problem.what)
+    assert "is whole, but goes on with the same rate" in problem.what
+    assert command_in(problem.fix).optim.learning_rate == 1e29
+    kept = [folder for folder in run.checkpoints.iterdir() if (folder / "complete").exists()]
+    assert kept
+    for folder in kept:
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / ADAPTER).values())
+    assert not run.adapter.exists() and not run.result.exists()
+    assert "NaN" not in run.metrics.read_text() and "Infinity" not in run.metrics.read_text()
+
+
+@pytest.mark.slow
+def test_memory_that_ran_out_is_told_with_lines_that_need_less(workshop, tmp_path, typed, monkeypatch):
+    compute_loss = KitTrainer.compute_loss
+
+    def short_of_memory(trainer, *given, **named):
+        if trainer.state.global_step == SAVED:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 8 GiB"
+            )
+        return compute_loss(trainer, *given, **named)
+
+    monkeypatch.setattr(KitTrainer, "compute_loss", short_of_memory)
+    run, recipe = RunDirectory(tmp_path / "run"), recipe_for(workshop, gradient_checkpointing=False)
+    with pytest.raises(RunError) as told:
+        train(recipe, run, typed)
+    (problem,) = told.value.problems
+    assert "ran out of memory; tried to allocate 2.00 gib: this process used" in problem.what
+    assert "are free now; plan reckoned with about" in problem.what
+    assert f"the checkpoint of step {SAVED} goes on" in problem.what
+    same, shorter, resume = problem.fix.split("\n  or       ")
+    found = command_in(same)
+    assert found.trainer.gradient_checkpointing
+    assert (found.trainer.batch_size, found.trainer.gradient_accumulation) == (1, 2 * PASSES)
+    assert found.data.max_tokens == 128
+    assert found.optim.learning_rate == 1e30
+    assert command_in(shorter).data.max_tokens < 64
+    assert command_in(shorter).data.on_long_row is LongRows.drop
+    assert shlex.split(resume) == ["qlora-kit", "train", f"resume={run.path}"]
+
+
+@pytest.mark.slow
+def test_other_errors_of_the_device_are_left_as_they_are(workshop, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(KitTrainer, "compute_loss", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(recipe_for(workshop), RunDirectory(tmp_path / "run"), [])
+
+
+@pytest.mark.slow
+def test_a_training_that_diverged_says_so(workshop, tmp_path, typed, capsys):
+    """Nothing is worse than a tiny base of random weights, so the loss at the first step is written anew."""
+    run = RunDirectory(tmp_path / "run")
+    recipe = replace(recipe_for(workshop), optim=OptimConfig(learning_rate=1000.0))
+    assert list(train(recipe, run, typed).warnings) == []
+    cut_back(run, STEPS)
+    first, *rest = metrics_of(run)
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in [{**first, "loss": 2.5}, *rest]))
+    train(recipe, run, None)
+    result = json.loads(run.result.read_text())
+    (warning,) = result["warnings"]
+    assert warning.startswith("training diverged: the loss is ")
+    said = capsys.readouterr()
+    (shown,) = re.findall(r"warning: (training diverged.*)\n  try      (.*)", said.out + said.err)
+    assert shown[0] == warning
+    assert command_in(shown[1]).optim.learning_rate == 100
+    assert result["optimizer"] == "adamw"  # without a GPU, whatever the recipe says

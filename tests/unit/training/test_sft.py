@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
@@ -27,7 +28,9 @@ from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.checkpoint import last_complete
 from qlora_kit.training.dataset import training_dataset
+from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 from tests.drawn_rows import drawn_rows
 from tests.stored_rows import stored_rows
@@ -275,3 +278,21 @@ def test_a_batch_counts_as_many_operations_as_with_transformers(built):
     trainer = built()
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.floating_point_ops(batch) == SFTTrainer.floating_point_ops(trainer, batch) > 0
+
+
+def test_a_weight_that_the_last_update_broke_is_not_saved(built, tmp_path):
+    """Loss and gradient of the step were whole, and the checkpoints before it stay."""
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **rest):
+            if state.global_step == 3:
+                weight = next(weight for weight in model.parameters() if weight.requires_grad)
+                with torch.no_grad():
+                    weight.view(-1)[0] = torch.nan
+
+    trainer = built(max_steps=3, save_every_steps=1, keep_checkpoints=2)
+    trainer.add_callback(Breaks())
+    with pytest.raises(NotFiniteError, match="after step 3"):
+        fit(trainer, None)
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"

@@ -1,0 +1,131 @@
+"""What ended a training by itself, told with the lines that go round it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.units import human_bytes
+from qlora_kit.memory.free import free_host_bytes
+from qlora_kit.model.device import peak_memory_bytes
+from qlora_kit.schema.data import LongRows
+from qlora_kit.schema.engine import EngineMode
+from qlora_kit.schema.quant import ComputeDtype, QuantKind
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.checkpoint import last_complete, step_of
+from qlora_kit.training.finite import NotFiniteError
+
+Changes = Mapping[str, object]
+Needs = Callable[[TrainRecipe], float | None]  # bytes that a recipe's largest step will need, as `plan` has it
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+LESS_LEARNING = 10
+SPARES = 0.75  # of what a step needs: what fewer rows at once bring it to, at the most
+OTHERS_HOLD = 1e9  # bytes of a GPU that are worth a word where another process has them
+
+
+@contextmanager
+def explained(recipe: TrainRecipe, run: RunDirectory, needs: Needs, longest: int) -> Iterator[None]:
+    """Tell numbers that are not finite, and memory that ran out, by what can be done about them.
+
+    Args:
+        longest: training row, in tokens.
+    Raises:
+        RunError: one of both ended the block.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise _not_finite(error, recipe, run) from error
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        raise out_of_memory(error, recipe, run, needs, longest) from error
+
+
+def again_with(run: RunDirectory, changes: Changes) -> str:
+    """The line that a run was started with, with other values of some keys."""
+    typed = run.overrides.read_text(encoding="utf-8").splitlines() if run.overrides.is_file() else []
+    kept = [line for line in typed if line.split("=", 1)[0].lstrip("+") not in changes]
+    return shell_line(["qlora-kit", "train", *kept, *(f"{key}={value}" for key, value in changes.items())])
+
+
+def less_learning(recipe: TrainRecipe, run: RunDirectory) -> str:
+    """The run's line with a tenth of its learning rate."""
+    return again_with(run, {"optim.learning_rate": f"{recipe.optim.learning_rate / LESS_LEARNING:g}"})
+
+
+def _not_finite(error: NotFiniteError, recipe: TrainRecipe, run: RunDirectory) -> RunError:
+    what = error.problems[0].what
+    if error.step <= 1 and "tensors" not in what:
+        what += ", before anything was learned: the base's weights or the compute dtype are at fault"
+        dtype = recipe.quant.compute_dtype
+        wider = ComputeDtype.bfloat16 if dtype is ComputeDtype.float16 else ComputeDtype.float32
+        return RunError(what, "model.source, quant.compute_dtype", again_with(run, {"quant.compute_dtype": wider.name}))
+    good = last_complete(run.checkpoints)
+    kept = f"; the checkpoint of step {step_of(good)} is whole, but goes on with the same rate" if good else ""
+    return RunError(what + kept, f"optim.learning_rate={recipe.optim.learning_rate:g}", less_learning(recipe, run))
+
+
+def out_of_memory(error: BaseException, recipe: TrainRecipe, run: RunDirectory, needs: Needs, longest: int) -> RunError:
+    """What was planned, used and free, and the lines that need less."""
+    on_gpu = torch.cuda.is_available() and not isinstance(error, MemoryError)
+    where = "the GPU" if on_gpu else "this machine"
+    said = str(error).split(". ")
+    asked = (
+        f"; {said[1].removesuffix('.').lower()}" if len(said) > 1 and said[1].startswith("Tried to allocate") else ""
+    )
+    planned = needs(recipe)
+    plan = "" if planned is None else f"; plan reckoned with about {human_bytes(planned)}"
+    what = f"{where} ran out of memory{asked}: {_held(on_gpu=on_gpu)}{plan}"
+    lines = [again_with(run, changes) for changes in _smaller(recipe, needs, longest)]
+    if checkpoint := last_complete(run.checkpoints):
+        what += f"; the checkpoint of step {step_of(checkpoint)} goes on, should another program have held the memory"
+        lines.append(shell_line(["qlora-kit", "train", override("resume", run.path)]))
+    return RunError(what, "", "\n  or       ".join(lines))
+
+
+def _held(*, on_gpu: bool) -> str:
+    peak = human_bytes(peak_memory_bytes())
+    if not on_gpu:
+        return f"this process used {peak} at most, {human_bytes(free_host_bytes())} are free now"
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    held = f" and others hold {human_bytes(others)}" if others > OTHERS_HOLD else ""
+    return f"this process used {peak} of {human_bytes(total)} at most{held}, {human_bytes(free)} are free now"
+
+
+def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> list[Changes]:
+    """What to change: first what learns the same in less memory, then what learns from shorter rows as well."""
+    same: dict[str, object] = {}
+    trainer = recipe.trainer
+    if recipe.engine.mode is EngineMode.fast:
+        if recipe.engine.recompute.strip().lower() != "all":
+            same["engine.recompute"] = "all"
+    elif not trainer.gradient_checkpointing:
+        same["trainer.gradient_checkpointing"] = "true"
+    if (rows := _rows_at_once(recipe, needs)) < trainer.batch_size:
+        same["trainer.batch_size"] = rows
+        same["trainer.gradient_accumulation"] = trainer.gradient_accumulation * trainer.batch_size // rows
+    if recipe.quant.kind is QuantKind.none:
+        same["quant"] = "nf4_double"
+    shorter: dict[str, object] = {}
+    if longest > 1:
+        policy = recipe.data.on_long_row
+        shorter["data.max_tokens"] = longest // 2
+        shorter["data.on_long_row"] = (LongRows.drop if policy is LongRows.error else policy).name
+    return [changes for changes in (same, {**same, **shorter} if shorter else {}) if changes]
+
+
+def _rows_at_once(recipe: TrainRecipe, needs: Needs) -> int:
+    """Half of the rows of a forward pass, or fewer where that spares little; a divisor, so that steps stay alike."""
+    rows, before = recipe.trainer.batch_size, needs(recipe)
+    for fewer in (count for count in range(rows // 2, 1, -1) if rows % count == 0):
+        after = needs(replace(recipe, trainer=replace(recipe.trainer, batch_size=fewer)))
+        if before is None or after is None or after <= SPARES * before:
+            return fewer
+    return 1
