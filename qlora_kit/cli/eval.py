@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     if found := check_evaluated(recipe):
         raise RecipeError([composed.problem(finding) for finding in found])
 
-    from qlora_kit.pipelines.evaluate import evaluate
+    from qlora_kit.pipelines.evaluate import evaluate, raise_what_was_rejected
     from qlora_kit.pipelines.evaluated import Evaluated, open_evaluated_base, open_evaluated_run
     from qlora_kit.report.scores import print_scores
 
@@ -37,4 +37,5 @@ def run(arguments: list[str]) -> int:
     rows = evaluate(subject, recipe.eval)
     table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1])
+    raise_what_was_rejected(rows)
     return EXIT_OK

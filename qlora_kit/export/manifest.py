@@ -20,6 +20,7 @@ class Manifest:
     Attributes:
         bits: what a budget of bits was spent on, layer by layer; empty without one.
         faults: why it is rejected, in words.
+        verdict: accepted, rejected, measured or not measured, see `core.verdict`.
         reader: what scored it.
         contract: whether its readers give the token ids that training saw.
         servers: what each server was found to make of it, and whether it was run for that.
@@ -36,6 +37,7 @@ class Manifest:
     seconds: float
     fidelity: Mapping[str, float]
     max_mean_kl: float | None
+    verdict: str
     rejected: bool
     bits: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
@@ -55,12 +57,21 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
     return read_json(folder / MANIFEST)
 
 
-def record_scores(folder: Path, scores: Mapping[str, object]) -> None:
+def record_scores(folder: Path, scores: Mapping[str, Any]) -> None:
     """Add what `eval` measured to an artifact's manifest; not through a link, which may lead to another's folder."""
     if folder.is_symlink():
         say(f"{folder} is a link, so its manifest stays as it was; the scores are in eval.json")
         return
-    write_json(folder / MANIFEST, {**read_manifest(folder), "evaluation": dict(scores)})
+    manifest = read_manifest(folder)
+    faults = list(dict.fromkeys([*faults_of_export(manifest), *scores["faults"]]))
+    judged = {"verdict": scores["verdict"], "rejected": scores["rejected"], "faults": faults}
+    write_json(folder / MANIFEST, {**manifest, **judged, "evaluation": dict(scores)})
+
+
+def faults_of_export(manifest: Mapping[str, Any]) -> list[str]:
+    """What was wrong with a file when it was written: its faults without those that `eval` added."""
+    added: Sequence[str] = (manifest.get("evaluation") or {}).get("faults") or ()
+    return [fault for fault in manifest.get("faults") or () if fault not in added]
 
 
 def record_bases(folder: Path, losses: Mapping[str, float]) -> None:

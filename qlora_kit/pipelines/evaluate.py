@@ -3,22 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import FidelityError, RecipeError
 from qlora_kit.core.files import size_on_disk, write_json
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
+from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
+from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.perplexity import text_fit
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
-from qlora_kit.export.manifest import MANIFEST, read_manifest, record_scores
+from qlora_kit.export.manifest import MANIFEST, faults_of_export, read_manifest, record_scores
 from qlora_kit.pipelines.evaluated import Evaluated
 from qlora_kit.pipelines.exam import Exam, set_exam
-from qlora_kit.pipelines.finish_export import adapter_base
+from qlora_kit.pipelines.exported import rejection
+from qlora_kit.pipelines.finish_export import adapter_base, rewrite_card
 from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
 
@@ -31,6 +35,8 @@ class Row:
 
     Attributes:
         exact_match: share of answers that the task calls right.
+        verdict: on a file, by its manifest and these scores; empty for the models beside the files.
+        faults: that these scores show.
         stops: share of answers that ended with the model's own stop token before the limit.
         text_perplexity: of `eval.text_file`, its interval by window.
         lm_eval: the harness's numbers by task and metric.
@@ -42,7 +48,9 @@ class Row:
     exact_match: float | None
     answered: int
     tokens_per_second: float
+    verdict: str = ""
     rejected: bool = False
+    faults: tuple[str, ...] = ()
     exact_match_interval: Interval | None = None
     stops: float | None = None
     stops_interval: Interval | None = None
@@ -58,7 +66,7 @@ class _Asked:
 
     name: str
     size_bytes: int
-    rejected: bool = False
+    manifest: Mapping[str, Any] | None = None
 
 
 def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
@@ -116,7 +124,7 @@ def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) ->
 
 def _score_export(subject: Evaluated, folder: Path, reference: Scores, exam: Exam) -> Row:
     manifest = read_manifest(folder)
-    asked = _Asked(folder.name, size_on_disk(folder), bool(manifest["rejected"]))
+    asked = _Asked(folder.name, size_on_disk(folder), manifest)
     beside = adapter_base(subject.base_folder)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], subject.tokenizer, beside)
     try:
@@ -124,6 +132,8 @@ def _score_export(subject: Evaluated, folder: Path, reference: Scores, exam: Exa
     finally:
         scorer.close()
     record_scores(folder, asdict(row))
+    if row.verdict != recorded_verdict(manifest).value and not folder.is_symlink():
+        rewrite_card(subject.exportable, read_manifest(folder), folder)
     return row
 
 
@@ -139,6 +149,7 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, e
         [] if exam.task is Task.none else [judge(exam.task, *pair) for pair in zip(said, exam.expected, strict=True)]
     )
     text = text_fit(scorer, exam.windows) if exam.windows else None
+    verdict, faults = _judged(fidelity, asked.manifest)
     row = Row(
         name=asked.name,
         size_bytes=asked.size_bytes,
@@ -146,7 +157,9 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, e
         exact_match=_share(right),
         answered=len(answers.token_ids),
         tokens_per_second=answers.tokens_per_second,
-        rejected=asked.rejected,
+        verdict=verdict.value if verdict else "",
+        rejected=verdict is Verdict.rejected,
+        faults=faults,
         exact_match_interval=wilson(sum(right), len(right)),
         stops=_share(answers.stopped),
         stops_interval=wilson(sum(answers.stopped), len(answers.stopped)),
@@ -157,6 +170,29 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, e
     )
     say(_told(row, exam.reference))
     return row
+
+
+def _judged(fidelity: Fidelity, manifest: Mapping[str, Any] | None) -> tuple[Verdict | None, tuple[str, ...]]:
+    """The verdict on a file, and what these scores show; a file that was rejected stays so until it is made again."""
+    if manifest is None:
+        return None, tuple(faults_of(fidelity, None))
+    bound = manifest.get("max_mean_kl")
+    faults = tuple(faults_of(fidelity, bound))
+    was_rejected = recorded_verdict(manifest) is Verdict.rejected
+    if was_rejected and (faults_of_export(manifest) or not manifest.get("faults")):
+        return Verdict.rejected, faults
+    return verdict_on(is_measured=True, max_mean_kl=bound, faults=faults), faults
+
+
+def raise_what_was_rejected(table: Sequence[Row]) -> None:
+    """End as the worst of the scores did.
+
+    Raises:
+        FidelityError: a file is rejected, by these scores or before, or scores of a model are not finite.
+    """
+    faults = {row.name: row.faults or ("see its manifest.json",) for row in table if row.rejected or row.faults}
+    if faults:
+        raise FidelityError(rejection(faults))
 
 
 def _share(hits: Sequence[bool]) -> float | None:

@@ -16,6 +16,7 @@ from qlora_kit.evaluation.artifacts import open_trained
 from qlora_kit.evaluation.scores import Scorer
 from qlora_kit.export.manifest import MANIFEST
 from qlora_kit.pipelines.base_rows import parted_general_text, prepared_rows
+from qlora_kit.pipelines.exportable import Exportable, TrainedRun
 from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.pipelines.named_base import named_base
 from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
@@ -46,6 +47,11 @@ class Evaluated(ABC):
     tokenizer: Any
     task: Task
 
+    @property
+    @abstractmethod
+    def exportable(self) -> Exportable:
+        """What its files were exported from."""
+
     @abstractmethod
     def rows(self, config: EvalConfig, asked: int | None) -> HeldOut:
         """Held-out rows, `eval.kl_rows` of them; and `asked` conversations, all of them for None.
@@ -75,6 +81,11 @@ class EvaluatedRun(Evaluated):
         self.tokenizer = opened.tokenizer
         self.task = opened.recipe.data.task
 
+    @property
+    def exportable(self) -> TrainedRun:
+        """The run."""
+        return TrainedRun.of(self._opened)
+
     def rows(self, config: EvalConfig, asked: int | None) -> HeldOut:
         """The run's held-out rows."""
         data = self._opened.held_out()
@@ -102,6 +113,11 @@ class EvaluatedBase(Evaluated):
         self.base_folder = base.base.folder
         self.tokenizer = base.tokenizer
         self.task = base.recipe.data.task if names_rows(base.recipe.data) else Task.none
+
+    @property
+    def exportable(self) -> UntrainedBase:
+        """The base."""
+        return self._base
 
     def rows(self, config: EvalConfig, asked: int | None) -> HeldOut:
         """The rows that the export scored on: held-out ones of its data, else its part of the general text."""

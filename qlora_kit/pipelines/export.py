@@ -1,5 +1,6 @@
 """Export: one 16-bit model, any number of files from it, each compared with what it is made from before it counts."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qlora_kit.core.errors import KitError
+from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import hold
@@ -19,7 +20,7 @@ from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
-from qlora_kit.pipelines.exportable import MERGED, Exportable
+from qlora_kit.pipelines.exportable import EVAL_FILE, MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, Reference, finish
 from qlora_kit.schema.export import ExportConfig, MergeBase
@@ -34,9 +35,12 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
         RunError: an export failed; the others are written.
         FidelityError: a file is further from what it is compared with than `export.max_mean_kl`; its manifest says so.
     """
+    refuse_unmeasurable(subject, config)
     with no_empty_folder_left(subject.directory.path):
         done = _exported(subject, config)
     print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
+    if not subject.holds_out:
+        say(f"NOT MEASURED: {subject.unmeasured}")
     raise_what_went_wrong(done)
     return done
 
@@ -46,13 +50,32 @@ def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
     with _alone(subject), ExitStack() as folders:
         subject.begin(rows)
         reference = _reference(subject, rows.scored) if rows.scored else None
-        bases = subject.merge_bases(config, is_scored=reference is not None)
+        bases = subject.merge_bases(config)
         _clear_other_merges(subject, bases)
         merges = [folders.enter_context(_sixteen_bit(subject, base)) for base in bases]
         jobs = [list(export_jobs(config, _source(subject, folder, rows.calibration))) for folder, _ in merges]
         return [
             _write(subject, config, list(zip(same, merges, strict=True)), reference) for same in zip(*jobs, strict=True)
         ]
+
+
+def refuse_unmeasurable(subject: Exportable, config: ExportConfig) -> None:
+    """Refuse settings that judge by held-out rows, where there are none.
+
+    Raises:
+        RecipeError: there is a bound, or a merge base to be measured, and nothing to measure on.
+    """
+    if subject.holds_out:
+        return
+    problems = []
+    if config.max_mean_kl is not None:
+        what = f"export.max_mean_kl={config.max_mean_kl:g} is a bound on what is measured, and {subject.unmeasured}"
+        problems.append(Problem(what, "export.max_mean_kl", EVAL_FILE))
+    if config.merge_base is MergeBase.measure:
+        what = f"export.merge_base=measure compares held-out losses, and {subject.unmeasured}"
+        problems.append(Problem(what, "export.merge_base", EVAL_FILE))
+    if problems:
+        raise RecipeError(problems)
 
 
 @contextmanager
@@ -120,9 +143,8 @@ def _write(
         say(f"{name}: failed: {kind}{error}")
         return Exported(name, place, time.perf_counter() - began, error=f"{kind}{error}")
     kl = f", mean KL {found.fidelity.mean_kl:.4f}" if found.fidelity else ""
-    state = " REJECTED" if found.faults else ""
-    say(f"{name}: {human_bytes(size_on_disk(place))} in {human_seconds(found.seconds)}{kl}{state}")
-    return Exported(name, place, found.seconds, found.fidelity, found.faults)
+    say(f"{name}: {human_bytes(size_on_disk(place))} in {human_seconds(found.seconds)}{kl}, {found.verdict.shown}")
+    return Exported(name, place, found.seconds, found.fidelity, found.verdict, found.faults)
 
 
 def _best(
@@ -143,7 +165,7 @@ def _best(
             made_folder.mkdir()
             found[merged[1].base] = made_folder, _made(subject, config, job, merged, reference, made_folder)
         losses = {base: one.fidelity.loss for base, (_, one) in found.items() if one.fidelity is not None}
-        best = min(losses, key=lambda base: losses[base])
+        best = min(losses, key=lambda base: (not math.isfinite(losses[base]), losses[base]))
         record_bases(found[best][0], losses)
         folder.rmdir()
         found[best][0].rename(folder)

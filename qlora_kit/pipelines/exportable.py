@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -23,6 +22,7 @@ from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
+EVAL_FILE = "data.eval_file=<rows that were not trained on>"
 MERGED = ".merged."  # begins the name of a folder of 16-bit weights that files are made from
 
 
@@ -68,6 +68,16 @@ class Exportable(ABC):
     def trained(self) -> RunDirectory | None:
         """The run that trained it; None for a base that was never trained."""
 
+    @property
+    @abstractmethod
+    def holds_out(self) -> bool:
+        """Whether there are rows to score on; read from the recipe, so nothing is prepared for it."""
+
+    @property
+    def unmeasured(self) -> str:
+        """Why its files are not measured, in words."""
+        return f"this {self.kind} has no held-out rows, so nothing tells how close a file is to {self.reference}"
+
     @abstractmethod
     def rows(self, config: ExportConfig) -> ExportRows:
         """The rows to calibrate on, and others to score on."""
@@ -81,7 +91,7 @@ class Exportable(ABC):
         """What its files are compared with."""
 
     @abstractmethod
-    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
+    def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
         """The 16-bit models that files are made from, of which the better one is kept."""
 
     @abstractmethod
@@ -115,6 +125,11 @@ class TrainedRun(Exportable):
         """The run directory."""
         return self.directory
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the recipe holds rows out."""
+        return self.opened.recipe.data.holds_out
+
     def rows(self, config: ExportConfig) -> ExportRows:
         """The run's own rows: trained ones and general text to calibrate on, held-out ones to score on."""
         data = self.opened.rows()
@@ -137,20 +152,10 @@ class TrainedRun(Exportable):
         trained, _ = open_trained(self.base.folder, self.directory.adapter, self.quant, pad)
         return trained
 
-    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
-        """What the adapter is merged into.
-
-        Raises:
-            RecipeError: it is to be measured, and there is nothing to measure it on.
-        """
+    def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
+        """What the adapter is merged into."""
         if config.merge_base is not MergeBase.measure:
             return [config.merge_base]
-        if not is_scored:
-            raise RecipeError(
-                "export.merge_base=measure compares held-out losses, and this run has no held-out rows",
-                "export.merge_base",
-                "export.merge_base=dequantized",
-            )
         if self.quant.kind is QuantKind.none:
             return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate
         return [MergeBase.dequantized, MergeBase.original]

@@ -1,16 +1,17 @@
 """How exports ended, and the table of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.errors import FidelityError, RunError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.report.table import print_table
 
-COLUMNS = ["artifact", "size", "loss", "change", "perplexity", "mean KL", "p99 KL", "same top", "written in", ""]
+COLUMNS = ["artifact", "size", "loss", "change", "perplexity", "mean KL", "p99 KL", "same top", "written in", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Exported:
     Attributes:
         seconds: that writing it took.
         fidelity: None without held-out rows.
+        verdict: None for a file that was not written.
         faults: why the file must not be served; none for a good one.
         error: why there is no file.
     """
@@ -28,14 +30,14 @@ class Exported:
     folder: Path
     seconds: float
     fidelity: Fidelity | None = None
+    verdict: Verdict | None = None
     faults: tuple[str, ...] = ()
     error: str = ""
 
 
 def print_exported(title: str, done: Sequence[Exported]) -> None:
-    """Print one line a file; nothing where none was scored."""
-    if any(one.fidelity for one in done):
-        print_table(title, COLUMNS, [list(_cells(one)) for one in done])
+    """Print one line a file, with the verdict on it."""
+    print_table(title, COLUMNS, [list(_cells(one)) for one in done])
 
 
 def raise_what_went_wrong(done: Sequence[Exported]) -> None:
@@ -46,14 +48,19 @@ def raise_what_went_wrong(done: Sequence[Exported]) -> None:
         FidelityError: one is rejected.
     """
     failed = [export for export in done if export.error]
-    rejected = [export for export in done if export.faults]
+    rejected = [export for export in done if export.verdict is Verdict.rejected]
     if failed:
         raise RunError("\n".join(f"{export.name} was not written: {export.error}" for export in failed))
     if rejected:
-        raise FidelityError(
-            "\n".join(f"{export.name} is rejected: {fault}" for export in rejected for fault in export.faults),
-            fix="for KL: more bits or smaller groups, more export.calibration_rows, or a higher export.max_mean_kl",
-        )
+        raise FidelityError(rejection({export.name: export.faults for export in rejected}))
+
+
+def rejection(faults: Mapping[str, Sequence[str]]) -> str:
+    """What an error says of rejected files, by name, with what brings a file closer."""
+    lines = [f"{name} is rejected: {fault}" for name, found in faults.items() for fault in found]
+    if any("mean KL" in line for line in lines):
+        lines.append("more bits, smaller groups or more export.calibration_rows bring a file closer")
+    return "\n".join(lines)
 
 
 def _cells(one: Exported) -> Iterator[str]:
@@ -70,4 +77,4 @@ def _cells(one: Exported) -> Iterator[str]:
         yield f"{fit.p99_kl:.4f}"
         yield f"{fit.same_top:.1%}"
     yield human_seconds(one.seconds)
-    yield "FAILED" if one.error else "REJECTED" if one.faults else ""
+    yield "FAILED" if one.verdict is None else one.verdict.shown

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.core.say import say
+from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
 from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
+from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
@@ -44,6 +47,7 @@ class Finished:
         seconds: that writing it took.
     """
 
+    verdict: Verdict
     fidelity: Fidelity | None
     faults: tuple[str, ...]
     seconds: float
@@ -73,9 +77,10 @@ def finish(
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
-    faults = (*_too_far(fidelity, max_mean_kl), *map(str, contract.failures), *_wrong_for(servers))
-    if faults:
-        write_model_card(folder, replace(facts, faults=faults))
+    far = faults_of(fidelity, max_mean_kl) if fidelity else ()
+    faults = (*far, *map(str, contract.failures), *_wrong_for(servers))
+    verdict = verdict_on(is_measured=fidelity is not None, max_mean_kl=max_mean_kl, faults=faults)
+    write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
     for note in contract.notes:
         say(f"{job.name}: {note}")
     commands = serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))
@@ -90,7 +95,8 @@ def finish(
         seconds=round(seconds, 1),
         fidelity=asdict(fidelity) if fidelity else {},
         max_mean_kl=max_mean_kl,
-        rejected=bool(faults),
+        verdict=verdict.value,
+        rejected=verdict is Verdict.rejected,
         faults=faults,
         reader=READERS[job.format],
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
@@ -98,7 +104,20 @@ def finish(
         survival=subject.survival(job, folder, merged, merge),
         serve=[asdict(command) for command in commands],
     ).write(folder)
-    return Finished(fidelity, faults, seconds)
+    return Finished(verdict, fidelity, faults, seconds)
+
+
+def rewrite_card(subject: Exportable, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Write a file's card anew, once `eval` came to another verdict than its export."""
+    settings = dict(manifest.get("settings") or {})
+    job = ExportJob(folder.name, manifest["format"], manifest["file"], settings, _written)
+    fidelity = Fidelity.from_record(manifest["evaluation"]["fidelity"])
+    facts = replace(_facts(subject, job, fidelity), faults=manifest["faults"], verdict=recorded_verdict(manifest))
+    write_model_card(folder, facts)
+
+
+def _written(folder: Path) -> None:
+    raise AssertionError(f"{folder} is written already")
 
 
 def adapter_base(folder: Path) -> AdapterBase:
@@ -113,11 +132,6 @@ def _fidelity(subject: Exportable, job: ExportJob, folder: Path, reference: Refe
         return compare(reference.scores, scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS))
     finally:
         scorer.close()
-
-
-def _too_far(fidelity: Fidelity | None, max_mean_kl: float | None) -> Iterator[str]:
-    if fidelity is not None and max_mean_kl is not None and fidelity.mean_kl > max_mean_kl:
-        yield f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}"
 
 
 def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:

@@ -53,6 +53,11 @@ class UntrainedBase(Exportable):
         """None: it was never trained."""
         return None
 
+    @property
+    def holds_out(self) -> bool:
+        """True: some of its rows, or of the general text, are always set aside."""
+        return True
+
     def rows(self, config: ExportConfig) -> ExportRows:
         """Rows of `data` where it names some, else general text; what is scored on is never calibrated on."""
         data = self.recipe.data
@@ -87,7 +92,7 @@ class UntrainedBase(Exportable):
         model = load_base(self.base.folder, QuantConfig(kind=QuantKind.none), compute_dtype=dtype)
         return TorchScorer(model, int(self.tokenizer.pad_token_id))
 
-    def merge_bases(self, config: ExportConfig, is_scored: bool) -> list[MergeBase]:
+    def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
         """The one there is."""
         return [MergeBase.original]
 

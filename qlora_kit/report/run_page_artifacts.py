@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qlora_kit.core.verdict import recorded_verdict
 from qlora_kit.report.run_page_facts import Artifact, Sample, Survival
 from qlora_kit.report.run_page_records import as_record, as_records, interval_of, number_of, numbers_of, whole_of
 
@@ -70,7 +71,7 @@ def _artifact(
         stops=number_of(row, "stops"),
         tokens_per_second=number_of(row, "tokens_per_second") if row.get("answered") else None,
         seconds=number_of(manifest, "seconds"),
-        rejected=bool(manifest.get("rejected", False)),
+        verdict=recorded_verdict(manifest) if manifest else None,
         faults=_words(manifest.get("faults")),
         max_mean_kl=number_of(manifest, "max_mean_kl"),
         is_evaluated="answered" in row,

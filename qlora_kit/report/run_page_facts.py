@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
@@ -71,7 +72,7 @@ class Artifact:
         task: share of right answers.
         stops: share of answers that ended by themselves.
         seconds: to write it.
-        rejected: it must not be served.
+        verdict: on a file; None for the base and the adapter.
         faults: why, in words; a record that names none was rejected for its KL.
         is_evaluated: whether `eval` scored it; else the numbers are those of the export.
         loss_change: loss less that of the adapter on the same tokens.
@@ -96,7 +97,7 @@ class Artifact:
     stops: float | None = None
     tokens_per_second: float | None = None
     seconds: float | None = None
-    rejected: bool = False
+    verdict: Verdict | None = None
     faults: Sequence[str] = ()
     max_mean_kl: float | None = None
     is_evaluated: bool = False
@@ -107,6 +108,11 @@ class Artifact:
     merge_base: str = ""
     merge_bases: Mapping[str, float] = field(default_factory=dict)
     survival: Survival | None = None
+
+    @property
+    def rejected(self) -> bool:
+        """Whether it must not be served."""
+        return self.verdict is Verdict.rejected
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.report.charts import Axis, scientific, tick_text
 from qlora_kit.report.page import text
 from qlora_kit.report.run_page_curves import two_sizes
@@ -110,15 +111,21 @@ def _row(one: Artifact, columns: Sequence[Column], reference: Reference) -> str:
     return f"<tr><td><b>{text(one.name)}</b></td><td>{badge}</td>{cells}</tr>"
 
 
+# Classes of the page's style.
+BADGES = {
+    Verdict.accepted: "kept",
+    Verdict.rejected: "rejected",
+    Verdict.measured: "unknown",
+    Verdict.not_measured: "warned",
+}
+
+
 def verdict(one: Artifact, reference: Reference) -> tuple[str, str]:
     """The state of an artifact, as a CSS class and in words."""
     if not one.is_export:
         return "reference", reference.labels.get(one.name, one.name)
-    if one.rejected:
-        return "rejected", "rejected"
-    if one.mean_kl is None:
-        return "unknown", "not measured"
-    return ("unknown", "no bound") if one.max_mean_kl is None else ("kept", "kept")
+    found = one.verdict or Verdict.not_measured
+    return BADGES[found], found.value
 
 
 def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> list[str]:
@@ -133,6 +140,8 @@ def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -
             kl = "" if one.mean_kl is None else f", {decimals(5)(one.mean_kl)},"
             bound = "its bound" if one.max_mean_kl is None else f"its bound, export.max_mean_kl={one.max_mean_kl:g}"
             said.append(f"{one.name} is rejected: its mean KL{kl} is above {bound}.")
+        elif one.verdict is Verdict.not_measured:
+            said.append(f"{one.name} is not measured: nothing tells how close it is to {reference.said}.")
         elif one.intervals.get("loss_change", (0.0, 0.0))[0] > 0:
             said.append(
                 f"{one.name}: its loss is above the {reference.name}'s by more than the choice of rows explains."
@@ -150,10 +159,10 @@ def _explanation(artifacts: Sequence[Artifact], reference: Reference) -> str:
     ]
     if any(one.intervals for one in artifacts):
         said.append("Below a number: its 95% interval, with the row as the unit.")
-    if "kept" in states:
-        said.append("Kept: the mean KL is within export.max_mean_kl.")
-    if "no bound" in states:
-        said.append("No bound: export.max_mean_kl was not set, so no KL is too large.")
+    if Verdict.accepted.value in states:
+        said.append("Accepted: measured, and the mean KL is within export.max_mean_kl.")
+    if Verdict.measured.value in states:
+        said.append("Measured: export.max_mean_kl was not set, so no KL is too large.")
     return text(" ".join(said))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.units import human_bytes
+from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.report.table import print_table
 
 _ORDER = (
@@ -90,8 +91,9 @@ def _of_the_harness(row: Mapping[str, Any]) -> Cells:
 
 
 def _note(row: Mapping[str, Any], reference: str) -> str:
-    if row["rejected"]:
-        return "REJECTED"
+    verdict = recorded_verdict(row)
+    if verdict is Verdict.rejected:
+        return verdict.shown
     change = row["fidelity"].get("loss_change_interval")
     return f"worse than the {reference}" if change and change[0] > 0 and row["name"] != "base" else ""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.model.source import hub_name
 
 
@@ -50,6 +51,7 @@ class ServingFacts:
         seed: of the run.
         fidelity: measured values by name.
         faults: why the artifact is rejected; none for a good one.
+        verdict: on the artifact.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ServingFacts:
     seed: int | None = None
     fidelity: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
+    verdict: Verdict = Verdict.not_measured
 
     @property
     def kind(self) -> str:

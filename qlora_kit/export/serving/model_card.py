@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.licence import Licence, licence_files, read_licence
 from qlora_kit.export.serving.commands import Served, serve_commands
 from qlora_kit.export.serving.facts import ServingFacts
@@ -56,7 +57,7 @@ def model_card(facts: ServingFacts) -> str:
         f"# {plain(facts.name)}",
         "",
         f"{_what(facts)} Written by qlora-kit {__version__}; `{LOCK}` says from what.",
-        *_rejection(facts),
+        *_verdict(facts),
         *_measured(facts),
         *_trained_on(facts.run),
         *_serving(facts),
@@ -98,9 +99,19 @@ def _what(facts: ServingFacts) -> str:
     return f"{plain(facts.base.shown)}{at}, {done}, as {form}."
 
 
-def _rejection(facts: ServingFacts) -> Iterator[str]:
+def _verdict(facts: ServingFacts) -> Iterator[str]:
+    reference = "the model that was trained" if facts.run is not None else "the base"
     if facts.faults:
         yield from ("", "**Rejected**, do not serve this file:", "", *(f"- {plain(fault)}" for fault in facts.faults))
+    elif facts.verdict is Verdict.not_measured:
+        yield from (
+            "",
+            f"**Not measured**: without held-out rows nothing tells how close it is to {reference}.",
+        )
+    elif facts.verdict is Verdict.measured:
+        yield from ("", "**Measured**, without a bound: the numbers below were not held against any limit.")
+    else:
+        yield from ("", "**Accepted**: measured, and within its bound.")
 
 
 def _measured(facts: ServingFacts) -> Iterator[str]:

@@ -1,10 +1,20 @@
 """Files are whole or absent."""
 
+import math
 from pathlib import Path
 
 import pytest
 
-from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory, write_text
+from qlora_kit.core.files import (
+    clear_left_overs,
+    file_part,
+    read_json,
+    remove,
+    size_on_disk,
+    staged_directory,
+    write_json,
+    write_text,
+)
 
 
 def test_staged_directory_takes_its_place(tmp_path):
@@ -118,3 +128,8 @@ def test_removing_a_link_leaves_what_it_points_to(tmp_path):
 
 def test_a_name_is_one_part_of_a_path():
     assert file_part("a/b\nc\\d\x00é 漢") == "a_b_c_d_é 漢"
+
+
+def test_json_never_holds_a_number_that_json_has_not(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "NaN", "e": 3}})
+    assert read_json(tmp_path / "a.json") == {"a": [None, [1.5, None]], "b": {"c": None, "d": "NaN", "e": 3}}

@@ -1,14 +1,15 @@
 """Evaluation of a small run, every reader the real one: base, adapter, a merged folder and a GGUF file."""
 
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import FidelityError, RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
@@ -17,7 +18,7 @@ from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
 from qlora_kit.pipelines import evaluated, exam
-from qlora_kit.pipelines.evaluate import evaluate
+from qlora_kit.pipelines.evaluate import evaluate, raise_what_was_rejected
 from qlora_kit.pipelines.evaluated import EvaluatedRun
 from qlora_kit.pipelines.exam import set_exam
 from qlora_kit.pipelines.opened_run import OpenedRun
@@ -100,8 +101,16 @@ def test_eval_json_holds_the_table_with_its_intervals(opened, table):
         assert row.fidelity.loss_interval[0] < row.fidelity.loss < row.fidelity.loss_interval[1]
         assert written["exact_match_interval"] == pytest.approx([0, 0.48989], abs=1e-4)  # Wilson, 0 of 4
         assert written["rejected"] is (written["name"] == "gguf_q8_0")
-    manifest = read_json(opened.directory.exports / "gguf_q8_0" / "manifest.json")
-    assert manifest["evaluation"] == record["rows"][3]
+    # What an export rejected stays so; what it did not measure is measured now, and its card says so too.
+    assert [row["verdict"] for row in record["rows"]] == ["", "", "measured", "rejected"]
+    manifests = {name: read_json(opened.directory.exports / name / "manifest.json") for name in list(rows)[2:]}
+    assert manifests["gguf_q8_0"]["evaluation"] == record["rows"][3]
+    assert {name: one["verdict"] for name, one in manifests.items()} == {
+        "merged_16bit": "measured",
+        "gguf_q8_0": "rejected",
+    }
+    card = (opened.directory.exports / "merged_16bit" / "README.md").read_text(encoding="utf-8")
+    assert "**Measured**, without a bound" in card and "mean KL to the trained model" in card
 
 
 def test_the_adapter_is_no_worse_than_itself_and_the_base_is_another_model(table):
@@ -204,3 +213,41 @@ def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsy
     assert found.prompts == [[1, 2], [3], [4]]
     assert found.expected == [f"The answer is {number * 7}." for number in (1, 2, 4)]
     assert "2 held-out rows are texts without a prompt" in capsys.readouterr().err
+
+
+def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkeypatch):
+    folder = opened.directory.exports / "merged_16bit"
+    before = read_json(folder / "manifest.json")
+    plain = evaluation.compare
+
+    def broken(reference, other):
+        fit = plain(reference, other)
+        return replace(fit, mean_kl=math.nan) if fit.mean_kl else fit  # the adapter's own is exact
+
+    monkeypatch.setattr(evaluation, "compare", broken)
+    config = EvalConfig(artifacts=["adapter", "merged_16bit"], stop_prompts=0)
+    adapter, merged = evaluate(with_task_none(opened), config)
+    assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
+    with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
+        raise_what_was_rejected([adapter, merged])
+    assert read_json(folder / "manifest.json")["verdict"] == "rejected"
+    assert "**Rejected**, do not serve this file" in (folder / "README.md").read_text(encoding="utf-8")
+    for path in (folder / "manifest.json", opened.directory.evaluation):
+        assert "NaN" not in path.read_text(encoding="utf-8")
+    monkeypatch.undo()
+    # The fault was of that scoring, so the next one is judged by itself.
+    (again,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"]))
+    assert (again.verdict, read_json(folder / "manifest.json")["faults"]) == ("measured", [])
+    raise_what_was_rejected([again])
+    write_json(folder / "manifest.json", before)
+
+
+def test_a_bound_of_the_export_counts_when_eval_measures(opened):
+    folder = opened.directory.exports / "gguf_q8_0"
+    before = read_json(folder / "manifest.json")
+    for bound, verdict in ((1.0, "accepted"), (1e-9, "rejected")):
+        write_json(folder / "manifest.json", {"format": "gguf", "file": "m.gguf", "max_mean_kl": bound})
+        (row,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"]))
+        assert row.verdict == read_json(folder / "manifest.json")["verdict"] == verdict
+    assert "is above export.max_mean_kl=1e-09" in row.faults[0]
+    write_json(folder / "manifest.json", before)

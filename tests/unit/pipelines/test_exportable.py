@@ -6,8 +6,10 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.pipelines.export import export, refuse_unmeasurable
 from qlora_kit.pipelines.exportable import TrainedRun
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -16,8 +18,9 @@ from qlora_kit.schema.root import TrainRecipe
 DEQUANTIZED, ORIGINAL, MEASURE = MergeBase.dequantized, MergeBase.original, MergeBase.measure
 
 
-def run_of(kind):
-    recipe = TrainRecipe(name="mine", model=ModelConfig(source="a/b", revision="c"), quant=QuantConfig(kind=kind))
+def run_of(kind, **data):
+    model, quant = ModelConfig(source="a/b", revision="c"), QuantConfig(kind=kind)
+    recipe = TrainRecipe(name="mine", model=model, quant=quant, data=DataConfig(**data))
     return TrainedRun.of(OpenedRun(RunDirectory(Path("run")), recipe, Path("base"), None))
 
 
@@ -38,10 +41,29 @@ def test_it_is_named_as_its_recipe_says():
     ],
 )
 def test_what_the_adapter_is_merged_into(kind, wanted, bases):
-    assert run_of(kind).merge_bases(ExportConfig(merge_base=wanted), is_scored=True) == bases
+    assert run_of(kind).merge_bases(ExportConfig(merge_base=wanted)) == bases
 
 
-def test_nothing_to_measure_on():
-    with pytest.raises(RecipeError, match="this run has no held-out rows") as caught:
-        run_of(QuantKind.nf4).merge_bases(ExportConfig(merge_base=MEASURE), is_scored=False)
-    assert caught.value.problems[0].fix == "export.merge_base=dequantized"
+def test_what_judges_by_held_out_rows_is_refused_where_there_are_none():
+    run = run_of(QuantKind.nf4)
+    refuse_unmeasurable(run, ExportConfig())
+    with pytest.raises(RecipeError) as caught:
+        refuse_unmeasurable(run, ExportConfig(merge_base=MEASURE, max_mean_kl=0.05))
+    bound, measure = caught.value.problems
+    assert bound.what.startswith("export.max_mean_kl=0.05 is a bound on what is measured, and this run has no held-out")
+    assert measure.what.startswith("export.merge_base=measure compares held-out losses, and this run has no held-out")
+    assert (bound.where, measure.where) == ("export.max_mean_kl", "export.merge_base")
+    assert bound.fix == measure.fix == "data.eval_file=<rows that were not trained on>"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("held_out", [{"eval_share": 0.02}, {"eval_rows": 4}, {"eval_file": "rows.jsonl"}])
+def test_a_run_with_held_out_rows_may_have_a_bound(held_out):
+    run = run_of(QuantKind.nf4, **held_out)
+    refuse_unmeasurable(run, ExportConfig(merge_base=MEASURE, max_mean_kl=0.05))
+
+
+def test_a_bound_without_rows_is_refused_before_any_row_is_read(monkeypatch):
+    monkeypatch.setattr(OpenedRun, "rows", lambda _: pytest.fail("read"))
+    with pytest.raises(RecipeError, match="is a bound on what is measured"):
+        export(run_of(QuantKind.nf4), ExportConfig(max_mean_kl=0.05))

@@ -3,6 +3,7 @@
 import pytest
 
 from qlora_kit.core.errors import FidelityError, RunError
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 
@@ -11,8 +12,8 @@ FIT = Fidelity(1.25, 3.49, 0.0125, 0.5, 0.975, 40, loss_change=0.02)
 
 def test_a_line_for_each_file(tmp_path, capsys):
     (tmp_path / "file").write_bytes(b"x" * 2000)
-    good = Exported("good", tmp_path, 3.0, FIT)
-    far = Exported("far", tmp_path, 3.0, FIT, faults=("mean KL 0.0125 is above",))
+    good = Exported("good", tmp_path, 3.0, FIT, Verdict.accepted)
+    far = Exported("far", tmp_path, 3.0, FIT, Verdict.rejected, ("mean KL 0.0125 is above",))
     print_exported("the title", [good, far, Exported("lost", tmp_path / "lost", 1.0, error="no room")])
     title, columns, *lines = capsys.readouterr().out.splitlines()
     assert title == "the title"
@@ -29,21 +30,22 @@ def test_a_line_for_each_file(tmp_path, capsys):
         "97.5%",
         "3.0",
         "s",
+        "accepted",
     ]
     assert lines[1].split()[-1] == "REJECTED"
     assert lines[2].split() == ["lost", *["-"] * 7, "1.0", "s", "FAILED"]
 
 
-def test_no_table_where_nothing_was_scored(tmp_path, capsys):
-    print_exported("the title", [Exported("good", tmp_path, 3.0)])
-    assert capsys.readouterr().out == ""
+def test_a_file_that_was_not_measured_is_listed_as_such(tmp_path, capsys):
+    print_exported("the title", [Exported("good", tmp_path, 3.0, verdict=Verdict.not_measured)])
+    assert capsys.readouterr().out.splitlines()[2].endswith("NOT MEASURED")
 
 
 def test_a_failure_comes_before_a_rejection(tmp_path):
-    good = Exported("good", tmp_path, 3.0)
+    good = Exported("good", tmp_path, 3.0, verdict=Verdict.measured)
     failed, rejected = (
         Exported("lost", tmp_path, 1.0, error="no room"),
-        Exported("far", tmp_path, 1.0, faults=("too far",)),
+        Exported("far", tmp_path, 1.0, verdict=Verdict.rejected, faults=("too far",)),
     )
     raise_what_went_wrong([good])
     with pytest.raises(RunError, match="lost was not written: no room"):

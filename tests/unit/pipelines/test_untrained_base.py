@@ -41,7 +41,7 @@ def test_the_files_go_to_a_folder_named_after_the_base(recipe, tmp_path):
     assert base.directory.path.parts[:2] == ("outputs", "mine")
     assert base.directory.exports.name == "exports"
     assert (base.name, base.seed, base.trained, base.kind) == ("mine", 7, None, "base")
-    assert base.merge_bases(ExportConfig(), is_scored=True) == [MergeBase.original]
+    assert base.merge_bases(ExportConfig()) == [MergeBase.original]
     assert list((tmp_path / "here" / base.directory.path).iterdir()) == []
     assert opened(recipe()).directory.path != base.directory.path  # two that begin in one second
     assert opened(recipe(out="there")).directory.path.name == "there"

@@ -131,7 +131,7 @@ def test_setup_rows_and_record_say_what_the_files_say(finished):
 
 def test_the_fidelity_table_has_every_file_and_names_the_rejected_one(finished):
     said = text_of(run_page(read_run(finished)))
-    assert re.search(r"gguf_q8_0 kept \d+ B 0\.01250 0\.2500 97\.0% 0\.5000 50\.0% 75\.0% - 2\.0 s", said)
+    assert re.search(r"gguf_q8_0 accepted \d+ B 0\.01250 0\.2500 97\.0% 0\.5000 50\.0% 75\.0% - 2\.0 s", said)
     assert re.search(r"gguf_q2_k rejected \d+ B 0\.30000", said)
     assert "gguf_q2_k is rejected: its mean KL, 0.30000, is above its bound, export.max_mean_kl=0.05." in said
     assert "over 390 trained tokens" in said
@@ -295,3 +295,10 @@ def test_a_rejection_is_told_in_the_manifests_words(finished):
         put(finished.exports / "odd" / "manifest.json", {"format": "awq", "rejected": True, "faults": found})
         said = text_of(run_page(read_run(finished)))
         assert all(f"odd is rejected: {fault}" in said for fault in told)
+
+
+def test_a_file_that_was_not_measured_is_said_to_be_so(finished):
+    put(finished.exports / "odd" / "manifest.json", {"format": "awq", "rejected": False, "fidelity": {}})
+    said = text_of(run_page(read_run(finished)))
+    assert "odd not measured" in said
+    assert "odd is not measured: nothing tells how close it is to the model that was trained" in said

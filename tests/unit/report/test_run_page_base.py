@@ -102,7 +102,7 @@ def test_a_note_of_another_version_leaves_the_rest(exports, note):
     put(exports.export_recipe, note)
     said = text_of(page_of(exports))
     assert "the recipe cannot be read by this version of qlora-kit" in said
-    assert "gguf_q8_0 kept" in said
+    assert "gguf_q8_0 accepted" in said
 
 
 @pytest.mark.parametrize("value", [None, "x", [], {}, True])

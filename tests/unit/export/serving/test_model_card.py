@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
 from tests.unit.export.serving.conftest import SECRET, Made
@@ -56,7 +57,14 @@ def test_measured_values_are_in_a_table(facts: Made) -> None:
 def test_a_rejected_file_says_so_and_an_unmeasured_one_claims_nothing(facts: Made) -> None:
     card = model_card(facts(faults=("mean KL 0.0043 is above export.max_mean_kl=0.001", "vLLM: no config.json")))
     assert "**Rejected**, do not serve this file:\n\n- mean KL 0.0043 is above export.max_mean_kl=0.001\n- vLLM" in card
-    assert "Measured" not in model_card(facts(fidelity={}))
+    unmeasured = model_card(facts(fidelity={}))
+    assert (
+        "**Not measured**: without held-out rows nothing tells how close it is to the model that was trained."
+        in unmeasured
+    )
+    assert "Measured" not in unmeasured
+    assert "**Measured**, without a bound" in model_card(facts(verdict=Verdict.measured))
+    assert "**Accepted**: measured, and within its bound." in model_card(facts(verdict=Verdict.accepted))
 
 
 def test_what_it_was_trained_on_in_counts_and_hashes(facts: Made) -> None:
