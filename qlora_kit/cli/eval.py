@@ -9,6 +9,7 @@ SUMMARY = "Score every export of a run beside base and adapter, or of an untrain
 EXAMPLES = [
     "qlora-kit eval run=latest",
     "qlora-kit eval run=latest 'eval.artifacts=[adapter,gguf_q4_k_m]' eval.kl_rows=100",
+    "qlora-kit eval run=latest data.eval_file=held_out.jsonl",
     "qlora-kit eval base=outputs/my_base/2026-01-31_12-00-00",
 ]
 
@@ -33,7 +34,10 @@ def run(arguments: list[str]) -> int:
     from qlora_kit.report.scores import print_scores
 
     subject: Evaluated
-    subject = open_evaluated_run(recipe.run or "latest") if recipe.base is None else open_evaluated_base(recipe.base)
+    if recipe.base is None:
+        subject = open_evaluated_run(recipe.run or "latest", recipe.data)
+    else:
+        subject = open_evaluated_base(recipe.base)
     rows = evaluate(subject, recipe.eval)
     table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1])

@@ -17,6 +17,7 @@ EXAMPLES = [
     "qlora-kit export run=latest export=gguf_q4_k_m",
     "qlora-kit export run=latest 'export=[gguf_q4_k_m,gptq_4bit,awq_4bit,merged_16bit]' export.max_mean_kl=0.05",
     "qlora-kit export run=outputs/my_run/2026-01-31_12-00-00 export=gptq_4bit export.gptq.gptq_4bit.group_size=64",
+    "qlora-kit export run=latest export=gguf_q4_k_m data.eval_file=held_out.jsonl export.max_mean_kl=0.05",
     "qlora-kit export base=models/my_base 'export=[gguf_q4_k_m,awq_4bit]' data=rows data.train_file=chats.jsonl",
 ]
 
@@ -48,6 +49,7 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     from qlora_kit.core.rundir import find_run, refuse_at_work
     from qlora_kit.model.source import locate_base
     from qlora_kit.schema.compose import load_recipe
+    from qlora_kit.schema.data import LaterRows
     from qlora_kit.schema.root import TrainRecipe
 
     name = recipe.run or "latest"
@@ -59,7 +61,8 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     from qlora_kit.pipelines.exportable import TrainedRun
     from qlora_kit.pipelines.opened_run import open_run
 
-    return TrainedRun.of(open_run(name))
+    later = LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows)
+    return TrainedRun.of(open_run(name, later))
 
 
 def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":

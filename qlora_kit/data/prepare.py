@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +16,8 @@ from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, told_once
 from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.data.tokenized import NamedSource, Tokenized, tokenized
-from qlora_kit.data.tokens import Ints, TokenRow, TokenRows
-from qlora_kit.schema.data import AUTO, DataConfig, OnBadRow, SourceConfig, Task
+from qlora_kit.data.tokens import Ints, TokenRow, TokenRows, TokenStore
+from qlora_kit.schema.data import AUTO, DataConfig, LaterRows, OnBadRow, SourceConfig, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,13 +26,11 @@ TRAIN, HELD_OUT = "train", "held out"
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """Token rows of both splits; None where a recipe holds nothing out."""
+class HeldOutRows:
+    """Token rows to score on, and where their conversations are read; None where nothing is held out."""
 
-    train: TokenRows
     held_out: TokenRows | None
-    summary: DataSummary
-    _held_out_source: Tokenized
+    held_out_source: Tokenized
 
     def scored(self, limit: int) -> Sequence[TokenRow]:
         """The first held-out rows; none where a recipe holds nothing out."""
@@ -42,7 +40,15 @@ class PreparedData:
         """The conversations of the first held-out rows, read again from their files; of a split row once."""
         if self.held_out is None:
             return []
-        return self._held_out_source.conversations(np.unique(self.held_out.rows)[:limit])
+        return self.held_out_source.conversations(np.unique(self.held_out.rows)[:limit])
+
+
+@dataclass(frozen=True)
+class PreparedData(HeldOutRows):
+    """Token rows of both splits; no held-out ones where a recipe holds nothing out."""
+
+    train: TokenRows
+    summary: DataSummary
 
 
 def prepare(
@@ -64,8 +70,8 @@ def prepare(
     if eval_source is not None:
         out_source = eval_source
         out: Ints = np.arange(len(eval_source.store), dtype=np.int64)
-        _tell_of_eval_file(config, len(out))
-        _refuse_overlap(train_source, rows, eval_source)
+        _tell_of_eval_file(config, eval_source)
+        _refuse_overlap(train_source.store, rows, eval_source)
     else:
         out_source, (rows, out) = train_source, _split(config, train_source, rows)
     limit: int | None
@@ -75,11 +81,37 @@ def prepare(
         limit = max_tokens(int(train_source.store.lengths.max())) if callable(max_tokens) else max_tokens
     train, train_summary = _fitted(TRAIN, train_source, rows, config, limit, encoder.bos)
     if not len(out):
-        return PreparedData(train, None, DataSummary(train_summary, None), train_source)
+        return PreparedData(None, train_source, train, DataSummary(train_summary, None))
     held, held_summary = _fitted(HELD_OUT, out_source, out, config, limit, encoder.bos)
-    data = PreparedData(train, held, DataSummary(train_summary, held_summary), out_source)
+    data = PreparedData(held, out_source, train, DataSummary(train_summary, held_summary))
     _check_task(config.task, data)
     return data
+
+
+def later_rows(
+    later: LaterRows, config: DataConfig, tokenizer: "PreTrainedTokenizerFast", limit: int, train: TokenRows | None
+) -> HeldOutRows:
+    """Held-out rows of a file that is given after training, read with the settings of the training rows.
+
+    Args:
+        limit: what `data.max_tokens` came to.
+        train: the training rows; None where they cannot be read any more, so that nothing is compared with them.
+
+    Raises:
+        RecipeError: the rows cannot be used, or some of them were trained on.
+    """
+    encoder = Encoder.of(tokenizer, config.train_on)
+    named = NamedSource(HELD_OUT, SourceConfig(path=later.eval_file or ""), "data.eval_file", later.eval_rows)
+    source = tokenized([named], config, encoder)
+    _judge_bad_rows(source, config)
+    _tell(source)
+    _tell_of_eval_file(replace(config, eval_file=later.eval_file, eval_share=None, eval_rows=later.eval_rows), source)
+    if train is not None:
+        _refuse_overlap(train.store, np.unique(train.rows), source)
+    rows, _ = _fitted(HELD_OUT, source, np.arange(len(source.store), dtype=np.int64), config, limit, encoder.bos)
+    held = HeldOutRows(rows, source)
+    _check_task(config.task, held)
+    return held
 
 
 def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokenized | None]:
@@ -138,12 +170,12 @@ def _tell(split: Tokenized) -> None:
         say(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
 
 
-def _tell_of_eval_file(config: DataConfig, rows: int) -> None:
+def _tell_of_eval_file(config: DataConfig, source: Tokenized) -> None:
     """Say what of a recipe gives way to `data.eval_file`, which the user named in its place."""
     if config.eval_share is not None:
         say(f"held-out rows come from data.eval_file, so data.eval_share={config.eval_share:g} holds out none")
-    if rows == config.eval_rows:
-        say(f"held out: the first {rows} rows of {config.eval_file}; data.eval_rows=null takes all there are")
+    if len(source.store) == config.eval_rows:
+        say(f"held out: the first {config.eval_rows} rows of {config.eval_file}; data.eval_rows=null takes all of them")
 
 
 def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Ints]:
@@ -167,11 +199,11 @@ def _fitted(
     return kept, _summary(kept, source, limit, counts)
 
 
-def _refuse_overlap(train: Tokenized, rows: Ints, other: Tokenized) -> None:
-    shared = shared_rows(train.store, rows, other.store, np.arange(len(other.store), dtype=np.int64))
+def _refuse_overlap(train: TokenStore, rows: Ints, other: Tokenized) -> None:
+    shared = shared_rows(train, rows, other.store, np.arange(len(other.store), dtype=np.int64))
     if not shared:
         return
-    named = [f"{other.store.place(mine)} (training {train.store.place(theirs)})" for mine, theirs in shared]
+    named = [f"{other.store.place(mine)} (training {train.place(theirs)})" for mine, theirs in shared]
     more = f" and {len(shared) - MOST_PROBLEMS_SHOWN} more" if len(shared) > MOST_PROBLEMS_SHOWN else ""
     raise RecipeError(
         f"{len(shared)} held-out rows are also training rows, so their score would say nothing: "
@@ -181,7 +213,7 @@ def _refuse_overlap(train: Tokenized, rows: Ints, other: Tokenized) -> None:
     )
 
 
-def _check_task(task: Task, data: PreparedData) -> None:
+def _check_task(task: Task, data: HeldOutRows) -> None:
     """Refuse held-out answers that the task cannot judge, before anything is trained."""
     problems = []
     for row in data.held_out_conversations() if task is Task.json_exact_match else []:

@@ -23,7 +23,7 @@ from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
 from qlora_kit.pipelines.untrained_base import UntrainedBase, base_in
 from qlora_kit.schema.check_exported import names_rows
 from qlora_kit.schema.compose import load_recipe
-from qlora_kit.schema.data import Task
+from qlora_kit.schema.data import LaterRows, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.root import ExportRecipe
 
@@ -143,8 +143,11 @@ class EvaluatedBase(Evaluated):
         return self.base_folder
 
 
-def open_evaluated_run(name: str) -> EvaluatedRun:
+def open_evaluated_run(name: str, later: LaterRows | None = None) -> EvaluatedRun:
     """A finished run by path, or the newest one by `latest`; loads no weight.
+
+    Args:
+        later: held-out rows that are given now, instead of the run's own.
 
     Raises:
         RecipeError: there is none.
@@ -153,7 +156,7 @@ def open_evaluated_run(name: str) -> EvaluatedRun:
         refuse_at_work(find_run(name, finished=True))
     except RecipeError as error:
         raise (no_run_but_exports(error) if name == "latest" and not isinstance(error, BusyError) else error) from error
-    return EvaluatedRun(open_run(name))
+    return EvaluatedRun(open_run(name, later))
 
 
 def open_evaluated_base(name: str) -> EvaluatedBase:

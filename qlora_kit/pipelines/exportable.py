@@ -22,7 +22,6 @@ from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
-EVAL_FILE = "data.eval_file=<rows that were not trained on>"
 MERGED = ".merged."  # begins the name of a folder of 16-bit weights that files are made from
 
 
@@ -127,8 +126,8 @@ class TrainedRun(Exportable):
 
     @property
     def holds_out(self) -> bool:
-        """Whether the recipe holds rows out."""
-        return self.opened.recipe.data.holds_out
+        """Whether the recipe holds rows out, or some are given now."""
+        return self.opened.holds_out
 
     def rows(self, config: ExportConfig) -> ExportRows:
         """The run's own rows: trained ones and general text to calibrate on, held-out ones to score on."""

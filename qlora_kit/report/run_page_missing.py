@@ -24,7 +24,7 @@ def _training(page: RunPage) -> Iterator[Missing]:
         yield Missing("metrics.jsonl holds no step, so there are no curves.")
     if steps and not any("eval_loss" in row for row in page.metrics):
         if page.splits and all(split.name != "held out" for split in page.splits):
-            fix = "qlora-kit train ... data.eval_share=0.02"
+            fix = page.line("eval", "run", "data.eval_file=held_out.jsonl")
             yield Missing("No rows are held out, so nothing tells how well the model does on rows it never saw.", fix)
         else:
             yield Missing("No held-out loss was measured yet; training measures it at its end.")

@@ -60,12 +60,13 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
             what = f"{path} has no weight, but {', '.join(weighted)} has; give a weight to every source or to none"
             yield Finding(f"{path}.weight", what, f"{path}.weight=1")
         if source.revision is None:
-            yield from _missing_file(f"{path}.path", source.path)
+            yield from missing_file(f"{path}.path", source.path)
     for field in ("train_file", "eval_file"):
-        yield from _missing_file(f"data.{field}", getattr(data, field))
+        yield from missing_file(f"data.{field}", getattr(data, field))
 
 
-def _missing_file(path: str, name: str | None) -> Iterator[Finding]:
+def missing_file(path: str, name: str | None) -> Iterator[Finding]:
+    """A file of rows that is not there, `path` being the field that names it."""
     if name is None or Path(name).expanduser().exists():
         return
     if glob.has_magic(name) and glob.glob(str(Path(name).expanduser()), recursive=True):  # noqa: PTH207  Path.glob takes no absolute pattern

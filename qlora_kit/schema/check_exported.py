@@ -1,8 +1,9 @@
 """What a recipe may not say about what it exports or scores: a trained run, or a base that was never trained."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from qlora_kit.schema.check_data import check_data
+from qlora_kit.schema.check_data import check_data, missing_file
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.finding import Finding
@@ -15,16 +16,20 @@ def check_exported(recipe: ExportRecipe, data_option: str | None = None) -> list
     Args:
         data_option: the option of `data` that was chosen, if one was.
     """
-    has_data = data_option is not None or recipe.data != DataConfig(max_tokens=AUTO)
     if recipe.base is None:
-        return list(_of_run(recipe, has_data))
+        own = replace(recipe.data, eval_file=None, eval_rows=None)
+        return list(_of_run(recipe, data_option is not None or own != DataConfig(max_tokens=AUTO)))
+    has_data = data_option is not None or recipe.data != DataConfig(max_tokens=AUTO)
     return list(_of_base(recipe, recipe.base, has_data))
 
 
 def check_evaluated(recipe: EvalRecipe) -> list[Finding]:
     """Everything that does not go together in what is scored."""
     if recipe.base is None:
-        return []
+        return list(_later(recipe.data.eval_file, recipe.data.eval_rows))
+    if recipe.data.eval_file is not None or recipe.data.eval_rows is not None:
+        what = "data belongs to run=<run directory>; files of a base are scored on the rows of their export"
+        return [Finding("data.eval_file", what, "leave data out, or export again with data.eval_file")]
     return [*_empty(recipe.base, "base=<folder of its exports>"), *_both(recipe.run, recipe.base, "one eval")]
 
 
@@ -39,8 +44,16 @@ def _of_run(recipe: ExportRecipe, has_data: bool) -> Iterator[Finding]:
             what = f"{path} belongs to base=<folder>; a run has its own" + (" folder" if path == "out" else " base")
             yield Finding(path, what, f"{path}=null")
     if has_data:
-        what = "data belongs to base=<folder>; a run is calibrated and scored on the rows of its own recipe"
+        what = "data belongs to base=<folder>; a run has rows of its own, and takes data.eval_file alone"
         yield Finding("data", what, "leave data out, or base=<folder> instead of run")
+    yield from _later(recipe.data.eval_file, recipe.data.eval_rows)
+
+
+def _later(eval_file: str | None, eval_rows: int | None) -> Iterator[Finding]:
+    yield from missing_file("data.eval_file", eval_file)
+    if eval_file is None and eval_rows is not None:
+        what = "data.eval_rows counts rows of data.eval_file, which is not set"
+        yield Finding("data.eval_rows", what, "data.eval_file=<rows that were not trained on>")
 
 
 def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Finding]:

@@ -125,3 +125,11 @@ class DataConfig(Sealed):
     def holds_out(self) -> bool:
         """Whether any rows are held out."""
         return self.eval_file is not None or self.eval_share is not None or self.eval_rows is not None
+
+
+@dataclass
+class LaterRows(Sealed):
+    """Held-out rows that a finished run is given; they are read with the settings of its own rows."""
+
+    eval_file: str | None = knob(None, "Held-out rows to score a run on, instead of its own.")
+    eval_rows: int | None = knob(None, "Take at most this many of them.", minimum=1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qlora_kit.schema.data import DataConfig
+from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.engine import EngineConfig
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
@@ -44,7 +44,9 @@ class ExportRecipe(Sealed):
     revision: str | None = knob(None, "base: commit or tag; required for a hub id.")
     out: str | None = knob(None, "base: folder that gets exports/; outputs/<base>/<time> unless set.")
     debug: bool = knob(False, "Show tracebacks.")
-    data: DataConfig = knob(DataConfig(), "base: rows to calibrate and score on; without, the kit's general text.")
+    data: DataConfig = knob(
+        DataConfig(), "base: rows to calibrate and score on, or general text; run: eval_file alone."
+    )
     export: ExportConfig = knob(ExportConfig(), "What to merge into, and the files to write.")
 
 
@@ -57,4 +59,5 @@ class EvalRecipe(Sealed):
         None, "Instead of a run, exports of a base: their folder, the base that export was given, or latest."
     )
     debug: bool = knob(False, "Show tracebacks.")
+    data: LaterRows = knob(LaterRows(), "run: held-out rows given now, for a run without any or instead of its own.")
     eval: EvalConfig = knob(EvalConfig(), "What is scored, on how many rows.")

@@ -93,7 +93,7 @@ def test_a_file_of_held_out_rows_takes_the_place_of_a_share_and_says_so(tmp_path
     assert (len(data.train), len(data.held_out)) == (50, 4)
     said = capsys.readouterr().err
     assert "held-out rows come from data.eval_file, so data.eval_share=0.5 holds out none" in said
-    assert f"held out: the first 4 rows of {other}; data.eval_rows=null takes all there are" in said
+    assert f"held out: the first 4 rows of {other}; data.eval_rows=null takes all of them" in said
 
 
 def test_a_mix_takes_rows_by_weight_or_count_and_the_same_ones_each_time(tmp_path):

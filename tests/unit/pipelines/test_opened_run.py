@@ -1,12 +1,19 @@
-"""A run's rows are read again only as they were."""
+"""A run's rows are read again only as they were; held-out rows may be given later."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import write_json
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.data.prepare import prepare
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
-from qlora_kit.pipelines.opened_run import refuse_changed
+from qlora_kit.pipelines.opened_run import OpenedRun, refuse_changed
+from qlora_kit.schema.data import DataConfig, LaterRows, Task
+from qlora_kit.schema.root import TrainRecipe
+from tests.prepared_rows import TOKENIZER, write
 
 
 def summary(train, held_out=None):
@@ -36,3 +43,78 @@ def test_a_changed_file_is_named(tmp_path, now, named):
     assert f"{named} since the run was trained, so its rows are other rows" in str(caught.value)
     assert str(tmp_path / "data.json") in str(caught.value)
     assert "put the file back as it was" in str(caught.value)
+
+
+PAIRS = [(f"question {index}", f"answer {index}") for index in range(20)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run on twenty rows, with held-out rows given later."""
+
+    def opened(later=(), most=None, **settings):
+        config = DataConfig(train_file=write(tmp_path / "train.jsonl", *PAIRS), max_tokens=64, **settings)
+        write_json(tmp_path / "run" / "data.json", asdict(prepare(config, TOKENIZER).summary))
+        rows = LaterRows(write(tmp_path / "later.jsonl", *later), most) if later else LaterRows()
+        recipe = TrainRecipe(data=config)
+        return OpenedRun(RunDirectory(tmp_path / "run"), recipe, tmp_path, TOKENIZER, rows)
+
+    return opened
+
+
+def test_a_run_without_held_out_rows_says_how_to_give_some(run):
+    assert not run().holds_out
+    with pytest.raises(RecipeError, match="this run has no held-out rows to score on") as caught:
+        run().held_out()
+    assert caught.value.problems[0].fix == "data.eval_file=<rows that were not trained on>"
+
+
+@pytest.mark.parametrize("own", [{}, {"eval_rows": 5}, {"eval_share": 0.2, "eval_rows": 5}])
+def test_rows_that_are_given_later_take_the_place_of_the_runs_own(run, own):
+    opened = run([("new", "row"), ("other", "row")], **own)
+    assert opened.holds_out
+    for data in (opened.rows(), opened.held_out()):
+        assert len(data.held_out) == len(data.scored(9)) == 2
+        assert [row.messages[-1].content for row in data.held_out_conversations()] == ["row", "row"]
+    assert len(opened.rows().train) == len(run(**own).rows().train)
+
+
+def test_rows_that_are_given_later_may_be_capped(run, capsys):
+    assert len(run([("new", "row"), ("other", "row")], most=1).held_out().held_out) == 1
+    assert "held out: the first 1 rows of" in capsys.readouterr().err
+
+
+def test_a_row_that_was_trained_on_is_refused_by_line(run):
+    opened = run([("new", "row"), PAIRS[3]])
+    for read in (opened.rows, opened.held_out):
+        with pytest.raises(RecipeError, match="1 held-out rows are also training rows") as caught:
+            read()
+        assert f"later.jsonl:2 (training {opened.recipe.data.train_file}:4)" in str(caught.value)
+
+
+def test_a_row_that_the_run_held_out_itself_was_not_trained_on(run):
+    held = {row.line for row in run(eval_rows=5).held_out().held_out}
+    opened = run([PAIRS[line - 1] for line in held], eval_rows=5)
+    assert len(opened.held_out().held_out) == len(opened.rows().held_out) == 5
+
+
+def test_training_rows_that_are_gone_are_said_and_the_rows_scored_all_the_same(run, capsys):
+    opened = run([PAIRS[3]])
+    (opened.base_folder / "train.jsonl").unlink()
+    assert len(opened.held_out().held_out) == 1
+    said = capsys.readouterr().err
+    assert "warning: nothing tells whether rows of" in said and "train.jsonl" in said
+    with pytest.raises(RecipeError):
+        opened.rows()  # an export calibrates on them
+
+
+def test_the_runs_own_settings_read_the_rows(run, tmp_path):
+    opened = run([("new", "not JSON")], eval_rows=5)
+    opened.recipe.data.task = Task.json_exact_match
+    with pytest.raises(RecipeError, match="but this held-out answer is not JSON"):
+        opened.held_out()
+    opened.recipe.data.task, opened.recipe.data.columns = Task.none, {"prompt": "q", "completion": "a"}
+    Path(opened.later.eval_file).write_text('{"q": "new", "a": "row"}\n', encoding="utf-8")
+    (tmp_path / "train.jsonl").unlink()
+    (row,) = opened.held_out().held_out_conversations()
+    assert [message.content for message in row.messages] == ["new", "row"]

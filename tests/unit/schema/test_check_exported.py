@@ -3,7 +3,8 @@
 import pytest
 
 from qlora_kit.schema.check_exported import check_evaluated, check_exported
-from qlora_kit.schema.data import AUTO, DataConfig
+from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.schema.data import AUTO, DataConfig, LaterRows
 from qlora_kit.schema.export import AdapterTarget, ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe
 
@@ -83,7 +84,7 @@ CASES = {
     "data of a run": (
         {"data": DataConfig(train_file="rows.jsonl", max_tokens=AUTO)},
         "data",
-        "data belongs to base=<folder>; a run is calibrated and scored on the rows of its own recipe",
+        "data belongs to base=<folder>; a run has rows of its own, and takes data.eval_file alone",
         "leave data out, or base=<folder> instead of run",
     ),
 }
@@ -93,3 +94,27 @@ CASES = {
 def test_what_does_not_go_together(case):
     fields, path, what, fix = CASES[case]
     assert found(**fields) == {path: (what, fix)}
+
+
+def test_a_run_may_be_given_held_out_rows_later(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    file = str(tmp_path / "rows.jsonl")
+    assert found(run="r", data=DataConfig(max_tokens=AUTO, eval_file=file, eval_rows=5)) == {}
+    assert check_evaluated(EvalRecipe(run="r", data=LaterRows(file, 5))) == []
+    for eval_file, eval_rows, path, what in (
+        ("none.jsonl", None, "data.eval_file", "no such file: none.jsonl"),
+        (None, 5, "data.eval_rows", "data.eval_rows counts rows of data.eval_file, which is not set"),
+    ):
+        data = DataConfig(max_tokens=AUTO, eval_file=eval_file, eval_rows=eval_rows)
+        assert found(run="r", data=data)[path][0] == what
+        (finding,) = check_evaluated(EvalRecipe(data=LaterRows(eval_file, eval_rows)))
+        assert (finding.path, finding.what) == (path, what)
+    (finding,) = check_evaluated(EvalRecipe(base="b", data=LaterRows(file)))
+    assert finding.what == "data belongs to run=<run directory>; files of a base are scored on the rows of their export"
+
+
+def test_the_lines_that_give_rows_later_compose():
+    recipe = compose_recipe("eval", ["run=r", "data.eval_file=rows.jsonl", "data.eval_rows=5"]).recipe
+    assert recipe.data == LaterRows("rows.jsonl", 5)
+    recipe = compose_recipe("export", ["run=r", "export=merged_16bit", "data.eval_file=rows.jsonl"]).recipe
+    assert recipe.data == DataConfig(max_tokens=AUTO, eval_file="rows.jsonl")
