@@ -264,7 +264,10 @@ def _common_option(group: str) -> str:
 
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
     # Merging a plain container into a fresh schema catches keys that '+' added behind the schema's back.
-    plain = with_todays_names(cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=True, enum_to_str=True)))
+    read = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
+    if not isinstance(read, dict):
+        raise ValueError("it holds a list where groups of fields should stand")
+    plain = with_todays_names(cast("dict[str, Any]", read))
     merged = OmegaConf.merge(OmegaConf.structured(root), _without_references(plain))
     recipe = cast(Sealed, OmegaConf.to_object(merged))
     recipe.seal()

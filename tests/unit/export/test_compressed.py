@@ -358,7 +358,7 @@ def test_refusals_leave_nothing_behind(
 def test_a_missing_library_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_kit.core.extras.is_present", lambda module: False)
     (tmp_path / "config.json").write_text(sizes(256))
-    with pytest.raises(RecipeError, match=r"'llmcompressor', which is not installed[^$]*qlora-kit\[compressed\]"):
+    with pytest.raises(RecipeError, match=r"'llmcompressor', which is not installed[^$]*\[compressed\]"):
         write_compressed(tmp_path, tmp_path, CompressedTarget(), ROWS)
 
 
