@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -29,28 +31,35 @@ class AdapterSize:
     parameters: int
 
 
-def linear_names(model: torch.nn.Module) -> set[str]:
-    """Last parts of the names of the linear modules, the output head aside."""
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return names - {"lm_head"}
+def linear_names(model: torch.nn.Module, whole: Collection[str] = ()) -> set[str]:
+    """Full names of the linear modules that may carry LoRA.
+
+    Args:
+        whole: of modules that never do, beside an output head of the usual name.
+    """
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in whole and name.rpartition(".")[2] != "lm_head"
+    }
 
 
-def resolve_targets(targets: list[str], present: set[str]) -> list[str]:
-    """Module names for the recipe's targets, sorted.
+def resolve_targets(targets: list[str], linears: Collection[str]) -> list[str]:
+    """Last parts of the names of the modules that the recipe's targets mean, sorted.
 
     Args:
         targets: names of `TARGET_SETS` or of modules.
-        present: linear modules of the base.
+        linears: full names of the linear modules of the base.
     Raises:
         RecipeError: a target names nothing in this base.
     """
     resolved: set[str] = set()
     for target in targets:
-        wanted = present if target == "all_linear" else present & set(TARGET_SETS.get(target, (target,)))
+        wanted = {name.rpartition(".")[2] for name in linears if _is_meant(target, name)}
         if not wanted:
+            present = sorted({name.rpartition(".")[2] for name in linears})
             raise RecipeError(
-                f"lora.targets names {target}, which is no linear module of this base; "
-                f"it has {', '.join(sorted(present))}",
+                f"lora.targets names {target}, which is no linear module of this base; it has {', '.join(present)}",
                 "lora.targets",
                 "lora.targets=[all_linear]",
             )
@@ -58,14 +67,40 @@ def resolve_targets(targets: list[str], present: set[str]) -> list[str]:
     return sorted(resolved)
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """Freeze the base and add trainable LoRA weights."""
-    config = PeftLoraConfig(
+def _is_meant(target: str, name: str) -> bool:
+    """Whether a target means a module; `attention` is also what lies in a module of that name, as OPT's out_proj."""
+    *path, last = name.split(".")
+    if target == "all_linear":
+        return True
+    if target == "attention" and any("attn" in part or "attention" in part for part in path):
+        return True
+    return last in TARGET_SETS.get(target, (target,))
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftModel:
+    """Freeze the base and add trainable LoRA weights.
+
+    Args:
+        whole: names of linear modules that carry none whatever the targets say: an output head, routers.
+    """
+    return get_peft_model(model, peft_config(model, lora, whole))
+
+
+def peft_config(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftLoraConfig:
+    """peft's configuration of a recipe's `lora` for one base.
+
+    Raises:
+        RecipeError: a target names nothing in this base.
+    """
+    targets = resolve_targets(lora.targets, linear_names(model, whole))
+    spared = sorted(name for name in whole if name.rpartition(".")[2] in targets)
+    return PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=resolve_targets(lora.targets, linear_names(model)),
+        target_modules=targets,
+        exclude_modules=spared or None,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.use_rslora,
@@ -73,7 +108,19 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         init_lora_weights=True if lora.init is LoraInit.default else lora.init.value,
         modules_to_save=list(lora.modules_to_save) or None,
     )
-    return get_peft_model(model, config)
+
+
+def adapted_names(model: PeftModel) -> set[str]:
+    """Full names, in the base, of the modules that carry LoRA.
+
+    A parameter that peft adapts by itself, as one of fused experts, is named with its own name behind the module's.
+    """
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        f"{name}.{module.parameter_name}".replace(".base_layer", "") if isinstance(module, ParamWrapper) else name
+        for name, module in layers.items()
+    }
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

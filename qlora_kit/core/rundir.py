@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "data.json"
 
     @property
+    def reach(self) -> Path:
+        """What of the base is adapted, what is left out, and what stays in 16 bit."""
+        return self.path / "reach.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"

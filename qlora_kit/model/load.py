@@ -1,18 +1,25 @@
 """Loads a base model, quantized as the recipe says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.model.device import this_device
+from qlora_kit.model.kind import read_config
+from qlora_kit.model.skeleton import skeleton, told_plainly
+from qlora_kit.model.structure import kept_whole
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 
-OUTPUT_HEAD = "lm_head"
+_TRIED_TOKENS = 8
 
 
 def torch_dtype(name: ComputeDtype) -> torch.dtype:
@@ -25,20 +32,54 @@ def torch_dtype(name: ComputeDtype) -> torch.dtype:
 
 
 def load_base(
-    folder: Path, quant: QuantConfig, attention: Attention = Attention.sdpa, compute_dtype: torch.dtype | None = None
+    folder: Path, quant: QuantConfig, attention: Attention | None = None, compute_dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load a base from a safetensors folder onto this process's device.
 
     Args:
         folder: with config.json and safetensors; weights in 16 or 32 bit, or already in bitsandbytes 4 bit.
         quant: storage of the frozen linear weights; ignored where the folder's own storage is the same kind.
-        attention: implementation.
+        attention: implementation; sdpa where the model has it, else eager, unless given.
         compute_dtype: of activations and of every weight that is not quantized; the recipe's unless given.
     Raises:
-        RecipeError: the folder is quantized in another way than the recipe says.
+        RecipeError: the folder is quantized in another way than the recipe says, the libraries refuse the model, or
+            the folder lacks weights of it.
     """
     quiet_libraries()
     dtype = compute_dtype or torch_dtype(quant.compute_dtype)
+    stored = check_storage(folder, quant)
+    config = read_config(folder)
+    kept = kept_whole(skeleton(folder))
+    # An explicit None makes transformers 5.17 overlook the storage that a pre-quantized folder's config.json names.
+    quantize = {"quantization_config": bitsandbytes_config(quant, dtype, kept)} if stored is None else {}
+    with told_plainly(folder, config, "load"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            **quantize,
+            dtype=dtype,
+            attn_implementation=None if attention is None else attention.value,
+            device_map={"": this_device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):
+        # transformers fills them with random numbers and only warns.
+        what = f"{folder} lacks {len(missing)} weights of its model: {', '.join(missing[:3])}"
+        raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
+    if stored is not None:
+        _set_compute_dtype(model, dtype)
+    disable_cpu_inference_packing(model)
+    return model
+
+
+def check_storage(folder: Path, quant: QuantConfig) -> QuantKind | None:
+    """How a folder's weights are quantized already; None where they are not.
+
+    Raises:
+        RecipeError: in another way than the recipe says, or than can be trained.
+    """
     stored = _stored_kind(folder)
     if stored is not None and stored is not quant.kind:
         raise RecipeError(
@@ -46,29 +87,39 @@ def load_base(
             "quant.kind",
             f"quant={'nf4_double' if stored is QuantKind.nf4 else stored.name}",
         )
-    # An explicit None makes transformers 5.17 overlook the storage that a pre-quantized folder's config.json names.
-    quantize = {"quantization_config": bitsandbytes_config(quant, dtype)} if stored is None else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        **quantize,
-        dtype=dtype,
-        attn_implementation=attention.value,
-        device_map={"": this_device()},
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    if stored is not None:
-        _set_compute_dtype(model, dtype)
-    disable_cpu_inference_packing(model)
-    return model
+    return stored
 
 
-def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' own configuration of a recipe's `quant`; None for a base kept in 16 bit."""
+def rounded_names(model: PreTrainedModel, quant: QuantConfig) -> set[str]:
+    """Names of the modules of a model without weights whose weight the recipe's loading rounds.
+
+    Asks transformers' own rule.
+    """
+    wanted = bitsandbytes_config(quant, torch.float32, kept_whole(model))
+    if wanted is None:
+        return set()
+    kept = HfQuantizer.get_modules_to_not_convert(model, wanted.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, kept)
+    }
+
+
+def put_4bit_linears(model: PreTrainedModel) -> None:
+    """Exchange the linear modules of a model without weights for bitsandbytes' own, in place."""
+    replace_with_bnb_linear(model, [], BitsAndBytesConfig(load_in_4bit=True))
+
+
+def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig | None:
+    """bitsandbytes' own configuration of a recipe's `quant`; None for a base kept in 16 bit.
+
+    Args:
+        whole: names of modules that are never rounded, beside those that the recipe names.
+    """
     if quant.kind is QuantKind.none:
         return None
-    kept = [OUTPUT_HEAD, *quant.keep_16bit]
+    kept = [*whole, *quant.keep_16bit]
     if quant.kind is QuantKind.int8:
         return BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=quant.int8_outlier_threshold, llm_int8_skip_modules=kept
@@ -80,6 +131,25 @@ def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype) -> BitsAndBytesC
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def try_forward(model: PreTrainedModel) -> None:
+    """Run a few tokens through a model, so that what a library cannot compute shows before training.
+
+    Random draws of the run stay as they are. Kernels that are compiled, or that want 16-bit activations, are left out.
+    """
+    attention = getattr(model.config, "_attn_implementation", "")
+    if attention not in (Attention.sdpa.value, Attention.eager.value):
+        return
+    embedding = model.get_input_embeddings()
+    tokens = torch.arange(_TRIED_TOKENS, device=embedding.weight.device) % embedding.num_embeddings
+    dtype = embedding.weight.dtype
+    with (
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        torch.autocast(tokens.device.type, dtype, enabled=dtype is not torch.float32),
+    ):
+        model(input_ids=tokens[None], use_cache=False)
 
 
 def disable_cpu_inference_packing(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
 from qlora_kit.model.demo import demo_base
+from qlora_kit.model.kind import CONFIG, kind_problems, read_config
 from qlora_kit.model.stored_tensors import INDEX, listed_files
 from qlora_kit.schema.model import ModelConfig
 
@@ -16,6 +17,7 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/?$")  # as huggingface_hub lays out its cache
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+CONFIG_FILES = [CONFIG]
 # README.md names the licence.
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Second copies of the same weights.
@@ -61,6 +63,24 @@ def locate_base(config: ModelConfig) -> Path:
     fetched = _fetch(config.source, config.revision, HUB_FILES)
     check_folder(fetched)
     return fetched
+
+
+def refuse_other_kinds(config: ModelConfig) -> None:
+    """Refuse a model that is no text decoder by its config.json alone; of a hub repository nothing else is fetched.
+
+    Raises:
+        RecipeError: it takes images or sound too, or it has an encoder.
+        DamagedFileError: its config.json is no JSON object.
+    """
+    if config.source == DEMO:
+        return
+    folder = Path(config.source).expanduser()
+    if not folder.is_dir():
+        if _looks_like_a_path(config.source) or not config.revision:
+            return  # locate_base says what is wrong with it
+        folder = _fetch(config.source, config.revision, CONFIG_FILES)
+    if (folder / CONFIG).is_file() and (problems := list(kind_problems(config.source, read_config(folder), []))):
+        raise RecipeError(problems)
 
 
 def locate_tokenizer(config: ModelConfig) -> Path:
@@ -223,10 +243,11 @@ def _snapshot(repository: str, revision: str, files: list[str]) -> Path:
 
     try:
         cached = download(local_files_only=True)
-        if files is TOKENIZER_FILES or not _weight_problems(cached):
+        is_whole = (cached / CONFIG).is_file() if files is CONFIG_FILES else not _weight_problems(cached)
+        if files is TOKENIZER_FILES or is_whole:
             return cached
     except LocalEntryNotFoundError:
         pass
-    what = "tokenizer" if files is TOKENIZER_FILES else "base model"
+    what = {id(TOKENIZER_FILES): "tokenizer", id(CONFIG_FILES): "settings"}.get(id(files), "base model")
     say(f"{what}: fetching {repository} at {revision} from the hub")
     return download(local_files_only=False)

@@ -22,12 +22,16 @@ from qlora_kit.export.serving.adapter_card import write_adapter_card
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
-from qlora_kit.model.load import load_base, quiet_libraries
-from qlora_kit.model.source import locate_base
+from qlora_kit.model.kind import read_config
+from qlora_kit.model.load import load_base, quiet_libraries, try_forward
+from qlora_kit.model.skeleton import told_plainly
+from qlora_kit.model.source import locate_base, refuse_other_kinds
+from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.failed_training import explained, less_learning
 from qlora_kit.pipelines.inspect import gate
+from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
@@ -59,12 +63,15 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
 
 def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> TrainResult:
     quiet_libraries()
+    refuse_other_kinds(recipe.model)
     base_folder = locate_base(recipe.model)
+    reach = reach_of(recipe, base_folder)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
     data = rows_of(recipe, run, base_folder, tokenizer)
     packing = packing_of(recipe.data, data)
     gate(audit_of(recipe, data, packing, base_folder, tokenizer))
     describe(recipe, run, overrides, data)
+    write_json(run.reach, reach.record())
 
     checkpoint = last_complete(run.checkpoints)
     step, logged = step_of(checkpoint) if checkpoint else 0, read_metrics(run.metrics)
@@ -80,7 +87,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base_folder=base_folder, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
-        model = _adapted_base(recipe, base_folder, len(data.train))
+        model = _adapted_base(recipe, base_folder, reach, len(data.train))
         watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"))
         trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
         with stop.listening():
@@ -122,12 +129,20 @@ def planned_memory(
         return None
 
 
-def _adapted_base(recipe: TrainRecipe, base_folder: Path, rows: int) -> PeftModel:
+def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: int) -> PeftModel:
     set_seed(recipe.trainer.seed)
     if others := idle_gpus():
         say(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
+    for line in reach.lines():
+        say(line)
     say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
-    model = attach_lora(load_base(base_folder, recipe.quant, recipe.model.attention), recipe.lora)
+    base = load_base(base_folder, recipe.quant, recipe.model.attention)
+    config = read_config(base_folder)
+    with told_plainly(base_folder, config, "adapt"):
+        model = attach_lora(base, recipe.lora, kept_whole(base))
+    check_reached(model, reach)
+    with told_plainly(base_folder, config, "run"):
+        try_forward(model)
     size = adapter_size(model)
     say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {rows} rows")
     return model

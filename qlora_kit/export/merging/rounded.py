@@ -82,29 +82,11 @@ class Rounding:
 
 
 def rounded_modules(base: Path, quant: QuantConfig) -> set[str]:
-    """Names of the modules whose weight the recipe's loading would round.
+    """Names of the modules whose weight the recipe's loading would round."""
+    from qlora_kit.model.load import rounded_names
+    from qlora_kit.model.skeleton import skeleton
 
-    Asks transformers' own rule on the architecture, built without weights.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    from qlora_kit.model.load import bitsandbytes_config
-
-    wanted = bitsandbytes_config(quant, torch.float32)
-    if wanted is None:
-        return set()
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    kept = HfQuantizer.get_modules_to_not_convert(model, wanted.llm_int8_skip_modules, model._keep_in_fp32_modules)
-    return {
-        name
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and should_convert_module(name, kept)
-    }
+    return rounded_names(skeleton(base), quant)
 
 
 def is_stored_rounded(base: Path) -> bool:

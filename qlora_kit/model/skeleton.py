@@ -1,0 +1,89 @@
+"""A base without its weights, on torch's meta device: what would be loaded, looked at before it is."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qlora_kit.core.errors import KitError, Problem, RecipeError
+from qlora_kit.core.terminal import printable
+from qlora_kit.model.kind import read_config
+from qlora_kit.schema.model import Attention
+
+LONGEST_TOLD = 300  # characters of a library's own message
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model that a folder's config.json describes, its weights on the meta device.
+
+    Raises:
+        RecipeError: the libraries refuse the model.
+        DamagedFileError: there is no config.json, or it is no JSON object.
+    """
+    config = read_config(folder)
+    with told_plainly(folder, config, "build"):
+        parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if type(parsed) not in AutoModelForCausalLM._model_mapping:
+            raise _no_text_model(folder, config)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+    return model
+
+
+def attention_problem(model: PreTrainedModel, attention: Attention) -> Problem | None:
+    """Why a model without weights cannot have this attention; None where it can."""
+    kind = model.config.model_type
+    if attention is Attention.flash_attention_2:  # which is built only where its package is
+        refused = not model._supports_flash_attn
+    else:
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(model.config, attn_implementation=attention.value)
+            refused = False
+        except (ValueError, ImportError):
+            refused = True
+    if not refused:
+        return None
+    what = f"transformers has no {attention.value} attention for model_type {kind}"
+    return Problem(what, f"model.attention={attention.name}", "model.attention=eager")
+
+
+@contextmanager
+def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iterator[None]:
+    """Turn a library's own error into one that names model, library and what can be done; exit code 2.
+
+    Args:
+        folder: of the base.
+        config: its config.json.
+        doing: what is tried, as in "cannot <doing> this model".
+    Raises:
+        RecipeError: anything but an error of the kit's, of memory or of the disk was raised.
+    """
+    try:
+        yield
+    except (KitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        said = printable(first)[:LONGEST_TOLD]
+        what = (
+            f"transformers {metadata.version('transformers')} and peft {metadata.version('peft')} cannot {doing} "
+            f"this model (model_type {_kind(config)}, {folder}): {type(error).__name__}: {said}; "
+            "name another base, or one whose architecture this release of transformers trains"
+        )
+        raise RecipeError(what, "model.source") from error
+
+
+def _no_text_model(folder: Path, config: Mapping[str, object]) -> RecipeError:
+    what = (
+        f"transformers {metadata.version('transformers')} has no text model for model_type {_kind(config)} ({folder}): "
+        "it is no decoder, it takes more than text, or it is newer than this release"
+    )
+    return RecipeError([Problem(what, "model.source")])
+
+
+def _kind(config: Mapping[str, object]) -> str:
+    return printable(str(config.get("model_type", "unknown")))[:80]

@@ -1,0 +1,121 @@
+"""What a decoder is made of, told by its structure rather than by its family's name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_GATES = ("gate", "router")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one module, the tensors of its children aside.
+
+    Attributes:
+        name: of the module.
+        kind: linear, router, head, embedding, experts, convolution, small (norms, biases and other vectors) or other.
+        count: of its weights; the bias of a linear module counts by itself, as it is never quantized.
+        shape: of its matrix [outputs, inputs]; empty where it is none.
+    """
+
+    name: str
+    kind: str
+    count: int
+    shape: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> str:
+        """The last part of the name."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+def layers_of(model: nn.Module) -> tuple[str, int]:
+    """Where the decoder's layers lie and how many they are; an empty name where the model has none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    name, layers = max(outer, key=lambda pair: _size(pair[1]), default=("", nn.ModuleList()))
+    return name, len(layers)
+
+
+def weights_of(model: PreTrainedModel) -> list[Weights]:
+    """Every module that holds weights of its own, each tensor counted once, in the model's order."""
+    head = model.get_output_embeddings()
+    routers = frozenset(router_names(model))
+    seen: set[int] = set()
+    found = []
+    for name, module in model.named_modules():
+        own = [weight for weight in module.parameters(recurse=False) if id(weight) not in seen]
+        seen.update(id(weight) for weight in own)
+        if not own:
+            continue
+        kind = "head" if module is head else "router" if name in routers else _kind(module)
+        if kind == "other" and any(word in name.rpartition(".")[2] for word in _GATES):
+            kind = "router"
+        matrix = next((tuple(weight.shape) for weight in own if weight.ndim == 2), ())
+        biases = sum(weight.numel() for weight in own if weight.ndim < 2) if isinstance(module, nn.Linear) else 0
+        found.append(Weights(name, kind, sum(weight.numel() for weight in own) - biases, matrix))
+        if biases:
+            found.append(Weights(f"{name}.bias", "small", biases))
+    return found
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """Linear modules that choose among experts, or scale a shared one: one output an expert, or one alone."""
+    return sorted(set(_routers(model)))
+
+
+def kept_whole(model: PreTrainedModel) -> list[str]:
+    """Modules that are neither quantized nor adapted: the output head, and what chooses among experts."""
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head]
+    return [*heads, *router_names(model)]
+
+
+def transposed_modules(model: nn.Module) -> list[str]:
+    """Modules that hold a linear map the other way around, [inputs, outputs], as GPT-2's do."""
+    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+
+
+def _routers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        choices = _experts(name, module)
+        if choices == 0:
+            continue
+        prefix = name.rpartition(".")[0]
+        block = model.get_submodule(prefix)
+        for inner, linear in block.named_modules(prefix=prefix):
+            gates = any(word in inner.removeprefix(prefix) for word in _GATES)
+            if isinstance(linear, nn.Linear) and gates and linear.out_features in (1, choices):
+                yield inner
+
+
+def _experts(name: str, module: nn.Module) -> int:
+    """How many experts a module holds: in one tensor of three dimensions, or in a list; 0 where it holds none."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) if "expert" in name.rpartition(".")[2] else 0
+    if _is_convolution(module):
+        return 0
+    return next((weight.shape[0] for weight in module.parameters(recurse=False) if weight.ndim == 3), 0)
+
+
+def _kind(module: nn.Module) -> str:
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if _is_convolution(module):
+        return "convolution"
+    most = max(weight.ndim for weight in own)
+    return "experts" if most >= 3 else "small" if most <= 1 else "other"
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())

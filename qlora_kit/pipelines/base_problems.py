@@ -1,0 +1,141 @@
+"""Why a base cannot be trained as a recipe says, by what it is made of; found without its weights."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.model.skeleton import attention_problem
+from qlora_kit.model.stored_tensors import FLOATS, StoredTensor
+from qlora_kit.model.structure import Weights, transposed_modules
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
+from qlora_kit.schema.root import TrainRecipe
+
+ATTENTION_ONLY = "lora.targets=[attention]"
+_NAMED = 5  # names in a line
+
+
+def base_problems(
+    recipe: TrainRecipe, model: PreTrainedModel, weights: list[Weights], tensors: Mapping[str, StoredTensor]
+) -> list[Problem]:
+    """What speaks against this base with this recipe, whatever modules the adapter is to reach.
+
+    Args:
+        model: the base without its weights.
+        tensors: of the checkpoint; empty where only its config.json is at hand.
+    """
+    attention = attention_problem(model, recipe.model.attention)
+    return [
+        *_transposed(recipe, model),
+        *([attention] if attention else []),
+        *_experts(recipe, weights),
+        *_kept_nowhere(recipe, model),
+        *_other_shapes(weights, tensors),
+    ]
+
+
+def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Problem]:
+    """Patterns of ranks and alphas that fit no adapted module.
+
+    Args:
+        promised: full names of the modules that the targets mean.
+    """
+    for key, patterns in (("rank_pattern", recipe.lora.rank_pattern), ("alpha_pattern", recipe.lora.alpha_pattern)):
+        for pattern in patterns:
+            # as peft matches it (get_pattern_key in its utils/other.py)
+            try:
+                fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in promised)
+            except re.error as error:
+                yield Problem(f"lora.{key} names {pattern}, which is no pattern: {error}", f"lora.{key}")
+                continue
+            if not fits:
+                yield Problem(f"lora.{key} names {pattern}, and no adapted module is named so", f"lora.{key}")
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def _transposed(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Problem]:
+    if names := transposed_modules(model):
+        what = (
+            f"{recipe.model.source} holds its linear layers the other way around ({few(names)}, as GPT-2 does): "
+            "an adapter of it could never be merged or exported, so it is not trained"
+        )
+        yield Problem(what, "model.source")
+
+
+def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:
+    experts = [part for part in weights if part.kind == "experts"]
+    if not experts:
+        return
+    quant, names = recipe.quant, sorted({part.last for part in experts})
+    means_them = {"all_linear", "mlp"} & set(recipe.lora.targets)
+    stays = quant.kind is not QuantKind.none and not _all_kept(experts, quant)
+    if not means_them and not stays:
+        return
+    count, total = sum(part.count for part in experts), sum(part.count for part in weights)
+    wide = 4 if quant.compute_dtype is ComputeDtype.float32 else 2
+    what = (
+        f"{recipe.model.source} keeps its experts in one tensor a layer ({human_count(count)} of "
+        f"{human_count(total)} weights, {count / total:.0%}), which LoRA does not reach"
+    )
+    fixes = [ATTENTION_ONLY] if means_them else []
+    if quant.kind is not QuantKind.none:
+        what += (
+            f" and {quant.kind.name} does not quantize: they would take {human_bytes(wide * count)} and not be trained"
+        )
+        fixes.append(f"quant.keep_16bit=[{','.join(sorted({*names, *quant.keep_16bit}))}]")
+    where = "lora.targets" if means_them else "quant.keep_16bit"
+    yield Problem(f"{what}; to train the rest alone, say so", where, " ".join(fixes))
+
+
+def _all_kept(experts: list[Weights], quant: QuantConfig) -> bool:
+    return not any(should_convert_module(part.name, list(quant.keep_16bit)) for part in experts)
+
+
+def _kept_nowhere(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Problem]:
+    """Names in the recipe that mean no module of this base."""
+    names = [name for name, _ in model.named_modules() if name]
+    for kept in recipe.quant.keep_16bit:
+        if all(should_convert_module(name, [kept]) for name in names):
+            yield Problem(f"quant.keep_16bit names {kept}, and this base has no such module", "quant.keep_16bit")
+    for saved in recipe.lora.modules_to_save:
+        if not any(name == saved or name.endswith(f".{saved}") for name in names):
+            yield Problem(
+                f"lora.modules_to_save names {saved}, and this base has no such module", "lora.modules_to_save"
+            )
+
+
+def _other_shapes(weights: list[Weights], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+    """Linear modules that the checkpoint does not hold, or in another shape than config.json says."""
+    if not tensors:
+        return
+    by_tail: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors.values():
+        by_tail.setdefault(_tail(tensor.name), []).append(tensor)
+    absent, odd = [], []
+    for part in weights:
+        if part.kind != "linear":
+            continue
+        found = tensors.get(f"{part.name}.weight") or next(iter(by_tail.get(_tail(f"{part.name}.weight"), [])), None)
+        if found is None:
+            absent.append(part.name)
+        elif found.dtype in FLOATS and found.shape != part.shape:
+            odd.append(f"{part.name} is {list(found.shape)}, and config.json says {list(part.shape)}")
+    if absent:
+        what = f"the checkpoint holds no weight of {len(absent)} linear modules of its model: {few(absent)}"
+        yield Problem(f"{what}; an adapter of it could not be exported", "model.source")
+    if odd:
+        yield Problem(f"the checkpoint is not the one that its config.json describes: {few(odd)}", "model.source")
+
+
+def _tail(name: str) -> str:
+    """The name from its layer's number on, as the merge compares names of checkpoint and model."""
+    start = name.find("layers.")
+    return name[start:] if start >= 0 else ".".join(name.split(".")[-2:])

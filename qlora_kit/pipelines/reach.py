@@ -1,0 +1,193 @@
+"""What LoRA will reach of a base and what stays in 16 bit: told, or refused, before a weight is loaded."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qlora_kit.adapter.attach import adapted_names, linear_names, peft_config, resolve_targets
+from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.model.kind import kind_problems, read_config
+from qlora_kit.model.load import check_storage, put_4bit_linears, rounded_names
+from qlora_kit.model.skeleton import skeleton, told_plainly
+from qlora_kit.model.stored_tensors import read_headers
+from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
+from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few, unmatched_patterns
+from qlora_kit.schema.lora import LoraConfig, LoraInit
+from qlora_kit.schema.quant import ComputeDtype
+from qlora_kit.schema.root import TrainRecipe
+
+# In words, what stays in 16 bit; the first two are what every model keeps.
+_KINDS = {
+    "embedding": "embeddings and output head",
+    "head": "embeddings and output head",
+    "small": "norms, biases and other vectors",
+    "router": "routers",
+    "experts": "experts",
+    "convolution": "convolutions",
+    "linear": "linear modules",
+    "other": "other matrices",
+}
+_USUAL = ("embedding", "head", "small")
+
+LOUD_SHARE = 0.01  # of the weights: more than that in 16 bit beside tables and norms is worth a warning
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What is adapted, what is left out, and how each weight is stored.
+
+    Attributes:
+        layers: of the decoder.
+        weights: of the base, by module.
+        rounded: full names of the modules that are stored in 8 or 4 bit.
+        adapted: full names of the modules that carry LoRA.
+        trained: weights of the adapter.
+        wide: bytes of a weight that is not rounded.
+    """
+
+    layers: int
+    weights: list[Weights]
+    rounded: frozenset[str]
+    adapted: frozenset[str]
+    trained: int
+    wide: int
+
+    @property
+    def linears(self) -> list[Weights]:
+        """The linear modules that LoRA could reach: routers and the output head are none."""
+        return [part for part in self.weights if part.kind == "linear"]
+
+    @property
+    def in_16_bit(self) -> dict[str, int]:
+        """Weights that are not rounded, by kind in words."""
+        kept: Counter[str] = Counter()
+        for part in self.weights:
+            if part.name not in self.rounded:
+                kept[_KINDS[part.kind]] += part.count
+        return dict(kept)
+
+    @property
+    def total(self) -> int:
+        """Weights of the base."""
+        return sum(part.count for part in self.weights)
+
+    def lines(self) -> list[str]:
+        """What the user reads before training."""
+        reached = [part for part in self.linears if part.name in self.adapted]
+        share = sum(part.count for part in reached) / max(1, sum(part.count for part in self.linears))
+        line = f"LoRA on {len(reached)} of {len(self.linears)} linear modules, {share:.1%} of their weights"
+        if experts := sum(part.count for part in self.weights if part.kind == "experts"):
+            line += f", and none on the experts, {experts / self.total:.1%} of all weights"
+        if left := self._by_name([part for part in self.linears if part.name not in self.adapted]):
+            line += f": {self._by_name(reached)}; left out: {left}"
+        return [line, *self._storage()]
+
+    def record(self) -> dict[str, object]:
+        """The same for a file."""
+        return {
+            "layers": self.layers,
+            "weights": self.total,
+            "trained_weights": self.trained,
+            "adapted": dict(Counter(part.last for part in self.linears if part.name in self.adapted)),
+            "left_out": dict(Counter(part.last for part in self.linears if part.name not in self.adapted)),
+            "weights_in_16_bit": self.in_16_bit,
+        }
+
+    def _storage(self) -> Iterator[str]:
+        kept = self.in_16_bit
+        count = sum(kept.values())
+        parts = ", ".join(f"{kind} {human_count(number)}" for kind, number in kept.items())
+        if not self.rounded:
+            yield f"no weight is quantized: {human_count(self.total)} weights, {human_bytes(self.total * self.wide)}"
+            return
+        usual = {_KINDS[kind] for kind in _USUAL}
+        others = sum(number for kind, number in kept.items() if kind not in usual)
+        loud = "warning: " if others > LOUD_SHARE * self.total else ""
+        yield (
+            f"{loud}{human_count(count)} of {human_count(self.total)} weights ({count / self.total:.1%}) are not "
+            f"quantized and take {human_bytes(count * self.wide)}: {parts}"
+        )
+
+    def _by_name(self, parts: list[Weights]) -> str:
+        found = Counter(part.last for part in parts)
+        every = all(count % max(1, self.layers) == 0 for count in found.values())
+        told = [name if every else f"{name} in {count} of {self.layers} layers" for name, count in found.items()]
+        return ", ".join(told)
+
+
+def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
+    """What a recipe's adapter will reach in the base of a folder.
+
+    Raises:
+        RecipeError: this base cannot be trained as the recipe says; with every reason that can be told.
+        DamagedFileError: a file of the base is damaged.
+    """
+    config = read_config(folder)
+    tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
+    if problems := list(kind_problems(recipe.model.source, config, list(tensors))):
+        raise RecipeError(problems)
+    check_storage(folder, recipe.quant)
+    model = skeleton(folder)
+    weights, whole = weights_of(model), kept_whole(model)
+    rounded = rounded_names(model, recipe.quant)
+    if problems := base_problems(recipe, model, weights, tensors):
+        raise RecipeError(problems)
+    promised = promised_names(model, recipe.lora, whole)
+    if problems := list(unmatched_patterns(recipe, promised)):
+        raise RecipeError(problems)
+    layers = layers_of(model)[1]
+    with told_plainly(folder, config, "adapt"), warnings.catch_warnings(action="ignore"):
+        put_4bit_linears(model)  # of which peft asks no other library
+        adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
+    _check_promise(recipe, adapted_names(adapted_model), promised)
+    trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
+    wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
+    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide)
+
+
+def check_reached(model: PeftModel, reach: Reach) -> None:
+    """Compare a loaded and adapted base with what was promised.
+
+    Raises:
+        RunError: another set of modules carries LoRA.
+    """
+    adapted = adapted_names(model)
+    if adapted != reach.adapted:
+        differ = sorted(adapted ^ reach.adapted)
+        raise RunError(f"LoRA is on {len(adapted)} modules, not on the {len(reach.adapted)} promised: {few(differ)}")
+
+
+def _on_meta(lora: LoraConfig) -> LoraConfig:
+    """The same modules, with values that need no weights to start from."""
+    return replace(lora, init=LoraInit.default, use_dora=False)
+
+
+def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -> set[str]:
+    """Full names of the linear modules that a recipe's targets mean.
+
+    Args:
+        whole: of modules that never carry LoRA.
+    Raises:
+        RecipeError: a target names nothing in this base.
+    """
+    linears = linear_names(model, whole)
+    targets = resolve_targets(lora.targets, linears)
+    return {name for name in linears if name.rpartition(".")[2] in targets}
+
+
+def _check_promise(recipe: TrainRecipe, adapted: set[str], promised: set[str]) -> None:
+    if adapted == promised:
+        return
+    missing, extra = sorted(promised - adapted), sorted(adapted - promised)
+    what = f"peft would leave out {len(missing)} of the {len(promised)} linear modules that lora.targets means"
+    if missing:
+        what += f" ({few(missing)})"
+    if extra:
+        what += f", and adapt {few(extra)} instead, which no export could merge"
+    raise RecipeError(what, "lora.targets", ATTENTION_ONLY)

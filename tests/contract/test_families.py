@@ -1,0 +1,242 @@
+"""Every kind of model trains with all that was promised adapted, or is refused with a sentence before it is loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qlora_kit.adapter.attach import adapted_names, attach_lora
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
+from qlora_kit.model.load import load_base, rounded_names, try_forward
+from qlora_kit.model.skeleton import skeleton, told_plainly
+from qlora_kit.model.structure import kept_whole
+from qlora_kit.pipelines.reach import check_reached, reach_of
+from qlora_kit.schema.lora import LoraConfig
+from qlora_kit.schema.model import Attention, ModelConfig
+from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.schema.root import TrainRecipe
+from tests.families import KINDS, build
+
+TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text")
+EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
+REFUSED = {
+    "gpt2": "holds its linear layers the other way around",
+    "mamba2": "mamba2",
+    "t5": "is an encoder with a decoder",
+    "gemma3": "takes images or sound too (config.json has a vision_config)",
+    "qwen3_moe": "keeps its experts in one tensor a layer",
+    "qwen2_moe": "keeps its experts in one tensor a layer",
+    "glm4_moe": "keeps its experts in one tensor a layer",
+    "gpt_oss": "keeps its experts in one tensor a layer",
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder of a kind's checkpoint, made once."""
+    place, made = tmp_path_factory.mktemp("kinds"), {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = build(kind, place / kind)
+        return made[kind]
+
+    return folder
+
+
+def recipe_for(folder, *, targets=("all_linear",), keep=(), attention=Attention.sdpa, quant=QuantKind.nf4, **lora):
+    return TrainRecipe(
+        model=ModelConfig(source=str(folder), attention=attention),
+        lora=LoraConfig(targets=list(targets), **lora),
+        quant=QuantConfig(kind=quant, keep_16bit=list(keep)),
+    )
+
+
+def loaded(recipe, folder):
+    base = load_base(folder, recipe.quant, recipe.model.attention)
+    return attach_lora(base, recipe.lora, kept_whole(base))
+
+
+def one_step(model):
+    """Gradients of B of every adapted module after a step on a few tokens."""
+    tokens = torch.arange(12)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
+
+
+def refusal(recipe, folder):
+    with pytest.raises(RecipeError) as raised:
+        reach_of(recipe, folder)
+    assert raised.value.exit_code == EXIT_BAD_RECIPE
+    return str(raised.value)
+
+
+def test_every_kind_is_either_trained_or_refused():
+    assert set(TRAINED) | set(REFUSED) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_every_linear_module_of_the_layers_is_adapted_and_learns(kind, folder_of):
+    folder = folder_of(kind)
+    recipe = recipe_for(folder)
+    reach = reach_of(recipe, folder)
+    model = loaded(recipe, folder)
+
+    check_reached(model, reach)
+    layers = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert layers == reach.adapted == {part.name for part in reach.linears}
+    gradients = one_step(model)
+    assert len(gradients) == len(layers)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+    assert "100.0% of their weights" in reach.lines()[0]
+    assert reach.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_said_to_be_quantized_is(kind, folder_of):
+    folder = folder_of(kind)
+    reach = reach_of(recipe_for(folder), folder)
+    model = load_base(folder, QuantConfig())
+    four = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert four == reach.rounded
+    others = sum(
+        weight.numel() for name, weight in model.named_parameters() if name.removesuffix(".weight") not in four
+    )
+    assert sum(reach.in_16_bit.values()) == others
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_refused_before_a_weight_is_loaded(kind, folder_of, tmp_path):
+    folder = tmp_path / kind
+    shutil.copytree(folder_of(kind), folder)
+    message = refusal(recipe_for(folder), folder)
+    assert REFUSED[kind] in message
+    assert "Traceback" not in message and len(message.splitlines()[0]) < 400
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_stay_whole_and_untrained_only_where_the_recipe_says_so(kind, folder_of):
+    folder = folder_of(kind)
+    message = refusal(recipe_for(folder), folder)
+    assert "fix      lora.targets=[attention] quant.keep_16bit=[experts]" in message
+    assert "fix      quant.keep_16bit=[experts]" in refusal(recipe_for(folder, targets=["attention"]), folder)
+    assert "fix      lora.targets=[attention]" in refusal(recipe_for(folder, quant=QuantKind.none), folder)
+
+    recipe = recipe_for(folder, targets=["attention"], keep=["experts"])
+    reach = reach_of(recipe, folder)
+    model = loaded(recipe, folder)
+    check_reached(model, reach)
+    assert {name.rpartition(".")[2] for name in reach.adapted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(gradient is not None for gradient in one_step(model).values())
+    experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
+    assert reach.in_16_bit["experts"] == experts > 0
+    first, second = reach.lines()
+    assert "none on the experts" in first
+    assert second.startswith("warning: ") and "are not quantized" in second
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_what_chooses_experts_is_neither_quantized_nor_adapted(kind, folder_of):
+    model = skeleton(folder_of(kind))
+    rounded = rounded_names(model, QuantConfig())
+    assert rounded and not [name for name in rounded if "gate" in name.rpartition(".")[2].removesuffix("gate_proj")]
+    base = load_base(folder_of(kind), QuantConfig())
+    adapted = adapted_names(attach_lora(base, LoraConfig(targets=["attention"]), kept_whole(base)))
+    assert not [name for name in adapted if name.endswith("gate")]
+
+
+def test_shared_experts_that_peft_would_leave_out_are_named(folder_of):
+    folder = folder_of("glm4_moe")
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    message = refusal(recipe_for(folder, targets=targets, keep=["experts"]), folder)
+    assert "peft would leave out 6 of the 8 linear modules that lora.targets means" in message
+    assert "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, model.layers.1.mlp.shared_experts" in message
+    experts = "adapt model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj instead"
+    assert f"{experts}, which no export could merge" in message
+
+
+def test_attention_is_what_lies_in_a_module_of_that_name(folder_of):
+    opt = reach_of(recipe_for(folder_of("opt"), targets=["attention"]), folder_of("opt"))
+    assert "model.decoder.layers.0.self_attn.out_proj" in opt.adapted
+    hybrid = reach_of(recipe_for(folder_of("qwen3_5_text"), targets=["attention"]), folder_of("qwen3_5_text"))
+    assert {int(name.split(".")[2]) for name in hybrid.adapted} == {0, 1, 2, 3}
+    assert "left out: gate_proj, up_proj, down_proj" in hybrid.lines()[0]
+
+
+def test_a_kind_of_module_that_only_some_layers_have_is_said(folder_of):
+    folder = folder_of("qwen3_5_text")
+    (first, *_) = reach_of(recipe_for(folder, targets=["q_proj"]), folder).lines()
+    assert "q_proj in 1 of 4 layers; left out:" in first
+
+
+def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
+    folder = folder_of("gpt_oss")
+    explicit = {"targets": ["attention"], "keep": ["experts"]}
+    assert "fix      model.attention=eager" in refusal(recipe_for(folder, **explicit), folder)
+    recipe = recipe_for(folder, attention=Attention.eager, **explicit)
+    check_reached(loaded(recipe, folder), reach_of(recipe, folder))
+    assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"keep": ["router"]}, "quant.keep_16bit names router"),
+        ({"modules_to_save": ["score"]}, "lora.modules_to_save names score"),
+        ({"rank_pattern": {"wqkv": 8}}, "lora.rank_pattern names wqkv"),
+        ({"alpha_pattern": {"k_proj(": 8.0}}, "lora.alpha_pattern names k_proj(, which is no pattern"),
+    ],
+)
+def test_a_name_that_means_no_module_is_refused(changes, told, folder_of):
+    assert told in refusal(recipe_for(folder_of("llama"), **changes), folder_of("llama"))
+
+
+def test_a_checkpoint_that_its_config_does_not_describe_is_refused(folder_of, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(folder_of("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "holds no weight of 7 linear modules" in refusal(recipe_for(folder), folder)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
+    assert "is [128, 64], and config.json says [192, 64]" in refusal(recipe_for(folder), folder)
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    assert "model_type llama" in refusal(recipe_for(folder), folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    assert "num_hidden_layers=1000000000, which no model has" in refusal(recipe_for(folder), folder)
+
+
+def test_weights_that_are_not_there_are_not_made_up(folder_of, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(folder_of("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.post_attention_layernorm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"lacks 1 weights of its model: model\.layers\.1\.post") as raised:
+        load_base(folder, QuantConfig())
+    assert raised.value.exit_code == EXIT_BAD_RECIPE
+
+
+def test_another_set_of_adapted_modules_than_promised_is_an_error(folder_of):
+    folder = folder_of("llama")
+    reach = reach_of(recipe_for(folder), folder)
+    model = loaded(recipe_for(folder, targets=["attention"]), folder)
+    with pytest.raises(RunError, match="LoRA is on 8 modules, not on the 14 promised"):
+        check_reached(model, reach)
+
+
+def test_a_librarys_error_is_told_with_model_and_library(folder_of):
+    folder = folder_of("llama")
+    told = r"cannot run this model \(model_type llama.*TypeError: no␛s;"
+    with pytest.raises(RecipeError, match=told), told_plainly(folder, {"model_type": "llama"}, "run"):
+        raise TypeError("no\x1bs\nmore")
+
+
+def test_trying_a_forward_pass_draws_nothing(folder_of):
+    model = loaded(recipe_for(folder_of("llama"), dropout=0.1), folder_of("llama")).train()
+    before = torch.random.get_rng_state()
+    try_forward(model)
+    assert torch.equal(before, torch.random.get_rng_state())
