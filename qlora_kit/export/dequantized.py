@@ -43,7 +43,7 @@ def dequantized_weights(artifact: Path, merged_dir: Path) -> WeightReader:
     """A reader of the weights that an artifact stands for, float32 [out_features, in_features], by the merged name.
 
     Args:
-        artifact: a GGUF file (of several, the first), or a folder in GPTQ's or AWQ's layout or in 16 bits.
+        artifact: a GGUF file (of several, the first), or a folder of GPTQ, AWQ, bitsandbytes or 16 bits.
         merged_dir: the 16-bit folder it was made from.
 
     AWQ moves factors between neighbouring weights; they are fitted to the merged weight and taken out again. A GGUF
@@ -62,6 +62,8 @@ def dequantized_weights(artifact: Path, merged_dir: Path) -> WeightReader:
         return _gptq_weights(read)
     if method == "awq":
         return _awq_weights(read, stored_tensors(merged_dir), settings)
+    if method == "bitsandbytes":
+        return _bnb_weights(artifact, read)
     raise RunError(f"{artifact} is in the layout '{method}', whose weights cannot be compared one by one")
 
 
@@ -90,6 +92,26 @@ def _awq_weights(read: WeightReader, merged: WeightReader, settings: Mapping[str
             return read(name)
         found = unpacked_weight(packed, int(settings["group_size"]), AwqLayout(settings["version"]))
         return without_factors(found, source.float())
+
+    return weight
+
+
+def _bnb_weights(artifact: Path, read: WeightReader) -> WeightReader:
+    import torch
+
+    from qlora_kit.export.merging.read_base import StoredTensor, read_headers
+    from qlora_kit.export.merging.rounded import read_stored, weight_beside
+
+    tensors = read_headers(artifact)
+    states: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        if (beside := weight_beside(name)) is not None:
+            states.setdefault(beside, {})[name] = tensor
+
+    def weight(name: str) -> "Tensor | None":
+        if name not in states or name not in tensors:
+            return read(name)
+        return read_stored(tensors[name], states[name], torch.device("cpu"))
 
     return weight
 

@@ -13,7 +13,7 @@ from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
-from qlora_kit.evaluation.judge import faults_of
+from qlora_kit.evaluation.judge import Yardstick, faults_of
 from qlora_kit.evaluation.perplexity import text_fit
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
@@ -85,18 +85,18 @@ def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
     exam = set_exam(subject, config)
 
     models = subject.open_models()
-    reference = models[exam.reference].score(exam.rows, None, config.top_tokens)
+    yardstick = _yardstick(models, exam)
     table = []
     for name, scorer in models.items():
         if name in wanted:
             asked = _Asked(name, size_on_disk(subject.folder_of(name)))
-            table.append(_row(subject, asked, scorer, reference, exam))
+            table.append(_row(subject, asked, scorer, yardstick, exam))
     for scorer in models.values():
         scorer.close()
 
     for name in wanted:
         if name in exports:
-            table.append(_score_export(subject, exports[name], reference, exam))
+            table.append(_score_export(subject, exports[name], yardstick, exam))
     write_json(subject.directory.evaluation, _record(table, exam))
     return table
 
@@ -122,13 +122,19 @@ def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) ->
     return [name for name in known if name in artifacts]
 
 
-def _score_export(subject: Evaluated, folder: Path, reference: Scores, exam: Exam) -> Row:
+def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
+    reference = models[exam.reference].score(exam.rows, None, exam.config.top_tokens)
+    before = next((scorer for name, scorer in models.items() if name != exam.reference), None)
+    return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
+
+
+def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
     manifest = read_manifest(folder)
     asked = _Asked(folder.name, size_on_disk(folder), manifest)
     beside = adapter_base(subject.base_folder)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], subject.tokenizer, beside)
     try:
-        row = _row(subject, asked, scorer, reference, exam)
+        row = _row(subject, asked, scorer, yardstick, exam)
     finally:
         scorer.close()
     record_scores(folder, asdict(row))
@@ -137,9 +143,10 @@ def _score_export(subject: Evaluated, folder: Path, reference: Scores, exam: Exa
     return row
 
 
-def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, exam: Exam) -> Row:
-    config = exam.config
-    fidelity = compare(reference, scorer.score(exam.rows, reference.ids, config.top_tokens))
+def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
+    config, reference = exam.config, yardstick.reference
+    scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
+    fidelity = compare(reference, scores)
     answers = Answers([], 0.0)
     if exam.prompts:
         answers = scorer.answer(exam.prompts, config.max_new_tokens, config.batch_size)
@@ -149,7 +156,7 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, e
         [] if exam.task is Task.none else [judge(exam.task, *pair) for pair in zip(said, exam.expected, strict=True)]
     )
     text = text_fit(scorer, exam.windows) if exam.windows else None
-    verdict, faults = _judged(fidelity, asked.manifest)
+    verdict, faults = _judged(asked.manifest, fidelity, scores, yardstick)
     row = Row(
         name=asked.name,
         size_bytes=asked.size_bytes,
@@ -172,12 +179,14 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, reference: Scores, e
     return row
 
 
-def _judged(fidelity: Fidelity, manifest: Mapping[str, Any] | None) -> tuple[Verdict | None, tuple[str, ...]]:
+def _judged(
+    manifest: Mapping[str, Any] | None, fidelity: Fidelity, scores: Scores, yardstick: Yardstick
+) -> tuple[Verdict | None, tuple[str, ...]]:
     """The verdict on a file, and what these scores show; a file that was rejected stays so until it is made again."""
     if manifest is None:
         return None, tuple(faults_of(fidelity, None))
     bound = manifest.get("max_mean_kl")
-    faults = tuple(faults_of(fidelity, bound))
+    faults = tuple(faults_of(fidelity, bound, scores, yardstick))
     was_rejected = recorded_verdict(manifest) is Verdict.rejected
     if was_rejected and (faults_of_export(manifest) or not manifest.get("faults")):
         return Verdict.rejected, faults

@@ -136,7 +136,7 @@ class EvaluatedBase(Evaluated):
 
     def open_models(self) -> dict[str, Scorer]:
         """The base in 16 bit."""
-        return {"base": self._base.open_reference()}
+        return {"base": self._base.open_reference()[0]}
 
     def folder_of(self, model: str) -> Path:
         """The base's folder."""

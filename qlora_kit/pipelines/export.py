@@ -17,6 +17,7 @@ from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import ADAPTERS
+from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
@@ -93,10 +94,13 @@ def _alone(subject: Exportable) -> Iterator[None]:
 
 def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:
     say(f"scoring {subject.reference} on {len(rows)} held-out rows")
-    scorer = subject.open_reference()
+    scorer, before = subject.open_reference()
     scores = scorer.score(rows, None, TOP_TOKENS)
+    untrained = before.score(rows, None, 1) if before else None
     scorer.close()
-    return Reference(rows, scores)
+    if before:
+        before.close()
+    return Reference(rows, Yardstick(scores, untrained))
 
 
 def _source(subject: Exportable, sixteen_bit: Path, calibration: list[list[int]]) -> Source:
@@ -155,6 +159,7 @@ def _best(
     reference: Reference | None,
     folder: Path,
 ) -> Finished:
+    candidates = _chosen(subject, config, candidates)
     job, merged = candidates[0]
     if len(candidates) == 1 or job.format in ADAPTERS:
         return _made(subject, config, job, merged, reference, folder)
@@ -172,6 +177,17 @@ def _best(
         found[best][0].rename(folder)
     say(f"{job.name}: held-out loss by base: {', '.join(f'{base} {loss:.4f}' for base, loss in losses.items())}")
     return found[best][1]
+
+
+def _chosen(
+    subject: Exportable, config: ExportConfig, candidates: Sequence[tuple[ExportJob, Merged]]
+) -> Sequence[tuple[ExportJob, Merged]]:
+    """The merges that a file is made from: what auto names, else all."""
+    if config.merge_base is not MergeBase.auto or len(candidates) == 1:
+        return candidates
+    job = candidates[0][0]
+    wanted = subject.base_for(str(job.settings["kind"]) if job.format == "bnb" else None)
+    return [one for one in candidates if one[1][1].base == wanted.name] or candidates[:1]
 
 
 def _made(

@@ -86,12 +86,16 @@ class Exportable(ABC):
         """Note what is about to be exported; called by the one export that is at work on it."""
 
     @abstractmethod
-    def open_reference(self) -> Scorer:
-        """What its files are compared with."""
+    def open_reference(self) -> tuple[Scorer, Scorer | None]:
+        """What its files are compared with, and the base before training, where there was any."""
 
     @abstractmethod
     def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
         """The 16-bit models that files are made from, of which the better one is kept."""
+
+    @abstractmethod
+    def base_for(self, bnb_kind: str | None) -> MergeBase:
+        """What a file is made from by `export.merge_base=auto`, `bnb_kind` being that of a bitsandbytes file."""
 
     @abstractmethod
     def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
@@ -145,19 +149,33 @@ class TrainedRun(Exportable):
     def begin(self, rows: ExportRows) -> None:
         """Nothing: the run has its record."""
 
-    def open_reference(self) -> Scorer:
-        """Base and adapter, as they were trained."""
-        pad = int(self.tokenizer.pad_token_id)
-        trained, _ = open_trained(self.base.folder, self.directory.adapter, self.quant, pad)
-        return trained
+    def open_reference(self) -> tuple[Scorer, Scorer | None]:
+        """Base and adapter as they were trained, and the base alone."""
+        return open_trained(self.base.folder, self.directory.adapter, self.quant, int(self.tokenizer.pad_token_id))
 
     def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
-        """What the adapter is merged into."""
+        """What the adapter is merged into; of several, `base_for` chooses for each file or the scores do."""
+        if config.merge_base is MergeBase.auto:
+            jobs = [self.base_for(bnb.kind.value) for bnb in config.bnb.values()]
+            others = (config.gguf, config.gptq, config.awq, config.merged, config.compressed, config.adapter)
+            wanted = {*jobs, *(MergeBase.dequantized for targets in others if targets)}
+            return [base for base in (MergeBase.dequantized, MergeBase.original) if base in wanted]
         if config.merge_base is not MergeBase.measure:
             return [config.merge_base]
         if self.quant.kind is QuantKind.none:
             return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate
         return [MergeBase.dequantized, MergeBase.original]
+
+    def base_for(self, bnb_kind: str | None) -> MergeBase:
+        """What a file is made from by `export.merge_base=auto`.
+
+        The values of a base in 4 or 8 bit are those that the same format rounds to, so most of an update that is added
+        to them and rounded again falls back to the base.
+
+        Args:
+            bnb_kind: of a bitsandbytes file; None for any other.
+        """
+        return MergeBase.original if bnb_kind == self.quant.kind.value else MergeBase.dequantized
 
     def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
         """Merge the adapter."""

@@ -12,7 +12,7 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
 from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
-from qlora_kit.evaluation.judge import faults_of
+from qlora_kit.evaluation.judge import Yardstick, faults_of
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
@@ -34,7 +34,12 @@ class Reference:
     """What files are compared with: scores of the trained model, or of the base, on held-out rows."""
 
     rows: Sequence[TokenRow]
-    scores: Scores
+    yardstick: Yardstick
+
+    @property
+    def scores(self) -> Scores:
+        """Of the trained model, or the base that is exported."""
+        return self.yardstick.reference
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,14 @@ def finish(
         merged: the 16-bit folder that it was made from.
         bits: what a budget of bits was spent on, for the record; empty without one.
     """
-    fidelity = _fidelity(subject, job, folder, reference) if reference else None
+    scores = _scores(subject, job, folder, reference) if reference else None
+    fidelity = compare(reference.scores, scores) if reference and scores else None
     facts = _facts(subject, job, fidelity)
     write_serving_files(folder, facts)
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
-    far = faults_of(fidelity, max_mean_kl) if fidelity else ()
+    far = faults_of(fidelity, max_mean_kl, scores, reference.yardstick) if fidelity and reference else ()
     faults = (*far, *map(str, contract.failures), *_wrong_for(servers))
     verdict = verdict_on(is_measured=fidelity is not None, max_mean_kl=max_mean_kl, faults=faults)
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
@@ -125,11 +131,11 @@ def adapter_base(folder: Path) -> AdapterBase:
     return AdapterBase(folder, partial(write_gguf, mix=GgufMix.F16.value))
 
 
-def _fidelity(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Fidelity:
+def _scores(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Scores:
     beside = adapter_base(subject.base.folder)
     scorer = open_artifact(job.format, folder / job.file, subject.tokenizer, beside)
     try:
-        return compare(reference.scores, scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS))
+        return scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS)
     finally:
         scorer.close()
 

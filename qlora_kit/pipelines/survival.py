@@ -18,7 +18,7 @@ from qlora_kit.schema.export import MergeBase
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("gguf", "gptq", "awq", "awq_gemv")  # whose weights are read back here
+FORMATS = ("gguf", "gptq", "awq", "awq_gemv", "bnb")  # whose weights are read back here
 
 
 def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, adapter: Path) -> DeltaSurvival | None:

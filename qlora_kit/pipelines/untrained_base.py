@@ -76,7 +76,7 @@ class UntrainedBase(Exportable):
         clear_killed(self.directory.path)
         _clear_copies(self.directory.exports)
 
-    def open_reference(self) -> Scorer:
+    def open_reference(self) -> tuple[Scorer, None]:
         """The base as it is stored, with fp32 activations where they fit."""
         import torch
 
@@ -90,11 +90,15 @@ class UntrainedBase(Exportable):
             say("the base is scored in bfloat16: in float32 it does not fit into the GPU's memory")
         dtype = torch.float32 if fits else torch.bfloat16
         model = load_base(self.base.folder, QuantConfig(kind=QuantKind.none), compute_dtype=dtype)
-        return TorchScorer(model, int(self.tokenizer.pad_token_id))
+        return TorchScorer(model, int(self.tokenizer.pad_token_id)), None
 
     def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
         """The one there is."""
         return [MergeBase.original]
+
+    def base_for(self, bnb_kind: str | None) -> MergeBase:
+        """The one there is."""
+        return MergeBase.original
 
     def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
         """Copy the base."""

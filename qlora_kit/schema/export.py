@@ -9,6 +9,7 @@ from qlora_kit.schema.field import Sealed, knob
 class MergeBase(Enum):
     """The weights that the adapter's update is added to."""
 
+    auto = "auto"
     dequantized = "dequantized"
     original = "original"
     measure = "measure"
@@ -193,9 +194,10 @@ class ExportConfig(Sealed):
     """One merge, any number of files."""
 
     merge_base: MergeBase = knob(
-        MergeBase.dequantized,
-        "dequantized is what the adapter was trained on; original is the 16-bit base; measure writes each file from "
-        "both, and keeps the one with the lower held-out loss.",
+        MergeBase.auto,
+        "dequantized is what the adapter was trained on; original is the 16-bit base; auto is dequantized, but for a "
+        "bitsandbytes file in the format of the training base, which would round the update away, original; measure "
+        "writes each file from both, and keeps the one with the lower held-out loss.",
     )
     calibration_rows: int = knob(
         32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1

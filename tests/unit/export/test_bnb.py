@@ -1,16 +1,19 @@
 """A bitsandbytes folder: its numbers decoded by hand, loaded without quantizing again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.evaluation.bnb import load_bnb
+from qlora_kit.export.delta_survival import delta_survival
+from qlora_kit.export.dequantized import dequantized_weights
 from qlora_kit.export.targets.bnb import write_bnb
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.export import BnbKind, BnbTarget
@@ -143,3 +146,44 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     config.write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(RunError, match="it names 'gptq'"):
         load_bnb(tmp_path)
+
+
+@pytest.mark.parametrize("target", [BnbTarget(), BnbTarget(double_quant=False)])
+def test_the_weights_that_a_folder_stands_for_are_read_back(source: Path, tmp_path: Path, target: BnbTarget) -> None:
+    folder = write(source, tmp_path / "bnb", target)
+    read, stored = dequantized_weights(folder, source), load_file(folder / "model.safetensors")
+    weight = read(f"{NAME}.weight")
+    assert weight is not None and weight.dtype == torch.float32
+    # It is multiplied in the dtype of the model that was packed.
+    assert apart(weight, nf4_weight(stored, NAME, weight.shape)) < 2**-8
+    kept = read("model.norm.weight")
+    assert kept is not None and torch.equal(kept, load_file(source / "model.safetensors")["model.norm.weight"])
+
+
+def test_int8_is_read_back_too(source: Path, tmp_path: Path) -> None:
+    weight = dequantized_weights(write(source, tmp_path / "bnb", BnbTarget(kind=BnbKind.int8)), source)(
+        f"{NAME}.weight"
+    )
+    was = load_file(source / "model.safetensors")[f"{NAME}.weight"].float()
+    assert weight is not None and weight.shape == was.shape
+    assert float((weight - was).abs().max()) <= float(was.abs().max()) / 127
+
+
+def test_an_update_of_a_base_that_nf4_rounded_falls_back_to_it_in_a_second_rounding(
+    source: Path, tmp_path: Path
+) -> None:
+    once = dequantized_weights(write(source, tmp_path / "once", BnbTarget()), source)(f"{NAME}.weight")
+    assert once is not None
+    draw = torch.Generator().manual_seed(0)
+    update = torch.randn(once.shape, generator=draw) * once.std() * 0.01
+    kept = {}
+    for name, base in (("dequantized", once), ("original", load_file(source / "model.safetensors")[f"{NAME}.weight"])):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"{NAME}.weight"] = (base.float() + update).to(torch.bfloat16)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        read = dequantized_weights(write(folder, tmp_path / f"{name}_bnb", BnbTarget()), folder)(f"{NAME}.weight")
+        assert read is not None
+        kept[name] = delta_survival(base.float() + update, base.float(), read)
+    assert kept["dequantized"] < 0.3 and kept["original"] == pytest.approx(1, abs=0.3)

@@ -10,7 +10,7 @@ from qlora_kit.pipelines.export import export, refuse_unmeasurable
 from qlora_kit.pipelines.exportable import TrainedRun
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.schema.data import DataConfig
-from qlora_kit.schema.export import ExportConfig, MergeBase
+from qlora_kit.schema.export import BnbKind, BnbTarget, ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
@@ -42,6 +42,25 @@ def test_it_is_named_as_its_recipe_says():
 )
 def test_what_the_adapter_is_merged_into(kind, wanted, bases):
     assert run_of(kind).merge_bases(ExportConfig(merge_base=wanted)) == bases
+
+
+BOTH = {"bnb": {"b": BnbTarget()}, "gguf": {"g": GgufTarget()}}
+
+
+@pytest.mark.parametrize(
+    ("trained", "targets", "bases"),
+    [
+        (QuantKind.nf4, {"gguf": {"g": GgufTarget()}}, [DEQUANTIZED]),
+        (QuantKind.nf4, {"bnb": {"b": BnbTarget()}}, [ORIGINAL]),
+        (QuantKind.nf4, BOTH, [DEQUANTIZED, ORIGINAL]),
+        (QuantKind.nf4, {"bnb": {"b": BnbTarget(kind=BnbKind.int8)}}, [DEQUANTIZED]),
+        (QuantKind.int8, {"bnb": {"b": BnbTarget(kind=BnbKind.int8)}}, [ORIGINAL]),
+        (QuantKind.none, BOTH, [DEQUANTIZED]),
+    ],
+)
+def test_a_file_in_the_format_of_the_training_base_is_made_from_the_original_one(trained, targets, bases):
+    assert run_of(trained).merge_bases(ExportConfig(**targets)) == bases
+    assert run_of(trained).merge_bases(ExportConfig(merge_base=DEQUANTIZED, **targets)) == [DEQUANTIZED]
 
 
 def test_what_judges_by_held_out_rows_is_refused_where_there_are_none():
