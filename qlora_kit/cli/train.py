@@ -1,9 +1,11 @@
 """`qlora-kit train`: one run, a resumed run, or a sweep."""
 
 from qlora_kit.cli.line import Line, parse_line, run_verb_help
+from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory, find_run, new_run
+from qlora_kit.core.shell import shell_line
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -19,6 +21,7 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(run_verb_help("train", "Fine-tune a quantized base with LoRA.", EXAMPLES))
         return EXIT_OK
+    refuse_several_processes(shell_line(["qlora-kit", "train", *arguments]))
     if line.value("resume") is not None:
         return _resume(line)
     if line.is_hydras_own:

@@ -5,41 +5,20 @@ and level 3 does as level 2 with that input kept in the host's memory. Level 4 d
 tokens at a time and computes their gate and up once more: for rows so long that one layer's work does not fit.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
+from qlora_kit.schema.amount import Amount as Amount
+from qlora_kit.schema.amount import Asked as Asked
+from qlora_kit.schema.amount import parse_amount as parse_amount
 from qlora_kit.schema.model import ModelShape
 
 KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST, IN_PIECES = range(5)
 LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
-_UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
 LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
-
-
-class Amount(Enum):
-    """How much of something a recipe asks for."""
-
-    auto = "auto"
-    none = "none"
-    all = "all"
-    budget = "budget"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """`engine.recompute` or `engine.weight_copies`, read.
-
-    Attributes:
-        budget_bytes: for all that is kept together; 0 unless `amount` is budget.
-    """
-
-    amount: Amount
-    budget_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,21 +47,6 @@ class Workspace:
 
     logits: float = 0.0
     trained: float = 0.0
-
-
-def parse_amount(text: str) -> Asked:
-    """Read `auto`, `none`, `all`, or a budget such as `20GB` or `1.5GiB`.
-
-    Raises:
-        ValueError: the text is none of these; the message says what is allowed.
-    """
-    word = text.strip()
-    if word.lower() in ("auto", "none", "all"):
-        return Asked(Amount(word.lower()))
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", word, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is none of auto, none, all, and no amount of memory such as 20GB")
-    return Asked(Amount.budget, float(match[1]) * _UNITS[match[2].upper()])
 
 
 def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras | None = None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import Problem, RunError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes
@@ -82,11 +82,15 @@ def out_of_memory(error: BaseException, recipe: TrainRecipe, run: RunDirectory, 
     planned = needs(recipe)
     plan = "" if planned is None else f"; plan reckoned with about {human_bytes(planned)}"
     what = f"{where} ran out of memory{asked}: {_held(on_gpu=on_gpu)}{plan}"
-    lines = [again_with(run, changes) for changes in _smaller(recipe, needs, longest)]
+    same, shorter = _smaller(recipe, needs, longest)
+    problems = [Problem(what, fix=again_with(run, same) if same else again_with(run, shorter))]
+    if same:
+        problems.append(Problem("if that is not enough, shorter rows need less as well", fix=again_with(run, shorter)))
     if checkpoint := last_complete(run.checkpoints):
-        what += f"; the checkpoint of step {step_of(checkpoint)} goes on, should another program have held the memory"
-        lines.append(shell_line(["qlora-kit", "train", override("resume", run.path)]))
-    return RunError(what, "", "\n  or       ".join(lines))
+        resume = shell_line(["qlora-kit", "train", override("resume", run.path)])
+        kept = f"should another program have held the memory: the checkpoint of step {step_of(checkpoint)} goes on"
+        problems.append(Problem(kept, fix=resume))
+    return RunError(problems)
 
 
 def _held(*, on_gpu: bool) -> str:
@@ -99,8 +103,8 @@ def _held(*, on_gpu: bool) -> str:
     return f"this process used {peak} of {human_bytes(total)} at most{held}, {human_bytes(free)} are free now"
 
 
-def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> list[Changes]:
-    """What to change: first what learns the same in less memory, then what learns from shorter rows as well."""
+def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> tuple[Changes, Changes]:
+    """What to change to learn the same in less memory, if there is something; and that with shorter rows as well."""
     same: dict[str, object] = {}
     trainer = recipe.trainer
     if recipe.engine.mode is EngineMode.fast:
@@ -113,12 +117,12 @@ def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> list[Changes]:
         same["trainer.gradient_accumulation"] = trainer.gradient_accumulation * trainer.batch_size // rows
     if recipe.quant.kind is QuantKind.none:
         same["quant"] = "nf4_double"
-    shorter: dict[str, object] = {}
-    if longest > 1:
-        policy = recipe.data.on_long_row
-        shorter["data.max_tokens"] = longest // 2
-        shorter["data.on_long_row"] = (LongRows.drop if policy is LongRows.error else policy).name
-    return [changes for changes in (same, {**same, **shorter} if shorter else {}) if changes]
+    policy = recipe.data.on_long_row
+    shorter = {
+        "data.max_tokens": max(longest // 2, 1),
+        "data.on_long_row": (LongRows.drop if policy is LongRows.error else policy).name,
+    }
+    return same, {**same, **shorter}
 
 
 def _rows_at_once(recipe: TrainRecipe, needs: Needs) -> int:

@@ -22,6 +22,7 @@ def run_page(run: RunPage) -> str:
     """The whole page as HTML."""
     parts = [
         _header(run),
+        _section("Warnings", "warnings", _missing([Missing(warning) for warning in run.warnings])),
         _section("Missing", "missing", _missing(run.missing)),
         *_made(run),
         _section("Fidelity", "fidelity", _fidelity(run)),

@@ -194,7 +194,9 @@ class RunPage:
         recipe_yaml: what was composed, for a base that of its export.
         untrained: of a base; None for a run.
         metrics: one mapping a logged step.
-        result: what result.json holds; empty before the run ended.
+        result: numbers that result.json holds; empty before the run ended.
+        optimizer: that ran; empty where nothing tells.
+        warnings: what training said at its end of its own result.
     """
 
     path: str
@@ -212,6 +214,8 @@ class RunPage:
     samples: Sequence[Sample]
     missing: Sequence[Missing]
     untrained: Untrained | None = None
+    optimizer: str = ""
+    warnings: Sequence[str] = ()
 
     @property
     def reference(self) -> Reference:

@@ -13,7 +13,7 @@ from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, trained
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
 from qlora_kit.report.run_page_missing import what_is_missing
-from qlora_kit.report.run_page_records import as_record, as_records, numbers_of, whole_of
+from qlora_kit.report.run_page_records import as_record, as_records, numbers_of, texts_of, whole_of
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
@@ -63,7 +63,7 @@ def read_run(run: RunDirectory) -> RunPage:
     reader = _Reader(run)
     recipe = cast(TrainRecipe | None, reader.recipe("train", run.recipe))
     metrics = [numbers for row in read_metrics(run.metrics) if "step" in (numbers := numbers_of(row))]
-    evaluation = reader.json(run.evaluation)
+    evaluation, result = reader.json(run.evaluation), reader.json(run.result)
     page = RunPage(
         path=str(run.path),
         name=recipe.name if recipe else run.path.resolve().parent.name,
@@ -74,11 +74,13 @@ def read_run(run: RunDirectory) -> RunPage:
         overrides=[line for line in reader.text(run.overrides).splitlines() if line],
         environment=_environment(reader.json(run.environment)),
         metrics=metrics,
-        result=numbers_of(reader.json(run.result)),
+        result=numbers_of(result),
         splits=_splits(reader.json(run.data)),
         artifacts=_artifacts(reader, evaluation),
         samples=samples_of(evaluation),
         missing=(),
+        optimizer=str(result.get("optimizer") or ""),
+        warnings=texts_of(result, "warnings"),
     )
     return replace(page, missing=(*what_is_missing(page), *reader.notes))
 

@@ -22,7 +22,7 @@ LONG_ROWS = {
 
 def setup(page: RunPage) -> str:
     """Model, adapter, optimizer and machine as a list of facts."""
-    facts = _of_recipe(page.recipe, page.result.get("trainable_parameters")) if page.recipe else []
+    facts = _of_recipe(page.recipe, page.result.get("trainable_parameters"), page.optimizer) if page.recipe else []
     hardware = hardware_of(page.environment)
     facts += [("Hardware", hardware)] if hardware else []
     facts += [("Started", page.started)] if page.started else []
@@ -43,7 +43,7 @@ def hardware_of(environment: Environment) -> str:
     return counted(environment.cpu_count, "CPU core", "CPU cores") if environment.cpu_count else ""
 
 
-def _of_recipe(recipe: TrainRecipe, parameters: float | None) -> list[tuple[str, str]]:
+def _of_recipe(recipe: TrainRecipe, parameters: float | None, ran: str) -> list[tuple[str, str]]:
     model, quant, lora, optim, trainer = recipe.model, recipe.quant, recipe.lora, recipe.optim, recipe.trainer
     revision = f" at {model.revision}" if model.revision else ""
     stored = "16 bit" if quant.kind is QuantKind.none else quant.kind.name
@@ -51,11 +51,14 @@ def _of_recipe(recipe: TrainRecipe, parameters: float | None) -> list[tuple[str,
     size = f", {human_count(parameters)} trained weights" if parameters else ""
     kinds = [word for word, is_on in (("DoRA", lora.use_dora), ("rsLoRA", lora.use_rslora)) if is_on] or ["LoRA"]
     rows = trainer.batch_size * trainer.gradient_accumulation
+    optimizer = (
+        f"{ran} in place of the recipe's {optim.name.name}" if ran not in ("", optim.name.name) else optim.name.name
+    )
     return [
         ("Base", f"{model.source}{revision}"),
         ("Stored as", f"{stored}{double}, computed in {quant.compute_dtype.name}"),
         ("Adapter", f"{', '.join(kinds)}: r {lora.r}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{size}"),
-        ("Optimizer", f"{optim.name.name}, peak learning rate {optim.learning_rate:g}, {optim.schedule.name}"),
+        ("Optimizer", f"{optimizer}, peak learning rate {optim.learning_rate:g}, {optim.schedule.name}"),
         ("Step", f"{counted(rows, 'row', 'rows')} a device, {recipe.data.batching.name} batches"),
         ("Engine", f"{recipe.engine.mode.name}, seed {trainer.seed}"),
     ]

@@ -42,3 +42,9 @@ def interval_of(record: Mapping[str, Any], key: str) -> tuple[float, float] | No
     ends = [as_number(end) for end in value] if isinstance(value, list) else []
     finite = [end for end in ends if end is not None and math.isfinite(end)]
     return (finite[0], finite[1]) if len(ends) == len(finite) == 2 else None
+
+
+def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
+    """The texts in the list under a key."""
+    value = record.get(key)
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []

@@ -1,13 +1,13 @@
 """What a recipe may not say: bounds of each field, and combinations across groups."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, install_line, is_present
 from qlora_kit.schema import walk
+from qlora_kit.schema.amount import parse_amount
 from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
@@ -20,7 +20,6 @@ from qlora_kit.schema.model import CHAT_TEMPLATES, Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 
-AMOUNT = re.compile(r"auto|none|all|\d+(\.\d+)?GB")
 EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -121,9 +120,10 @@ def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
 def _engine(recipe: TrainRecipe) -> Iterator[Finding]:
     engine = recipe.engine
     for name, value in (("recompute", engine.recompute), ("weight_copies", engine.weight_copies)):
-        if not AMOUNT.fullmatch(value):
-            what = f"engine.{name}={value} is neither auto, none, all nor an amount such as 20GB"
-            yield Finding(f"engine.{name}", what, f"engine.{name}=auto")
+        try:
+            parse_amount(value)
+        except ValueError as error:
+            yield Finding(f"engine.{name}", f"engine.{name}: {error}", f"engine.{name}=auto")
     if engine.mode is EngineMode.plain and engine.compute is not Compute.bf16:
         what = f"engine.compute={engine.compute.name} needs the fast engine; the plain one is peft's own arithmetic"
         yield Finding("engine.compute", what, "engine.mode=fast")

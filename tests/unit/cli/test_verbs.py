@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from qlora_kit.cli.verbs import Verb, run_verb
+from qlora_kit.cli.verbs import Verb, main, run_verb
+from qlora_kit.core.shell import shell_line
 
 
 @pytest.fixture
@@ -64,3 +65,19 @@ def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
     error = OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300)
     assert run_verb(failing(error), []) == 1
     assert capsys.readouterr().err == f"error: a file's name is too long for its disk: {'x' * 300}\n"
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("words", [["experiment=x"], ["resume=latest"], ["-m", "lora.r=4,8"]])
+def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, name, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "2")
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}=2: a launcher started several processes, and a training is one process on one GPU" in said
+    assert f"fix      {shell_line(['qlora-kit', 'train', *words])}" in said
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(name, "1")
+    assert main(["train", "--help"]) == 0
+    assert main(["train", *words]) == 2
+    assert name not in capsys.readouterr().err

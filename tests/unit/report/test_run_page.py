@@ -302,3 +302,15 @@ def test_a_file_that_was_not_measured_is_said_to_be_so(finished):
     said = text_of(run_page(read_run(finished)))
     assert "odd not measured" in said
     assert "odd is not measured: nothing tells how close it is to the model that was trained" in said
+
+
+def test_the_optimizer_that_ran_and_the_warnings_of_training_are_shown(finished):
+    warning = "training diverged: the loss is 10.80 at the end, and was 2.30 before anything was learned"
+    assert "Warnings" not in text_of(run_page(read_run(finished)))
+    put(finished.result, {"steps": 3, "optimizer": "adamw", "warnings": [warning, 5]})
+    shown = text_of(run_page(read_run(finished)))
+    assert "adamw in place of the recipe's paged_adamw_8bit, peak learning rate" in shown
+    assert f"Warnings {warning}" in shown
+    put(finished.result, {"steps": 3, "optimizer": "paged_adamw_8bit", "warnings": []})
+    shown = text_of(run_page(read_run(finished)))
+    assert "in place of" not in shown and "paged_adamw_8bit, peak" in shown and "Warnings" not in shown

@@ -158,8 +158,14 @@ ENGINES = {
     "a word for an amount": (
         EngineConfig(recompute="some"),
         "engine.recompute",
-        "engine.recompute=some is neither auto, none, all nor an amount such as 20GB",
+        "engine.recompute: 'some' is none of auto, none, all, and no amount of memory such as 20GB",
         "engine.recompute=auto",
+    ),
+    "no memory at all": (
+        EngineConfig(weight_copies="0GB"),
+        "engine.weight_copies",
+        "engine.weight_copies: '0GB' is none of auto, none, all, and no amount of memory such as 20GB",
+        "engine.weight_copies=auto",
     ),
     "fp8 by peft": (
         EngineConfig(compute=Compute.fp8),
@@ -168,6 +174,11 @@ ENGINES = {
         "engine.mode=fast",
     ),
 }
+
+
+@pytest.mark.parametrize("amount", ["1MB", "6.4GB", "1.5 gib", "512MiB", "all"])
+def test_an_amount_that_the_engine_reads_is_no_problem(rows, amount):
+    assert found(dataclasses.replace(train(rows), engine=EngineConfig(recompute=amount, weight_copies=amount))) == {}
 
 
 @pytest.mark.parametrize("name", ENGINES)
