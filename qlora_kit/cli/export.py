@@ -22,6 +22,9 @@ EXAMPLES = [
 ]
 
 
+LARGEST_USUAL = 128  # a group that every kernel takes
+
+
 def run(arguments: list[str]) -> int:
     """Export as the line says; returns the exit code."""
     line = parse_line(arguments)
@@ -77,9 +80,8 @@ def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":
 
 
 def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
-    """Refuse a group size that does not divide a layer's width, and a budget of bits that no choice meets."""
+    """Refuse what the base cannot be written as: group sizes by config.json alone, at once, then all by its layers."""
     from qlora_kit.core.files import read_json
-    from qlora_kit.export.budget.reach import unreachable_budgets
     from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
 
     widths = linear_input_widths(read_json(base_folder / "config.json"))
@@ -88,10 +90,13 @@ def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
     problems = []
     for path, size in sizes.items():
         if problem := check_group_size(size, widths):
-            fitting = [str(fit) for fit in dividing_group_sizes(widths.values()) if fit > 0]
-            what = f"{problem.what}; {', '.join(fitting)} do"
-            problems.append(Problem(what, path, f"{path}={fitting[-1] if fitting else -1}"))
+            fitting = [fit for fit in dividing_group_sizes(widths.values()) if 0 < fit <= LARGEST_USUAL]
+            what = f"{problem.what}; {', '.join(map(str, fitting))} do"
+            problems += [Problem(what, path, f"{path}={fitting[-1]}")] if fitting else []
     if problems:
         raise RecipeError(problems)
-    if unreachable := unreachable_budgets(base_folder, config):
-        raise RecipeError(unreachable)
+
+    from qlora_kit.export.fit.whole import fit_of
+
+    if unfit := fit_of(base_folder, config).problems:
+        raise RecipeError(unfit)

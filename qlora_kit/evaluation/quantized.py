@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.evaluation.gemm_twin import gemm_twin, is_gemv
+from qlora_kit.model.weight_names import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import GPTQConfig, PreTrainedModel
@@ -73,13 +75,16 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
         with warnings.catch_warnings():
             # Naming a kernel makes transformers warn that everything but its name is ignored.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel
+            model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype="auto" if on_gpu else torch.float32,
                 device_map={"": "cuda:0" if on_gpu else "cpu"},
                 local_files_only=True,
                 **({} if on_gpu else _cpu_kernel(folder, method)),
             )
+        _refuse_missing(folder, found["missing_keys"])
     except (OSError, RuntimeError, ValueError) as error:
         reader = "gptqmodel" if _layers_differ(folder) else "transformers"
         raise RunError(f"{reader} could not load the {method.upper()} folder {folder}: {error}") from error
@@ -88,8 +93,18 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
     return model.eval()
 
 
+def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
+    """transformers fills what a file lacks with random numbers, and says so in a table at most."""
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise RunError(f"transformers finds {len(missing)} tensors of the model not in {folder}, such as {some}")
+
+
 def _layers_differ(folder: Path) -> bool:
-    return bool(read_json(folder / "config.json")["quantization_config"].get("dynamic"))
+    """Whether gptqmodel has to read it: layers differ, or experts are packed, which transformers does not look for."""
+    if read_json(folder / "config.json")["quantization_config"].get("dynamic"):
+        return True
+    return any(".experts." in name and name.endswith(".qweight") for name in tensor_shapes(folder))
 
 
 def _load_mixed(folder: Path) -> "PreTrainedModel":

@@ -41,13 +41,15 @@ def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Pr
 def linear_input_widths(config: Mapping[str, object]) -> dict[str, int]:
     """Input width of each kind of linear layer in a decoder, by the name it has in Llama-like models.
 
-    Reads `hidden_size`, `intermediate_size`, `num_attention_heads`, `head_dim` and, for mixtures of experts,
-    `moe_intermediate_size`, from a config.json or from its `text_config`.
+    Reads `hidden_size`, `intermediate_size`, `num_attention_heads`, `head_dim` or `v_head_dim` and, for mixtures of
+    experts, `moe_intermediate_size`, from a config.json or from its `text_config`.
     """
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else config
     hidden, heads = _number(text, "hidden_size"), _number(text, "num_attention_heads")
-    attention = heads * (_number(text, "head_dim") or hidden // heads) if heads else hidden
+    attention = (
+        heads * (_number(text, "v_head_dim") or _number(text, "head_dim") or hidden // heads) if heads else hidden
+    )
     layer = "model.layers.*"
     widths = {f"{layer}.self_attn.{name}_proj": hidden for name in ("q", "k", "v")}
     widths[f"{layer}.self_attn.o_proj"] = attention

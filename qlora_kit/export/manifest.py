@@ -19,6 +19,7 @@ class Manifest:
 
     Attributes:
         bits: what a budget of bits was spent on, layer by layer; empty without one.
+        left_in_16_bit: layers that the format could not take, and why; empty where it took all.
         faults: why it is rejected, in words.
         verdict: accepted, rejected, measured or not measured, see `core.verdict`.
         reader: what scored it.
@@ -40,6 +41,7 @@ class Manifest:
     verdict: str
     rejected: bool
     bits: Mapping[str, object] = field(default_factory=dict)
+    left_in_16_bit: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
     reader: str = ""
     contract: Mapping[str, object] = field(default_factory=dict)

@@ -4,12 +4,13 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.errors import KitError, Problem, RecipeError
-from qlora_kit.core.files import clear_left_overs, file_part, remove, size_on_disk, staged_directory
+from qlora_kit.core.files import clear_left_overs, file_part, read_json, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import no_empty_folder_left
@@ -18,6 +19,9 @@ from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.evaluation.judge import Yardstick
+from qlora_kit.export.fit.fault import LeftOver
+from qlora_kit.export.fit.whole import fit_of
+from qlora_kit.export.gguf.lora import ADAPTER_SETTINGS
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
@@ -34,6 +38,7 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
     """Write every file that the recipe names; one that fails leaves nothing behind and the others go on.
 
     Raises:
+        RecipeError: a setting does not fit the base, or its family has no such export.
         RunError: an export failed; the others are written.
         FidelityError: a file is further from what it is compared with than `export.max_mean_kl`; its manifest says so.
     """
@@ -48,6 +53,7 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
 
 
 def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
+    left = _refuse_unfit(subject, config)
     rows = subject.rows(config)
     with _alone(subject), ExitStack() as folders:
         subject.begin(rows)
@@ -55,7 +61,7 @@ def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
         bases = subject.merge_bases(config)
         _clear_other_merges(subject, bases)
         merges = [folders.enter_context(_sixteen_bit(subject, base)) for base in bases]
-        jobs = [list(export_jobs(config, _source(subject, folder, rows.calibration))) for folder, _ in merges]
+        jobs = [list(_jobs(config, _source(subject, folder, rows.calibration), left)) for folder, _ in merges]
         return [
             _write(subject, config, list(zip(same, merges, strict=True)), reference) for same in zip(*jobs, strict=True)
         ]
@@ -78,6 +84,22 @@ def refuse_unmeasurable(subject: Exportable, config: ExportConfig) -> None:
         problems.append(Problem(what, "export.merge_base", EVAL_FILE))
     if problems:
         raise RecipeError(problems)
+
+
+def _refuse_unfit(subject: Exportable, config: ExportConfig) -> Mapping[str, LeftOver]:
+    """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
+    settings = subject.directory.adapter / ADAPTER_SETTINGS
+    fit = fit_of(subject.base.folder, config, read_json(settings) if subject.trained and settings.is_file() else None)
+    if fit.problems:
+        raise RecipeError(fit.problems)
+    for name, left in fit.left.items():
+        say(f"{name}: {left}")
+    return fit.left
+
+
+def _jobs(config: ExportConfig, source: Source, left: Mapping[str, LeftOver]) -> Iterator[ExportJob]:
+    for job in export_jobs(config, source):
+        yield replace(job, left=left[job.name].record()) if job.name in left else job
 
 
 @contextmanager

@@ -96,6 +96,7 @@ def finish(
         file=job.file,
         settings=job.settings,
         bits=bits,
+        left_in_16_bit=job.left,
         merge=merge,
         run=str(subject.directory.path),
         seconds=round(seconds, 1),

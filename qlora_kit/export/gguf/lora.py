@@ -54,7 +54,7 @@ def write_lora_gguf(adapter_dir: Path, model_dir: Path, out_file: Path, base_nam
     """
     settings = read_json(adapter_dir / ADAPTER_SETTINGS)
     refuse_changed_base(settings)
-    _refuse(settings)
+    refuse_unplaced(settings)
     config = read_config(model_dir)
     architecture = find_architecture(config)
     pairs = lora_pairs(adapter_dir, settings, architecture, config)
@@ -93,7 +93,12 @@ def refuse_changed_base(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse(settings: Mapping[str, Any]) -> None:
+def refuse_unplaced(settings: Mapping[str, Any]) -> None:
+    """Refuse what llama.cpp has no place for, by an adapter's settings.
+
+    Raises:
+        RecipeError: all of it.
+    """
     refused = {
         "use_dora": "DoRA's magnitudes",
         "modules_to_save": "modules trained in full",

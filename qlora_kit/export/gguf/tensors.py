@@ -98,7 +98,20 @@ def plan_tensors(
         RecipeError: a tensor has no GGUF name in this architecture, one that llama.cpp needs is missing, an override
             cannot be followed, or a type needs an importance matrix and there is none.
     """
-    stored = _without_unused(find_tensors(model_dir), config)
+    return plan_stored(find_tensors(model_dir), architecture, config, mix, overrides=overrides, has_imatrix=has_imatrix)
+
+
+def plan_stored(
+    found: Mapping[str, StoredTensor],
+    architecture: Architecture,
+    config: ConfigFields,
+    mix: Mix,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    has_imatrix: bool = False,
+) -> tuple[list[PlannedTensor], ModelShape]:
+    """`plan_tensors` of tensors that were found, or that will be there once the model is merged."""
+    stored = _without_unused(found, config)
     model = ModelShape(
         architecture=architecture.gguf_name,
         layers=config["num_hidden_layers"],

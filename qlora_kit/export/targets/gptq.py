@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
+from qlora_kit.core.say import say
+from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
-from qlora_kit.export.targets.gptq_layers import LayerSettings, check_bits, dynamic_entries, linear_shapes, plan_layers
+from qlora_kit.export.targets.gptq_layers import (
+    LayerSettings,
+    check_bits,
+    dynamic_entries,
+    left_out_entry,
+    linear_shapes,
+    plan_layers,
+)
 from qlora_kit.export.targets.gptq_layout import PACKED
 from qlora_kit.export.targets.rounding import write_rounding
 from qlora_kit.export.targets.splice import splice_checkpoint, weight_files
@@ -71,6 +80,9 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
         quantization = _portable(read_json(made / "config.json")["quantization_config"])
         packed = _packed_tensors(made)
         _check_overrides(packed, plan, target)
+        if left := _left_out(linear_shapes(model_dir), packed, plan):
+            say(f"GPTQ: {left}")
+            quantization["dynamic"] = {**(quantization.get("dynamic") or {}), **left_out_entry(left.names)}
         splice_checkpoint(model_dir, out_dir, packed, quantization)
 
 
@@ -175,6 +187,15 @@ def _packed_tensors(made: Path) -> dict[str, dict[str, "Tensor"]]:
     if not found:
         raise RunError("gptqmodel quantised no layer of this model")
     return found
+
+
+def _left_out(
+    shapes: Mapping[str, object], packed: Mapping[str, object], plan: Mapping[str, LayerSettings]
+) -> LeftOver | None:
+    """Layers that the library left as they were, though nobody asked it to."""
+    asked = [name for name in shapes if name not in plan or plan[name].quantised]
+    left = tuple(name for name in asked if f"{name}.weight" not in packed)
+    return LeftOver(left, len(asked), "gptqmodel does not quantize them in this family") if left else None
 
 
 def _check_overrides(packed: Mapping[str, object], plan: Mapping[str, LayerSettings], target: GptqTarget) -> None:

@@ -93,6 +93,11 @@ def dynamic_entries(plan: Mapping[str, LayerSettings], target: GptqTarget) -> di
     }
 
 
+def left_out_entry(names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """The entry of `dynamic` for layers that a library left in 16 bits of its own accord; else readers expect codes."""
+    return {f"-:{_pattern(names)}": {}}
+
+
 def _changed(base: LayerSettings, override: GptqOverride) -> LayerSettings:
     if override.skip:
         return SKIPPED

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,8 @@ class Source:
 class ExportJob:
     """One artifact: its folder's name, its format, the path inside it that a reader opens, and how it is made.
 
-    `write` fills a folder and says what a budget of bits was spent on, where there is one.
+    `write` fills a folder and says what a budget of bits was spent on, where there is one. `left` records the layers
+    that stay in 16 bit by the format's limits, where there are any.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ExportJob:
     file: str
     settings: dict[str, object]
     write: "Callable[[Path], Spent | None]"
+    left: Mapping[str, object] = field(default_factory=dict)
 
 
 def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:

@@ -5,10 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.evaluation import quantized
 from qlora_kit.evaluation.quantized import load_quantized, quantization_method
+from qlora_kit.export.targets.rounding import write_rounding
+from qlora_kit.schema.export import GptqMethod, GptqTarget
+from tests.tiny_models import build_tiny_model
 
 
 def folder_of(place: Path, **config: object) -> Path:
@@ -51,6 +56,30 @@ def test_small_machines_get_the_workers_the_library_asks_for(
     monkeypatch.setattr(quantized, "require", lambda module, why: None)
     monkeypatch.setattr(quantized, "_load", lambda folder, method: os.environ.get("GPTQMODEL_CPU_WORKERS"))
     assert load_quantized(folder_of(tmp_path, quantization_config={"quant_method": "awq"})) == workers
+
+
+def test_packed_experts_are_read_by_gptqmodel_itself(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, quantization_config={"quant_method": "gptq"})
+    save_file({"model.layers.0.self_attn.q_proj.qweight": torch.zeros(1)}, folder / "model.safetensors")
+    assert not quantized._layers_differ(folder)
+    save_file({"model.layers.0.mlp.experts.3.up_proj.qweight": torch.zeros(1)}, folder / "model.safetensors")
+    assert quantized._layers_differ(folder)
+
+
+@pytest.mark.slow
+def test_tensors_that_a_file_lacks_are_not_made_up(tmp_path: Path) -> None:
+    source, out = build_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    write_rounding(source, out, GptqTarget(group_size=64, method=GptqMethod.rounding))
+    load_quantized(out)
+    tensors = load_file(out / "model.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if "layers.1.input" not in name}, out / "model.safetensors"
+    )
+    with pytest.raises(
+        RunError, match=r"finds 1 tensors of the model not in .*, such as model.layers.1.input_layernorm"
+    ):
+        load_quantized(out)
 
 
 @pytest.mark.slow
