@@ -8,7 +8,7 @@ import traceback
 from dataclasses import dataclass
 
 from qlora_kit import __version__
-from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError, Problem
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError, Problem, StoppedError
 from qlora_kit.core.quiet import quiet_loggers
 from qlora_kit.core.say import say
 
@@ -73,11 +73,12 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
     except KitError as error:
         if debug:
             say(traceback.format_exc())
+        kind = "" if isinstance(error, StoppedError) else "error: "
         for problem in error.problems:
-            say(f"error: {problem}")
+            say(f"{kind}{problem}")
         return error.exit_code
     except KeyboardInterrupt:
-        say("error: stopped")
+        say("stopped")
         return EXIT_RUN_FAILED
     except BrokenPipeError:
         return EXIT_OK

@@ -127,6 +127,15 @@ def clear_left_overs(folder: Path) -> None:
         remove(left)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    stream = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(stream)
+    finally:
+        os.close(stream)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = sha256()

@@ -58,10 +58,20 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
     run.path.mkdir(parents=True, exist_ok=True)
     with hold(run.path, "train"):
         clear_left_overs(run.path)
-        return _train(recipe, run, overrides)
+        stop = StopOnSignal()
+        try:
+            with stop.listening():
+                return _train(recipe, run, overrides, stop)
+        except KeyboardInterrupt:
+            what = "stopped; what is in the last checkpoint is kept" if run.checkpoints.exists() else "stopped"
+            raise StoppedError(what, fix=_line_to_go_on(run) if run.recipe.exists() else "") from None
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> TrainResult:
+def _line_to_go_on(run: RunDirectory) -> str:
+    return shell_line(["qlora-kit", "train", override("resume", run.path)])
+
+
+def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, stop: StopOnSignal) -> TrainResult:
     quiet_libraries()
     refuse_other_kinds(recipe.model)
     base_folder = locate_base(recipe.model)
@@ -83,20 +93,17 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) 
     if planned is not None:
         total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
         say(f"plan: about {total} of memory, for {at_once} tokens at once")
-    stop = StopOnSignal()
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base_folder=base_folder, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         model = _adapted_base(recipe, base_folder, reach, len(data.train))
-        watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"))
+        watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints)
         trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
-        with stop.listening():
+        with stop.at_a_step():
             progress = fit(trainer, checkpoint)
-        if not progress.is_finished:
-            raise StoppedError(
-                f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved",
-                fix=shell_line(["qlora-kit", "train", override("resume", run.path)]),
-            )
+        if stop.asked or not progress.is_finished:
+            what = f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved"
+            raise StoppedError(what, fix=_line_to_go_on(run))
         eval_loss = _measured(run.metrics, progress.step)
         if eval_loss is None:
             eval_loss = held_out_loss(trainer)

@@ -69,7 +69,7 @@ def sft_config(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=loop.save_every_steps,
-        save_total_limit=loop.keep_checkpoints,
+        save_total_limit=None,  # older ones go once a new one is marked as whole
         eval_strategy="steps" if evaluates and loop.eval_every_steps else "no",
         eval_steps=loop.eval_every_steps,
         prediction_loss_only=True,

@@ -1,6 +1,5 @@
 """What happens around steps: progress, metrics, checkpoint marks, stops."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_kit.core.signals import on_stop_signals, repeats_by_itself, tell_at_once
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.tracking.tracker import Tracker
-from qlora_kit.training.checkpoint import mark_complete
+from qlora_kit.training.checkpoint import keep_newest, mark_complete
 from qlora_kit.training.finite import refuse_not_finite
 from qlora_kit.training.step_clock import StepClock
 
@@ -21,24 +21,36 @@ WATCHED = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "held-out 
 
 
 class StopOnSignal:
-    """Turns the first Ctrl-C into a request to save and stop; the second one ends the process."""
+    """Turns the first signal to stop into a request to save and stop; the second one ends the process.
+
+    Outside of steps there is nothing to save, and the first one ends what is going on.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._in_steps = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen for SIGINT and SIGTERM inside the block."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Listen inside the block."""
+        with on_stop_signals(self._note):
+            yield
+
+    @contextmanager
+    def at_a_step(self) -> Iterator[None]:
+        """Inside the block, wait for the end of a step."""
+        self._in_steps = True
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._in_steps = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self._in_steps or (self.asked and not repeats_by_itself(number)):
+            self.asked = True
             raise KeyboardInterrupt
+        if not self.asked:
+            tell_at_once("stopping after this step; a second signal stops at once")
         self.asked = True
 
 
@@ -48,11 +60,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
     Args:
         tokens_before: trained on before this process took the run up.
         seconds_before: of training, before that.
+        keep: checkpoints, the newest ones.
     """
 
     def __init__(
-        self, tracker: Tracker, stop: StopOnSignal, tokens_before: int = 0, seconds_before: float = 0.0
+        self,
+        tracker: Tracker,
+        stop: StopOnSignal,
+        tokens_before: int = 0,
+        seconds_before: float = 0.0,
+        keep: int = 2,
     ) -> None:
+        self.keep = keep
         self.tracker = tracker
         self.stop = stop
         self.tokens = tokens_before
@@ -116,8 +135,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Declare the checkpoint whole."""
-        mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Declare the checkpoint whole, and let older ones go."""
+        if state.is_world_process_zero:
+            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            keep_newest(Path(str(args.output_dir)), self.keep)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

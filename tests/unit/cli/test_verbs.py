@@ -58,7 +58,7 @@ def test_a_full_disk_is_called_by_its_name(failing, capsys, monkeypatch, error, 
 
 def test_the_users_own_stop_is_not_an_error_of_the_kit(failing, capsys):
     assert run_verb(failing(KeyboardInterrupt()), []) == 1
-    assert capsys.readouterr().err == "error: stopped\n"
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
