@@ -1,5 +1,6 @@
 """Hands a command line to Hydra with the verb's word dropped."""
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -19,16 +20,21 @@ def run_under_hydra(verb: str, arguments: list[str], task: Callable[[DictConfig]
     raised: list[BaseException] = []
 
     def guarded(tree: DictConfig) -> float | None:
+        if raised:  # no job begins after an error that is not a job's own
+            return math.nan
         try:
             return task(tree)
         except BaseException as error:
             raised.append(error)
-            return None
+            return math.nan
 
     saved = sys.argv
     sys.argv = ["qlora-kit", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(packaged_recipes()), config_name=verb)(guarded)()
+    except SystemExit:
+        if not raised:
+            raise
     finally:
         sys.argv = saved
     if raised:

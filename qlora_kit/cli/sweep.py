@@ -1,44 +1,78 @@
 """`qlora-kit train -m`: Hydra launches the jobs, the kit ranks them."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from qlora_kit.cli.line import Line
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
-from qlora_kit.core.rundir import make_run_folder
+from qlora_kit.core.lock import hold
+from qlora_kit.core.rundir import new_run
 from qlora_kit.core.say import say
-from qlora_kit.core.shell import override
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.schema.root import TrainRecipe
+
+PLACE = "hydra.sweep.dir"
 
 
 def run_sweep(line: Line) -> int:
-    """Check every job, launch them, print the ranked table; exit code 1 when a job failed."""
+    """Check every job, launch them, print the ranked table; exit code 1 when a job failed or the sweep was stopped."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
     from qlora_kit.cli.train import named
+    from qlora_kit.pipelines.job_process import SweepStop
     from qlora_kit.schema.compose import sweep_lines
     from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
     first, jobs = _check_jobs(overrides)
     reach_services(first.tracker)
-    sweep = Path(line.value("hydra.sweep.dir") or make_run_folder(first.name, "sweep_"))
-    say(f"sweep of {jobs} jobs into {sweep}")
-    place = [] if line.value("hydra.sweep.dir") else [override("hydra.sweep.dir", sweep)]
-    run_under_hydra("train", ["--multirun", *sweep_lines(overrides), *place], _job)
-    return _conclude(sweep, first)
+    with _folder(line, first.name) as sweep:
+        say(f"sweep of {jobs} jobs into {sweep}")
+        place = [] if line.value(PLACE) else [override(PLACE, sweep)]
+        stop = SweepStop(sweep)
+        stop.withdraw()
+        try:
+            with stop.listening():
+                task = partial(_job, sweep, os.getpid())
+                run_under_hydra("train", ["--multirun", *sweep_lines(overrides), *place], task)
+        finally:
+            code = _conclude(sweep, first)
+            if stop.asked:
+                words = ["qlora-kit", "train", "-m", *line.overrides, *place]
+                say(f"stopped: the table has the jobs that were begun\n  to go on  {shell_line(words)}")
+            stop.withdraw()
+    return EXIT_RUN_FAILED if stop.heard else code
 
 
-def _job(tree: Any) -> float:
+@contextmanager
+def _folder(line: Line, name: str) -> Iterator[Path]:
+    """The folder of the sweep: a new one, or the one that the line names, to go on in."""
+    if chosen := line.value(PLACE):
+        folder = Path(chosen)
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold(folder, "sweep"):
+            yield folder
+    else:
+        with new_run(name, "sweep", "sweep_") as folder:
+            yield folder
+
+
+def _job(sweep: Path, sweep_process: int, tree: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_kit.pipelines.sweep import run_job
+    from qlora_kit.pipelines.job_process import SweepStop
+    from qlora_kit.pipelines.sweep import Job, run_job
     from qlora_kit.schema.compose import compose_unchecked
 
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     # As the lines were checked: Hydra's own tree merges mappings that a line replaces.
     recipe = cast(TrainRecipe, compose_unchecked("train", overrides))
-    return run_job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), overrides)
+    job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), overrides)
+    return run_job(job, SweepStop(sweep), sweep_process)
 
 
 def _check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
@@ -56,12 +90,9 @@ def _check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
     if problems:
         raise RecipeError(list(problems.values()))
     first = recipes[0]
-    if first.sweep.objective == "eval_loss" and first.data.eval_file is None:
-        raise RecipeError(
-            "the sweep ranks by eval_loss, but there are no held-out rows",
-            "sweep.objective",
-            "data.eval_file=<a JSONL file>",
-        )
+    if first.sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
+        what = "the sweep ranks by eval_loss, but there are no held-out rows"
+        raise RecipeError(what, "sweep.objective", override("data.eval_share", 0.02))
     return first, len(jobs)
 
 

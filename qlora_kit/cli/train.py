@@ -63,6 +63,9 @@ def _resume(line: Line) -> int:
             "the command line",
             f"qlora-kit train resume={line.value('resume')}",
         )
+    from qlora_kit.pipelines.job_process import end_with_sweep
+
+    end_with_sweep()
     found = find_run(line.value("resume") or "latest", finished=False)
     with hold(found.path, "train"):
         find_run(str(found.path), finished=False)  # whoever held it may have finished it

@@ -2,14 +2,17 @@
 
 import math
 import os
-import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json, write_text
+from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
+from qlora_kit.pipelines.job_process import SweepStop, run_process
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.sweep import Direction
@@ -29,24 +32,39 @@ class JobRow:
     error: str
 
 
-def run_job(recipe: TrainRecipe, folder: Path, job: int, overrides: list[str]) -> float:
-    """Train one job in a child process and return its objective; NaN when it failed.
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep, and the folder that is its run directory."""
+
+    recipe: TrainRecipe
+    folder: Path
+    number: int
+    overrides: list[str]
+
+
+def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
+    """Train one job in a child process and return its objective; NaN when it failed, or was not begun for a stop.
 
     The child is `qlora-kit train resume=<folder>`, so no CUDA context, tracker or library state passes between jobs,
-    and a job that was killed can be taken up again by hand.
+    and a job that was killed can be taken up again by hand. A job that is finished is not trained again.
+
+    Raises:
+        RunError: the folder holds another job.
     """
-    write_text(RunDirectory(folder).recipe, recipe_yaml(recipe))
-    write_text(RunDirectory(folder).overrides, "".join(f"{override}\n" for override in overrides))
-    environment = dict(os.environ)
-    if recipe.sweep.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(recipe.sweep.gpus[job % len(recipe.sweep.gpus)])
-    say(f"job {job}: {' '.join(overrides)}  (log: {folder / LOG})")
-    with (folder / LOG).open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "qlora_kit", "train", f"resume={folder}"]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    row = _row(recipe, folder, job, overrides, code)
-    write_json(folder / JOB_RECORD, asdict(row))
-    say(f"job {job}: {row.error or f'{recipe.sweep.objective} {row.objective:.4f}'}")
+    with stop.listening():
+        if stop.asked:
+            with suppress(OSError):
+                job.folder.rmdir()  # Hydra made it
+            return math.nan
+        _begin(job)
+        code = 0
+        if not RunDirectory(job.folder).is_finished:
+            say(f"job {job.number}: {' '.join(job.overrides)}  (log: {job.folder / LOG})")
+            command = [sys.executable, "-m", "qlora_kit", "train", f"resume={job.folder}"]
+            code = run_process(command, job.folder / LOG, _environment(job), stop, sweep_process)
+    row = _row(job, code)
+    write_json(job.folder / JOB_RECORD, asdict(row))
+    say(f"job {job.number}: {row.error or f'{job.recipe.sweep.objective} {row.objective:.4f}'}")
     return math.nan if row.objective is None else row.objective
 
 
@@ -66,20 +84,40 @@ def write_sweep(sweep: Path, objective: str, rows: list[JobRow]) -> None:
     write_json(sweep / "sweep.json", {"objective": objective, "rows": [asdict(row) for row in rows]})
 
 
-def _row(recipe: TrainRecipe, folder: Path, job: int, overrides: list[str], code: int) -> JobRow:
-    result = RunDirectory(folder).result
+def _begin(job: Job) -> None:
+    """Write the recipe that the child takes up; one that is there already is gone on with."""
+    run, recipe = RunDirectory(job.folder), recipe_yaml(job.recipe)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with hold(job.folder, "sweep"):
+        if not run.recipe.is_file():
+            write_text(run.overrides, "".join(f"{override}\n" for override in job.overrides))
+            write_text(run.recipe, recipe)
+        elif run.recipe.read_text(encoding="utf-8") != recipe:
+            raise RunError(f"{job.folder} holds a run of another recipe", str(run.recipe), "leave hydra.sweep.dir out")
+
+
+def _environment(job: Job) -> dict[str, str]:
+    gpus = job.recipe.sweep.gpus
+    chosen = {"CUDA_VISIBLE_DEVICES": str(gpus[job.number % len(gpus)])} if gpus else {}
+    return {**os.environ, **chosen}
+
+
+def _row(job: Job, code: int) -> JobRow:
+    result, objective = RunDirectory(job.folder).result, job.recipe.sweep.objective
     if code == 0 and result.is_file():
-        value = read_json(result).get(recipe.sweep.objective)
+        value = read_json(result).get(objective)
         if value is not None:
-            return JobRow(job, overrides, str(folder), float(value), "")
-        return JobRow(job, overrides, str(folder), None, f"result.json has no '{recipe.sweep.objective}'")
-    return JobRow(job, overrides, str(folder), None, _last_error(folder / LOG, code))
+            return JobRow(job.number, job.overrides, str(job.folder), float(value), "")
+        return JobRow(job.number, job.overrides, str(job.folder), None, f"result.json has no '{objective}'")
+    return JobRow(job.number, job.overrides, str(job.folder), None, _last_error(job.folder / LOG, code))
 
 
 def _last_error(log: Path, code: int) -> str:
     lines = [
-        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("error: ")
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.startswith(("error: ", "stopped"))
     ]
-    if lines:
+    if lines and code > 0:
         return lines[-1].removeprefix("error: ")
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}; see {log}"

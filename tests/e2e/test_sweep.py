@@ -1,13 +1,19 @@
 """A 2x2 sweep with one job that fails: three results, one failure row, exit code 1."""
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from qlora_kit.cli.verbs import main
 from qlora_kit.data.prepare import prepare
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import DataConfig
-from tests.e2e.conftest import kit, train_line
+from tests.e2e.conftest import environment, kit, train_line
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +55,47 @@ def test_each_job_has_a_run_directory_of_its_own(swept):
         assert (job / "adapter" / "adapter_model.safetensors").exists()
         rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+
+
+def test_a_job_is_a_run_like_any_other(swept, capsys, monkeypatch):
+    folder, _ = swept
+    monkeypatch.chdir(folder)
+    jobs = [result.parent for result in folder.glob("outputs/run/sweep_*/*/result.json")]
+    assert len(jobs) == 3
+    for job in jobs:
+        names = {path.name for path in job.iterdir()}
+        assert {"recipe.yaml", "overrides.txt", "environment.json", "data.json"} <= names
+        assert main(["report", f"run={job.relative_to(folder)}"]) == 0
+    done = kit(folder, "export", "run=latest", "export=merged_16bit", "export.score_rows=2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stopped_sweep_keeps_its_checkpoint_and_table_and_goes_on(workshop, tmp_path):
+    words = [word for word in train_line(workshop)[1:] if not word.startswith(("trainer.max_steps", "data.eval_file"))]
+    grid = ["trainer.max_steps=200", "data.eval_share=0.2", "lora.r=4,8"]
+    command = [sys.executable, "-m", "qlora_kit", "train", "-m", *words, *grid]
+    with (tmp_path / "log.txt").open("w") as log:
+        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+        until = time.monotonic() + 200
+        while not list(tmp_path.glob("outputs/*/*/0/checkpoints/*/complete.json")):
+            assert time.monotonic() < until and sweep.poll() is None
+            time.sleep(0.01)
+        sweep.send_signal(signal.SIGTERM)
+        assert sweep.wait(timeout=120) == 1
+    said = (tmp_path / "log.txt").read_text()
+    (folder,) = tmp_path.glob("outputs/run/sweep_*")
+    assert not (folder / "1").exists()
+    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert row["error"].startswith("stopped at step ")
+    (line,) = [one for one in said.splitlines() if one.startswith("  to go on  ")]
+    assert f"hydra.sweep.dir={folder.relative_to(tmp_path)}" in line
+    first = json.loads((folder / "0" / "metrics.jsonl").read_text().splitlines()[0])
+    # So that the rest is short: both jobs end where the first one stands.
+    more = shlex.split(line.removeprefix("  to go on  qlora-kit "))
+    done = kit(tmp_path, *more, "trainer.max_steps=8")
+    assert done.returncode == 1
+    assert "holds a run of another recipe" in done.stderr
+    assert json.loads((folder / "0" / "metrics.jsonl").read_text().splitlines()[0]) == first
 
 
 def test_a_wrong_job_stops_the_sweep_before_it_starts(workshop, tmp_path):
