@@ -12,6 +12,9 @@ from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, Kit
 from qlora_kit.core.quiet import quiet_loggers
 from qlora_kit.core.say import say
 
+# Rights, file systems that are read-only, files where folders are wanted: nothing that a traceback would explain
+_OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE)
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -94,9 +97,15 @@ def _unforeseen(error: Exception) -> Problem:
 
     from qlora_kit.core.files import is_disk_full
 
+    name = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
     if is_disk_full(error, Path.cwd()):
         fix = "make room; a run that was training goes on with qlora-kit train resume=latest"
-        return Problem(f"the disk that holds {Path.cwd()} is full", fix=fix)
+        return Problem(f"the disk that holds {name or Path.cwd()} is full", fix=fix)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return Problem(f"a file's name is too long for its disk: {error.filename}")
+    if name is not None and isinstance(error, OSError) and error.errno in _OF_THE_PLACE:
+        return Problem(f"{name}: {error.strerror}")
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        what = "the system gives this process no more " + ("memory" if isinstance(error, MemoryError) else "threads")
+        return Problem(f"{what} (ulimit -a shows the limits of this shell)", fix="ulimit -v unlimited")
     return Problem(f"{type(error).__name__}: {error}", fix="add debug=true to see where")

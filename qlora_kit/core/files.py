@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ from typing import Any
 
 LONGEST_JSON = 100_000_000  # bytes of a file of settings
 ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
+# How the system says it in libraries' texts, and numpy's tofile, which leaves the error number out
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+_FAILED_WRITE = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs|write failed|iostream error", re.IGNORECASE)
 
 
 def _beside(path: Path, state: str = "partial") -> Path:
@@ -153,7 +157,16 @@ def size_on_disk(path: Path) -> int:
 
 
 def is_disk_full(error: BaseException, place: Path) -> bool:
-    """Whether a failed write is one for want of room; libraries hide that behind errors of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or shutil.disk_usage(place).free < ROOM_OF_A_FULL_DISK
+    """Whether a failed write is one for want of room; libraries hide that behind errors of their own.
+
+    Args:
+        place: on the disk that was written to, for errors that tell of a failed write and not why it failed.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if _FULL.search(str(one)):
+            return True
+        one = one.__cause__ or one.__context__
+    return bool(_FAILED_WRITE.search(str(error))) and shutil.disk_usage(place).free < ROOM_OF_A_FULL_DISK

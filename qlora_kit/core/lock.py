@@ -16,7 +16,7 @@ LOCK = ".lock"
 PATIENCE = 1.0  # seconds; who only looks whether a lock is held has it for a moment
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that knows none
 
-_mine: dict[Path, int] = {}  # folder -> the process that holds it; after a fork the entry is the parent's
+_mine: dict[Path, int] = {}  # lock -> the process that holds it; after a fork the entry is the parent's
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BusyError(RecipeError):
 
 
 @contextmanager
-def hold(folder: Path, doing: str, *, patience: float | None = PATIENCE) -> Iterator[None]:
+def hold(folder: Path, doing: str, *, patience: float | None = PATIENCE, name: str = LOCK) -> Iterator[None]:
     """Be the one process that writes into a folder; within one process it can be held again.
 
     A lock file that a killed process left means nothing: the lock is the system's (flock), and the file only says who
@@ -45,36 +45,38 @@ def hold(folder: Path, doing: str, *, patience: float | None = PATIENCE) -> Iter
     Args:
         doing: a word for the others.
         patience: seconds to wait for another process; None waits for as long as it takes, and says so.
+        name: of the lock, where a folder has several.
 
     Raises:
         BusyError: another process holds it.
         RecipeError: the folder cannot be written.
     """
-    place = folder.resolve()
+    place, file = folder.resolve() / name, folder / name
     if _mine.get(place) == os.getpid():
         yield
         return
-    stream = _taken(folder, doing, patience)
+    stream = _taken(file, doing, patience)
     _mine[place] = os.getpid()
     try:
         yield
     finally:
         del _mine[place]
         with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         os.close(stream)
 
 
 def holder(folder: Path) -> Holder | None:
     """Who else is at work in a folder; None for nobody, and for this process itself."""
-    if _mine.get(folder.resolve()) == os.getpid():
+    if _mine.get(folder.resolve() / LOCK) == os.getpid():
         return None
+    file = folder / LOCK
     try:
-        stream = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        stream = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
-        return None if _is_free(stream, folder, only_look=True) else _noted(folder)
+        return None if _is_free(stream, file, only_look=True) else _noted(file)
     finally:
         os.close(stream)
 
@@ -84,34 +86,34 @@ def busy(folder: Path, who: Holder) -> BusyError:
     return BusyError(f"{folder}: {who}; wait until it ends, or stop it", str(folder))
 
 
-def _taken(folder: Path, doing: str, patience: float | None) -> int:
+def _taken(file: Path, doing: str, patience: float | None) -> int:
     until = None if patience is None else time.monotonic() + patience
     waits = False
     while True:
-        stream = _opened(folder)
-        if _is_free(stream, folder):
-            if _is_current(stream, folder):
+        stream = _opened(file)
+        if _is_free(stream, file):
+            if _is_current(stream, file):
                 _note(stream, doing)
                 return stream
             os.close(stream)  # its holder removed it at its end
             continue
         os.close(stream)
         if until is None and not waits:
-            say(f"waiting: {folder}: {_noted(folder)}")
+            say(f"waiting: {file.parent}: {_noted(file)}")
             waits = True
         if until is not None and time.monotonic() >= until:
-            raise busy(folder, _noted(folder))
+            raise busy(file.parent, _noted(file))
         time.sleep(0.02)
 
 
-def _opened(folder: Path) -> int:
+def _opened(file: Path) -> int:
     try:
-        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise RecipeError(f"{folder} cannot be written: {error.strerror}", str(folder)) from error
+        raise RecipeError(f"{file.parent} cannot be written: {error.strerror}", str(file.parent)) from error
 
 
-def _is_free(stream: int, folder: Path, *, only_look: bool = False) -> bool:
+def _is_free(stream: int, file: Path, *, only_look: bool = False) -> bool:
     """Take the lock if nobody has it."""
     import fcntl  # not there on Windows
 
@@ -123,13 +125,13 @@ def _is_free(stream: int, folder: Path, *, only_look: bool = False) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         if not only_look:
-            say(f"the file system of {folder} knows no locks: see to it that no other process writes there")
+            say(f"the file system of {file.parent} knows no locks: see to it that no other process writes there")
     return True
 
 
-def _is_current(stream: int, folder: Path) -> bool:
+def _is_current(stream: int, file: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(stream), os.stat(folder / LOCK))  # noqa: PTH116  beside fstat
+        return os.path.samestat(os.fstat(stream), os.stat(file))  # noqa: PTH116  beside fstat
     except FileNotFoundError:
         return False
 
@@ -140,9 +142,9 @@ def _note(stream: int, doing: str) -> None:
     os.pwrite(stream, json.dumps(asdict(who)).encode(), 0)
 
 
-def _noted(folder: Path) -> Holder:
+def _noted(file: Path) -> Holder:
     try:
-        noted = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        noted = json.loads(file.read_text(encoding="utf-8"))
         return Holder(int(noted["pid"]), str(noted["doing"]), str(noted["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Holder()

@@ -10,11 +10,16 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+from xxhash import xxh3_128
 
-from qlora_kit.core.cache import cache_folder
-from qlora_kit.core.files import size_on_disk, staged_directory, write_json
+from qlora_kit.core.cache import cache_folder, made_in_cache
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.files import is_disk_full, read_json, size_on_disk, staged_directory, write_json
+from qlora_kit.core.lock import hold
+from qlora_kit.core.say import say
 from qlora_kit.data.conversation import HASH_BYTES
 from qlora_kit.data.pieces import EncodedPiece
 from qlora_kit.data.problems import sort_of
@@ -28,6 +33,7 @@ from qlora_kit.data.tokens import (
     TokenStore,
 )
 
+LAYOUT = 2  # raised when a store is written in another way
 MOST_BAD_ROWS_KEPT = 1000
 MOST_CACHED_BYTES = 20_000_000_000
 CACHE = "rows"
@@ -80,6 +86,10 @@ class StoreWriter:
         write_json(
             self._folder / META_FILE,
             {
+                "written": {
+                    name: {"bytes": (self._folder / name).stat().st_size, "xxh3_128": _hash(self._folder / name)}
+                    for name in (TOKENS_FILE, TRAINED_FILE, ROWS_FILE)
+                },
                 "files": [asdict(file) for file in files],
                 "bad_rows": [asdict(row) for row in self._bad],
                 "bad_row_counts": dict(counts),
@@ -101,29 +111,67 @@ def stored(key: Mapping[str, object], fill: Callable[[StoreWriter], list[StoredF
         fill: adds every piece and returns the files.
         cache: keep it for the next run; else it goes away with the returned store.
     """
-    name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    name = sha256(json.dumps([LAYOUT, key], sort_keys=True).encode()).hexdigest()[:32]
     if not cache:
         return _temporary(fill)
-    from filelock import FileLock
-
-    place = cache_folder() / CACHE / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{name}.lock")):
-        if not (place / META_FILE).is_file():
+    place = made_in_cache(CACHE) / name
+    with hold(place.parent, "a process that prepares the same rows", patience=None, name=f".{name}.lock"):
+        store = _cached(place)
+        if store is None:
             for left_over in place.parent.glob(f".{name}.*.partial"):
                 shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: nobody else has the lock
             with staged_directory(place) as folder:
                 _filled(folder, fill)
             _prune(place)
+            store = TokenStore(place)
         with suppress(OSError):
             place.touch()  # the oldest goes first
-        return TokenStore(place)
+        return store
+
+
+def _cached(place: Path) -> TokenStore | None:
+    """A store of the cache; None where it is not there, or is not as it was written."""
+    if not (place / META_FILE).exists():
+        return None
+    try:
+        fault = _fault(place)
+        store = None if fault else TokenStore(place)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        fault, store = f"{type(error).__name__}: {error}", None
+    if fault:
+        say(f"the cached rows {place} are damaged ({fault}), and made again")
+    return store
+
+
+def _fault(folder: Path) -> str:
+    """What is wrong with the files of a store; empty where nothing is."""
+    for name, noted in read_json(folder / META_FILE)["written"].items():
+        size = (folder / name).stat().st_size
+        if size != noted["bytes"]:
+            return f"{name} has {size:,} of {noted['bytes']:,} bytes"
+        if _hash(folder / name) != noted["xxh3_128"]:
+            return f"{name} holds other bytes than were written"
+    return ""
+
+
+def _hash(path: Path) -> str:
+    digest = xxh3_128()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _filled(folder: Path, fill: Callable[[StoreWriter], list[StoredFile]]) -> None:
     writer = StoreWriter(folder)
     try:
         writer.finish(fill(writer))
+    except OSError as error:
+        if is_disk_full(error, folder):
+            what = f"the disk that holds {folder.parent} is full, and the prepared rows do not fit"
+            fix = "data.cache=false" if folder.parent == cache_folder() / CACHE else ""
+            raise RunError(what, str(folder.parent), fix) from error
+        raise
     finally:
         writer.close()
 
@@ -148,7 +196,6 @@ def _prune(newest: Path) -> None:
         total += size_on_disk(path)
         if total > MOST_CACHED_BYTES:
             shutil.rmtree(path, ignore_errors=True)
-            newest.with_name(f".{path.name}.lock").unlink(missing_ok=True)
 
 
 def _joined(arrays: list[np.ndarray], kind: str) -> np.ndarray:  # type: ignore[type-arg]  # of one dtype each

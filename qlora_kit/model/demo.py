@@ -10,10 +10,11 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.cache import cache_folder
+from qlora_kit.core.cache import cache_folder, made_in_cache
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
+from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
 
 if TYPE_CHECKING:
@@ -47,10 +48,8 @@ def demo_base() -> Path:
     if place.is_dir():
         return place
     require("gguf", "turning the demo base into safetensors")
-    from filelock import FileLock
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / ".lock"):
+    made_in_cache(*place.parent.relative_to(cache_folder()).parts)
+    with hold(place.parent, "a process that makes the demo base", patience=None):
         if place.is_dir():
             return place
         say(

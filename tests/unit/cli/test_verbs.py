@@ -56,6 +56,30 @@ def test_a_full_disk_is_called_by_its_name(failing, capsys, monkeypatch, error, 
     assert "qlora-kit train resume=latest" in said
 
 
+def test_another_error_on_a_full_disk_is_not_called_one(failing, capsys, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type(usage)(usage.total, usage.used, 0))
+    assert run_verb(failing(RuntimeError("odd")), []) == 1
+    assert capsys.readouterr().err.startswith("error: RuntimeError: odd")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/big/x"), "the disk that holds /big/x is full\n"),
+        (OSError("189648 requested and 0 written"), f"the disk that holds {Path.cwd()} is full\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/no/x"), "/no/x: Permission denied\n"),
+        (OSError(errno.EROFS, "Read-only file system", "/cd/x"), "/cd/x: Read-only file system\n"),
+        (RuntimeError("can't start new thread"), "the system gives this process no more threads (ulimit -a"),
+        (MemoryError(), "the system gives this process no more memory (ulimit -a"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_refuses_is_said_in_its_words(failing, capsys, error, said):
+    assert run_verb(failing(error), []) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def test_the_users_own_stop_is_not_an_error_of_the_kit(failing, capsys):
     assert run_verb(failing(KeyboardInterrupt()), []) == 1
     assert capsys.readouterr().err == "stopped\n"

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.data import store as module
 from qlora_kit.data.pieces import EncodedPiece
 from qlora_kit.data.store import stored
@@ -104,3 +105,41 @@ def test_only_the_first_bad_rows_are_kept_and_all_are_counted(monkeypatch):
     kept = stored({"key": 1}, filled_with(piece(1, bad=bad), piece(1, bad=bad), piece(1, bad=bad)), cache=True)
     assert len(kept.bad_rows) == 3
     assert kept.bad_row_counts == {"train": 6}
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 0xFF]) + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, os.remove, lambda path: os.truncate(path, 0)])
+@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "rows.npz", "store.json"])
+def test_a_damaged_store_is_told_of_and_made_again(capsys, name, damage):
+    first = stored({"key": 1}, filled_with(piece(2, 3)), cache=True)
+    damage(first.folder / name)
+    again = stored({"key": 1}, filled_with(piece(2, 3)), cache=True)
+    said = capsys.readouterr().err
+    assert again.tokens.tolist() == [0, 1, 2, 3, 4]
+    is_absent = not (name != "store.json" or damage is not os.remove)
+    assert is_absent or f"the cached rows {first.folder} are damaged (" in said
+    stored({"key": 1}, never, cache=True)
+
+
+def test_a_full_disk_is_named_with_the_disk_of_the_cache(cache):
+    def fails(writer):
+        raise OSError("189648 requested and 0 written")
+
+    with pytest.raises(RunError, match=f"the disk that holds {cache / 'rows'} is full") as caught:
+        stored({"key": 1}, fails, cache=True)
+    assert caught.value.problems[0].fix == "data.cache=false"
+
+
+def test_a_cache_that_cannot_be_written_is_told_of_with_a_line(cache, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(cache / "file"))
+    with pytest.raises(RecipeError, match=f"the cache {cache / 'file'} cannot be written: Not a directory") as caught:
+        stored({"key": 1}, never, cache=True)
+    assert caught.value.problems[0].fix.startswith("export QLORA_KIT_CACHE=/")
