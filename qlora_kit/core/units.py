@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+import math
+
 
 def human_bytes(count: float) -> str:
     """Bytes in decimal units: 1.2 GB."""
@@ -29,3 +31,11 @@ def human_count(count: float) -> str:
         if abs(count) < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} T"
+
+
+def kept_share(value: float) -> str:
+    """A share of something that noise may push past its ends: what is below 0% or above 100% is a word."""
+    if not math.isfinite(value):
+        return "not a number"
+    percent = round(value, 2) + 0.0  # takes the sign off -0
+    return "less than none" if percent < 0 else "more than all" if percent > 1 else f"{percent:.0%}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
+from qlora_kit.core.units import kept_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +53,12 @@ class DeltaSurvival:
 
     Attributes:
         is_on_original: whether the update was added to the original 16-bit base, so that the advice to do so is no use.
+        remedies: what keeps more in the file's own format, in words.
     """
 
     layers: tuple[LayerSurvival, ...]
     is_on_original: bool = False
+    remedies: tuple[str, ...] = ("more bits, or smaller groups (group_size: 32)",)
 
     @property
     def kept(self) -> float:
@@ -90,16 +93,19 @@ class DeltaSurvival:
         lost = self.below(least_kept)
         if not lost:
             return None
-        other_base = "  or       merge into the 16-bit base (export.merge_base=original)\n"
-        named = ", ".join(f"{layer.name} {layer.kept:.0%}" for layer in lost[:NAMED_LAYERS])
-        return (
-            f"{artifact} keeps {self.kept:.0%} of what was learned; "
-            f"{len(lost)} of {len(self.layers)} weights keep less than {least_kept:.0%}: {named}\n"
-            "  the steps of the format are wider than the update, and the base lies on them\n"
-            "  try      more bits, or smaller groups (group_size: 32)\n"
-            "  or       GPTQ, AWQ or a GGUF importance matrix instead of plain rounding\n"
-            f"{'' if self.is_on_original else other_base}"
-            "  or       keep the adapter apart and let the server add it"
+        named = ", ".join(f"{layer.name} {kept_share(layer.kept)}" for layer in lost[:NAMED_LAYERS])
+        other_base: tuple[str, ...] = (
+            () if self.is_on_original else ("merge into the 16-bit base (export.merge_base=original)",)
+        )
+        first, *others = (*self.remedies, *other_base, "keep the adapter apart and let the server add it")
+        return "\n".join(
+            [
+                f"{artifact} keeps {kept_share(self.kept)} of what was learned; "
+                f"{len(lost)} of {len(self.layers)} weights keep less than {least_kept:.0%}: {named}",
+                "  the steps of the format are wider than the update, and the base lies on them",
+                f"  try      {first}",
+                *(f"  or       {other}" for other in others),
+            ]
         )
 
 

@@ -1,13 +1,14 @@
 """Chat: a run's adapter or any export, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.core.say import show
+from qlora_kit.core.say import say, show
+from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.export.manifest import MANIFEST, read_manifest
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import open_run
@@ -49,11 +50,22 @@ def _open(place: str) -> Any:
     folder = folder.parent if folder.is_file() else folder
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
+        _tell_verdict(manifest)
         path = folder / manifest["file"]
         return _gguf_speaker(path) if manifest["format"] == "gguf" else _export_speaker(manifest["format"], path)
     if place == "latest" or RunDirectory(folder).recipe.is_file():
         return _run_speaker(place)
     raise RecipeError(f"{place} is neither a run directory nor an export", place, "qlora-kit chat latest")
+
+
+def _tell_verdict(manifest: Mapping[str, Any]) -> None:
+    """Say of a file that should not simply be served what its manifest says of it, before it answers."""
+    verdict = recorded_verdict(manifest)
+    if verdict is Verdict.rejected:
+        faults = [str(fault) for fault in manifest.get("faults") or ["its manifest.json does not say why"]]
+        say(f"warning: this file is rejected, do not serve it: {'; '.join(faults)}")
+    elif verdict is Verdict.not_measured:
+        say("warning: this file was not measured, so nothing tells how close it is to what it was made from")
 
 
 def _run_speaker(name: str) -> Any:

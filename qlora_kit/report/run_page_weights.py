@@ -1,13 +1,11 @@
 """What became of the learned update in each file: the merge base that was taken, and what rounding left of it."""
 
-import math
 from collections.abc import Sequence
 
+from qlora_kit.core.units import kept_share
 from qlora_kit.report.page import text
 from qlora_kit.report.run_page_facts import Artifact, Survival
 from qlora_kit.report.run_page_fidelity import NONE, decimals
-
-NO_NUMBER = "not a number"
 
 
 def merge_bases(exports: Sequence[Artifact]) -> str:
@@ -60,11 +58,7 @@ def _kept(all_of_it: float | None, least: float | None) -> str:
     """A share, and below it that of the weight that kept the least."""
     if all_of_it is None:
         return NONE
-    return f"{_share(all_of_it)}<small>{NONE if least is None else _share(least)}</small>"
-
-
-def _share(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.0%}" if math.isfinite(value) else NO_NUMBER  # + 0.0 takes the sign off -0
+    return f"{kept_share(all_of_it)}<small>{NONE if least is None else kept_share(least)}</small>"
 
 
 def _warnings(measured: Sequence[tuple[Artifact, Survival]]) -> str:
@@ -85,7 +79,8 @@ def _warnings(measured: Sequence[tuple[Artifact, Survival]]) -> str:
 def _explanation(exports: Sequence[Artifact]) -> str:
     said = [
         "The length of a file's own change to the weights along the change that was learned: 100% is all of it, 0% is "
-        "the base again. Below a number: the weight of that kind that keeps the least."
+        "the base again. Rounding adds noise, so a file may end up on the other side of the base (less than none) or "
+        "beyond what was learned (more than all). Below a number: the weight of that kind that keeps the least."
     ]
     if others := [one.name for one in exports if one.survival is None]:
         said.append(f"Not measured for {', '.join(others)}.")

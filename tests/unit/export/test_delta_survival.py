@@ -127,7 +127,7 @@ def test_the_warning_names_the_worst_layers_and_what_to_do() -> None:
     warning = found.warning("q4")
     assert warning is not None
     assert warning.startswith("q4 keeps 30% of what was learned; 4 of 5 weights keep less than 50%: c 2%, b 10%, e 20%")
-    for remedy in ("more bits", "group_size: 32", "importance matrix", "export.merge_base=original", "adapter apart"):
+    for remedy in ("more bits", "group_size: 32", "export.merge_base=original", "adapter apart"):
         assert remedy in warning
     assert found.warning("q4", 0.01) is None
 

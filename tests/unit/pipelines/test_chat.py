@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.core.files import write_json
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.chat import _torch_speaker
+from qlora_kit.pipelines.chat import _torch_speaker, chat
 from tests.tiny_models import build_tiny_model
 
 MESSAGES = [{"role": "user", "content": "turn on the lamp"}]
@@ -30,3 +31,30 @@ def test_pieces_make_the_answer_of_generate(folder):
     whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     pieces = list(_torch_speaker(model, tokenizer)(MESSAGES, 6))
     assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (
+            {"verdict": "rejected", "faults": ["mean KL 4.4"]},
+            "warning: this file is rejected, do not serve it: mean KL 4.4",
+        ),
+        ({"rejected": True}, "warning: this file is rejected, do not serve it: its manifest.json does not say why"),
+        ({"verdict": "not measured"}, "warning: this file was not measured, so nothing tells how close it is to what"),
+        ({"verdict": "accepted"}, ""),
+        ({"verdict": "measured"}, ""),
+    ],
+)
+def test_a_file_that_should_not_be_served_is_called_so_before_it_answers(tmp_path, monkeypatch, capsys, manifest, said):
+    write_json(tmp_path / "manifest.json", {"format": "merged", "file": ".", **manifest})
+    told = []
+
+    def speaker(format_name, path):
+        told.append(capsys.readouterr().err)
+        return lambda messages, most: iter(["an answer"])
+
+    monkeypatch.setattr("qlora_kit.pipelines.chat._export_speaker", speaker)
+    chat(str(tmp_path), "hello", 4)
+    assert told[0].startswith(said) and bool(told[0]) == bool(said)
+    assert capsys.readouterr().out == "an answer\n"

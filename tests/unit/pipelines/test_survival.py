@@ -2,8 +2,11 @@
 
 import pytest
 
+from qlora_kit.core.units import kept_share
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
-from qlora_kit.pipelines.survival import record
+from qlora_kit.export.targets.table import settings_of
+from qlora_kit.pipelines.survival import record, remedies
+from qlora_kit.schema.export import AwqLayout, AwqTarget, BnbKind, BnbTarget, GgufTarget, GptqMethod, GptqTarget
 
 KEPT = LayerSurvival("layers.0.q_proj.weight", 0.9, 0.1, 0.01, 1.0)
 LOST = LayerSurvival("layers.0.up_proj.weight", 0.2, 2.0, 0.01, 1.0)
@@ -25,3 +28,36 @@ def test_the_entry_has_every_kind_and_what_the_user_was_told() -> None:
 
 def test_there_is_no_warning_where_all_is_well() -> None:
     assert record(DeltaSurvival((KEPT,)))["warning"] == ""
+
+
+@pytest.mark.parametrize(
+    ("format_name", "target", "wanted", "never"),
+    [
+        ("gguf", GgufTarget(), "gguf_q8_0", "importance"),
+        ("gguf", GgufTarget(imatrix=False), "imatrix: true", "GPTQ"),
+        ("gptq", GptqTarget(), "group_size: 32", "method: gptq"),
+        ("gptq", GptqTarget(group_size=32), "gptq_8bit", "group_size"),
+        ("gptq", GptqTarget(method=GptqMethod.rounding), "method: gptq", "importance"),
+        ("awq", AwqTarget(), "group_size: 32", "AWQ"),
+        ("awq_gemv", AwqTarget(layout=AwqLayout.gemv), "gptq_8bit", "group_size"),
+        ("bnb", BnbTarget(), "bnb_int8", "group_size"),
+        ("bnb", BnbTarget(kind=BnbKind.int8), "merged_16bit", "bnb_int8"),
+    ],
+)
+def test_the_advice_is_never_what_the_file_has_already(format_name, target, wanted, never) -> None:
+    advice = remedies(format_name, settings_of(target))
+    said = DeltaSurvival((KEPT, LOST), remedies=advice).warning("it") or ""
+    assert wanted in said and never not in said
+
+
+def test_shares_past_their_ends_are_words() -> None:
+    beyond = LayerSurvival("layers.0.k_proj.weight", -1.44, 9.0, 0.01, 1.0)
+    warning = DeltaSurvival((beyond, beyond)).warning("it")
+    assert warning is not None and warning.startswith("it keeps less than none of what was learned")
+    assert "layers.0.k_proj.weight less than none" in warning and "-144%" not in warning
+    assert [kept_share(value) for value in (-0.001, 1.24, 1.0, float("nan"))] == [
+        "0%",
+        "more than all",
+        "100%",
+        "not a number",
+    ]

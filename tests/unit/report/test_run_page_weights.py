@@ -69,7 +69,7 @@ def test_the_share_of_the_update_is_shown_by_kind_with_its_warning(page_of):
     said = section(html, "survival")
     assert said.startswith(
         "What is left of the update file verdict all layers least q_proj least gate_proj least "
-        "q2 partly lost 66% 44% 90% 80% 0% -25% q8 kept 100% 99% - - "
+        "q2 partly lost 66% 44% 90% 80% 0% less than none q8 kept 100% 99% - - "
         "q2: the file keeps 66% of what was learned; 2 of 4 weights keep less than 50%: a 44% q2: try more bits "
     )
     assert said.endswith("Not measured for nf4.")
