@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.schema.check import check_targets
 from qlora_kit.schema.compose import Composed
 from qlora_kit.schema.lora import TARGET_SETS
@@ -14,14 +14,25 @@ def check_train(composed: Composed) -> TrainRecipe:
     """Check the adapter's targets against the base, when its files are at hand.
 
     Raises:
-        RecipeError: a target names no linear module of the base.
+        RecipeError: the base is no text decoder, or a target names no linear module of it.
     """
     from qlora_kit.model.weight_names import linear_module_names
 
     recipe = cast(TrainRecipe, composed.recipe)
     folder = Path(recipe.model.source).expanduser()
+    if problems := _other_kind(recipe, folder):
+        raise RecipeError(problems)
     at_hand = linear_module_names(folder) if folder.is_dir() else set()
     findings = check_targets(recipe.lora.targets, at_hand or set(TARGET_SETS["all_linear"]))
     if findings and (at_hand or recipe.model.source == "demo"):
         raise RecipeError([composed.problem(finding) for finding in findings])
     return recipe
+
+
+def _other_kind(recipe: TrainRecipe, folder: Path) -> list[Problem]:
+    """Why the base is no text decoder: by its config.json, or by the recipe where that is not at hand."""
+    from qlora_kit.model.kind import CONFIG, image_text, kind_problems, read_config
+
+    if (folder / CONFIG).is_file():
+        return list(kind_problems(recipe.model.source, read_config(folder), []))
+    return [image_text(recipe.model.source, "as its recipe says")] if recipe.model.takes_images else []

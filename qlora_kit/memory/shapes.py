@@ -17,6 +17,13 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, int | bool]] = {
     },
     "smollm3": {"tie_word_embeddings": True},
 }
+# what other families than Llama's call a size
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("ffn_dim", "n_inner", "d_ff", "block_ff_dim", "moe_intermediate_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,20 @@ def shape_of_config(config: Mapping[str, object]) -> ModelShape:
         num_layers=_size(sizes, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=_size({"num_key_value_heads": heads, **sizes}, "num_key_value_heads"),
-        head_dim=_size({"head_dim": hidden // heads, **sizes}, "head_dim"),
+        head_dim=_size({"head_dim": hidden // heads or 1, **sizes}, "head_dim"),
         vocab_size=_size(sizes, "vocab_size"),
         tie_embeddings=bool(sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
     )
 
 
 def _size(sizes: Mapping[str, object], key: str) -> int:
-    value = sizes.get(key)
-    if not isinstance(value, int):
-        raise RecipeError(f"config.json has no number under '{key}'", "model.source", "model.shape.<field>=<number>")
+    """A size under its usual name or one that another family has for it; of a list by layer, the largest."""
+    found = (sizes[name] for name in (key, *OTHER_NAMES.get(key, ())) if sizes.get(name) is not None)
+    value = next(found, None)
+    if isinstance(value, list) and value and all(type(number) is int for number in value):
+        value = max(value)
+    if type(value) is not int or value < 1:
+        kind = str(sizes.get("model_type", "none that is named"))[:80]
+        what = f"its config.json has no number under '{key}', so nothing can be planned for this architecture ({kind})"
+        raise RecipeError(what, "model.source")
     return value

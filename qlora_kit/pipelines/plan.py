@@ -1,6 +1,7 @@
 """`qlora-kit plan`: what a recipe will need and how many steps it will take, before anything is loaded."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -17,6 +18,10 @@ from qlora_kit.pipelines.rows import packing_of, rows_that_fit
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
 
+OF_THE_TEXT_PART = (
+    "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "
+    "until image-text models are supported"
+)
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
 
 
@@ -24,13 +29,16 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
     """The sizes of the recipe's base, from its config.json or the recipe.
 
     Raises:
-        RecipeError: neither is there.
+        RecipeError: neither is there, or training would refuse this base.
     """
     folder = Path(recipe.model.source).expanduser()
     if (folder / "config.json").is_file():
-        return KnownBase.in_folder(folder)
+        from qlora_kit.pipelines.reach import reach_of
+
+        reach = reach_of(recipe, folder)
+        return replace(KnownBase.in_folder(folder, reach.counted), notes=tuple(reach.lines()))
     if recipe.model.shape is not None:
-        return KnownBase(recipe.model.shape)
+        return KnownBase(recipe.model.shape, notes=(OF_THE_TEXT_PART,) if recipe.model.takes_images else ())
     raise RecipeError(
         f"the sizes of {recipe.model.source} are not at hand",
         "model.source",
@@ -65,7 +73,7 @@ def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None)
     page = SafeConsole(file=io.StringIO(), width=120)
     with page.capture() as printed:
         page.print(plan_table(recipe, base, data))
-    return "\n".join(line.rstrip() for line in printed.get().splitlines())
+    return "\n".join(line.rstrip() for line in (*printed.get().splitlines(), *base.notes))
 
 
 def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> Table:

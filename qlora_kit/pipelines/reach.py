@@ -21,6 +21,7 @@ from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.forecast import CountedWeights
 
 # In words, what stays in 16 bit; the first two are what every model keeps.
 _KINDS = {
@@ -76,6 +77,12 @@ class Reach:
     def total(self) -> int:
         """Weights of the base."""
         return sum(part.count for part in self.weights)
+
+    @property
+    def counted(self) -> CountedWeights:
+        """The numbers that memory is reckoned from."""
+        rounded = sum(part.count for part in self.weights if part.name in self.rounded)
+        return CountedWeights(rounded, self.total - rounded, self.trained)
 
     def lines(self) -> list[str]:
         """What the user reads before training."""
@@ -147,6 +154,8 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
     _check_promise(recipe, adapted_names(adapted_model), promised)
     trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
+    if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
+        trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
     return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide)
 

@@ -89,12 +89,13 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     if checkpoint:
         say(f"resuming from step {step_of(checkpoint)}")
     free_before = free_memory_bytes() if torch.cuda.is_available() else None
-    planned = planned_memory(recipe, base_folder, data, free_before)
+    known = _known_base(base_folder, reach)
+    planned = planned_memory(recipe, known, data, free_before)
     if planned is not None:
         total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
         say(f"plan: about {total} of memory, for {at_once} tokens at once")
     longest = int(data.train.lengths.max())
-    needs = partial(_needed_bytes, base_folder=base_folder, data=data, free_before=free_before)
+    needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         model = _adapted_base(recipe, base_folder, reach, len(data.train))
         watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints)
@@ -120,18 +121,25 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     return result
 
 
+def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
+    """The base's sizes and counted weights; None where it has sizes that no plan knows."""
+    try:
+        return KnownBase.in_folder(folder, reach.counted)
+    except RecipeError:
+        return None
+
+
 def planned_memory(
-    recipe: TrainRecipe, base_folder: Path, data: PreparedData, free_before: float | None
+    recipe: TrainRecipe, base: KnownBase | None, data: PreparedData, free_before: float | None
 ) -> Forecast | None:
-    """What the largest step of the rows will need on this device; None where the base has sizes that no plan knows.
+    """What the largest step of the rows will need on this device; None where nothing is known of the base's sizes.
 
     Args:
         free_before: bytes of the GPU, before anything is loaded; None without one.
     """
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
     try:
-        base = KnownBase.in_folder(base_folder)
-        return forecast(recipe, base, at_once, free_before)
+        return None if base is None else forecast(recipe, base, at_once, free_before)
     except RecipeError:
         return None
 
@@ -156,9 +164,9 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: in
 
 
 def _needed_bytes(
-    recipe: TrainRecipe, base_folder: Path, data: PreparedData, free_before: float | None
+    recipe: TrainRecipe, base: KnownBase | None, data: PreparedData, free_before: float | None
 ) -> float | None:
-    planned = planned_memory(recipe, base_folder, data, free_before)
+    planned = planned_memory(recipe, base, data, free_before)
     return None if planned is None else planned.memory.total
 
 

@@ -48,4 +48,7 @@ class ModelConfig(Sealed):
         None, "Replaces the model's own: a Jinja file, or chatml, gemma, llama3, mistral, phi3."
     )
     attention: Attention = knob(Attention.sdpa, "Attention implementation.")
+    takes_images: bool = knob(
+        False, "The checkpoint takes images or sound too, as a recipe says that has no config.json at hand."
+    )
     shape: ModelShape | None = knob(None, "Sizes for `plan` when the base's config.json is not at hand.")

@@ -1,16 +1,33 @@
 """The memory that a run will need on one device, from its recipe and the sizes of its base, with any engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.core.files import read_json
-from qlora_kit.memory.estimate import MemoryEstimate, estimate
+from qlora_kit.memory.estimate import STATE_BYTES, MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineMode
+from qlora_kit.schema.lora import TARGET_SETS, LoraConfig
 from qlora_kit.schema.model import ModelShape
+from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.step_memory import StepMemory, again, extras_of_recipe, fast_estimate
+
+
+@dataclass(frozen=True)
+class CountedWeights:
+    """Weights that were counted module by module, where the sizes alone would miss some, such as experts.
+
+    Attributes:
+        rounded: stored in 8 or 4 bit.
+        whole: kept in 16 or 32 bit.
+        trained: of the adapter.
+    """
+
+    rounded: int
+    whole: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -19,13 +36,17 @@ class KnownBase:
 
     Attributes:
         kind: `model_type` of its config.json; empty where only the sizes are known.
+        counted: its weights, where they were counted.
+        notes: what the user is to read beside a plan.
     """
 
     shape: ModelShape
     kind: str = ""
+    counted: CountedWeights | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def in_folder(cls, folder: Path) -> "KnownBase":
+    def in_folder(cls, folder: Path, counted: CountedWeights | None = None) -> "KnownBase":
         """From the config.json in a folder.
 
         Raises:
@@ -34,7 +55,7 @@ class KnownBase:
         config = read_json(folder / "config.json")
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
-        return cls(shape_of_config(config), str(text.get("model_type", "")))
+        return cls(shape_of_config(config), str(text.get("model_type", "")), counted)
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,10 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    plain = estimate(base.shape, recipe.quant, recipe.lora, recipe.optim, recipe.trainer, tokens)
+    lora = recipe.lora if base.counted is None else _of_known_sizes(recipe.lora)
+    plain = estimate(base.shape, recipe.quant, lora, recipe.optim, recipe.trainer, tokens)
+    if base.counted is not None:
+        plain = _as_counted(plain, base.counted, recipe)
     if recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0:
         from qlora_kit.engine.families import FAMILIES, Family
 
@@ -74,6 +98,33 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
             return Forecast(memory, tokens, again(levels))
     recomputed = recipe.trainer.gradient_checkpointing
     return Forecast(plain, tokens, "recomputed in the backward pass" if recomputed else "kept for the backward pass")
+
+
+def _of_known_sizes(lora: LoraConfig) -> LoraConfig:
+    """The adapter with every linear module in place of names that the sizes do not tell: what is kept is then reckoned
+    as of them, and what is trained was counted."""
+    named = {*TARGET_SETS, *TARGET_SETS["all_linear"]}
+    return lora if set(lora.targets) <= named else replace(lora, targets=["all_linear"], modules_to_save=[])
+
+
+def _as_counted(plain: MemoryEstimate, counted: CountedWeights, recipe: TrainRecipe) -> MemoryEstimate:
+    """An estimate with the base's and the adapter's own numbers of weights."""
+    quant = recipe.quant
+    wide = 4 if quant.compute_dtype is ComputeDtype.float32 else 2
+    estimated = plain.frozen_linears / (0.5 if quant.kind.is_4bit else 1.0)
+    state = counted.rounded * (plain.quant_state / estimated if estimated else 0.0)
+    trained = 4.0 * counted.trained
+    return replace(
+        plain,
+        frozen_linears=counted.rounded * (0.5 if quant.kind.is_4bit else 1.0),
+        quant_state=state,
+        frozen_rest=float(wide * counted.whole),
+        adapter=trained,
+        gradients=trained,
+        optimizer=float(STATE_BYTES[recipe.optim.name] * counted.trained),
+        trainable=counted.trained,
+        frozen=counted.rounded + counted.whole,
+    )
 
 
 def needed_bytes(recipe: TrainRecipe, base: KnownBase) -> Callable[[int], float]:

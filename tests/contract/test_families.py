@@ -1,21 +1,27 @@
 """Every kind of model trains with all that was promised adapted, or is refused with a sentence before it is loaded."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
 from qlora_kit.adapter.attach import adapted_names, attach_lora
+from qlora_kit.cli.preflight import check_train
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
 from qlora_kit.model.load import load_base, rounded_names, try_forward
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.structure import kept_whole
+from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.pipelines.reach import check_reached, reach_of
+from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.schema.folders import recipe_file
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.forecast import forecast
 from tests.families import KINDS, build
 
 TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text")
@@ -240,3 +246,51 @@ def test_trying_a_forward_pass_draws_nothing(folder_of):
     before = torch.random.get_rng_state()
     try_forward(model)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen3_5_text", "qwen3_moe"])
+def test_a_plan_counts_every_weight(kind, folder_of):
+    folder = folder_of(kind)
+    recipe = recipe_for(folder, targets=["attention"], keep=["experts"] if kind == "qwen3_moe" else [])
+    base = known_base(recipe)
+    planned = forecast(recipe, base, 64).memory
+    model = skeleton(folder)
+    sizes = {name: module.weight.numel() for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    rounded = sum(sizes[name] for name in rounded_names(model, recipe.quant))
+    whole = sum(weight.numel() for weight in model.parameters()) - rounded
+    assert planned.frozen_linears == 0.5 * rounded
+    assert planned.frozen_rest == 2 * whole
+    adapted = loaded(recipe, folder)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert (planned.trainable, planned.adapter) == (trained, 4 * trained)
+    assert plan(recipe, base).splitlines()[-2:] == reach_of(recipe, folder).lines()
+
+
+def test_the_magnitudes_of_dora_are_counted(folder_of):
+    recipe = recipe_for(folder_of("llama"), use_dora=True)
+    adapted = loaded(recipe, folder_of("llama"))
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert reach_of(recipe, folder_of("llama")).trained == trained
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "qwen3_moe"])
+def test_a_plan_refuses_what_training_refuses(kind, folder_of):
+    with pytest.raises(RecipeError, match=re.escape(REFUSED[kind])):
+        known_base(recipe_for(folder_of(kind)))
+
+
+@pytest.mark.parametrize("name", ["gemma3_4b_chat_12gb", "gemma3_12b_chat_24gb", "gemma3_27b_chat_48gb"])
+def test_a_shipped_image_text_recipe_composes_and_is_refused_by_train_alone(name, folder_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    line = [f"experiment={name}", "data.train_file=rows.jsonl"]
+    composed = compose_recipe("train", line)
+    with pytest.raises(RecipeError, match="takes images or sound too") as raised:
+        check_train(composed)
+    assert raised.value.exit_code == EXIT_BAD_RECIPE
+    assert "Refused by `train` so far" in recipe_file("experiment", name).read_text()
+    (note,) = known_base(composed.recipe).notes
+    assert "train refuses the checkpoint" in note
+    check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3_text')}"]))
+    with pytest.raises(RecipeError, match=r"config\.json has a vision_config"):
+        check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3')}"]))
