@@ -10,6 +10,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no ty
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory
+from qlora_kit.core.shell import override, shell_line
 
 
 def find_exported_base(name: str) -> RunDirectory:
@@ -87,7 +88,7 @@ def _refuse_other_folder(name: str, path: Path) -> None:
 def _unknown(name: str, bases: list[str]) -> RecipeError:
     if (Path(name) / "config.json").is_file():
         what = f"no exports of {name} lie below {OUTPUTS}/"
-        fix = f"qlora-kit export base={name} export=gguf_q4_k_m, or base=<what out= named then>"
+        fix = shell_line(["qlora-kit", "export", override("base", name), "export=gguf_q4_k_m"])
         return RecipeError(what, f"base={name}", fix)
     near = difflib.get_close_matches(name, bases, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""

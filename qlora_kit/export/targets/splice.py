@@ -1,4 +1,4 @@
-"""A checkpoint that equals another but for some tensors: what both 4-bit layouts hand over."""
+"""A checkpoint that equals another but for some tensors: what every format of safetensors folders hands over."""
 
 import shutil
 from collections.abc import Callable, Mapping

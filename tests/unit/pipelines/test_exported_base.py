@@ -74,7 +74,7 @@ def test_what_is_no_exports_of_a_base(make, tmp_path):
     assert refused(file) == (f"{file} {inside}", "base=outputs/mine/1")
     assert refused("models/new") == (
         "no exports of models/new lie below outputs/",
-        "qlora-kit export base=models/new export=gguf_q4_k_m, or base=<what out= named then>",
+        "qlora-kit export base=models/new export=gguf_q4_k_m",
     )
     assert refused("models/mien") == (
         f"models/mien is no folder, and {named}; did you mean 'models/mine'?",
