@@ -62,6 +62,9 @@ def test_a_run_directory_is_complete(trained):
     assert read_json(run / "data.json")["train"]["rows"] == 32
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "eval_loss"} <= set(last)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "A LoRA adapter for base, trained with qlora-kit" in card and str(trained[0].parent) not in card
+    assert not list((run / "checkpoints").rglob("README.md"))
 
 
 def test_every_export_is_written_and_measured(exported):
