@@ -140,6 +140,13 @@ def sync(path: Path) -> None:
         os.close(stream)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until all files of a folder, and their names, are on the disk."""
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = sha256()

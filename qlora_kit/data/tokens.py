@@ -81,6 +81,7 @@ class TokenStore:
     Attributes:
         tokens: `[T]` uint32, every row's ids one after another.
         trained: `[T]` bool, whether each token is trained.
+        largest_id: of all tokens; -1 without any.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,6 +90,7 @@ class TokenStore:
         self.files = [StoredFile(**file) for file in meta["files"]]
         self.bad_rows = [BadRow(**row) for row in meta["bad_rows"]]  # the first ones, at most MOST_BAD_ROWS_KEPT
         self.bad_row_counts: dict[str, int] = dict(meta["bad_row_counts"])  # by source
+        self.largest_id = int(meta["largest_id"])
         self.bad_row_sorts: dict[str, int] = dict(meta.get("bad_row_sorts", {}))  # by `problems.sort_of`
         with np.load(folder / ROWS_FILE) as arrays:
             self.table = RowTable(**{name: arrays[name] for name in RowTable.__dataclass_fields__})

@@ -10,7 +10,7 @@ from transformers import set_seed
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.adapter.saved import name_base
 from qlora_kit.core.errors import RecipeError, StoppedError
-from qlora_kit.core.files import clear_left_overs, staged_directory, write_json
+from qlora_kit.core.files import clear_left_overs, staged_directory, sync_folder, write_json
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
@@ -115,6 +115,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             name_base(folder, base.name)
             write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)
+            sync_folder(folder)
         result = _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned)
         write_json(run.result, result.record())
     _tell(result, recipe, run)
