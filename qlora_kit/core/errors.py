@@ -47,6 +47,10 @@ class RecipeError(KitError):
     exit_code = EXIT_BAD_RECIPE
 
 
+class UnreadableFileError(RecipeError, ValueError):
+    """A file of ours or of a model is not there, or does not hold what it should."""
+
+
 class RunError(KitError):
     """The run could not go on."""
 

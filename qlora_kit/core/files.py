@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.errors import UnreadableFileError
+
 LONGEST_JSON = 100_000_000  # bytes of a file of settings
 ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
 # How the system says it in libraries' texts, and numpy's tofile, which leaves the error number out
@@ -63,16 +65,22 @@ def read_json(path: Path) -> Mapping[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: it is none, it is nested too deeply, or it is too long to be a file of settings.
+        UnreadableFileError: it is not there or no JSON object, nested too deeply, or too long to be a file of settings.
     """
-    if path.stat().st_size > LONGEST_JSON:
-        raise ValueError(f"{path} is longer than {LONGEST_JSON // 1_000_000} MB")
     try:
+        if path.stat().st_size > LONGEST_JSON:
+            raise UnreadableFileError(f"{path} is longer than {LONGEST_JSON // 1_000_000} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+        raise UnreadableFileError(f"{path} is nested too deeply") from error
+    except UnreadableFileError:
+        raise
+    except ValueError as error:
+        raise UnreadableFileError(f"{path} does not hold a JSON object: {str(error)[:80]}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise UnreadableFileError(f"{path} does not hold a JSON object")
     return value
 
 

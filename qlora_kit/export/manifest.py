@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.environment import package_versions
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.say import say
 from qlora_kit.export.merge import MergeReport
 
 MANIFEST = "manifest.json"
+# What else is read of a manifest, which may be damaged or a stranger's.
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("settings", "fidelity", "evaluation"), dict),
+    "faults": list,
+    "max_mean_kl": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Manifest:
         bits: what a budget of bits was spent on, layer by layer; empty without one.
         left_in_16_bit: layers that the format could not take, and why; empty where it took all.
         faults: why it is rejected, in words.
+        scored_on: the rows that `fidelity` is of, by `evaluation.scored_on`; empty where there were none.
         verdict: accepted, rejected, measured or not measured, see `core.verdict`.
         reader: what scored it.
         contract: whether its readers give the token ids that training saw.
@@ -48,6 +56,7 @@ class Manifest:
     servers: Sequence[Mapping[str, object]] = ()
     survival: Mapping[str, object] = field(default_factory=dict)
     serve: Sequence[Mapping[str, object]] = ()
+    scored_on: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into the artifact's folder."""
@@ -55,11 +64,24 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The record of an artifact's folder."""
-    return read_json(folder / MANIFEST)
+    """The record of an artifact's folder, without what is not of the kind that it should be.
+
+    Raises:
+        RecipeError: it cannot be read, does not say what the artifact is, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    found = dict(read_json(path))
+    if not isinstance(found.get("format"), str) or not isinstance(found.get("file"), str):
+        raise RecipeError(f"{path} is damaged: it does not say which file there is, or of which format", str(path))
+    if Path(found["file"]).is_absolute() or ".." in Path(found["file"]).parts:
+        raise RecipeError(f"{path} names a file outside its folder, {found['file']}", str(path))
+    for key, kind in KINDS.items():
+        if not isinstance(found.get(key), kind):
+            found.pop(key, None)
+    return found
 
 
-def record_scores(folder: Path, scores: Mapping[str, Any]) -> None:
+def record_scores(folder: Path, scores: Mapping[str, Any], scored_on: Mapping[str, object]) -> None:
     """Add what `eval` measured to an artifact's manifest; not through a link, which may lead to another's folder."""
     if folder.is_symlink():
         say(f"{folder} is a link, so its manifest stays as it was; the scores are in eval.json")
@@ -67,7 +89,7 @@ def record_scores(folder: Path, scores: Mapping[str, Any]) -> None:
     manifest = read_manifest(folder)
     faults = list(dict.fromkeys([*faults_of_export(manifest), *scores["faults"]]))
     judged = {"verdict": scores["verdict"], "rejected": scores["rejected"], "faults": faults}
-    write_json(folder / MANIFEST, {**manifest, **judged, "evaluation": dict(scores)})
+    write_json(folder / MANIFEST, {**manifest, **judged, "evaluation": dict(scores), "evaluated_on": dict(scored_on)})
 
 
 def faults_of_export(manifest: Mapping[str, Any]) -> list[str]:

@@ -55,13 +55,13 @@ def describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None
 
 def _recorded(place: Path) -> Mapping[str, Any] | None:
     """What data.json says; None where it is not there, or is damaged and to be written again."""
+    if not place.is_file():
+        return None
     try:
         recorded = read_json(place)
         splits = [split for split in (recorded["train"], recorded["held_out"]) if split]
         if isinstance(recorded["train"]["max_tokens"], int) and all(split["sources"] for split in splits):
             return recorded
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError):
         pass
     say(f"{place} is damaged; it is written again")

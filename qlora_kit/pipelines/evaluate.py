@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import FidelityError, RecipeError
-from qlora_kit.core.files import size_on_disk, write_json
+from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
@@ -15,10 +15,12 @@ from qlora_kit.evaluation.harness import TaskScores, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
 from qlora_kit.evaluation.judge import Yardstick, faults_of
 from qlora_kit.evaluation.perplexity import text_fit
+from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from qlora_kit.export.manifest import MANIFEST, faults_of_export, read_manifest, record_scores
+from qlora_kit.pipelines.eval_record import asked, write_record
 from qlora_kit.pipelines.evaluated import Evaluated
 from qlora_kit.pipelines.exam import Exam, set_exam
 from qlora_kit.pipelines.exported import rejection
@@ -89,22 +91,34 @@ def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
     table = []
     for name, scorer in models.items():
         if name in wanted:
-            asked = _Asked(name, size_on_disk(subject.folder_of(name)))
-            table.append(_row(subject, asked, scorer, yardstick, exam))
+            one = _Asked(name, size_on_disk(subject.folder_of(name)))
+            table.append(_row(subject, one, scorer, yardstick, exam))
     for scorer in models.values():
         scorer.close()
 
     for name in wanted:
         if name in exports:
             table.append(_score_export(subject, exports[name], yardstick, exam))
-    write_json(subject.directory.evaluation, _record(table, exam))
+    write_record(subject.directory.evaluation, _record(table, exam), _current(subject, exports))
     return table
+
+
+def _current(subject: Evaluated, exports: Mapping[str, Path]) -> list[str]:
+    """Artifacts whose scores in eval.json are still theirs: a file that was written again has none in its manifest."""
+    return [*subject.models, *(name for name, folder in exports.items() if read_manifest(folder).get("evaluation"))]
 
 
 def exported_folders(exports: Path) -> dict[str, Path]:
     """Complete artifacts of a run, by name; the 16-bit merge first."""
-    folders = [path.parent for path in exports.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
-    ordered = sorted(folders, key=lambda folder: (read_manifest(folder)["format"] != "merged", folder.name))
+    formats: dict[Path, str] = {}
+    for path in exports.glob(f"*/{MANIFEST}"):
+        if path.parent.name.startswith("."):
+            continue
+        try:
+            formats[path.parent] = read_manifest(path.parent)["format"]
+        except RecipeError as error:
+            say(f"{path.parent.name} is left out: {error.problems[0].what}")
+    ordered = sorted(formats, key=lambda folder: (formats[folder] != "merged", folder.name))
     return {folder.name: folder for folder in ordered}
 
 
@@ -130,20 +144,20 @@ def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
 
 def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
     manifest = read_manifest(folder)
-    asked = _Asked(folder.name, size_on_disk(folder), manifest)
+    one = _Asked(folder.name, size_on_disk(folder), manifest)
     beside = adapter_base(subject.base_folder)
     scorer = open_artifact(manifest["format"], folder / manifest["file"], subject.tokenizer, beside)
     try:
-        row = _row(subject, asked, scorer, yardstick, exam)
+        row = _row(subject, one, scorer, yardstick, exam)
     finally:
         scorer.close()
-    record_scores(folder, asdict(row))
+    record_scores(folder, asdict(row), scored_on(exam.rows))
     if row.verdict != recorded_verdict(manifest).value and not folder.is_symlink():
         rewrite_card(subject.exportable, read_manifest(folder), folder)
     return row
 
 
-def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
+def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
     config, reference = exam.config, yardstick.reference
     scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
     fidelity = compare(reference, scores)
@@ -151,15 +165,15 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, yardstick: Yardstick
     if exam.prompts:
         answers = scorer.answer(exam.prompts, config.max_new_tokens, config.batch_size)
     said = [subject.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers.token_ids]
-    exam.said[asked.name] = said[:SAMPLES]
+    exam.said[one.name] = said[:SAMPLES]
     right = (
         [] if exam.task is Task.none else [judge(exam.task, *pair) for pair in zip(said, exam.expected, strict=True)]
     )
     text = text_fit(scorer, exam.windows) if exam.windows else None
-    verdict, faults = _judged(asked.manifest, fidelity, scores, yardstick)
+    verdict, faults = _judged(one.manifest, fidelity, scores, yardstick)
     row = Row(
-        name=asked.name,
-        size_bytes=asked.size_bytes,
+        name=one.name,
+        size_bytes=one.size_bytes,
         fidelity=fidelity,
         exact_match=_share(right),
         answered=len(answers.token_ids),
@@ -173,7 +187,7 @@ def _row(subject: Evaluated, asked: _Asked, scorer: Scorer, yardstick: Yardstick
         text_perplexity=text.perplexity if text else None,
         text_perplexity_interval=text.interval if text else None,
         text_tokens=text.tokens if text else 0,
-        lm_eval=_harness(subject, asked.name, scorer, exam),
+        lm_eval=_harness(subject, one.name, scorer, exam),
     )
     say(_told(row, exam.reference))
     return row
@@ -243,4 +257,5 @@ def _record(table: Sequence[Row], exam: Exam) -> Mapping[str, object]:
         "samples": samples,
         "confidence": CONFIDENCE,
         "text_file": exam.config.text_file,
+        "asked": asked(exam),
     }

@@ -13,6 +13,7 @@ from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
 from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
 from qlora_kit.evaluation.judge import Yardstick, faults_of
+from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
@@ -110,6 +111,7 @@ def finish(
         servers=[asdict(check) for check in servers],
         survival=subject.survival(job, folder, merged, merge),
         serve=[asdict(command) for command in commands],
+        scored_on=scored_on(reference.rows) if reference else {},
     ).write(folder)
     return Finished(verdict, fidelity, faults, seconds)
 

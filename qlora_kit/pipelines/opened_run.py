@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import RecipeError, UnreadableFileError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.rundir import RunDirectory, find_run
 from qlora_kit.core.say import say
@@ -77,14 +77,25 @@ class OpenedRun:
         return self._later(train)
 
     def _own(self, config: DataConfig) -> PreparedData:
-        recorded = read_json(self.directory.data)
+        recorded = self._recorded()
         data = prepare(config, self.tokenizer, recorded["train"]["max_tokens"])
         wanted = recorded if self.later.eval_file is None else {**recorded, "held_out": None}
         refuse_changed(wanted, asdict(data.summary), self.directory.data)
         return data
 
+    def _recorded(self) -> Mapping[str, Any]:
+        recorded = read_json(self.directory.data)
+        try:
+            _hashes(recorded)
+            if not isinstance(recorded["train"]["max_tokens"], int):
+                raise TypeError
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{self.directory.data} is damaged: it does not tell which rows the run was trained on"
+            raise UnreadableFileError(what) from error
+        return recorded
+
     def _later(self, train: TokenRows | None) -> HeldOutRows:
-        limit = read_json(self.directory.data)["train"]["max_tokens"]
+        limit = self._recorded()["train"]["max_tokens"]
         return later_rows(self.later, self.recipe.data, self.tokenizer, limit, train)
 
 

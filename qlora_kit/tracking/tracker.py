@@ -1,6 +1,7 @@
 """Metrics go to metrics.jsonl always, and to the services that the recipe names."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Protocol
 from qlora_kit.core.errors import Problem, RecipeError, StoppedError
 from qlora_kit.core.files import write_text
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
@@ -145,15 +147,26 @@ def _opened(name: str, config: TrackerConfig, run: Recorded, logged: Sequence[Ro
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Every whole line of a metrics file; a line that a killed process left half-written is skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The numbers of every line that names a step; a last line that a killed process left half-written is skipped.
+
+    Other lines that hold no such numbers are skipped with a line for the user.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = [_numbers(line) for line in lines]
+    if lost := sum("step" not in row for row in rows[:-1]):
+        say(f"{path}: {lost} damaged line{'s are' if lost > 1 else ' is'} left out")
+    return [row for row in rows if "step" in row]
+
+
+def _numbers(line: str) -> dict[str, float]:
+    """The numbers of a JSON object by name; none without a step that is a finite number."""
+    try:
+        held = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    found = held.items() if isinstance(held, dict) else ()
+    row = {key: value for key, value in found if isinstance(value, int | float) and not isinstance(value, bool)}
+    return row if math.isfinite(row.get("step", math.nan)) else {}
 
 
 def rewind_metrics(path: Path, step: int) -> int:

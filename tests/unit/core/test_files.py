@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.core.errors import UnreadableFileError
 from qlora_kit.core.files import (
     clear_left_overs,
     file_part,
@@ -133,3 +134,14 @@ def test_a_name_is_one_part_of_a_path():
 def test_json_never_holds_a_number_that_json_has_not(tmp_path):
     write_json(tmp_path / "a.json", {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "NaN", "e": 3}})
     assert read_json(tmp_path / "a.json") == {"a": [None, [1.5, None]], "b": {"c": None, "d": "NaN", "e": 3}}
+
+
+@pytest.mark.parametrize("held", [b"{", b"5", b"[]", b"\xff\xfe", b"[" * 5000, b"", None])
+def test_a_damaged_json_file_is_named(tmp_path, held):
+    path = tmp_path / "a.json"
+    if held is not None:
+        path.write_bytes(held)
+    with pytest.raises(UnreadableFileError) as caught:
+        read_json(path)
+    assert str(path) in caught.value.problems[0].what and caught.value.exit_code == 2
+    assert isinstance(caught.value, ValueError)  # as which readers of strangers' files catch it

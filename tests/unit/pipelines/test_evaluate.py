@@ -251,3 +251,28 @@ def test_a_bound_of_the_export_counts_when_eval_measures(opened):
         assert row.verdict == read_json(folder / "manifest.json")["verdict"] == verdict
     assert "is above export.max_mean_kl=1e-09" in row.faults[0]
     write_json(folder / "manifest.json", before)
+
+
+def test_a_part_that_is_scored_again_joins_the_others_in_eval_json(opened):
+    subject, held = with_task_none(opened), opened.directory.evaluation
+    held.unlink(missing_ok=True)
+    evaluate(subject, EvalConfig())
+    evaluate(subject, EvalConfig(artifacts=["adapter"], stop_prompts=1, max_new_tokens=2))
+    rows = {row["name"]: row for row in read_json(held)["rows"]}
+    assert list(rows) == ["base", "adapter", "merged_16bit", "gguf_q8_0"]
+    assert [row["answered"] for row in rows.values()] == [0, 1, 0, 0]
+    evaluate(subject, EvalConfig(artifacts=["adapter"], kl_rows=2))
+    record = read_json(held)
+    assert [row["name"] for row in record["rows"]] == ["adapter"]
+    assert len(record["earlier"][0]["rows"]) == 4
+
+
+def test_a_damaged_manifest_is_left_out_and_said(opened, capsys):
+    broken = opened.directory.exports / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("5", encoding="utf-8")
+    (row,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"]))
+    assert row.name == "gguf_q8_0"
+    assert f"broken is left out: {broken / 'manifest.json'} does not hold a JSON object" in capsys.readouterr().err
+    (broken / "manifest.json").unlink()
+    broken.rmdir()

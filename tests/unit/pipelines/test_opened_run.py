@@ -118,3 +118,14 @@ def test_the_runs_own_settings_read_the_rows(run, tmp_path):
     (tmp_path / "train.jsonl").unlink()
     (row,) = opened.held_out().held_out_conversations()
     assert [message.content for message in row.messages] == ["new", "row"]
+
+
+@pytest.mark.parametrize(
+    "held", ["{}", '{"train": 5}', '{"train": {"max_tokens": "x", "sources": []}, "held_out": null}']
+)
+def test_a_damaged_data_json_is_named(run, held):
+    opened = run([("new", "row")])
+    opened.directory.data.write_text(held, encoding="utf-8")
+    for read in (opened.rows, opened.held_out):
+        with pytest.raises(RecipeError, match=r"data\.json is damaged"):
+            read()

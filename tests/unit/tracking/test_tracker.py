@@ -201,3 +201,15 @@ def test_a_service_that_rewinds_is_told_again_from_the_checkpoint_on(tmp_path, r
     killed(RunDirectory(tmp_path), recipe, [1, 2, 3, 4])
     session(RunDirectory(tmp_path), recipe, [3, 4, 5], kept=2)
     assert [step for step, _ in stubs[0]["wandb"][1].told] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "{}", "[", '{"step": "x"}', '{"step": null}', '{"step": NaN}', "\xff", "[" * 5000]
+)
+def test_a_damaged_line_is_left_out_and_said(tmp_path, capsys, line):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 1, "loss": 2.0, "note": "x"}'
+    path.write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}] * 2
+    assert f"{path}: 1 damaged line is left out" in capsys.readouterr().err
+    assert rewind_metrics(path, 1) == 0
