@@ -102,9 +102,11 @@ def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
 
 def _layers_differ(folder: Path) -> bool:
     """Whether gptqmodel has to read it: layers differ, or experts are packed, which transformers does not look for."""
-    if read_json(folder / "config.json")["quantization_config"].get("dynamic"):
+    settings = read_json(folder / "config.json")["quantization_config"]
+    if settings.get("dynamic"):
         return True
-    return any(".experts." in name and name.endswith(".qweight") for name in tensor_shapes(folder))
+    packed = (name for name in tensor_shapes(folder) if name.endswith(".qweight"))
+    return settings["quant_method"] == "gptq" and any(".experts." in name for name in packed)
 
 
 def _load_mixed(folder: Path) -> "PreTrainedModel":

@@ -52,7 +52,10 @@ def _advance(
 ) -> Quantised:
     readings, outputs = observe_layer(layer, calls, index)
     at_once = OUTPUTS_AT_ONCE[settings.layout]
-    skip = frozenset(name for name, linear in _linears(layer) if linear.out_features % at_once)
+    # Experts are one parameter, but for libraries that take them apart once they are imported: here they never count.
+    skip = frozenset(
+        name for name, linear in _linears(layer) if linear.out_features % at_once or "experts" in name.split(".")
+    )
 
     def run() -> Tensor:
         return run_layer(layer, calls[0], index)

@@ -64,6 +64,7 @@ def test_packed_experts_are_read_by_gptqmodel_itself(tmp_path: Path) -> None:
     assert not quantized._layers_differ(folder)
     save_file({"model.layers.0.mlp.experts.3.up_proj.qweight": torch.zeros(1)}, folder / "model.safetensors")
     assert quantized._layers_differ(folder)
+    assert not quantized._layers_differ(folder_of(tmp_path, quantization_config={"quant_method": "awq"}))
 
 
 @pytest.mark.slow
