@@ -4,6 +4,7 @@ The text and the characters that each answer covers come from `spans`; here they
 starts inside an answer, and so is the special token that closes it: without that the model never learns to stop.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from qlora_kit.data.template.spans import rendered
 from qlora_kit.data.template.turns import RenderedRow, Span, refused
 from qlora_kit.data.tokens import Ids, Mask
 from qlora_kit.schema.data import TrainOn
+
+PLACES_WORTH_A_LIST = 24
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -157,7 +160,7 @@ class Encoder:
     def _row(self, conversation: Conversation, text: RenderedRow, encoding: "Encoding") -> EncodedRow:
         ids: list[int] = encoding.ids
         trained = np.zeros(len(ids), dtype=np.bool_)
-        tokens = _Tokens(encoding, text.text)
+        tokens = _Tokens(encoding, text.text, len(text.spans) + len(text.turn_starts))
         for span in text.spans:
             first = tokens.starting_at(span.start)
             if conversation.plain or self.train_on is TrainOn.everything:
@@ -199,41 +202,52 @@ class _Tokens:
     """Where characters lie in a tokenized text.
 
     Some tokenizers leave a token's leading space out of its offsets, so a token is taken to start where the one before
-    it ended. Most places asked for are token borders, which the quick lookups tell without listing every offset.
+    it ended. Most places asked for are token borders, which the quick lookups tell without listing every offset; where
+    very many are asked for, listing the offsets once is quicker.
     """
 
-    def __init__(self, encoding: "Encoding", text: str) -> None:
+    def __init__(self, encoding: "Encoding", text: str, places: int) -> None:
         self._encoding = encoding
         self._text = text
+        self._is_listed = places > PLACES_WORTH_A_LIST
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [end for _, end in self._encoding.offsets]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        begins = [begin for begin, _ in self._encoding.offsets]
+        return [0, *map(min, begins[1:], self._ends)] if begins else []
 
     def starting_at(self, place: int) -> int:
         """The first token that starts at a character or after it."""
-        at = self._encoding.char_to_token(place)
+        at = None if self._is_listed else self._encoding.char_to_token(place)
         if at is not None and self._borders(at)[0] == place and (at == 0 or self._borders(at - 1)[1] == place):
             return int(at)
-        ends = [end for _, end in self._encoding.offsets]
-        for index, (begin, _) in enumerate(self._encoding.offsets):
-            if (min(begin, ends[index - 1]) if index else 0) >= place:
-                return index
-        return len(ends)
+        return bisect_left(self._starts, place)
 
     def _borders(self, index: int) -> tuple[int, int]:
         return self._encoding.token_to_chars(index) or (-1, -1)
 
     def closing(self, end: int, special: frozenset[int]) -> int | None:
         """The token that ends a turn: the first special one after the answer, with only white space between."""
-        index = self._encoding.char_to_token(end) if end < len(self._text) else None
-        ids = self._encoding.ids
+        is_asked = not self._is_listed and end < len(self._text)
+        index = self._encoding.char_to_token(end) if is_asked else None
+        ids = self._ids
         if index is not None and ids[index] in special:
             return int(index)
-        for index, (_, stop) in enumerate(self._encoding.offsets):
-            if stop <= end:
-                continue
+        for index in range(bisect_right(self._ends, end), len(ids)):
             if ids[index] in special:
                 return index
-            if self._text[end:stop].strip():
+            if self._text[end : self._ends[index]].strip():
                 return None
         return None
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        ids: list[int] = self._encoding.ids
+        return ids
 
 
 def _plain(conversation: Conversation, train_on: TrainOn) -> RenderedRow:

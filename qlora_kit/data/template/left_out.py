@@ -1,6 +1,7 @@
 """What a chat template leaves out without a word: thoughts, which is usual, and whole turns, which is refused."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 from qlora_kit.core.errors import RecipeError
@@ -9,6 +10,7 @@ from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 
 _AS_SYSTEM = "'data.roles={developer: system}'"
 THINK_END = "</think>"
+_MARK = re.compile("Qzx(?:words|thought|call)[a-jx]+zq")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ def left_out(conversation: Conversation, template: ChatTemplate, text: str) -> L
     except TemplateRefusal:
         # The row itself was rendered; a template that looks into the texts may still refuse marks.
         return LeftOut(0, 0)
+    seen = set(_MARK.findall(shown))
     thoughts = texts = 0
     for index, message in enumerate(conversation.messages):
-        thoughts += _thought(index) not in shown and has_thought(message)
-        if any(_call(index, place) not in shown for place in range(len(message.tool_calls))):
+        thoughts += _thought(index) not in seen and has_thought(message)
+        if any(_call(index, place) not in seen for place in range(len(message.tool_calls))):
             raise _refusal(conversation, "the tool calls of an assistant turn")
-        if answer_of(message).strip() and _words(index) not in shown:
+        if answer_of(message).strip() and _words(index) not in seen:
             if not message.tool_calls:
                 what = f"{'an' if message.role == 'assistant' else 'a'} {message.role} turn"
                 raise _refusal(conversation, what, _AS_SYSTEM if message.role == "developer" else "")

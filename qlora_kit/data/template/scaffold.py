@@ -5,6 +5,7 @@ conversation of marks; of a row, only the text is rendered and compared with wha
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 from qlora_kit.data.template.left_out import letters
+from qlora_kit.data.template.long_rows import LONG, found_by_likeness
 from qlora_kit.data.template.turns import RenderedRow, Span, found_by_rendering, refused
 
 _MARK = re.compile("Qzxtextof([a-j]+)xzq")
@@ -107,15 +109,36 @@ def _plain_settings(settings: Mapping[str, object] | None) -> Settings | None:
     return plain if len(plain) == len(settings) else None
 
 
-@lru_cache(maxsize=4096)
 def _scaffold(
+    template: ChatTemplate, roles: tuple[str, ...], trained: tuple[int, ...], settings: Settings
+) -> Scaffold | None:
+    # Long ones are big, and few rows share them.
+    return (_short_scaffold if len(roles) <= LONG else _long_scaffold)(template, roles, trained, settings)
+
+
+@lru_cache(maxsize=4096)
+def _short_scaffold(
+    template: ChatTemplate, roles: tuple[str, ...], trained: tuple[int, ...], settings: Settings
+) -> Scaffold | None:
+    return _made(template, roles, trained, settings)
+
+
+@lru_cache(maxsize=2)
+def _long_scaffold(
+    template: ChatTemplate, roles: tuple[str, ...], trained: tuple[int, ...], settings: Settings
+) -> Scaffold | None:
+    return _made(template, roles, trained, settings)
+
+
+def _made(
     template: ChatTemplate, roles: tuple[str, ...], trained: tuple[int, ...], settings: Settings
 ) -> Scaffold | None:
     messages = tuple(Message(role, f"Qzxtextof{letters(index)}xzq") for index, role in enumerate(roles))
     conversation = Conversation(messages, "", 0, template_settings=dict(settings))
     padded = [replace(message, content=f" {message.content} ") for message in messages]
     try:
-        row = found_by_rendering(conversation, template, trained)
+        row = found_by_likeness(conversation, template, trained, _MARK) if len(roles) > LONG else None
+        row = row or found_by_rendering(conversation, template, trained)
         padded_text = template.render(padded, settings=conversation.template_settings)
     except (RecipeError, TemplateRefusal):
         return None
@@ -124,13 +147,15 @@ def _scaffold(
     pieces = tuple(_MARK.split(row.text)[::2])
     trims = _trims(pieces, tuple(_MARK.split(padded_text)[::2]))
     offsets = [row.head_end, *row.turn_starts, *(edge for span in row.spans for edge in (span.start, span.end))]
-    inside_mark = any(mark.start() < offset < mark.end() for mark in marks for offset in offsets)
+    begins, ends = [mark.start() for mark in marks], [mark.end() for mark in marks]
+    before = list(accumulate((mark.end() - mark.start() for mark in marks), initial=0))
+    inside_mark = any(bisect_left(begins, offset) != bisect_right(ends, offset) for offset in offsets)
     if trims is None or sorted(order) != list(range(len(roles))) or inside_mark:
         return None
 
     def place(offset: int) -> _Place:
-        passed = [mark for mark in marks if mark.end() <= offset]
-        return _Place(offset - sum(mark.end() - mark.start() for mark in passed), len(passed))
+        passed = bisect_right(ends, offset)
+        return _Place(offset - before[passed], passed)
 
     spans = tuple((place(span.start), place(span.end)) for span in row.spans)
     starts = tuple(place(start) for start in row.turn_starts)

@@ -21,6 +21,9 @@ _MARKER = "Qzxanswerstandshereqzx"
 _OPENER = re.compile(r"\s*<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?")
 _EMPTY_THOUGHT = re.compile(r"<think(?:ing)?>\s*</think(?:ing)?>\s*")
 _LAST_TOKEN = re.compile(r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
+MOST_TURNS = (
+    1000  # each is found by renderings of the whole conversation: with twice the turns it takes four times as long
+)
 _FRONT = ("system", "developer")
 
 
@@ -56,8 +59,11 @@ def found_by_rendering(conversation: Conversation, template: ChatTemplate, train
     """Render a conversation and find the given assistant turns in it, at one to three more renderings each.
 
     Raises:
-        RecipeError: the template refuses the row, leaves a turn of it out, or rewrites what was rendered before.
+        RecipeError: the template refuses the row, leaves a turn of it out, or rewrites what was rendered before; or
+            there are more turns than can be found one by one.
     """
+    if len(conversation.messages) > MOST_TURNS:
+        raise _too_many(conversation)
     turns = _Turns(conversation, template)
     missing = turns.missing
     users = [index for index, message in enumerate(conversation.messages) if message.role == "user"]
@@ -70,6 +76,15 @@ def found_by_rendering(conversation: Conversation, template: ChatTemplate, train
         dropped_reasoning=missing.reasoning,
         dropped_text=missing.text,
     )
+
+
+def turn_by_rendering(conversation: Conversation, template: ChatTemplate, index: int) -> Span:
+    """What the model has to write for one assistant turn, at a few renderings.
+
+    Raises:
+        RecipeError: as `found_by_rendering`.
+    """
+    return _Turns(conversation, template).span(index)
 
 
 class _Turns:
@@ -245,6 +260,15 @@ def not_a_prefix(conversation: Conversation, expected: str, text: str) -> Recipe
         f"the prompt: {expected[same : same + 40]!r} became {text[same : same + 40]!r}",
         where=conversation.place,
         fix="data.train_on=last, or model.chat_template=<a Jinja file that keeps earlier turns as they are>",
+    )
+
+
+def _too_many(conversation: Conversation) -> RecipeError:
+    return RecipeError(
+        f"{len(conversation.messages):,} turns; a conversation whose turns carry more than their texts (thoughts, tool "
+        f"calls), or which the template does not write alike, may have {MOST_TURNS:,}",
+        where=conversation.place,
+        fix="split the row into several, each with the system text",
     )
 
 
