@@ -163,6 +163,9 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
 
 
 def _tell(split: Tokenized) -> None:
+    for opened in split.opened:
+        for name, remark in opened.source.remarks().items():
+            say(f"{name}: read as {remark}")
     for file in split.store.files:
         if split.is_recognised(file.source):
             say(f"{file.path}: rows recognised as {file.format}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from qlora_kit.data.formats.bad_rows import stray_comma
-from qlora_kit.data.sources.records import KeyTwice, each_key_once
+from qlora_kit.data.sources.records import LONGEST_ROW, KeyTwice, each_key_once
 
 CHUNK_BYTES = 1 << 18
 # The longest thing whose cut-off half is an error at its start: -Infinity; an escape such as \ud83d\ude00 is longer.
@@ -17,6 +17,10 @@ _WHITE = " \t\r\n"
 
 class JsonTextError(Exception):
     """Where and why the text is not JSON."""
+
+
+class ValueTooLongError(JsonTextError):
+    """A value longer than a row may be."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,14 @@ class JsonText:
             except ValueError as error:
                 raise JsonTextError("a number with too many digits") from error
             else:
+                if end - self._at > LONGEST_ROW:
+                    raise ValueTooLongError
                 if end < len(self._text) or self._is_all:
                     self.last_length = end - self._at
                     self._at = end
                     return value
+            if len(self._text) - self._at > LONGEST_ROW:
+                raise ValueTooLongError
             # Twice as much each time, so that a long value is not parsed over and over.
             self._more(max(CHUNK_BYTES, len(self._text) - self._at))
 

@@ -1,20 +1,22 @@
 """Text files of rows, read in bounded memory: JSON lines, JSON arrays and CSV."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.formats.bad_rows import kind
 from qlora_kit.data.formats.other_shapes import is_list_of_turns
 from qlora_kit.data.sources.column_json import column_rows
-from qlora_kit.data.sources.compressed import BUFFER_BYTES, COMPRESSED_SUFFIXES, kind_suffix, opened
-from qlora_kit.data.sources.csv_rows import csv_entries
-from qlora_kit.data.sources.json_text import JsonText, JsonTextError, shape
-from qlora_kit.data.sources.records import BOM, BadRecord, Entry, FileOnDisk, Record
+from qlora_kit.data.sources.compressed import BUFFER_BYTES, is_utf16, kind_suffix, opened
+from qlora_kit.data.sources.csv_rows import NAMES, USUAL, csv_entries, delimiter_of
+from qlora_kit.data.sources.json_text import JsonText, JsonTextError, ValueTooLongError, shape
+from qlora_kit.data.sources.records import BOM, LONGEST_ROW, BadRecord, Entry, FileOnDisk, Record, row_too_long
 
 JSON_SUFFIXES, CSV_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_A_TURN_FIRST = re.compile(rb'\[\s*\{\s*"(?:role|from|content|value)"')
 # An object with one of these holds a conversation, so it is a row rather than a file's list of rows.
 _ROW_KEYS = frozenset({"messages", "conversations", "conversation", "prompt", "completion", "history", "tools"})
 
@@ -29,29 +31,36 @@ class TextFile(FileOnDisk):
         Raises:
             RecipeError: UTF-16, or damage after which no further row can be told apart.
         """
-        with opened(self.path) as stream:
-            head = stream.read(BUFFER_BYTES)
-        if head.startswith(UTF16_MARKS):
-            raise self._utf16()
+        head = self._head()
         suffix, text = kind_suffix(self.path), head.removeprefix(BOM).lstrip()
         if suffix in CSV_SUFFIXES:
-            return csv_entries(self.path, "\t" if suffix == ".tsv" else ",")
+            return csv_entries(self.path, delimiter_of(text, suffix))
         if text.startswith(b"["):
-            return self._lines() if _is_turns_in_a_line(text) else self._array("")
+            return self._lines() if _is_turns_in_a_line(text, suffix) else self._array("")
         if text.startswith(b"{") and suffix == ".json":
             return self._object_or_lines(text)
         return self._lines()
 
-    def _utf16(self) -> RecipeError:
-        if self.path.suffix.lower() in COMPRESSED_SUFFIXES:
-            return RecipeError(f"{self.path} is UTF-16, not UTF-8; unpack it and convert it with iconv")
-        new = f"{self.path.stem}.utf8{self.path.suffix}"
-        return RecipeError(f"{self.path} is UTF-16, not UTF-8", fix=f"iconv -f UTF-16 -t UTF-8 {self.path} > {new}")
+    @property
+    def remark(self) -> str:
+        """How it is read, where its name does not say so: UTF-16, or fields parted by something else than usual."""
+        said = ["UTF-16"] if is_utf16(self.path) else []
+        suffix = kind_suffix(self.path)
+        if suffix in CSV_SUFFIXES:
+            found = delimiter_of(self._head().removeprefix(BOM), suffix)
+            said += [f"fields parted by {NAMES[found]}"] if found != USUAL[suffix] else []
+        return ", ".join(said)
+
+    def _head(self) -> bytes:
+        with opened(self.path) as stream:
+            return stream.read(BUFFER_BYTES)
 
     def _lines(self) -> Iterator[Entry]:
         # Only a line feed ends a line; U+2028 may stand inside a string.
         with opened(self.path) as stream:
-            for number, raw in enumerate(stream, start=1):
+            for number, raw in enumerate(iter(partial(stream.readline, LONGEST_ROW + 1), b""), start=1):
+                if len(raw) > LONGEST_ROW:
+                    raise row_too_long(self.path, number)
                 if not raw.isspace():
                     yield number, raw.rstrip(b"\r\n"), len(raw)
 
@@ -76,7 +85,9 @@ class TextFile(FileOnDisk):
 
     def _single(self) -> Iterator[Entry]:
         with opened(self.path) as stream:
-            raw = stream.read()
+            raw = stream.read(LONGEST_ROW + 1)
+        if len(raw) > LONGEST_ROW:
+            raise row_too_long(self.path, 1)
         yield from column_rows(raw) or [(1, raw, len(raw))]
 
     def _array(self, key: str) -> Iterator[Entry]:
@@ -94,14 +105,18 @@ class TextFile(FileOnDisk):
                 raise self._damage(error, number) from error
 
     def _damage(self, error: JsonTextError | UnicodeDecodeError, number: int) -> RecipeError:
+        if isinstance(error, ValueTooLongError):
+            return row_too_long(self.path, number + 1)
         if isinstance(error, UnicodeDecodeError):
             byte = error.object[error.start]
             return RecipeError(f"{self.path} is not UTF-8: byte 0x{byte:02x} after row {number}")
         return RecipeError(f"{self.path} is not JSON: {error}, after row {number}")
 
 
-def _is_turns_in_a_line(head: bytes) -> bool:
+def _is_turns_in_a_line(head: bytes, suffix: str) -> bool:
     """Whether the first line is a whole list of turns, so that each line is a conversation."""
+    if b"\n" not in head and suffix != ".json" and _A_TURN_FIRST.match(head):
+        return True
     try:
         return is_list_of_turns(json.loads(head.split(b"\n", 1)[0]))
     except (ValueError, RecursionError):

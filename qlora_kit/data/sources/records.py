@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash
+from qlora_kit.core.units import human_bytes
 from qlora_kit.data.formats.bad_rows import BadRowError, json_reason
 from qlora_kit.data.formats.other_shapes import known_shape
 
+# Of a file, in bytes: what a row may hold at most. It is some two million tokens of text, more than any model reads.
+LONGEST_ROW = 1 << 23
 BOM = b"\xef\xbb\xbf"
 
 
@@ -24,6 +28,15 @@ class BadRecord:
 Record = bytes | Mapping[str, object] | BadRecord
 # Line or row number from 1, the record, and about how many bytes it takes.
 Entry = tuple[int, Record, int]
+
+
+def row_too_long(path: Path, line: int) -> RecipeError:
+    """The refusal of a row that is longer than any model reads, so a bomb or a file that is damaged."""
+    return RecipeError(
+        f"a row of more than {human_bytes(LONGEST_ROW)}, the most that a row may have; a quote or a bracket that is "
+        "never closed would swallow what follows it",
+        where=f"{path}:{line}",
+    )
 
 
 class Part(Protocol):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.sources.compressed import DAMAGE
 from qlora_kit.data.sources.paths import parts_of
+from qlora_kit.data.sources.readers import TextFile
 from qlora_kit.data.sources.records import BadRecord, Part, Record, parse
 from qlora_kit.schema.data import SourceConfig
 
@@ -40,6 +41,11 @@ class Source:
     def files(self) -> tuple[str, ...]:
         """Its files, as errors name them."""
         return tuple(part.name for part in self.parts)
+
+    def remarks(self) -> dict[str, str]:
+        """How files are read whose names do not say so, by file."""
+        said = {part.name: part.remark for part in self.parts if isinstance(part, TextFile)}
+        return {name: remark for name, remark in said.items() if remark}
 
     def sha256(self) -> dict[str, str]:
         """Hash of each file, by name; in hex."""

@@ -5,19 +5,27 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from qlora_kit.core.bounds import bounded_memory
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash
-from qlora_kit.data.sources.records import Entry, FileOnDisk
+from qlora_kit.core.units import human_bytes
+from qlora_kit.data.sources.records import LONGEST_ROW, Entry, FileOnDisk, row_too_long
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import RecordBatch
+    from pyarrow.parquet import FileMetaData
+
+Item = TypeVar("Item")
 
 PARQUET_SUFFIXES, ARROW_SUFFIXES = (".parquet",), (".arrow", ".feather")
 SAVED_SET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ARROW_FILE = b"ARROW1"
+# Bytes that one step of reading may take; a batch is made to hold far less, so beyond it there is a bomb.
+MOST_MEMORY = 1 << 30
+MOST_OF_A_BATCH = 1 << 26
 Loader = Callable[..., "Dataset"]
 
 
@@ -35,7 +43,11 @@ class ParquetFile(FileOnDisk):
 
         try:
             with parquet.ParquetFile(self.path) as file:
-                yield from _batched(file.iter_batches(batch_size=rows))
+                size = _largest_row(file.metadata)
+                if size > LONGEST_ROW:
+                    raise row_too_long(self.path, 1)
+                batches = file.iter_batches(batch_size=max(1, min(rows, MOST_OF_A_BATCH // max(1, size))))
+                yield from _batched(self.path, batches)
         except (ArrowException, OSError) as error:
             raise _damage(self.path, "Parquet", error) from error
 
@@ -61,7 +73,8 @@ class ArrowFile(FileOnDisk):
                     batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
                 else:
                     batches = iter(ipc.open_stream(source))
-                yield from _batched(batch.slice(at, rows) for batch in batches for at in range(0, len(batch), rows))
+                slices = (batch.slice(at, rows) for batch in batches for at in range(0, len(batch), rows))
+                yield from _batched(self.path, slices)
         except (ArrowException, OSError) as error:
             raise _damage(self.path, "Arrow", error) from error
 
@@ -94,7 +107,7 @@ class SavedSet:
         from pyarrow import ArrowException
 
         try:
-            yield from _set_entries(load_from_disk(str(self.folder)), rows)
+            yield from _set_entries(self.folder, load_from_disk(str(self.folder)), rows)
         except (ArrowException, OSError, ValueError, KeyError) as error:
             raise _damage(self.folder, "folder of `datasets`", error) from error
 
@@ -132,7 +145,7 @@ class HubSet:
         Raises:
             RecipeError: the hub does not give it.
         """
-        return _set_entries(self._rows, rows)
+        return _set_entries(self.name, self._rows, rows)
 
     @cached_property
     def _rows(self) -> "Dataset":
@@ -144,28 +157,71 @@ class HubSet:
             raise RecipeError(what, where=self.setting) from error
 
 
-def _set_entries(dataset: "Dataset", rows: int) -> Iterator[Entry]:
+def _largest_row(metadata: "FileMetaData") -> int:
+    """Bytes of a row in the row group whose rows are largest, as the file itself says."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+
+
+def _set_entries(place: Path | str, dataset: "Dataset", rows: int) -> Iterator[Entry]:
     if len(dataset) == 0:
         return
     size = dataset.data.nbytes // len(dataset)
     exact = {name for name, kind in dataset.features.items() if "Json(" in repr(kind)}
     number = 0
-    for batch in dataset.with_format(None).iter(batch_size=rows):
+    for batch in _in_bounds(place, dataset.with_format(None).iter(batch_size=rows)):
         columns = {name: values if name in exact else _without_nulls(values) for name, values in batch.items()}
         for values in zip(*columns.values(), strict=True):
             number += 1
             yield number, dict(zip(columns, values, strict=True)), size
 
 
-def _batched(batches: "Iterator[RecordBatch]") -> Iterator[Entry]:
+def _batched(path: Path, batches: "Iterator[RecordBatch]") -> Iterator[Entry]:
     number = 0
-    for batch in batches:
+    for batch in _in_bounds(path, batches):
         if len(batch) == 0:
             continue
         size = batch.nbytes // len(batch)
-        for row in batch.to_pylist():
-            number += 1
-            yield number, {name: _without_nulls(value) for name, value in row.items()}, size
+        if size > LONGEST_ROW:
+            raise row_too_long(path, number + 1)
+        is_shared = "dictionary" in str(batch.schema)  # values that take their size once, and again in every row
+        for some in _in_bounds(path, _values(batch)):
+            for row in some:
+                number += 1
+                held = _characters(row) if is_shared else size
+                yield number, {name: _without_nulls(value) for name, value in row.items()}, held
+
+
+def _values(batch: "RecordBatch") -> "Iterator[list[dict[str, Any]]]":
+    """Rows of a batch, a few at a time where they may share long values, of which each row gets a copy."""
+    step = max(1, min(len(batch), MOST_OF_A_BATCH // max(1, batch.nbytes)))
+    return (batch.slice(at, step).to_pylist() for at in range(0, len(batch), step))
+
+
+def _characters(value: object) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, inner))
+
+
+def _in_bounds(path: Path | str, items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each made in bounded memory.
+
+    Raises:
+        RecipeError: one needs more.
+    """
+    while True:
+        try:
+            with bounded_memory(MOST_MEMORY):
+                item = next(items, None)
+        except MemoryError as error:
+            what = f"{path} needs more than {human_bytes(MOST_MEMORY)} of memory for a few of its rows; it is not read"
+            raise RecipeError(what) from error
+        if item is None:
+            return
+        yield item
 
 
 def _without_nulls(value: Any) -> Any:

@@ -22,7 +22,7 @@ _OPENER = re.compile(r"\s*<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?")
 _EMPTY_THOUGHT = re.compile(r"<think(?:ing)?>\s*</think(?:ing)?>\s*")
 _LAST_TOKEN = re.compile(r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
 MOST_TURNS = (
-    1000  # each is found by renderings of the whole conversation: with twice the turns it takes four times as long
+    500  # each is found by renderings of the whole conversation: with twice the turns it takes four times as long
 )
 _FRONT = ("system", "developer")
 

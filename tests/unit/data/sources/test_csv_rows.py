@@ -2,7 +2,9 @@
 
 import csv
 
-from tests.example_files import ROWS, read, refusal, write
+import pytest
+
+from tests.example_files import ROWS, read, refusal, source, write
 
 
 def test_csv_and_tsv(tmp_path):
@@ -45,3 +47,36 @@ def test_long_csv_fields_leave_the_limit_of_the_process_alone(tmp_path):
     path = write(tmp_path / "a.csv", "p,c\n" + "x" * 3_000_000 + ",y\n")
     assert len(read(path)[0][1]["p"]) == 3_000_000
     assert csv.field_size_limit(before) == 1000
+
+
+DELIMITERS = [
+    (";", "semicolons", "prompt;completion;note\nhi, you;hello;\na;b;c, d\n"),
+    ("\t", "tabs", "prompt\tcompletion\tnote\nhi, you\thello\t\na\tb\tc, d\n"),
+    ("|", "bars", "prompt|completion|note\nhi, you|hello|\na|b|c, d\n"),
+]
+
+
+@pytest.mark.parametrize(("said", "text"), [case[1:] for case in DELIMITERS], ids=[case[1] for case in DELIMITERS])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_fields_parted_otherwise_are_read_and_it_is_said(tmp_path, said, text, encoding):
+    path = write(tmp_path / "a.csv", text.encode(encoding))
+    assert [row for _, row in read(path)] == [
+        {"prompt": "hi, you", "completion": "hello", "note": ""},
+        {"prompt": "a", "completion": "b", "note": "c, d"},
+    ]
+    remark = f"fields parted by {said}"
+    assert source(path).remarks() == {str(path): f"UTF-16, {remark}" if encoding == "utf-16" else remark}
+
+
+def test_the_usual_delimiter_is_kept_where_rows_hold_together_with_it_or_with_none(tmp_path):
+    for text in ("p,c\na;b,c;d\n", "text\na; b\nc\n", "p,c\na\nb;c\n", "text\na\n"):
+        path = write(tmp_path / "a.csv", text)
+        assert source(path).remarks() == {}
+    tabs = write(tmp_path / "a.tsv", "p\tc\na, b\tc\n")
+    assert read(tabs) == [(2, {"p": "a, b", "c": "c"})]
+    assert source(tabs).remarks() == {}
+
+
+def test_the_line_that_tells_excel_the_delimiter_is_no_row(tmp_path):
+    path = write(tmp_path / "a.csv", "sep=;\r\np;c\r\na,b;d\r\n")
+    assert read(path) == [(3, {"p": "a,b", "c": "d"})]

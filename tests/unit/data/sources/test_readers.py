@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from qlora_kit.data.sources.json_text import CHUNK_BYTES
+from qlora_kit.data.sources.records import LONGEST_ROW
 from tests.example_files import LINES, ROWS, numbered, read, refusal, source, write
 
 
@@ -112,15 +113,37 @@ def test_an_element_that_is_no_row_is_bad_alone(tmp_path):
     assert read(path) == [(1, {"a": 1}), (2, "a row must be a JSON object, not a number"), (3, {"b": 2})]
 
 
-def test_utf_16_is_named_with_the_line_that_converts_it(tmp_path):
-    path = write(tmp_path / "a.jsonl", LINES.decode().encode("utf-16"))
-    message = refusal(path)
-    assert f"{path} is UTF-16, not UTF-8" in message
-    assert f"fix      iconv -f UTF-16 -t UTF-8 {path} > a.utf8.jsonl" in message
-    table = write(tmp_path / "a.csv", "a,b\n1,2\n".encode("utf-16"))
-    assert f"iconv -f UTF-16 -t UTF-8 {table} > a.utf8.csv" in refusal(table)
-    packed = write(tmp_path / "a.jsonl.gz", gzip.compress(path.read_bytes()))
-    assert refusal(packed) == f"{packed} is UTF-16, not UTF-8; unpack it and convert it with iconv"
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_read_as_such_and_said(tmp_path, encoding):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path = write(tmp_path / "a.jsonl", (mark + LINES.decode()).encode(encoding))
+    assert read(path) == numbered(ROWS)
+    assert source(path).remarks() == {str(path): "UTF-16"}
+    packed = write(tmp_path / "a.json.gz", gzip.compress(json.dumps(ROWS, ensure_ascii=False).encode("utf-16")))
+    assert read(packed) == numbered(ROWS)
+    assert source(write(tmp_path / "b.jsonl", LINES)).remarks() == {}
+
+
+def test_utf_16_that_is_cut_short_or_holds_half_a_pair(tmp_path):
+    text = '{"a": 1}\n{"a": "x"}\n{"a": 2}\n'.encode("utf-16")
+    assert "its UTF-16 text is cut short" in refusal(write(tmp_path / "a.jsonl", text[:-1]))
+    half = text.replace("x".encode("utf-16-le"), b"\x00\xd8")
+    first, second, third = read(write(tmp_path / "b.jsonl", half))
+    assert (first, third) == ((1, {"a": 1}), (3, {"a": 2}))
+    assert "not UTF-8" in second[1]
+
+
+def test_a_row_longer_than_any_model_reads_is_refused_whatever_the_file(tmp_path):
+    text = json.dumps({"text": "x" * LONGEST_ROW})
+    for name, data in {
+        "a.jsonl": f'{{"text": "a"}}\n{text}\n',
+        "a.json": f'[{{"text": "a"}}, {text}]',
+        "b.json": text,
+        "a.csv": "text,n\n" + "x" * LONGEST_ROW + ",1\n",
+        "b.csv": 'text,n\n"a' + "x,y\n" * (LONGEST_ROW // 4) + "\n",
+        "c.csv": "text" + "," * LONGEST_ROW,
+    }.items():
+        assert "a row of more than 8.4 MB, the most that a row may have" in refusal(write(tmp_path / name, data)), name
 
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

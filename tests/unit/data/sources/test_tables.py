@@ -1,11 +1,14 @@
 """Parquet and Arrow files, folders that `datasets` saved, and hub ids."""
 
+import resource
+
 import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.sources.records import LONGEST_ROW
 from qlora_kit.data.sources.tables import HubSet
 from tests.example_files import LINES, ROWS, SETTING, numbered, read, refusal, source, write
 
@@ -132,3 +135,38 @@ def test_a_hub_id_that_the_hub_does_not_give():
         HubSet("me/rows", "abc", None, "train", "data.sources.chat.path", load=load).entries(1)
     assert "me/rows at abc cannot be read from the hub: no way there" in str(caught.value)
     assert "set in   data.sources.chat.path" in str(caught.value)
+
+
+LONG = "x" * (LONGEST_ROW + 1)
+MANY = "y" * (LONGEST_ROW // 2)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_value_longer_than_a_row_is_refused(tmp_path, name):
+    path = table_at(tmp_path / name, pyarrow.table({"text": [LONG]}))
+    assert "a row of more than 8.4 MB" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.parquet", {}), ("a.parquet", {"store_schema": False}), ("a.arrow", {})]
+)
+def test_one_long_text_in_every_row_is_read_in_little_memory_or_refused(tmp_path, name, options):
+    index = pyarrow.array([0] * 1000, pyarrow.int32())
+    shared = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array([MANY]))
+    path = table_at(tmp_path / name, pyarrow.table({"text": shared}), **options)
+    assert path.stat().st_size < 6_000_000  # of 4 GB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        assert sum(len(piece.lines) for piece in source(path).pieces()) == 1000
+    except RecipeError as error:
+        assert "of memory for a few of its rows" in str(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
+
+
+def table_at(path, table, **options):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, compression="zstd", **options)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
