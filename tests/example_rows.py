@@ -46,6 +46,7 @@ def reader(row_format, **options):
         options.get("roles", {}),
         options.get("apply_chat_template", True),
         options.get("train_on", TrainOn.assistant),
+        options.get("joint", "\n"),
     )
 
 

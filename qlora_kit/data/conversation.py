@@ -70,6 +70,7 @@ class Conversation:
         trained_from: assistant turns before this message index belong to the prompt and are not trained.
         tools: JSON schemas of the functions that the assistant may call.
         template_settings: what the row passes to the template by name, such as `enable_thinking`.
+        notes: names of what an audit tells about how the row was read.
     """
 
     messages: tuple[Message, ...]
@@ -79,6 +80,7 @@ class Conversation:
     trained_from: int = 0
     tools: tuple[Mapping[str, object], ...] = ()
     template_settings: Mapping[str, object] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:

@@ -18,6 +18,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.template.chat_template import MOST_MEMORY, ChatTemplate, TemplateRefusal
 from qlora_kit.data.template.spans import rendered
+from qlora_kit.data.template.steering import SteeringTexts, row_notes, steering_texts
 from qlora_kit.data.template.turns import RenderedRow, Span, refused
 from qlora_kit.data.tokens import Ids, Mask
 from qlora_kit.schema.data import TrainOn
@@ -40,6 +41,7 @@ class EncodedRow:
             where there is no place to split.
         dropped_reasoning: assistant turns whose reasoning the template left out.
         dropped_text: assistant turns whose text beside tool calls it left out.
+        notes: name and detail of what an audit tells about the row; see `RowNote`.
     """
 
     ids: Ids
@@ -47,6 +49,7 @@ class EncodedRow:
     turn_starts: npt.NDArray[np.int32]
     dropped_reasoning: int = 0
     dropped_text: int = 0
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Encoder:
         special_ids: tokens that may close a turn.
         bos: the beginning-of-text id that every row starts with; None where the tokenizer adds none.
         eos: the end-of-text id that closes a plain row.
+        special_texts: special tokens as text, which should not stand in what a row says.
+        added_texts: other added tokens as text; those that the template writes around a turn should not either.
     """
 
     tokenizer_json: str
@@ -66,6 +71,8 @@ class Encoder:
     bos: int | None
     eos: int | None
     train_on: TrainOn
+    special_texts: tuple[str, ...] = ()
+    added_texts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast", train_on: TrainOn = TrainOn.assistant) -> "Encoder":
@@ -76,6 +83,11 @@ class Encoder:
         adds_bos = bos is not None and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
         # Added tokens count even where nobody marked them special, as <|im_end|> in some fine-tuned models.
         special = frozenset(tokenizer.all_special_ids).union(tokenizer.added_tokens_decoder)
+
+        def texts_of(is_special: bool) -> tuple[str, ...]:
+            added = tokenizer.added_tokens_decoder.values()
+            return tuple(sorted(token.content for token in added if token.special is is_special))
+
         return cls(
             tokenizer_json=tokenizer.backend_tokenizer.to_str(),
             template=ChatTemplate(source, special_tokens) if source else None,
@@ -83,6 +95,8 @@ class Encoder:
             bos=bos if adds_bos else None,
             eos=tokenizer.eos_token_id,
             train_on=train_on,
+            special_texts=texts_of(True),
+            added_texts=texts_of(False),
         )
 
     @cached_property
@@ -93,6 +107,16 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
+
+    @cached_property
+    def _steering(self) -> SteeringTexts:
+        """Texts that begin or end a turn where they stand in what a row says."""
+
+        def is_read_as_token(text: str) -> bool:
+            token = self._tokenizer.token_to_id(text)
+            return token in self._tokenizer.encode(f"a{text}a", add_special_tokens=False).ids
+
+        return steering_texts(self.special_texts, self.added_texts, self.template, is_read_as_token)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -179,6 +203,7 @@ class Encoder:
             np.array([cut + len(front) for cut in cuts], dtype=np.int32),
             text.dropped_reasoning,
             text.dropped_text,
+            row_notes(conversation, self._steering),
         )
 
     def _chat(self) -> ChatTemplate:

@@ -38,7 +38,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class EncodedPiece:
-    """N rows of one file, one after another; see `RowTable` for the arrays."""
+    """N rows of one file, one after another; see `RowTable` for the arrays.
+
+    Attributes:
+        notes: name, detail and line of each `RowNote`.
+    """
 
     file: int
     ids: Ids
@@ -50,6 +54,7 @@ class EncodedPiece:
     hashes: npt.NDArray[np.uint8]
     oddities: npt.NDArray[np.uint32]
     bad: tuple[BadRow, ...]
+    notes: tuple[tuple[str, str, int], ...]
     unused_columns: frozenset[str]
     records: int
     bytes: int
@@ -123,6 +128,7 @@ def _as_arrays(
         hashes=np.frombuffer(hashes, dtype=np.uint8).reshape(len(rows), HASH_BYTES),
         oddities=np.array([_bits(conversation, row) for conversation, row in kept], dtype=np.uint32),
         bad=bad,
+        notes=tuple([(*note, conversation.line) for conversation, row in kept for note in row.notes]),
         unused_columns=unused,
         records=len(piece.records),
         bytes=sum(len(record) + 1 for record in piece.records if isinstance(record, bytes)),

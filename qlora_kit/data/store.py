@@ -20,6 +20,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import is_disk_full, read_json, size_on_disk, staged_directory, write_json
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
+from qlora_kit.data.audit.finding import MOST_PLACES
 from qlora_kit.data.conversation import HASH_BYTES
 from qlora_kit.data.pieces import EncodedPiece
 from qlora_kit.data.problems import sort_of
@@ -35,6 +36,7 @@ from qlora_kit.data.tokens import (
 
 LAYOUT = 2  # raised when a store is written in another way
 MOST_BAD_ROWS_KEPT = 1000
+MOST_NOTES_KEPT = 100
 MOST_CACHED_BYTES = 20_000_000_000
 CACHE = "rows"
 
@@ -48,6 +50,8 @@ class StoreWriter:
         self._trained = (folder / TRAINED_FILE).open("wb")
         self._pieces: list[EncodedPiece] = []
         self._bad: list[BadRow] = []
+        self._notes: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        self._note_counts: Counter[tuple[str, str]] = Counter()
         self._bad_counts: Counter[int] = Counter()
         self._largest_id = -1
         self._bad_sorts: Counter[str] = Counter()
@@ -60,6 +64,12 @@ class StoreWriter:
         nothing = (piece.ids[:0], piece.trained[:0])
         self._pieces.append(EncodedPiece(**{**vars(piece), "ids": nothing[0], "trained": nothing[1], "bad": ()}))
         self._bad.extend(piece.bad[: MOST_BAD_ROWS_KEPT - len(self._bad)])
+        for name, detail, line in piece.notes:
+            if (name, detail) in self._notes or len(self._notes) < MOST_NOTES_KEPT:
+                self._note_counts[name, detail] += 1
+                places = self._notes.setdefault((name, detail), [])
+                if len(places) < MOST_PLACES:
+                    places.append((piece.file, line))
         self._bad_counts[piece.file] += len(piece.bad)
         for row in piece.bad:
             sort = sort_of(row.why, row.fix)
@@ -97,6 +107,15 @@ class StoreWriter:
                 "bad_row_counts": dict(counts),
                 "largest_id": self._largest_id,
                 "bad_row_sorts": dict(self._bad_sorts),
+                "notes": [
+                    {
+                        "name": name,
+                        "detail": detail,
+                        "count": self._note_counts[name, detail],
+                        "places": [f"{files[file].path}:{line}" for file, line in places],
+                    }
+                    for (name, detail), places in self._notes.items()
+                ],
             },
         )
 

@@ -22,7 +22,7 @@ from qlora_kit.data.store import StoreWriter, stored
 from qlora_kit.data.tokens import Ints, StoredFile, TokenStore
 from qlora_kit.schema.data import DataConfig, RowFormat, SourceConfig, TrainOn
 
-VERSION = 2  # raised when the same rows would come out as other tokens or masks
+VERSION = 3  # raised when the same rows would come out as other tokens or masks
 ROWS_IN_A_PIECE = 512
 WITHOUT_TURNS = (TrainOn.last, TrainOn.chosen, TrainOn.completion)
 
@@ -126,7 +126,9 @@ def _open(named: NamedSource, config: DataConfig, encoder: Encoder) -> _Opened:
             where="model.chat_template",
             fix="model.chat_template=<a Jinja file> or data.apply_chat_template=false",
         )
-    reader = RowReader(known, dict(config.columns), dict(config.roles), config.apply_chat_template, config.train_on)
+    joint = encoder.template.joint if encoder.template is not None and config.apply_chat_template else "\n"
+    renamed = dict(config.columns), dict(config.roles)
+    reader = RowReader(known, *renamed, config.apply_chat_template, config.train_on, joint)
     return _Opened(named, source, reader, wanted is RowFormat.auto)
 
 

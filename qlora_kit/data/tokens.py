@@ -75,6 +75,23 @@ class BadRow:
     fix: str = ""
 
 
+@dataclass(frozen=True)
+class RowNote:
+    """What an audit tells about some rows of a store.
+
+    Attributes:
+        name: of the finding.
+        detail: what it is about, such as a token; rows with another one have a note of their own.
+        count: of rows.
+        places: the first of them, as file:line.
+    """
+
+    name: str
+    detail: str
+    count: int
+    places: tuple[str, ...]
+
+
 class TokenStore:
     """Rows of one or more sources, tokenized once; a folder that is complete or absent.
 
@@ -92,6 +109,7 @@ class TokenStore:
         self.bad_row_counts: dict[str, int] = dict(meta["bad_row_counts"])  # by source
         self.largest_id = int(meta["largest_id"])
         self.bad_row_sorts: dict[str, int] = dict(meta.get("bad_row_sorts", {}))  # by `problems.sort_of`
+        self.notes = [RowNote(**{**note, "places": tuple(note["places"])}) for note in meta.get("notes", [])]
         with np.load(folder / ROWS_FILE) as arrays:
             self.table = RowTable(**{name: arrays[name] for name in RowTable.__dataclass_fields__})
         # opened at once, so that they stay readable when the cache drops the folder

@@ -241,7 +241,6 @@ def rows_by_hand(data: bytes) -> list[dict[str, str]]:
 # What is wrong with a file as a whole; its name; what makes its bytes; the first words said about it.
 REFUSED: list[tuple[str, str, Callable[[Path], bytes], str]] = [
     ("nothing in it", "a.jsonl", lambda path: b"", "{path} is empty"),
-    ("UTF-16", "a.jsonl", lambda path: PAIR.decode().encode("utf-16"), "{path} is UTF-16, not UTF-8"),
     (
         "a truncated gzip",
         "a.jsonl.gz",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message, ToolCall
+from qlora_kit.data.template.answers import check_answers
 from qlora_kit.data.template.spans import rendered, trained_turns
 from qlora_kit.data.template.turns import found_by_rendering
 from qlora_kit.schema.data import TrainOn
@@ -133,5 +134,11 @@ def test_the_short_way_finds_what_the_general_method_finds(family, conversation,
     template = FAMILIES[family].template
     trained = trained_turns(conversation, train_on)
     short = outcome(lambda: rendered(conversation, template, train_on))
-    general = outcome(lambda: found_by_rendering(conversation, template, trained))
+
+    def by_the_general_method():
+        row = found_by_rendering(conversation, template, trained)
+        check_answers(conversation, row, trained)
+        return row
+
+    general = outcome(by_the_general_method)
     assert short == general

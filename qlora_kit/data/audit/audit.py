@@ -9,6 +9,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.data.audit.finding import Finding, Level, by_level
 from qlora_kit.data.audit.length_counts import LengthCounts, Padding, count_lengths, padding
 from qlora_kit.data.audit.near_duplicates import near_duplicates
+from qlora_kit.data.audit.noted import noted
 from qlora_kit.data.audit.row_checks import (
     leaks,
     left_out,
@@ -119,8 +120,9 @@ def audit(
     train, held_out = data.train, data.held_out or None
     turns = _turns(train, special_tokens(tokenizer, stop_ids), train_on, tokenizer)
     batch = padding(train.lengths, batch_size) if batch_size is not None else None
+    known = {note.name for note in train.store.notes}
     findings = [
-        *turn_findings(turns),
+        *turn_findings(turns, known),
         *_row_findings(turns, held_out, data.summary.train),
         *_batch_findings(packing, batch),
     ]
@@ -164,6 +166,7 @@ def _row_findings(turns: Turns, held_out: TokenRows | None, summary: SplitSummar
     yield from left_out("training", train, summary)
     yield from skipped(train)
     yield from odd_texts(train)
+    yield from noted(train)
     yield from scripts(train)
     if len(turns.scan.indices) < len(train):
         what = f"tokens were read in {len(turns.scan.indices):,} of {len(train):,} rows, evenly spread"
@@ -174,7 +177,12 @@ def _held_out_findings(data: Prepared, turns: Turns, of_train: Sequence[Finding]
     """What is wrong with held-out rows, where training rows are not told off for the same already."""
     rows, summary = turns.rows, data.summary.held_out
     known = {finding.name for finding in of_train}
-    found = [*turn_findings(turns), *trained_shares(rows, turns.scan, turns.special, turns.train_on), *odd_texts(rows)]
+    noted_names = {note.name for note in rows.store.notes}
+    found = [
+        *turn_findings(turns, noted_names),
+        *trained_shares(rows, turns.scan, turns.special, turns.train_on),
+        *odd_texts(rows),
+    ]
     for finding in found:
         if finding.level is not Level.note and finding.name not in known:
             yield replace(finding, what=f"held out: {finding.what}")
@@ -182,6 +190,7 @@ def _held_out_findings(data: Prepared, turns: Turns, of_train: Sequence[Finding]
         yield from left_out("held-out", rows, summary)
     if rows.store is not data.train.store:
         yield from skipped(rows)
+        yield from (replace(finding, what=f"held out: {finding.what}") for finding in noted(rows))
 
 
 def _batch_findings(packing: Packing | None, batch: Padding | None) -> Iterator[Finding]:

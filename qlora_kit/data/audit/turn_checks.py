@@ -1,6 +1,7 @@
 """Findings about special tokens: how rows begin, how answers end, and what should not stand inside them."""
 
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from qlora_kit.data.audit.token_scan import Scan, Tally
 from qlora_kit.data.tokens import Ints, TokenRows
 from qlora_kit.schema.data import TrainOn
 
+SEEN_IN_TEXT = "special_token_in_text"
 RARE = 0.01  # of answers: fewer end this way by accident
 OFTEN, OFTEN_AT_LEAST = 0.05, 20  # of answers: more hold a token because the template writes it there
 MANY_UNKNOWN = 0.001  # of tokens
@@ -38,12 +40,16 @@ class Turns:
         return places(tally.rows.get(token, []), self.rows.place)
 
 
-def turn_findings(turns: Turns) -> Iterator[Finding]:
-    """Every finding about special tokens."""
+def turn_findings(turns: Turns, noted: AbstractSet[str] = frozenset()) -> Iterator[Finding]:
+    """Every finding about special tokens.
+
+    Args:
+        noted: names of findings that reading the rows gave; a token seen in a text is not told again by its count.
+    """
     yield from _beginnings(turns)
     yield from _ends(turns)
     yield from _stops(turns)
-    yield from _inside(turns)
+    yield from _inside(turns, is_noted=SEEN_IN_TEXT in noted)
     yield from _padding_token(turns)
     yield from _unknown(turns)
 
@@ -110,7 +116,7 @@ def _stops(turns: Turns) -> Iterator[Finding]:
             yield Finding(Level.warning, "stop_not_in_generation_config", what, where, count, fix)
 
 
-def _inside(turns: Turns) -> Iterator[Finding]:
+def _inside(turns: Turns, *, is_noted: bool) -> Iterator[Finding]:
     scan, special = turns.scan, turns.special
     if turns.train_on is not TrainOn.everything:
         for token, count in sorted(scan.inside.counts.items()):
@@ -126,10 +132,10 @@ def _inside(turns: Turns) -> Iterator[Finding]:
                 fix = f"take {name} out of the rows' text"
                 yield Finding(Level.warning, "special_token_inside_answer", what, where, count, fix)
     where, count = turns.at(scan.extra_closings)
-    if count:
+    if count and not is_noted:
         name = special.name(special.closing)
         what = f"{counted(count, 'row holds', 'rows hold')} more {name} than turns, so it stands in the text"
-        yield Finding(Level.warning, "special_token_in_text", what, where, count, f"take {name} out of the rows' text")
+        yield Finding(Level.warning, SEEN_IN_TEXT, what, where, count, f"take {name} out of the rows' text")
 
 
 def _is_foreign(turns: Turns, token: int, count: int) -> bool:

@@ -11,6 +11,7 @@ from qlora_kit.data.formats.bad_rows import BadRowError, json_reason, kind, list
 from qlora_kit.data.formats.tool_calls import calls_from_text, tool_calls
 from qlora_kit.schema.data import ROLES
 
+PARTS_JOINED = "parts_joined"
 CALLS_ROLE = "function_call"  # a ShareGPT turn that spells calls as JSON; it becomes an assistant turn
 OPENAI_ROLES: Mapping[str, str] = {role: role for role in ROLES}
 SHAREGPT_ROLES: Mapping[str, str] = {
@@ -52,18 +53,20 @@ class TurnReader:
     Attributes:
         role_key, content_key: what an entry calls its speaker and its text.
         roles: name of a role in the row -> one of ours, or `CALLS_ROLE`.
+        joint: between two text parts of one message.
     """
 
     role_key: str
     content_key: str
     roles: Mapping[str, str]
+    joint: str = "\n"
 
     def turns(self, value: object, name: str, flags: set[str]) -> tuple[Message, ...]:
         """The turns in order.
 
         Args:
             name: of the column, for errors.
-            flags: gets `train` or `weight` where an assistant turn carries that key.
+            flags: gets `train` or `weight` where an assistant turn carries that key, and `PARTS_JOINED`.
 
         Raises:
             BadRowError: not a list, empty, or an entry that cannot be read whole.
@@ -108,7 +111,7 @@ class TurnReader:
         for key, value in entry.items():
             if value and key not in known and key not in (self.role_key, self.content_key):
                 raise unsupported(f"{name}.{key}")
-        content, calls = self._content_and_calls(entry, role, name)
+        content, calls = self._content_and_calls(entry, role, name, flags)
         role = "assistant" if role == CALLS_ROLE else role
         is_assistant = role == "assistant"
         return Message(
@@ -134,7 +137,9 @@ class TurnReader:
             )
         return self.roles[role]
 
-    def _content_and_calls(self, entry: Mapping[str, object], role: str, name: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def _content_and_calls(
+        self, entry: Mapping[str, object], role: str, name: str, flags: set[str]
+    ) -> tuple[str, tuple[ToolCall, ...]]:
         calls = tool_calls(entry.get("tool_calls"), f"{name}.tool_calls")
         value = entry.get(self.content_key)
         label = f"{name}.{self.content_key}"
@@ -146,7 +151,9 @@ class TurnReader:
             return "", calls
         if self.content_key not in entry:
             raise BadRowError(f"{name} has no {self.content_key}; it has {listed(entry)}")
-        return _content(value, label), calls
+        if isinstance(value, list) and len(value) > 1:
+            flags.add(PARTS_JOINED)
+        return _content(value, label, self.joint), calls
 
 
 def _from_text(value: str, name: str) -> object:
@@ -173,12 +180,12 @@ def _with_calls_joined(turns: list[Message], entries: list[object], role_key: st
     return joined
 
 
-def _content(value: object, name: str) -> str:
+def _content(value: object, name: str, joint: str) -> str:
     if isinstance(value, str):
         return whole_text(value, name)
     if not isinstance(value, list):
         raise BadRowError(f"{name} must be a string, not {kind(value)}")
-    return "".join([_part(part, f"{name}[{index}]") for index, part in enumerate(value)])
+    return joint.join([_part(part, f"{name}[{index}]") for index, part in enumerate(value)])
 
 
 def _part(part: object, name: str) -> str:

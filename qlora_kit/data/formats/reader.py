@@ -7,7 +7,7 @@ from functools import cached_property
 
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.formats.bad_rows import BadRowError, json_text, kind, unsupported, whole_text
-from qlora_kit.data.formats.chat_rows import OPENAI_ROLES, SHAREGPT_ROLES, TurnReader
+from qlora_kit.data.formats.chat_rows import OPENAI_ROLES, PARTS_JOINED, SHAREGPT_ROLES, TurnReader
 from qlora_kit.data.formats.columns import Columns, recognise
 from qlora_kit.data.formats.guesses import REJECTED, refuse_preference
 from qlora_kit.data.formats.tool_calls import check_answered_calls, tools
@@ -51,6 +51,7 @@ class RowReader:
         roles: their role -> ours.
         apply_chat_template: False joins prompt and completion as plain text.
         train_on: decides which flags mean something.
+        joint: between two text parts of one message, as the template or a server puts it.
     """
 
     format: RowFormat
@@ -58,6 +59,7 @@ class RowReader:
     roles: Mapping[str, str]
     apply_chat_template: bool
     train_on: TrainOn
+    joint: str = "\n"
 
     def conversation(self, row: Mapping[str, object], file: str, line: int) -> Conversation:
         """What the row says.
@@ -84,12 +86,13 @@ class RowReader:
         start = read.trained_from + len(messages) - len(read.messages) if read.trained_from else 0
         check_order(messages)
         check_answered_calls(messages)
-        messages = with_choices(messages, read.flags, self.train_on)
+        messages = with_choices(messages, read.flags - {PARTS_JOINED}, self.train_on)
+        notes = (PARTS_JOINED,) if PARTS_JOINED in read.flags else ()
         if not self.apply_chat_template:
-            return Conversation(messages, file, line, plain=True)
+            return Conversation(messages, file, line, plain=True, notes=notes)
         found = self._where.value(row, "tools")
         functions = tools(found, self._where.name(row, "tools")) if found else ()
-        return Conversation(messages, file, line, False, start, functions, self._settings(row))
+        return Conversation(messages, file, line, False, start, functions, self._settings(row), notes)
 
     def unused(self, row: Mapping[str, object]) -> set[str]:
         """Columns that carry nothing that is read: notes of the user's."""
@@ -118,7 +121,9 @@ class RowReader:
         is_sharegpt = self.format is RowFormat.sharegpt
         role, content = ("from", "value") if is_sharegpt else ("role", "content")
         known = SHAREGPT_ROLES if is_sharegpt else OPENAI_ROLES
-        return TurnReader(self.columns.get("role", role), self.columns.get("content", content), {**known, **self.roles})
+        return TurnReader(
+            self.columns.get("role", role), self.columns.get("content", content), {**known, **self.roles}, self.joint
+        )
 
     def _chat(self, row: Mapping[str, object]) -> _Turns:
         flags: set[str] = set()

@@ -91,6 +91,22 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     @cached_property
+    def joint(self) -> str:
+        """What stands between two text parts of one message.
+
+        vLLM and llama.cpp give the parts to a template that walks through them, and join them with a line feed for one
+        that wants a text (`_detect_content_format` in vllm/entrypoints/chat_utils.py; common/chat.cpp of llama.cpp).
+        """
+        parts = [{"type": "text", "text": text} for text in ("Qzxparta", "Qzxpartb")]
+        given = {**self.special, "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            shown = self._text([{"role": "user", "content": parts}], given)
+        except TemplateRefusal:
+            return "\n"
+        between = shown.partition("Qzxparta")[2].partition("Qzxpartb")
+        return between[0] if between[1] and not between[0].strip() else "\n"
+
+    @cached_property
     def _compiled(self) -> jinja2.Template:
         try:
             return _environment().from_string(self.source)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from qlora_kit.data.conversation import Conversation
+from qlora_kit.data.template.answers import check_answers
 from qlora_kit.data.template.chat_template import ChatTemplate
 from qlora_kit.data.template.scaffold import found_by_scaffold
 from qlora_kit.data.template.turns import RenderedRow, Span, found_by_rendering
@@ -15,10 +16,13 @@ def rendered(conversation: Conversation, template: ChatTemplate, train_on: Train
     """Render a conversation and find the turns to train; for rows that go through a template, not for plain ones.
 
     Raises:
-        RecipeError: the template refuses the row, leaves a turn of it out, or rewrites what was rendered before.
+        RecipeError: the template refuses the row, leaves out a turn or part of an answer, or rewrites what was before.
     """
     trained = trained_turns(conversation, train_on)
-    row = found_by_scaffold(conversation, template, trained) or found_by_rendering(conversation, template, trained)
+    row = found_by_scaffold(conversation, template, trained)
+    if row is None:
+        row = found_by_rendering(conversation, template, trained)
+        check_answers(conversation, row, None if train_on is TrainOn.everything else trained)
     return replace(row, spans=(Span(0, len(row.text)),)) if train_on is TrainOn.everything else row
 
 

@@ -27,6 +27,7 @@ def piece(*lengths, bad=()):
         hashes=np.zeros((len(lengths), 16), dtype=np.uint8),
         oddities=np.zeros(len(lengths), dtype=np.uint32),
         bad=tuple(bad),
+        notes=(),
         unused_columns=frozenset(),
         records=len(lengths),
         bytes=0,

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from qlora_kit.data.conversation import Conversation, Message
-from tests.example_rows import ANSWER, ASK, SYSTEM, mended, messages, read, refusal, turns
+from qlora_kit.schema.data import RowFormat
+from tests.example_rows import ANSWER, ASK, SYSTEM, mended, messages, read, reader, refusal, turns
 
 
 def test_messages_rows():
@@ -22,7 +23,12 @@ def test_messages_rows():
 
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llö", "image": None}]
-    assert turns(messages(ASK, {"role": "assistant", "content": parts}))[1].content == "hellö"
+    assert turns(messages(ASK, {"role": "assistant", "content": parts}))[1].content == "he\nllö"
+    walked = reader(RowFormat.messages, joint="").conversation(
+        messages(ASK, {"role": "assistant", "content": parts}), "a", 1
+    )
+    assert walked.messages[1].content == "hellö"
+    assert walked.notes == ("parts_joined",)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
