@@ -9,6 +9,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes
 from qlora_kit.data.audit.audit import Audit, audit
+from qlora_kit.data.audit.embedding import beyond_embedding
 from qlora_kit.data.audit.finding import by_level
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.packing import Packing, pack
@@ -75,7 +76,18 @@ def audit_of(
         batch_size=recipe.trainer.batch_size,
     )
     extra = prompt_finding(Encoder.of(tokenizer).template if recipe.data.apply_chat_template else None)
-    return replace(found, findings=by_level([*found.findings, extra])) if extra else found
+    findings = [*found.findings, *([extra] if extra else [])]
+    size = _embedding_rows(read_json(base_folder / "config.json"))
+    if size is not None:
+        findings += beyond_embedding({"training": data.train, "held-out": data.held_out}, tokenizer, size)
+    return replace(found, findings=by_level(findings))
+
+
+def _embedding_rows(config: object) -> int | None:
+    """Rows of the token embedding, as config.json says."""
+    text = config.get("text_config") or config if isinstance(config, dict) else {}
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    return size if type(size) is int and size > 0 else None
 
 
 def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:

@@ -7,7 +7,7 @@ training agree whichever files the folder holds.
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.say import say
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.export.gguf.pre_tokenizers import name_of_pre_tokenizer
@@ -87,6 +88,7 @@ def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config
     special = {key: getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "unk", "pad")}
     stated = {key: config.get(f"{key}_token_id") if i is None else i for key, i in special.items()}
     usable: dict[str, int] = {key: i for key, i in stated.items() if isinstance(i, int) and 0 <= i < rows}
+    _tell_beyond(content, rows, {*special.values(), *stop_ids}, str(tokenizer.chat_template or ""), where)
     add_bos, add_eos = _added_around_text(tokenizer.backend_tokenizer, usable, where)
     is_bytes = _is_byte_level(content)
     _refuse_other_preparation(content, where, is_bytes)
@@ -106,6 +108,30 @@ def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config
         chat_template=_served_template(tokenizer.chat_template),
         strips_after_special=any(entry["special"] and entry["rstrip"] for entry in content["added_tokens"]),
     )
+
+
+def _tell_beyond(
+    content: Mapping[str, Any], rows: int, needed: Collection[int | None], template: str, where: str
+) -> None:
+    """Say which tokens the embedding has no row for, which the file cannot hold either.
+
+    Raises:
+        RecipeError: one of them ends an answer, or stands in the chat template.
+    """
+    vocabulary = content["model"]["vocab"]
+    pairs = list(vocabulary.items() if isinstance(vocabulary, dict) else ())
+    pairs += [(entry["content"], entry["id"]) for entry in content["added_tokens"]]
+    beyond = {token: text for text, token in pairs if token >= rows}
+    used = [text for token, text in beyond.items() if token in needed or text in template]
+    if used:
+        raise RecipeError(
+            f"the tokenizer of {where} has {used[0]}, which ends answers or stands in the chat template, beyond the "
+            f"{rows:,} rows of the embedding, so a GGUF file cannot hold it",
+            fix="use the tokenizer that belongs to the base",
+        )
+    if beyond:
+        named = ", ".join(list(beyond.values())[:3])
+        say(f"{len(beyond):,} tokens of the tokenizer are beyond the {rows:,} rows of the embedding; left out: {named}")
 
 
 def _served_template(template: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
