@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,7 +128,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises:
         RunError: the adapter holds a module that this base has no place for, or lacks one.
+        DamagedFileError: it has no safetensors file; peft would load a pickle in its place.
     """
+    if not (folder / WEIGHTS).is_file():
+        raise DamagedFileError(f"{folder} is no adapter: it has no {WEIGHTS}", str(folder))
     # peft imports gptqmodel, if it is there, to see whether a layer is one of its own; the import prints a banner.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error

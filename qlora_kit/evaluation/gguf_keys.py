@@ -9,12 +9,13 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import DamagedFileError
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 # type -> format of one value
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LONGEST_KEY = 65535  # bytes, by the format's description
 _LENGTH = struct.Struct("<Q")
 _KIND = struct.Struct("<I")
 
@@ -23,23 +24,25 @@ def whole_numbers(file: Path, keys: Collection[str]) -> dict[str, int]:
     """The values of those keys that the file has and that are whole numbers.
 
     Raises:
-        RunError: it is not a GGUF file of version 2 or 3, or it is cut off.
+        DamagedFileError: it is not a GGUF file of version 2 or 3, or it is cut off.
     """
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _found(data, keys, file)
-    except (struct.error, ValueError, KeyError) as error:
-        raise RunError(f"{file} is no GGUF file that can be read: {error}") from error
+    except (struct.error, ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise DamagedFileError(f"{file} is no GGUF file that can be read: {error}", str(file)) from error
 
 
 def _found(data: mmap.mmap, keys: Collection[str], file: Path) -> dict[str, int]:
     version = _KIND.unpack_from(data, 4)[0]
     if data[:4] != _MAGIC or version not in (2, 3):
-        raise RunError(f"{file} is not a GGUF file of version 2 or 3")
+        raise DamagedFileError(f"{file} is not a GGUF file of version 2 or 3", str(file))
     count, place = _LENGTH.unpack_from(data, 16)[0], 24
     found: dict[str, int] = {}
     for _ in range(count):
         length = _LENGTH.unpack_from(data, place)[0]
+        if length > _LONGEST_KEY:
+            raise ValueError(f"it has a key of {length} bytes")
         key = data[place + 8 : place + 8 + length].decode("utf-8")
         kind = _KIND.unpack_from(data, place + 8 + length)[0]
         place += 12 + length
@@ -61,6 +64,8 @@ def _after(data: mmap.mmap, place: int, kind: int) -> int:
     place += 12
     if inner in _FORMATS:
         return place + int(count) * struct.calcsize("<" + _FORMATS[inner])
-    for _ in range(count):
+    if inner == _ARRAY:
+        raise ValueError("it holds a list of lists, which no model's file does")
+    for _ in range(count):  # of texts: each takes 8 bytes at least, so that the file's end ends this
         place = _after(data, place, inner)
     return place

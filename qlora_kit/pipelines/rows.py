@@ -123,5 +123,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
 
 def context_of(config: object) -> int:
     """Positions that the model was made for, as config.json says."""
-    text = config.get("text_config") or config if isinstance(config, dict) else {}
-    return int(text.get("max_position_embeddings") or 2048)
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    text = inner if isinstance(inner, dict) else config if isinstance(config, dict) else {}
+    positions = text.get("max_position_embeddings")
+    return positions if type(positions) is int and positions > 0 else 2048

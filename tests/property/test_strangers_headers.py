@@ -8,11 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from qlora_kit.adapter.attach import load_adapter
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
+from qlora_kit.export.merging.deltas import read_adapter
 from qlora_kit.model.source import check_folder
 from qlora_kit.model.stored_tensors import LONGEST_HEADER, raw_header, read_headers
 from qlora_kit.model.tokenizer import stop_ids
 from qlora_kit.model.weight_names import linear_module_names
+from qlora_kit.pipelines.reach import reach_of
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.forecast import KnownBase
 
 ODD = [
     None,
@@ -156,3 +162,71 @@ def test_an_end_of_text_is_a_token(tmp_path, end):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     with pytest.raises(KitError, match="ends an answer"):
         stop_ids(tmp_path, SimpleNamespace(eos_token_id=2))
+
+
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {"q": 2}}
+ADAPTER |= {"init_lora_weights": True, "use_dora": False, "use_rslora": False, "target_parameters": None}
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_strangers_adapter_is_read_or_refused_by_name(tmp_path, seed):
+    draw = random.Random(seed)
+    config = {**ADAPTER, draw.choice(list(ADAPTER)): draw.choice([*ODD, {"(": 3}, {"q": "x"}, {"q": -1}])}
+    (tmp_path / "adapter_config.json").write_text(settings(draw, config))
+    shapes = [[4, 8], [8, 4], [2, 2]]
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    table, place = {}, 0
+    for name in names[: draw.randrange(4)]:
+        shape = draw.choice(shapes)
+        size = 4 * shape[0] * shape[1]
+        tensor = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
+        table[f"base_model.model.layers.0.q_proj.{name}.weight"] = tensor
+        place += size
+    text = json.dumps(table).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(place))
+    try:
+        read_adapter(tmp_path)
+    except KitError as error:
+        assert str(tmp_path) in str(error)
+
+
+def test_an_adapter_without_safetensors_is_refused_before_peft_sees_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(KitError, match=r"it has no adapter_model\.safetensors"):
+        load_adapter(None, tmp_path)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+MORE = {"num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": None}
+MORE |= {"max_position_embeddings": 64, "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "float32"}
+KINDS = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "mamba", "opt", "bert", "strange")
+
+
+def described(folder: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    config: dict[str, object] = {"model_type": draw.choice(KINDS), **SIZES, **MORE}
+    for _ in range(draw.randrange(1, 4)):
+        config[draw.choice([*config, "layer_types", "quantization_config", "architectures", "auto_map"])] = draw.choice(
+            [*ODD, 2**40, ["full_attention"], {"rope_type": "yarn"}]
+        )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = TrainRecipe(model=ModelConfig(source=str(folder)))
+    for read in (reach_of, lambda recipe, folder: KnownBase.in_folder(folder)):
+        try:
+            read(recipe, folder)
+        except KitError as error:
+            assert error.exit_code == EXIT_BAD_RECIPE, (seed, error)
+
+
+def test_a_strangers_config_describes_a_model_or_is_refused(tmp_path):
+    for seed in range(120):
+        described(tmp_path / str(seed), seed)
+
+
+@pytest.mark.walk
+@pytest.mark.timeout(7200)
+def test_a_long_walk_through_strangers_configs(tmp_path):
+    for seed in range(1000, 6000):
+        described(tmp_path / str(seed), seed)

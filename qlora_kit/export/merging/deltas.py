@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_header, read_whole
+from qlora_kit.model.stored_tensors import broken
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -115,7 +116,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise RunError(f"{folder} is no adapter: it has no {name}", where=str(folder))
-    config = read_json(folder / CONFIG)
+    config = _settings(folder / CONFIG)
     _refuse(config, folder / CONFIG)
     parts: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
@@ -176,6 +177,35 @@ def _by_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> 
     return otherwise
 
 
+def _settings(path: Path) -> Mapping[str, Any]:
+    """adapter_config.json, its numbers and patterns checked.
+
+    Raises:
+        DamagedFileError: it is no JSON object, or a value that is reckoned with is of a wrong type.
+    """
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise broken(path, f"it cannot be read ({error})") from error
+    for key in ("r", "lora_alpha"):
+        if not _is_number(config.get(key)):
+            raise broken(path, f"it has no number under {key}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+            raise broken(path, f"its {key} does not give numbers to names")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise broken(path, f"its {key} has a pattern that is none: {error}") from error
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31
+
+
 def _refuse(config: Mapping[str, Any], path: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -184,7 +214,7 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
         if config.get(field):
             raise RunError(f"an adapter with {field}={config[field]} cannot be merged", where=str(path))
     init = config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS and init not in SUBTRACTED_INITS:
+    if not isinstance(init, (bool, str)) or (init not in PLAIN_INITS and init not in SUBTRACTED_INITS):
         raise RunError(
             f"an adapter with init_lora_weights={init} cannot be merged: what it took out of the base is not saved",
             where=str(path),

@@ -1,11 +1,13 @@
 """Numbers of a GGUF file, beside what the gguf package's own reader says."""
 
+import random
+import struct
 from pathlib import Path
 
 import gguf
 import pytest
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import EXIT_BAD_RECIPE, DamagedFileError, RunError
 from qlora_kit.evaluation.gguf_keys import whole_numbers
 
 
@@ -41,3 +43,52 @@ def test_other_and_broken_files_are_refused(file: Path, tmp_path: Path) -> None:
         other.write_bytes(content)
         with pytest.raises(RunError, match=r"other\.gguf is no"):
             whole_numbers(other, ["small"])
+
+
+def damaged(draw: random.Random, good: bytes) -> bytes:
+    """A good file with a few numbers, bytes or its end changed."""
+    content = bytearray(good)
+    for _ in range(draw.randrange(1, 4)):
+        place = draw.randrange(len(content) - 8)
+        kind = draw.randrange(4)
+        if kind == 0:
+            content[place] = draw.randrange(256)
+        elif kind == 1:
+            number = draw.choice([0, 1, 2**16, 2**32, 2**62, 2**63, 2**64 - 1])
+            struct.pack_into("<Q", content, draw.choice([8, 16, place]), number)
+        elif kind == 2:
+            struct.pack_into("<I", content, place, draw.choice([8, 9, 10, 255, 2**31, 2**32 - 1]))
+        else:
+            del content[max(8, place) :]
+            content += bytes(8)
+    return bytes(content)
+
+
+def walk(file: Path, seed: int, count: int) -> int:
+    good, refused = file.read_bytes(), 0
+    for number in range(count):
+        file.write_bytes(damaged(random.Random(seed + number), good))
+        try:
+            whole_numbers(file, ["small", "large"])
+        except DamagedFileError as error:
+            refused += 1
+            assert error.exit_code == EXIT_BAD_RECIPE and str(file) in str(error)
+    return refused
+
+
+def test_a_damaged_file_is_read_or_refused_by_name(file: Path) -> None:
+    assert walk(file, 0, 400) > 50
+
+
+@pytest.mark.walk
+def test_a_long_walk_through_damaged_files(file: Path) -> None:
+    assert walk(file, 1000, 20_000) > 1000
+
+
+@pytest.mark.parametrize("depth", [1, 200_000])
+def test_a_list_of_lists_is_refused(tmp_path: Path, depth: int) -> None:
+    nested = struct.pack("<IQ", 9, 1) * depth + struct.pack("<IQ", 4, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+    (tmp_path / "m.gguf").write_bytes(head + nested)
+    with pytest.raises(DamagedFileError, match="a list of lists"):
+        whole_numbers(tmp_path / "m.gguf", ["b"])
