@@ -15,6 +15,8 @@ _TOWER = re.compile(rf"(^|\.){_SENSES}\w*\.")
 # A text encoder beside the decoder, or a text model that is wrapped in another one.
 _WRAPPED = ("text_config", "language_config", "llm_config")
 MOST_LAYERS = 4096  # of one kind; the deepest published decoders have 126
+LARGEST_SIZE = 2**27  # of a width, a vocabulary or a context: libraries make tables of so many numbers
+_SIZED = re.compile(r"(_size|_dim|_rank|_heads|_positions|_embeddings|_embd|_inner|_model|d_ff|d_kv)$")
 _COUNTED = re.compile(r"^(num|n)_(\w+_)?(layers?|blocks?|experts)$")
 
 
@@ -70,5 +72,6 @@ def kind_problems(source: str, config: Mapping[str, object], names: list[str]) -
         what = f"{source} is an encoder with a decoder; the kit trains decoders, models that only go on writing a text"
         yield Problem(what, "model.source")
     for key, value in config.items():
-        if isinstance(value, (int, float)) and _COUNTED.search(key) and value > MOST_LAYERS:
+        most = MOST_LAYERS if _COUNTED.search(key) else LARGEST_SIZE if _SIZED.search(key) else None
+        if most is not None and isinstance(value, (int, float)) and value > most:
             yield Problem(f"config.json of {source} says {key}={value}, which no model has", "model.source")

@@ -13,6 +13,7 @@ from qlora_kit.core.terminal import printable
 from qlora_kit.model.kind import read_config
 from qlora_kit.schema.model import Attention
 
+_OF_THE_MACHINE = ("out of memory", "allocate memory", "alloc_failed", "cuda error", "cublas", "cudnn")
 LONGEST_TOLD = 300  # characters of a library's own message
 
 
@@ -64,9 +65,9 @@ def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iter
     """
     try:
         yield
-    except (KitError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, (KitError, MemoryError)) or _is_of_the_machine(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         said = printable(first)[:LONGEST_TOLD]
         what = (
@@ -75,6 +76,13 @@ def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iter
             "name another base, or one whose architecture this release of transformers trains"
         )
         raise RecipeError(what, "model.source") from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether memory, a device or a disk is to blame, which others tell better."""
+    if isinstance(error, OSError):
+        return error.errno is not None  # the libraries' own carry none
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_THE_MACHINE)
 
 
 def _no_text_model(folder: Path, config: Mapping[str, object]) -> RecipeError:

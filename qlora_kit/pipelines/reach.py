@@ -13,7 +13,7 @@ from qlora_kit.adapter.attach import adapted_names, linear_names, peft_config, r
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
-from qlora_kit.model.load import check_storage, put_4bit_linears, rounded_names
+from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.stored_tensors import read_headers
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
@@ -104,6 +104,7 @@ class Reach:
             "adapted": dict(Counter(part.last for part in self.linears if part.name in self.adapted)),
             "left_out": dict(Counter(part.last for part in self.linears if part.name not in self.adapted)),
             "weights_in_16_bit": self.in_16_bit,
+            "lines": self.lines(),
         }
 
     def _storage(self) -> Iterator[str]:
@@ -135,6 +136,7 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         RecipeError: this base cannot be trained as the recipe says; with every reason that can be told.
         DamagedFileError: a file of the base is damaged.
     """
+    quiet_libraries()
     config = read_config(folder)
     tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
     if problems := list(kind_problems(recipe.model.source, config, list(tensors))):

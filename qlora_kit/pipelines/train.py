@@ -99,7 +99,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         model = _adapted_base(recipe, base_folder, reach, len(data.train))
         watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints)
-        trainer = build_trainer(model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing)
+        with told_plainly(base_folder, read_config(base_folder), "train"):
+            trainer = build_trainer(
+                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing
+            )
         with stop.at_a_step():
             progress = fit(trainer, checkpoint)
         if stop.asked or not progress.is_finished:

@@ -197,6 +197,7 @@ class RunPage:
         result: numbers that result.json holds; empty before the run ended.
         optimizer: that ran; empty where nothing tells.
         warnings: what training said at its end of its own result.
+        reach: what training said at its start of what LoRA reaches and what stays in 16 bit.
     """
 
     path: str
@@ -216,6 +217,7 @@ class RunPage:
     untrained: Untrained | None = None
     optimizer: str = ""
     warnings: Sequence[str] = ()
+    reach: Sequence[str] = ()
 
     @property
     def reference(self) -> Reference:

@@ -81,6 +81,7 @@ def read_run(run: RunDirectory) -> RunPage:
         missing=(),
         optimizer=str(result.get("optimizer") or ""),
         warnings=texts_of(result, "warnings"),
+        reach=texts_of(reader.json(run.reach), "lines"),
     )
     return replace(page, missing=(*what_is_missing(page), *reader.notes))
 

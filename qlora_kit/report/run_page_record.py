@@ -23,6 +23,7 @@ LONG_ROWS = {
 def setup(page: RunPage) -> str:
     """Model, adapter, optimizer and machine as a list of facts."""
     facts = _of_recipe(page.recipe, page.result.get("trainable_parameters"), page.optimizer) if page.recipe else []
+    facts += [("Reaches", "; ".join(page.reach))] if page.reach else []
     hardware = hardware_of(page.environment)
     facts += [("Hardware", hardware)] if hardware else []
     facts += [("Started", page.started)] if page.started else []

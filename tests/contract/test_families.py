@@ -211,6 +211,8 @@ def test_a_checkpoint_that_its_config_does_not_describe_is_refused(folder_of, tm
     assert "model_type llama" in refusal(recipe_for(folder), folder)
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     assert "num_hidden_layers=1000000000, which no model has" in refusal(recipe_for(folder), folder)
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 2**40}))
+    assert f"head_dim={2**40}, which no model has" in refusal(recipe_for(folder), folder)
 
 
 def test_weights_that_are_not_there_are_not_made_up(folder_of, tmp_path):
@@ -239,6 +241,14 @@ def test_a_librarys_error_is_told_with_model_and_library(folder_of):
     told = r"cannot run this model \(model_type llama.*TypeError: no␛s;"
     with pytest.raises(RecipeError, match=told), told_plainly(folder, {"model_type": "llama"}, "run"):
         raise TypeError("no\x1bs\nmore")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space"), MemoryError()]
+)
+def test_what_the_machine_lacks_is_not_blamed_on_the_model(error, folder_of):
+    with pytest.raises(type(error)), told_plainly(folder_of("llama"), {"model_type": "llama"}, "run"):
+        raise error
 
 
 def test_trying_a_forward_pass_draws_nothing(folder_of):

@@ -314,3 +314,10 @@ def test_the_optimizer_that_ran_and_the_warnings_of_training_are_shown(finished)
     put(finished.result, {"steps": 3, "optimizer": "paged_adamw_8bit", "warnings": []})
     shown = text_of(run_page(read_run(finished)))
     assert "in place of" not in shown and "paged_adamw_8bit, peak" in shown and "Warnings" not in shown
+
+
+def test_what_lora_reaches_is_shown_as_training_said_it(finished):
+    assert "Reaches" not in text_of(run_page(read_run(finished)))
+    put(finished.reach, {"lines": ["LoRA on 8 of 14 linear modules", "warning: 3 of 4 weights are not quantized"]})
+    shown = text_of(run_page(read_run(finished)))
+    assert "Reaches LoRA on 8 of 14 linear modules; warning: 3 of 4 weights are not quantized" in shown
