@@ -71,7 +71,10 @@ def run_process(
     passed_on = 0
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(timeout=LOOKS_EVERY)
+            code = process.wait(timeout=LOOKS_EVERY)
+            if is_child and os.getppid() != sweep_process:
+                os._exit(code)  # of several at once: nobody is there any more to take what comes of this job
+            return code
         is_orphan = is_child and os.getppid() != sweep_process
         wanted = max(stop.heard, 1 if stop.asked or is_orphan else 0)
         if wanted > passed_on:

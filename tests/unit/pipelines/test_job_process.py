@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from qlora_kit.pipelines.job_process import STOP, SweepStop, run_process
@@ -36,6 +37,18 @@ from qlora_kit.pipelines.job_process import SweepStop, run_process
 folder = Path(sys.argv[1])
 run_process(sys.argv[2:], folder / "log", os.environ, SweepStop(folder), os.getpid())
 """
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from qlora_kit.pipelines.job_process import SweepStop, run_process
+folder = Path(sys.argv[1])
+(folder / "worker").write_text(str(os.getpid()))
+run_process(sys.argv[2:], folder / "log", os.environ, SweepStop(folder), os.getppid())
+time.sleep(90)  # until more work comes
+"""
+SWEEP_OF_WORKERS = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 
 def job(folder, saving=0.3):
@@ -82,3 +95,17 @@ def test_a_job_ends_with_a_sweep_that_is_killed(tmp_path):
     sweep.kill()
     sweep.wait()
     wait_for(tmp_path / "saved")
+
+
+def test_so_does_a_worker_of_a_sweep_that_runs_several_at_once(tmp_path):
+    worker = [sys.executable, "-c", WORKER, str(tmp_path), *job(tmp_path)]
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEP_OF_WORKERS, *worker])
+    wait_for(tmp_path / "begun")
+    sweep.kill()
+    sweep.wait()
+    wait_for(tmp_path / "saved")
+    number = int((tmp_path / "worker").read_text())
+    until = time.monotonic() + 20
+    while psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.05)
