@@ -53,6 +53,7 @@ def test_kill_9_and_resume_is_bit_identical(workshop, uninterrupted, tmp_path, s
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert losses(run) == losses(uninterrupted)
+    assert {path.name for path in run.iterdir()} == {path.name for path in uninterrupted.iterdir()}
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workshop, uninterrupted, tmp_path):
