@@ -7,7 +7,6 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
-from qlora_kit.schema.folders import packaged_recipes
 from qlora_kit.schema.store import register
 
 
@@ -31,7 +30,7 @@ def run_under_hydra(verb: str, arguments: list[str], task: Callable[[DictConfig]
     saved = sys.argv
     sys.argv = ["qlora-kit", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(packaged_recipes()), config_name=verb)(guarded)()
+        hydra.main(version_base="1.3", config_path=None, config_name=verb)(guarded)()
     except SystemExit:
         if not raised:
             raise

@@ -29,11 +29,6 @@ class Line:
         """Whether it is a sweep."""
         return any(flag in MULTIRUN for flag in self.flags)
 
-    @property
-    def is_hydras_own(self) -> bool:
-        """Whether Hydra is asked something, such as --cfg or --info, and nothing is to be run."""
-        return any(flag not in HELP + MULTIRUN for flag in self.flags)
-
     def value(self, key: str) -> str | None:
         """The value that an override gives a key; the last one counts."""
         values = [
@@ -47,9 +42,16 @@ def parse_line(arguments: list[str]) -> Line:
     flags = [word for word in arguments if word.startswith("-")]
     overrides = [word for word in arguments if not word.startswith("-")]
     own = [word for word in overrides if "=" not in word and not word.startswith("~")]
-    if own and not any(flag not in HELP + MULTIRUN for flag in flags):
-        raise RecipeError([_no_override(word) for word in own])
+    unknown = [flag for flag in flags if flag not in HELP + MULTIRUN]
+    if unknown or own:
+        raise RecipeError([*map(_no_flag, unknown), *map(_no_override, own)])
     return Line(flags, overrides)
+
+
+def _no_flag(flag: str) -> Problem:
+    fixes = {"--cfg": "qlora-kit recipes show", "-c": "qlora-kit recipes show"}
+    what = f"there is no flag '{printable(flag)}'; there are {', '.join(HELP + MULTIRUN)}"
+    return Problem(what, "the command line", fixes.get(flag.split("=")[0], ""))
 
 
 def _no_override(word: str) -> Problem:

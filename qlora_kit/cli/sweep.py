@@ -12,6 +12,7 @@ from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import new_run
 from qlora_kit.core.say import say
+from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.schema.root import TrainRecipe
 
@@ -71,7 +72,7 @@ def _job(sweep: Path, sweep_process: int, tree: Any) -> float:
     overrides = list(hydra.overrides.task)
     # As the lines were checked: Hydra's own tree merges mappings that a line replaces.
     recipe = cast(TrainRecipe, compose_unchecked("train", overrides))
-    job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), overrides)
+    job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), [masked(one) for one in overrides])
     return run_job(job, SweepStop(sweep), sweep_process)
 
 

@@ -5,6 +5,7 @@ from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory, find_run, new_run
+from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import shell_line
 
 EXAMPLES = [
@@ -24,11 +25,6 @@ def run(arguments: list[str]) -> int:
     refuse_several_processes(shell_line(["qlora-kit", "train", *arguments]))
     if line.value("resume") is not None:
         return _resume(line)
-    if line.is_hydras_own:
-        from qlora_kit.cli.hydra_entry import run_under_hydra
-
-        run_under_hydra("train", arguments, lambda tree: None)
-        return EXIT_OK
     if line.is_multirun:
         from qlora_kit.cli.sweep import run_sweep
 
@@ -48,7 +44,7 @@ def _once(line: Line) -> int:
     from qlora_kit.pipelines.train import train
 
     with new_run(recipe.name, "train") as run_path:
-        train(recipe, RunDirectory(run_path), overrides)
+        train(recipe, RunDirectory(run_path), [masked(override) for override in overrides])
     return EXIT_OK
 
 

@@ -28,12 +28,18 @@ EXTRA_OF_MODULE = {
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
     "trackio": "trackio",
+    "hydra_plugins.hydra_joblib_launcher": "sweep",
+    "hydra_plugins.hydra_submitit_launcher": "sweep",
+    "hydra_plugins.hydra_optuna_sweeper": "sweep",
 }
 
 
 def is_present(module: str) -> bool:
     """Whether the module can be found, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 def missing_extra(module: str, needed_for: str) -> RecipeError:

@@ -184,7 +184,8 @@ def _latest(*, finished: bool) -> RunDirectory:
 
 
 def _all_runs() -> list[RunDirectory]:
-    recipes = [*OUTPUTS.glob("*/*/recipe.yaml"), *OUTPUTS.glob("*/*/*/recipe.yaml")]
+    # outputs/<name>/<time>, <name> of up to three folders, and one more below for the jobs of a sweep
+    recipes = [recipe for depth in range(2, 6) for recipe in OUTPUTS.glob("*/" * depth + "recipe.yaml")]
     newest_first = sorted(recipes, key=lambda recipe: recipe.stat().st_mtime_ns, reverse=True)
     return [RunDirectory(recipe.parent) for recipe in newest_first]
 

@@ -1,25 +1,27 @@
 """What a recipe may not say: bounds of each field, and combinations across groups."""
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, install_line, is_present
 from qlora_kit.schema import walk
 from qlora_kit.schema.amount import parse_amount
+from qlora_kit.schema.bounds import out_of_bounds
 from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, ExportConfig
-from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.field import Knob, Sealed
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
 from qlora_kit.schema.model import CHAT_TEMPLATES, Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 
+MOST_NAME_PARTS = 3
 EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
@@ -34,7 +36,7 @@ def check(recipe: Sealed) -> list[Finding]:
     found = list(_bounds(recipe))
     rules: list[Callable[[], Iterator[Finding]]] = []
     if isinstance(recipe, TrainRecipe):
-        parts = (_model, _lora, check_data, _engine, _device, _tracking)
+        parts = (_name, _model, _lora, check_data, _engine, _device, _tracking)
         rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
     elif isinstance(recipe, ExportRecipe):
         rules = [lambda: _export(recipe.export)]
@@ -47,23 +49,31 @@ def check(recipe: Sealed) -> list[Finding]:
 
 def _bounds(recipe: Sealed) -> Iterator[Finding]:
     for path, value, knob in walk.values(recipe):
-        if knob is None or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        unit = f" {knob.unit}" if knob.unit else ""
-        if not math.isfinite(value):
-            yield Finding(path, f"{path} must be a finite number, got {value}")
-        elif knob.minimum is not None and value < knob.minimum:
-            yield Finding(
-                path, f"{path} must be at least {knob.minimum:g}{unit}, got {value:g}", f"{path}={knob.minimum:g}"
-            )
-        elif knob.maximum is not None and value > knob.maximum:
-            yield Finding(
-                path, f"{path} must be at most {knob.maximum:g}{unit}, got {value:g}", f"{path}={knob.maximum:g}"
-            )
-        elif knob.above is not None and value <= knob.above:
-            yield Finding(
-                path, f"{path} must be above {knob.above:g}{unit}, got {value:g}", f"leave {path} at its default"
-            )
+        if isinstance(value, list | dict):
+            inside = value.values() if isinstance(value, dict) else value
+            wrong = (out_of_bounds(path, part, Knob("")) for part in inside if _is_number(part))
+            yield from (Finding(path, found.what) for found in wrong if found)
+        elif _is_number(value) and (found := out_of_bounds(path, value, knob)):
+            default = walk.example(type(recipe), path, object()) if walk.is_leaf(type(recipe), path) else ""
+            yield Finding(path, found.what, f"{path}={found.fitting}" if found.fitting else default)
+
+
+def _name(recipe: TrainRecipe) -> Iterator[Finding]:
+    parts = recipe.name.split("/")
+    wrong = next((part for part in parts if not is_plain_name(part)), None)
+    if wrong is not None or len(parts) > MOST_NAME_PARTS:
+        rule = f"at most {MOST_NAME_PARTS} names with / between them, none empty, hidden, over 100 bytes or unprintable"
+        yield Finding("name", f"name={recipe.name[:80]!r} is no folder below outputs/: it is {rule}", "name=run")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of one folder that stays where it is put and is found again."""
+    is_shown = name.isprintable() and name == name.strip() and not name.startswith(".")
+    return bool(name) and is_shown and len(name.encode("utf-8", "replace")) <= 100 and not set(name) & set("/\\")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _model(recipe: TrainRecipe) -> Iterator[Finding]:
@@ -167,6 +177,9 @@ def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
 def _export(export: ExportConfig) -> Iterator[Finding]:
     targets = (export.gguf, export.gptq, export.awq, export.merged, export.compressed, export.bnb, export.adapter)
     names = [name for group in targets for name in group]
+    for name in names:
+        if not is_plain_name(name):
+            yield Finding("export", f"an export is a folder, and {name[:80]!r} is no plain name of one")
     if not names:
         yield Finding("export", "no export is named", "export=[gguf_q4_k_m]")
     for name in sorted(EVAL_NAMES.keys() & set(names)):

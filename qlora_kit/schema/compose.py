@@ -1,13 +1,14 @@
 """Composes a command line into a frozen recipe; every mistake is collected and reported at once."""
 
 import dataclasses
+import io
 import re
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -21,14 +22,23 @@ from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
-from qlora_kit.schema.folders import groups, packaged_recipes, recipe_file
+from qlora_kit.schema.folders import groups, recipe_file
+from qlora_kit.schema.hydra_words import hydra_problem, missing_plugin
 from qlora_kit.schema.meant import meant, nearest_option
+from qlora_kit.schema.recipe_text import read_recipe_text
 from qlora_kit.schema.renamed import with_todays_names
-from qlora_kit.schema.store import RECIPE_OF_VERB, register
+from qlora_kit.schema.root import RECIPE_OF_VERB
+from qlora_kit.schema.store import register
+from qlora_kit.schema.trust import refusals, unsafe_references
 from qlora_kit.schema.value_problems import first_line, set_in_mapping, value_problems
 from qlora_kit.schema.words import Word, read_words
 
 MOST_SWEEP_JOBS_CHECKED = 200
+# What Hydra and OmegaConf raise of a line or a file that is wrong, their assertions included
+COMPOSE_ERRORS = (
+    *(HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AssertionError),
+    *(ArithmeticError, RecursionError),
+)
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
 COMMON_OPTIONS = {"export": "gguf_q4_k_m", "data": "rows"}  # proposed where nothing tells what was meant
 
@@ -112,10 +122,13 @@ def load_recipe(verb: str, path: Path) -> Sealed:
     """
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}")
+    found = read_recipe_text(path)
+    if problems := list(refusals(found, ())):
+        raise RecipeError(problems)
     try:
-        return typed_recipe(verb, OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise RecipeError(f"{path} is no {verb} recipe: {first_line(error)}") from error
+        return typed_recipe(verb, OmegaConf.load(io.StringIO(found.text)))
+    except COMPOSE_ERRORS as error:
+        raise RecipeError(f"{path} is no {verb} recipe: {first_line(error)}", found.shown) from error
 
 
 def typed_recipe(verb: str, tree: Any) -> Sealed:
@@ -140,8 +153,8 @@ def _compose(verb: str, lines: list[str]) -> Composed:
         raise RecipeError([_missing_problem(verb, key) for key in missing])
     try:
         recipe = typed_recipe(verb, tree)
-    except OmegaConfBaseException as error:
-        raise RecipeError(first_line(error)) from error
+    except COMPOSE_ERRORS as error:
+        raise RecipeError(f"the {verb} recipe cannot be composed: {first_line(error)}", "the command line") from error
     return Composed(recipe, choices, _origins(recipe, words, choices))
 
 
@@ -160,7 +173,7 @@ def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], 
     around = state.hydra  # of a sweep, whose jobs compose their recipes too
     state.clear()
     try:
-        with initialize_config_dir(str(packaged_recipes()), version_base="1.3", job_name=verb):
+        with initialize(config_path=None, version_base="1.3", job_name=verb):
             return _compose_initialized(verb, lines)
     finally:
         GlobalHydra.instance().hydra = around
@@ -175,7 +188,9 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     try:
         plain = [word.line for word in good if not word.mapping]
         tree = compose(verb, overrides=plain, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except RecipeError as error:  # of a recipe file
+        raise RecipeError([*named, *error.problems]) from error
+    except COMPOSE_ERRORS as error:
         misspelt = {word.override.key_or_group.split(".")[0] for word in words if problems[word.typed]}
         raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
     for word in good:
@@ -197,7 +212,7 @@ def _failed_compose_problems(verb: str, words: list[Word], misspelt: set[str], e
     options = [word.line for word in words if _is_group(word.override)]
     try:
         tree = compose(verb, overrides=options)
-    except (HydraException, OmegaConfBaseException) as option_error:
+    except COMPOSE_ERRORS as option_error:
         return [] if _group_to_choose(option_error) in misspelt else [_compose_problem(option_error)]
     values = [word for word in words if not _is_group(word.override)]
     return value_problems(tree, RECIPE_OF_VERB[verb], values) or [_compose_problem(error)]
@@ -212,15 +227,15 @@ def _read(root: type[Sealed], lines: list[str], *, sweeps: bool = False) -> list
 
 def _is_group(override: Override) -> bool:
     key = override.key_or_group
-    return key in groups() or key.startswith("hydra")
+    return key in groups() or key.split(".")[0].split("/")[0] == "hydra"
 
 
 def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
     """A misspelt key or option, with the nearest right one."""
     override, line = word.override, word.where
     key = override.key_or_group
-    if key.startswith("hydra"):
-        return None
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return hydra_problem(word)
     if key in groups():
         return _option_problem(key, word)
     if override.is_delete():
@@ -228,6 +243,9 @@ def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
             f"'{printable(word.typed)}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
         )
     if walk.find_path(root, key):
+        if outside := unsafe_references(str(override.value())):
+            what = f"{key} looks up '{printable(outside[0])}'; a recipe may look up its own fields only"
+            return Problem(f"{what}, such as ${{lora.r}}", line)
         return None
     found = meant(root, key, override.value())
     what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
@@ -307,6 +325,8 @@ def _file_origin(loaded: tuple[str, Any] | None, path: str) -> str:
 
 def _compose_problem(error: Exception) -> Problem:
     text = str(error)
+    if found := missing_plugin(error):
+        return found
     if group := _group_to_choose(error):
         options = groups().get(group, [])
         what = f"no {group} is chosen; there are {', '.join(options)}"
@@ -314,8 +334,10 @@ def _compose_problem(error: Exception) -> Problem:
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)
     if key:
-        found = next((near for verb in RECIPE_OF_VERB if (near := meant(RECIPE_OF_VERB[verb], key, ...).name)), None)
-        hint = f"; did you mean '{found.rsplit('.', 1)[-1]}'?" if found else ""
+        near_field = next(
+            (near for verb in RECIPE_OF_VERB if (near := meant(RECIPE_OF_VERB[verb], key, ...).name)), None
+        )
+        hint = f"; did you mean '{near_field.rsplit('.', 1)[-1]}'?" if near_field else ""
         return Problem(f"recipe {where} holds the unknown key '{key}'{hint}", f"recipes/{where}.yaml")
     return Problem(f"recipe {where} cannot be composed: {first_line(error)}", where)
 

@@ -116,7 +116,7 @@ class DataConfig(Sealed):
         "Held-out rows: at most this many of eval_file or of eval_share; without either, this many training rows.",
         minimum=1,
     )
-    seed: int = knob(0, "Seed of the mix and of the held-out split.", minimum=0)
+    seed: int = knob(0, "Seed of the mix and of the held-out split.", minimum=0, maximum=2**32 - 1)
     processes: int | None = knob(None, "Processes that tokenize; unset: one for each CPU.", minimum=1)
     cache: bool = knob(True, "Keep tokenized rows in the user's cache, so that the next run starts at once.")
     task: Task = knob(Task.none, "How generated answers are judged on held-out rows.")

@@ -61,3 +61,6 @@ class EvalRecipe(Sealed):
     debug: bool = knob(False, "Show tracebacks.")
     data: LaterRows = knob(LaterRows(), "run: held-out rows given now, for a run without any or instead of its own.")
     eval: EvalConfig = knob(EvalConfig(), "What is scored, on how many rows.")
+
+
+RECIPE_OF_VERB: dict[str, type[Sealed]] = {"train": TrainRecipe, "export": ExportRecipe, "eval": EvalRecipe}

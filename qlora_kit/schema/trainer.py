@@ -10,7 +10,7 @@ from qlora_kit.schema.field import Sealed, knob
 class TrainerConfig(Sealed):
     """The training loop. A step is an optimizer step everywhere."""
 
-    epochs: float = knob(1.0, "Passes over the training rows.", above=0)
+    epochs: float = knob(1.0, "Passes over the training rows.", above=0, maximum=1e6)
     max_steps: int | None = knob(None, "Stop after this many steps, whatever the epochs say.", unit="steps", minimum=1)
     batch_size: int = knob(4, "Rows in one forward pass on one device.", minimum=1)
     gradient_accumulation: int = knob(1, "Forward passes that make one step.", minimum=1)
@@ -23,7 +23,7 @@ class TrainerConfig(Sealed):
     eval_every_steps: int | None = knob(
         None, "Held-out loss this often; unset: once, at the end.", unit="steps", minimum=1
     )
-    seed: int = knob(0, "Seed of initial values, row order and dropout.", minimum=0)
+    seed: int = knob(0, "Seed of initial values, row order and dropout.", minimum=0, maximum=2**32 - 1)
 
     def steps(self, rows: int, processes: int = 1) -> int:
         """Optimizer steps of a whole run; the last, smaller batch of an epoch is a step too."""

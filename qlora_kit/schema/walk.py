@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import MISSING
@@ -80,8 +80,13 @@ def find_path(root: type[Sealed], path: str) -> bool:
 
 def type_at(root: type[Sealed], path: str) -> Any:
     """The declared type of a field, a group or an entry of a mapping; None if there is no such dotted path."""
+    return type_of(root, path.split("."))
+
+
+def type_of(root: type[Sealed], path: Sequence[str]) -> Any:
+    """As `type_at`, of a path in parts, of which a name in a mapping may hold dots."""
     annotation: Any = root
-    for name in path.split("."):
+    for name in path:
         if is_dict(annotation):
             annotation = typing.get_args(annotation)[1]
             if group_class(annotation) is None:
@@ -92,6 +97,17 @@ def type_at(root: type[Sealed], path: str) -> Any:
             return None
         annotation = fields_of(group)[name][0]
     return annotation
+
+
+def is_leaf(root: type[Sealed], path: str) -> bool:
+    """Whether a dotted path is a field with a value of its own, outside of mappings of groups."""
+    return any(known == path for known, _, _ in schema_paths(root))
+
+
+def knob_of(group: type[Sealed], name: str) -> Knob | None:
+    """What is known of a field of a group beyond its type."""
+    field = fields_of(group).get(name)
+    return field[1].metadata.get("knob") if field else None
 
 
 def mapping_of(root: type[Sealed], path: str) -> str:

@@ -30,3 +30,10 @@ def test_an_option_without_its_group_and_words_like_no_other_are_told_together()
         ("'nf4' is not an override", "quant=nf4"),
         ("'zzz' is not an override", ""),
     ]
+
+
+@pytest.mark.parametrize("flag", ["--config-dir=/tmp", "-cd", "-sc", "--shell-completion", "--info", "--cfg"])
+def test_flags_of_hydra_are_not_passed_on(flag):
+    ((what, fix),) = told(flag)
+    assert what == f"there is no flag '{flag}'; there are -h, --help, -m, --multirun"
+    assert fix == ("qlora-kit recipes show" if flag == "--cfg" else "")

@@ -67,13 +67,13 @@ TRAIN = {
         {"optim": OptimConfig(learning_rate=0.0)},
         "optim.learning_rate",
         "optim.learning_rate must be above 0, got 0",
-        "leave optim.learning_rate at its default",
+        "optim.learning_rate=0.0002",
     ),
     "not a number": (
         {"optim": OptimConfig(weight_decay=float("nan"))},
         "optim.weight_decay",
         "optim.weight_decay must be a finite number, got nan",
-        "",
+        "optim.weight_decay=0.0",
     ),
     "unmergeable": (
         {"lora": LoraConfig(init=LoraInit.loftq)},
