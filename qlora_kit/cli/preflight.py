@@ -14,12 +14,14 @@ def check_train(composed: Composed) -> TrainRecipe:
     """Check the adapter's targets against the base, when its files are at hand.
 
     Raises:
-        RecipeError: the base is no text decoder, or a target names no linear module of it.
+        RecipeError: the base is not there, has no commit or is no text decoder, or a target names no module of it.
     """
+    from qlora_kit.model.source import check_source
     from qlora_kit.model.weight_names import linear_module_names
 
     recipe = cast(TrainRecipe, composed.recipe)
     folder = Path(recipe.model.source).expanduser()
+    check_source(recipe.model)
     if problems := _other_kind(recipe, folder):
         raise RecipeError(problems)
     at_hand = linear_module_names(folder) if folder.is_dir() else set()

@@ -58,12 +58,15 @@ def _headline(file: Path | None) -> str:
 
 
 def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
+    from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import compose_recipe, composed_yaml
 
     if shows:
         show(composed_yaml(verb, overrides).rstrip())
     else:
-        compose_recipe(verb, overrides)
+        composed = compose_recipe(verb, overrides)
+        if verb == "train":
+            check_train(composed)
         show("good")
     return EXIT_OK
 

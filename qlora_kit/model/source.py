@@ -48,10 +48,26 @@ def locate_base(config: ModelConfig) -> Path:
     """
     if config.source == DEMO:
         return demo_base()
+    revision = check_source(config)
+    if revision is None:
+        return Path(config.source).expanduser()
+    fetched = _fetch(config.source, revision, HUB_FILES)
+    check_folder(fetched)
+    return fetched
+
+
+def check_source(config: ModelConfig) -> str | None:
+    """Check what is at hand of a base, and fetch nothing; returns the commit that is to be fetched, if one is.
+
+    Raises:
+        RecipeError: there is no such folder, it lacks a file or needs remote code, or a hub id comes without a commit.
+    """
     folder = Path(config.source).expanduser()
+    if config.source == DEMO:
+        return None
     if folder.exists():
         check_folder(folder)
-        return folder
+        return None
     if _looks_like_a_path(config.source):
         raise _no_such_folder(config.source, folder)
     if not config.revision:
@@ -60,9 +76,7 @@ def locate_base(config: ModelConfig) -> Path:
             where="model.source",
             fix="model.revision=<commit>",
         )
-    fetched = _fetch(config.source, config.revision, HUB_FILES)
-    check_folder(fetched)
-    return fetched
+    return config.revision
 
 
 def refuse_other_kinds(config: ModelConfig) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qlora_kit.cli.verbs import VERBS
+from qlora_kit.cli.verbs import VERBS, main
 
 RUN_VERBS = ["train", "export", "eval"]
 
@@ -36,6 +36,8 @@ def test_help_is_quick(words):
         ["recipes", "list"],
         ["recipes", "show", "model=demo", "data=home_commands", "data.train_file=README.md", "data.eval_file=null"],
         ["train", "lora.r=0", "model=demo", "data=home_commands"],
+        ["recipes", "validate", "model=demo", "data=rows", "data.train_file=README.md", "data.max_tokens=64"],
+        ["train", "model.source=/nonexistent", "data=rows", "data.train_file=README.md", "data.max_tokens=64"],
     ],
     ids=lambda line: " ".join(line[:2]),
 )
@@ -46,6 +48,20 @@ def test_nothing_heavy_is_imported(line):
     )
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, check=False)
     assert "HEAVY []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [("/nonexistent", "nonexistent"), ("Qwen/Qwen3-4B", "is a hub repository"), (".", "config.json")],
+)
+@pytest.mark.parametrize("verb", [["train"], ["recipes", "validate"]])
+def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(capsys, monkeypatch, tmp_path, verb, source, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    line = [f"model.source={source}", "data=rows", "data.train_file=rows.jsonl", "data.max_tokens=64"]
+    assert main([*verb, *line]) == 2
+    assert what in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_every_verb_has_a_run():
