@@ -160,4 +160,5 @@ def _facts(subject: Exportable, job: ExportJob, fidelity: Fidelity | None) -> Se
         directory=subject.directory,
         seed=subject.seed,
         fidelity=asdict(fidelity) if fidelity else {},
+        left=job.left,
     )

@@ -51,6 +51,7 @@ class ServingFacts:
         seed: of the run.
         fidelity: measured values by name.
         faults: why the artifact is rejected; none for a good one.
+        left: layers that stay in 16 bit by the format's limits, as the manifest has them; empty for none.
         verdict: on the artifact.
     """
 
@@ -66,6 +67,7 @@ class ServingFacts:
     fidelity: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
     verdict: Verdict = Verdict.not_measured
+    left: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

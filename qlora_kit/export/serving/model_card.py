@@ -57,6 +57,7 @@ def model_card(facts: ServingFacts) -> str:
         f"# {plain(facts.name)}",
         "",
         f"{_what(facts)} Written by qlora-kit {__version__}; `{LOCK}` says from what.",
+        *_left(facts),
         *_verdict(facts),
         *_measured(facts),
         *_trained_on(facts.run),
@@ -97,6 +98,12 @@ def _what(facts: ServingFacts) -> str:
     at = f" at revision {code(facts.base.revision)}" if facts.base.revision else ""
     done = "fine-tuned with QLoRA" if facts.run is not None else "quantized, not fine-tuned"
     return f"{plain(facts.base.shown)}{at}, {done}, as {form}."
+
+
+def _left(facts: ServingFacts) -> Iterator[str]:
+    if isinstance(names := facts.left.get("layers"), list) and names:
+        count = f"{len(names)} of {facts.left.get('of')} linear layers stay in 16 bit"
+        yield from ("", f"{count}: {plain(str(facts.left.get('why')))}.")
 
 
 def _verdict(facts: ServingFacts) -> Iterator[str]:
