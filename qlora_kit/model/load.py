@@ -136,6 +136,7 @@ def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[
 def try_forward(model: PreTrainedModel) -> None:
     """Run a few tokens through a model, so that what a library cannot compute shows before training.
 
+    The model is left in eval mode, as `from_pretrained` leaves it; a trainer puts it into training mode.
     Random draws of the run stay as they are. Kernels that are compiled, or that want 16-bit activations, are left out.
     """
     attention = getattr(model.config, "_attn_implementation", "")
@@ -144,6 +145,7 @@ def try_forward(model: PreTrainedModel) -> None:
     embedding = model.get_input_embeddings()
     tokens = torch.arange(_TRIED_TOKENS, device=embedding.weight.device) % embedding.num_embeddings
     dtype = embedding.weight.dtype
+    model.eval()
     with (
         torch.random.fork_rng(),
         torch.no_grad(),

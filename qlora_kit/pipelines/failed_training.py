@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -42,9 +43,42 @@ def explained(recipe: TrainRecipe, run: RunDirectory, needs: Needs, longest: int
     except NotFiniteError as error:
         raise _not_finite(error, recipe, run) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+        if not _is_out_of_memory(error):
             raise
         raise out_of_memory(error, recipe, run, needs, longest) from error
+
+
+@contextmanager
+def base_fits(recipe: TrainRecipe, run: RunDirectory) -> Iterator[None]:
+    """Tell memory that ran out while the base was loaded, where no smaller step would help.
+
+    Raises:
+        RunError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        on_gpu = torch.cuda.is_available() and not isinstance(error, MemoryError)
+        what = f"the base does not fit into the memory of {_place(on_gpu=on_gpu)}: {_held(on_gpu=on_gpu)}"
+        fix = "choose a smaller model" if recipe.quant.kind.is_4bit else again_with(run, {"quant": "nf4_double"})
+        raise RunError(what, f"model.source={recipe.model.source}, quant.kind={recipe.quant.kind.name}", fix) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+def _last_whole(run: RunDirectory) -> Path | None:
+    try:
+        return last_complete(run.checkpoints)
+    except RunError:  # all are damaged, which is for a resume to tell
+        return None
+
+
+def _place(*, on_gpu: bool) -> str:
+    return "the GPU" if on_gpu else "this machine"
 
 
 def again_with(run: RunDirectory, changes: Changes) -> str:
@@ -66,7 +100,7 @@ def _not_finite(error: NotFiniteError, recipe: TrainRecipe, run: RunDirectory) -
         dtype = recipe.quant.compute_dtype
         wider = ComputeDtype.bfloat16 if dtype is ComputeDtype.float16 else ComputeDtype.float32
         return RunError(what, "model.source, quant.compute_dtype", again_with(run, {"quant.compute_dtype": wider.name}))
-    good = last_complete(run.checkpoints)
+    good = _last_whole(run)
     kept = f"; the checkpoint of step {step_of(good)} is whole, but goes on with the same rate" if good else ""
     return RunError(what + kept, f"optim.learning_rate={recipe.optim.learning_rate:g}", less_learning(recipe, run))
 
@@ -74,19 +108,18 @@ def _not_finite(error: NotFiniteError, recipe: TrainRecipe, run: RunDirectory) -
 def out_of_memory(error: BaseException, recipe: TrainRecipe, run: RunDirectory, needs: Needs, longest: int) -> RunError:
     """What was planned, used and free, and the lines that need less."""
     on_gpu = torch.cuda.is_available() and not isinstance(error, MemoryError)
-    where = "the GPU" if on_gpu else "this machine"
     said = str(error).split(". ")
     asked = (
         f"; {said[1].removesuffix('.').lower()}" if len(said) > 1 and said[1].startswith("Tried to allocate") else ""
     )
     planned = needs(recipe)
     plan = "" if planned is None else f"; plan reckoned with about {human_bytes(planned)}"
-    what = f"{where} ran out of memory{asked}: {_held(on_gpu=on_gpu)}{plan}"
+    what = f"{_place(on_gpu=on_gpu)} ran out of memory{asked}: {_held(on_gpu=on_gpu)}{plan}"
     same, shorter = _smaller(recipe, needs, longest)
     problems = [Problem(what, fix=again_with(run, same) if same else again_with(run, shorter))]
     if same:
         problems.append(Problem("if that is not enough, shorter rows need less as well", fix=again_with(run, shorter)))
-    if checkpoint := last_complete(run.checkpoints):
+    if checkpoint := _last_whole(run):
         resume = shell_line(["qlora-kit", "train", override("resume", run.path)])
         kept = f"should another program have held the memory: the checkpoint of step {step_of(checkpoint)} goes on"
         problems.append(Problem(kept, fix=resume))
@@ -110,6 +143,8 @@ def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> tuple[Changes, 
     if recipe.engine.mode is EngineMode.fast:
         if recipe.engine.recompute.strip().lower() != "all":
             same["engine.recompute"] = "all"
+        if recipe.engine.weight_copies.strip().lower() not in ("auto", "none"):
+            same["engine.weight_copies"] = "none"
     elif not trainer.gradient_checkpointing:
         same["trainer.gradient_checkpointing"] = "true"
     if (rows := _rows_at_once(recipe, needs)) < trainer.batch_size:

@@ -1,5 +1,6 @@
 """Train: recipe -> rows -> 4-bit base -> adapter -> run directory."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from qlora_kit.model.source import locate_base, refuse_other_kinds
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.begun import describe, rows_of
-from qlora_kit.pipelines.failed_training import explained, less_learning
+from qlora_kit.pipelines.failed_training import base_fits, explained, less_learning
 from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
@@ -97,7 +98,8 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
-        model = _adapted_base(recipe, base_folder, reach, len(data.train))
+        with base_fits(recipe, run):
+            model = _adapted_base(recipe, base_folder, reach, len(data.train))
         watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints)
         with told_plainly(base_folder, read_config(base_folder), "train"):
             trainer = build_trainer(
@@ -119,7 +121,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)
             sync_folder(folder)
-        result = _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned)
+        result = replace(
+            _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned),
+            resumed_from=step or None,
+        )
         write_json(run.result, result.record())
     _tell(result, recipe, run)
     return result

@@ -14,6 +14,8 @@ class TrainResult:
         final_loss: of the last logged step.
         seconds: in training steps: loading, saving and scoring are not in it.
         tokens_per_second: the middle one of all logged steps but the first, in which kernels are compiled.
+        resumed_from: the step at which it was taken up last. On a CPU the result is that of an uninterrupted run to the
+            bit; on a GPU rows, their order, random numbers and optimizer states are, but kernels add in no fixed order.
         optimizer: that ran, which on a CPU may be another than the recipe's.
         warnings: what the user should know of it, in words.
     """
@@ -28,6 +30,7 @@ class TrainResult:
     final_loss: float | None = None
     eval_loss: float | None = None
     planned_memory_bytes: float | None = None
+    resumed_from: int | None = None
     warnings: Sequence[str] = ()
 
     def record(self) -> dict[str, object]:

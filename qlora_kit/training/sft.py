@@ -158,8 +158,10 @@ def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRec
 
 
 def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
-    """Train to the end, or until a stop was asked for; resumes exactly from a checkpoint.
+    """Train to the end, or until a stop was asked for.
 
+    From a checkpoint the same rows come in the same order, with the same random numbers and optimizer states. On a CPU
+    what comes out is that of an uninterrupted run to the bit; a GPU's kernels add in no fixed order from run to run.
     From a checkpoint of the last step its weights are taken, and nothing is trained.
 
     Raises:

@@ -23,15 +23,17 @@ from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
-from qlora_kit.schema.quant import ComputeDtype, QuantConfig
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training.checkpoint import MARK
 from qlora_kit.training.trainer import KitTrainer
 from tests.tiny_models import build_tiny_model
 
 LAYERS = 2
 STEPS, EVALUATED, SAVED, PASSES = 5, 2, 3, 2
 HELD_OUT_BATCHES = 2  # four rows, two at a time
+TRIALS = 1
 ADAPTER = "adapter_model.safetensors"
 WORDS = ["lamp", "door", "fan", "clock", "radio"]
 
@@ -175,8 +177,8 @@ def test_the_first_step_the_last_one_and_every_saved_one_are_logged(workshop, tm
 
 
 def evaluated(seen):
-    """Held-out batches that a run looked at."""
-    return seen.modes[False, "PeftModelForCausalLM", False]
+    """Held-out batches that a run looked at, beside the few tokens that are tried before training."""
+    return seen.modes[False, "PeftModelForCausalLM", False] - TRIALS
 
 
 @pytest.mark.slow
@@ -204,7 +206,8 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(workshop, tm
         again = train(recipe, run, [])
     assert not any(with_gradients for with_gradients, _, _ in seen.modes)
     assert evaluated(seen) == (HELD_OUT_BATCHES if killed_before == "the held-out loss" else 0)
-    assert replace(again, peak_memory_bytes=0) == replace(whole, peak_memory_bytes=0)
+    assert again.resumed_from == STEPS
+    assert replace(again, peak_memory_bytes=0, resumed_from=None) == replace(whole, peak_memory_bytes=0)
     assert (run.adapter / ADAPTER).read_bytes() == adapter
     assert (run.checkpoints / f"checkpoint-{STEPS}" / ADAPTER).read_bytes() == adapter
     assert [row["step"] for row in metrics_of(run)] == [json.loads(line)["step"] for line in metrics.splitlines()]
@@ -242,7 +245,7 @@ def test_a_checkpoint_with_a_number_that_is_not_finite_is_not_kept(workshop, tmp
     assert re.search(r"became (nan|inf) by step \d|hold values that are not finite", problem.what)
     assert "is whole, but goes on with the same rate" in problem.what
     assert command_in(problem.fix).optim.learning_rate == 1e29
-    kept = [folder for folder in run.checkpoints.iterdir() if (folder / "complete").exists()]
+    kept = [folder for folder in run.checkpoints.iterdir() if (folder / MARK).exists()]
     assert kept
     for folder in kept:
         assert all(tensor.isfinite().all() for tensor in load_file(folder / ADAPTER).values())
@@ -278,6 +281,32 @@ def test_memory_that_ran_out_is_told_with_lines_that_need_less(workshop, tmp_pat
     assert command_in(shorter).data.max_tokens < 64
     assert command_in(shorter).data.on_long_row is LongRows.drop
     assert shlex.split(resume) == ["qlora-kit", "train", f"resume={run.path}"]
+
+
+def test_a_base_that_does_not_fit_is_told_so(workshop, tmp_path, typed, monkeypatch):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("qlora_kit.pipelines.train.load_base", load)
+    whole = replace(recipe_for(workshop), quant=QuantConfig(kind=QuantKind.none))
+    with pytest.raises(RunError, match="the base does not fit into the memory of this machine: this process") as told:
+        train(whole, RunDirectory(tmp_path / "run"), typed)
+    assert command_in(told.value.problems[0].fix).quant.kind is QuantKind.nf4
+    with pytest.raises(RunError, match="choose a smaller model"):
+        train(recipe_for(workshop), RunDirectory(tmp_path / "other"), typed)
+
+
+def test_a_loss_that_was_never_finite_is_no_fault_of_the_learning_rate(workshop, tmp_path, typed, monkeypatch):
+    monkeypatch.setattr(KitTrainer, "compute_loss", lambda trainer, model, inputs, **_: nan_loss(model))
+    with pytest.raises(RunError) as told:
+        train(recipe_for(workshop), RunDirectory(tmp_path / "run"), typed)
+    (problem,) = told.value.problems
+    assert "the loss became nan by step 1, before anything was learned: the base's weights or" in problem.what
+    assert command_in(problem.fix).quant.compute_dtype is ComputeDtype.float32
+
+
+def nan_loss(model):
+    return sum(weight.sum() for weight in model.parameters() if weight.requires_grad) * torch.nan
 
 
 @pytest.mark.slow
