@@ -43,7 +43,9 @@ class Job:
 
 
 def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
-    """Train one job in a child process and return its objective; NaN when it failed, or was not begun for a stop.
+    """Train one job in a child process and return its objective; the worst there is when it failed or was not begun.
+
+    A sampler such as Optuna's takes an infinite value, and ends the sweep at one that is no number.
 
     The child is `qlora-kit train resume=<folder>`, so no CUDA context, tracker or library state passes between jobs,
     and a job that was killed can be taken up again by hand. A job that is finished is not trained again.
@@ -55,7 +57,7 @@ def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
         if stop.asked:
             with suppress(OSError):
                 job.folder.rmdir()  # Hydra made it
-            return math.nan
+            return _worst(job)
         _begin(job)
         code = 0
         if not RunDirectory(job.folder).is_finished:
@@ -65,7 +67,7 @@ def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
     row = _row(job, code)
     write_json(job.folder / JOB_RECORD, asdict(row))
     say(f"job {job.number}: {row.error or f'{job.recipe.sweep.objective} {row.objective:.4f}'}")
-    return math.nan if row.objective is None else row.objective
+    return _worst(job) if row.objective is None else row.objective
 
 
 def ranked(sweep: Path, direction: Direction) -> list[JobRow]:
@@ -82,6 +84,10 @@ def ranked(sweep: Path, direction: Direction) -> list[JobRow]:
 def write_sweep(sweep: Path, objective: str, rows: list[JobRow]) -> None:
     """Write sweep.json: the objective and the ranked rows."""
     write_json(sweep / "sweep.json", {"objective": objective, "rows": [asdict(row) for row in rows]})
+
+
+def _worst(job: Job) -> float:
+    return math.inf if job.recipe.sweep.direction is Direction.minimize else -math.inf
 
 
 def _begin(job: Job) -> None:

@@ -1,0 +1,83 @@
+"""Jobs of a sweep: a failed one is the worst there is, a finished one is kept, and a stop begins none."""
+
+import json
+import math
+
+import pytest
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.pipelines import sweep as module
+from qlora_kit.pipelines.job_process import STOP, SweepStop
+from qlora_kit.pipelines.sweep import Job, ranked, run_job
+from qlora_kit.schema.compose import recipe_yaml
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.sweep import Direction, SweepConfig
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Runs a job whose process says something and ends with a code; the codes that were given are the jobs begun."""
+    begun = []
+
+    def run(number=0, code=0, said="", direction=Direction.minimize, seed_name="run"):
+        recipe = TrainRecipe(
+            name=seed_name, model=ModelConfig(source="base"), sweep=SweepConfig(direction=direction, gpus=[4, 5])
+        )
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+
+        def run_process(command, log, environment, stop, sweep_process):
+            begun.append((command[-1], environment["CUDA_VISIBLE_DEVICES"]))
+            assert (folder / "recipe.yaml").read_text() == recipe_yaml(recipe)
+            log.write_text(said)
+            if code == 0:
+                (folder / "adapter").mkdir()
+                (folder / "result.json").write_text(json.dumps({"eval_loss": 0.5 + number}))
+            return code
+
+        monkeypatch.setattr(module, "run_process", run_process)
+        return run_job(Job(recipe, folder, number, [f"n={number}"]), SweepStop(tmp_path), 1)
+
+    return tmp_path, begun, run
+
+
+def test_a_finished_job_is_not_trained_again(sweep):
+    place, begun, run = sweep
+    assert run() == run() == 0.5
+    assert begun == [(f"resume={place / '0'}", "4")]
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_failed_job_is_a_row_and_the_worst_there_is(sweep, direction):
+    place, _, run = sweep
+    value = run(1, code=2, said="loading\nerror: no rows\n", direction=direction)
+    assert value == (math.inf if direction is Direction.minimize else -math.inf)
+    assert run(0, direction=direction) == 0.5
+    assert [(row.job, row.objective, row.error) for row in ranked(place, direction)] == [
+        (0, 0.5, ""),
+        (1, None, "no rows"),
+    ]
+
+
+def test_a_stopped_job_is_a_row_that_says_so_and_goes_on(sweep):
+    place, begun, run = sweep
+    run(0, code=1, said="stopping\nstopped at step 3 of 8; the checkpoint is saved\n  fix  x\n")
+    assert ranked(place, Direction.minimize)[0].error == "stopped at step 3 of 8; the checkpoint is saved"
+    assert run(0) == 0.5
+    assert len(begun) == 2
+
+
+def test_after_a_stop_no_job_begins(sweep):
+    place, begun, run = sweep
+    (place / STOP).touch()
+    assert run() == math.inf
+    assert begun == [] and not (place / "0").exists()
+
+
+def test_the_run_of_another_recipe_is_left_alone(sweep):
+    _, begun, run = sweep
+    run()
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        run(seed_name="other")
+    assert len(begun) == 1
