@@ -27,8 +27,9 @@ from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
-from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, Reference, finish
+from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish
 from qlora_kit.pipelines.opened_run import EVAL_FILE
+from qlora_kit.pipelines.reference import Reference
 from qlora_kit.schema.export import ExportConfig, MergeBase
 
 Merged = tuple[Path, MergeReport]  # the 16-bit folder, and what was merged into it

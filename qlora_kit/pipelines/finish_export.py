@@ -8,11 +8,10 @@ from typing import Any
 
 from qlora_kit.core.say import say
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
 from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
-from qlora_kit.evaluation.judge import Yardstick, faults_of
+from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.gguf.writer import write_gguf
@@ -25,22 +24,11 @@ from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.export.targets.table import READERS, ExportJob
 from qlora_kit.pipelines.exportable import Exportable
+from qlora_kit.pipelines.far_from_rounding import far_from_rounding
+from qlora_kit.pipelines.reference import Reference
 from qlora_kit.schema.export import GgufMix
 
 TOP_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What files are compared with: scores of the trained model, or of the base, on held-out rows."""
-
-    rows: Sequence[TokenRow]
-    yardstick: Yardstick
-
-    @property
-    def scores(self) -> Scores:
-        """Of the trained model, or the base that is exported."""
-        return self.yardstick.reference
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,11 @@ def finish(
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
     contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
     servers = check_servers(facts.format, folder, job.file)
-    far = faults_of(fidelity, max_mean_kl, scores, reference.yardstick) if fidelity and reference else ()
+    far: list[str] = []
+    if fidelity and reference:
+        far = list(faults_of(fidelity, max_mean_kl, scores, reference.yardstick))
+        if not far:
+            far = list(far_from_rounding(job, fidelity, merged, reference, int(subject.tokenizer.pad_token_id)))
     faults = (*far, *map(str, contract.failures), *_wrong_for(servers))
     verdict = verdict_on(is_measured=fidelity is not None, max_mean_kl=max_mean_kl, faults=faults)
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))

@@ -1,0 +1,61 @@
+"""Finds files that are far worse than plain rounding to as many bits: with those bits it was not the bits."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qlora_kit.core.say import say
+from qlora_kit.evaluation.rounded_twin import score_rounded_twin
+from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.pipelines.reference import Reference
+
+SUSPICIOUS_KL = 0.1  # nats; below, no twin is made
+FAR = 2.0  # times the twin's KL
+LEAST_BITS = 3  # with fewer, plain rounding is worth nothing itself
+# Weights in so many bits and activations as they are; where those are rounded too, weights alone are no yardstick.
+COMPRESSED_BITS = {"W4A16": 4, "W8A16": 8, "NVFP4A16": 4}
+BNB_BITS = {"nf4": 4, "int8": 8}
+
+
+def far_from_rounding(
+    job: ExportJob, fidelity: Fidelity, merged: Path, reference: Reference, pad_token_id: int
+) -> Iterator[str]:
+    """A fault where a file's KL lies clearly above twice that of the rounded 16-bit model, on the same rows.
+
+    Args:
+        merged: the 16-bit folder that the file was made from.
+    """
+    bits, interval = weight_bits(job.format, job.settings), fidelity.mean_kl_interval
+    if bits is None or interval is None or interval[0] <= SUSPICIOUS_KL:
+        return
+    key = str(merged), bits
+    if key not in reference.twins:
+        say(f"{job.name}: mean KL {fidelity.mean_kl:.4f}; scoring what plain rounding to {bits} bits gives")
+        try:
+            twin = score_rounded_twin(merged, bits, reference.rows, reference.scores, pad_token_id)
+        except (RuntimeError, OSError) as error:
+            say(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
+            return
+        reference.twins[key] = twin.mean_kl
+    if interval[0] > FAR * reference.twins[key]:
+        yield (
+            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of rounding the same "
+            f"weights to the nearest of {bits} bits"
+        )
+
+
+def weight_bits(format_name: str, settings: Mapping[str, object]) -> int | None:
+    """Whole bits of a weight; None where plain rounding is no yardstick: few bits, 16 bits, or layers that differ."""
+    bits: object = None
+    if settings.get("overrides") or settings.get("bits_budget"):
+        return None
+    if format_name in ("gptq", "awq", "awq_gemv"):
+        bits = settings.get("bits")
+    elif format_name == "bnb":
+        bits = BNB_BITS.get(str(settings.get("kind")))
+    elif format_name == "compressed":
+        bits = COMPRESSED_BITS.get(str(settings.get("scheme")))
+    elif format_name == "gguf" and (number := re.search(r"Q(\d+)_", str(settings.get("mix")))):
+        bits = int(number[1])
+    return bits if isinstance(bits, int) and LEAST_BITS <= bits <= 8 else None
