@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from qlora_kit.core import lock
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError
 from qlora_kit.core.lock import LOCK, BusyError, hold, holder
 
@@ -101,3 +102,17 @@ def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
     with pytest.raises(RecipeError, match="cannot be written"):
         hold(tmp_path / "run", "train").__enter__()
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_lock_whose_file_went_with_its_holder_is_taken_anew(tmp_path, monkeypatch):
+    is_free, ended = lock._is_free, []
+
+    def ends_meanwhile(stream, file, **look):
+        if not ended:  # between opening the file and locking it
+            ended.append(file)
+            file.unlink()
+        return is_free(stream, file, **look)
+
+    monkeypatch.setattr(lock, "_is_free", ends_meanwhile)
+    with hold(tmp_path, "train"):
+        assert (tmp_path / LOCK).exists()
