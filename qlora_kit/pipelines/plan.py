@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from rich.table import Table
@@ -12,9 +13,11 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
+from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.pipelines.rows import packing_of, rows_that_fit
+from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
 
@@ -22,6 +25,8 @@ OF_THE_TEXT_PART = (
     "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "
     "until image-text models are supported"
 )
+WIDTH = 80  # columns: of a terminal as it opens, and of a pipe
+ROWS_AT_ONCE = 1000
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
 
 
@@ -62,7 +67,7 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
 
 
 def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> str:
-    """The plan as text, as wide as its table needs.
+    """The plan as text, `WIDTH` columns wide wherever it goes.
 
     Args:
         data: the rows, where they are known; else each is taken to be `data.max_tokens` long.
@@ -70,7 +75,7 @@ def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None)
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    page = SafeConsole(file=io.StringIO(), width=120)
+    page = SafeConsole(file=io.StringIO(), width=WIDTH)
     with page.capture() as printed:
         page.print(plan_table(recipe, base, data))
     return "\n".join(line.rstrip() for line in (*printed.get().splitlines(), *base.notes))
@@ -91,7 +96,7 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
     table.add_section()
     table.add_row("total", human_bytes(found.memory.total), "on one device; CUDA's context comes on top", style="bold")
     table.add_section()
-    for part, text, how in _step_rows(recipe, longest):
+    for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
         table.add_row(part, text, how)
     return table
 
@@ -108,12 +113,13 @@ def _at_once(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> in
 
 
 def rows_of(path: Path, limit: int | None) -> int | None:
-    """Rows that a JSONL file holds, at most `limit`; None where there is no such file."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".ndjson"):
+    """Rows that a file holds, at most `limit`; None where there is none, or none that can be read."""
+    try:
+        source = open_source("train", SourceConfig(path=str(path)), "data.train_file")
+        counted = islice((line for piece in source.pieces(ROWS_AT_ONCE) for line in piece.lines), limit)
+        return sum(1 for _ in counted)
+    except RecipeError:
         return None
-    with path.open("rb") as lines:
-        count = sum(1 for line in lines if line.strip())
-    return count if limit is None else min(count, limit)
 
 
 def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
@@ -133,7 +139,7 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
         ("  rest", memory.frozen_rest, f"embeddings, output head, norms in {quant.compute_dtype.name}"),
         ("adapter", memory.adapter, f"{human_count(memory.trainable)} trained weights ({share:.2%}) in float32"),
         ("gradients", memory.gradients, "float32"),
-        ("optimizer", memory.optimizer, recipe.optim.name.name),
+        ("optimizer", memory.optimizer, _optimizer(recipe)),
         ("activations", memory.activations, f"{human_count(found.tokens)} tokens at once, {found.kept}"),
         ("loss", memory.loss, "a tile of the logits"),
         ("workspace", memory.workspace, "one layer unpacked to 16 bit, and its backward pass"),
@@ -141,16 +147,25 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
     return [*rows, ("copies", memory.copies, "frozen weights kept unpacked too")] if memory.copies else rows
 
 
-def _step_rows(recipe: TrainRecipe, longest: int) -> list[tuple[str, str, str]]:
+def _optimizer(recipe: TrainRecipe) -> str:
+    name = recipe.optim.name
+    here = "" if has_nvidia_gpu() or not name.needs_gpu else "; here, without a GPU, adamw in 32 bit, 8 bytes a weight"
+    return f"{name.name}{here}"
+
+
+def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tuple[str, str, str]]:
     trainer = recipe.trainer
     batch = trainer.batch_size * trainer.gradient_accumulation
     tokens = batch * longest
     found = [("tokens a step", human_count(tokens), f"at most: {batch} rows of {longest} tokens")]
-    if recipe.data.train_file is None:
+    file, most = recipe.data.train_file, recipe.data.train_rows
+    rows = rows_of(Path(file), most) if read is None and file is not None else read
+    if rows:
+        steps = trainer.steps(rows)
+        passes = trainer.epochs if trainer.max_steps is None else steps * batch / rows
+        return [*found, ("steps", str(steps), f"{human_count(rows)} rows, {passes:.3g} passes over them")]
+    if trainer.max_steps is not None:
+        return [*found, ("steps", str(trainer.max_steps), "trainer.max_steps")]
+    if file is None:
         return [*found, ("steps", "unknown", "give data.train_file to count them")]
-    rows = rows_of(Path(recipe.data.train_file), recipe.data.train_rows)
-    if rows is None:
-        return [*found, ("steps", "unknown", f"{recipe.data.train_file} is no JSONL file whose lines could be counted")]
-    steps = trainer.steps(rows)
-    passes = trainer.epochs if trainer.max_steps is None else steps * batch / max(rows, 1)
-    return [*found, ("steps", str(steps), f"{human_count(rows)} rows, {passes:.3g} passes over them")]
+    return [*found, ("steps", "unknown", f"the rows of {file} cannot be counted")]

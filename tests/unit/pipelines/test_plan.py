@@ -24,10 +24,16 @@ def recipe(train_file: Path | None, **trainer) -> TrainRecipe:
 
 
 def printed(planned: TrainRecipe) -> dict[str, str]:
-    cells = [
-        line.split("│") for line in plan(planned, KnownBase(LLAMA_8B, "llama")).splitlines() if line.startswith("│")
-    ]
-    return {row[1].strip(): f"{row[2].strip()} | {row[3].strip()}" for row in cells}
+    lines = plan(planned, KnownBase(LLAMA_8B, "llama")).splitlines()
+    assert max(map(len, lines)) <= 80
+    table, part = dict[str, str](), ""
+    for row in (line.split("│") for line in lines if line.startswith("│")):
+        if row[1].strip():
+            part = row[1].strip()
+            table[part] = f"{row[2].strip()} | {row[3].strip()}"
+        else:  # the rest of a long explanation
+            table[part] += f" {row[3].strip()}"
+    return table
 
 
 @pytest.fixture
@@ -48,6 +54,26 @@ def test_parts_total_and_steps(rows):
 
 def test_without_the_file_the_steps_are_unknown(tmp_path):
     assert printed(recipe(tmp_path / "none.jsonl"))["steps"].startswith("unknown")
+
+
+def test_steps_that_the_recipe_says_need_no_rows(tmp_path):
+    assert printed(recipe(tmp_path / "none.jsonl", max_steps=20))["steps"] == "20 | trainer.max_steps"
+    assert printed(recipe(None, max_steps=20))["steps"] == "20 | trainer.max_steps"
+
+
+def test_rows_of_any_kind_that_training_reads_are_counted(tmp_path):
+    (tmp_path / "rows.csv").write_text('prompt,completion\n"a\nb",c\nd,e\n')
+    (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b"}, {"text": "c"}]')
+    assert rows_of(tmp_path / "rows.csv", None) == 2
+    assert rows_of(tmp_path / "rows.json", None) == 3
+
+
+def test_the_optimizer_that_would_run_here_is_told(monkeypatch):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
+    assert "here, without a GPU, adamw in 32 bit" in printed(recipe(None))["optimizer"]
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(module, "_free_bytes", lambda: None)
+    assert printed(recipe(None))["optimizer"].endswith("| paged_adamw_8bit")
 
 
 def test_a_recipe_without_a_train_file_can_be_planned():
