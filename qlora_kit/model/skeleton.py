@@ -68,11 +68,11 @@ def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iter
     except Exception as error:
         if isinstance(error, (KitError, MemoryError)) or _is_of_the_machine(error):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        said = printable(first)[:LONGEST_TOLD]
+        said = printable(" ".join(str(error).split()))[:LONGEST_TOLD]
+        libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "trl"))
         what = (
-            f"transformers {metadata.version('transformers')} and peft {metadata.version('peft')} cannot {doing} "
-            f"this model (model_type {_kind(config)}, {folder}): {type(error).__name__}: {said}; "
+            f"{libraries} cannot {doing} this model (model_type {_kind(config)}, {folder}): "
+            f"{type(error).__name__}: {said}; "
             "name another base, or one whose architecture this release of transformers trains"
         )
         raise RecipeError(what, "model.source") from error

@@ -13,12 +13,15 @@ from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes
 from qlora_kit.memory.free import free_host_bytes
 from qlora_kit.model.device import peak_memory_bytes
+from qlora_kit.model.kind import read_config
+from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.schema.data import LongRows
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.finite import NotFiniteError
+from qlora_kit.training.trainer import KitTrainer
 
 Changes = Mapping[str, object]
 Needs = Callable[[TrainRecipe], float | None]  # bytes that a recipe's largest step will need, as `plan` has it
@@ -79,6 +82,24 @@ def _last_whole(run: RunDirectory) -> Path | None:
 
 def _place(*, on_gpu: bool) -> str:
     return "the GPU" if on_gpu else "this machine"
+
+
+@contextmanager
+def first_step_told(trainer: KitTrainer, base_folder: Path, *, goes_on: bool) -> Iterator[None]:
+    """Tell what a library raises before the first step is done as its refusal of the model; later errors pass.
+
+    Args:
+        goes_on: from a checkpoint, which shows that it could be trained.
+    Raises:
+        RecipeError: transformers, peft or TRL cannot train this model.
+    """
+    try:
+        yield
+    except Exception:
+        if goes_on or trainer.state.global_step > 0:
+            raise
+        with told_plainly(base_folder, read_config(base_folder), "train"):
+            raise
 
 
 def again_with(run: RunDirectory, changes: Changes) -> str:

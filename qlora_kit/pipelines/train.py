@@ -30,7 +30,7 @@ from qlora_kit.model.source import locate_base, refuse_other_kinds
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.begun import describe, rows_of
-from qlora_kit.pipelines.failed_training import base_fits, explained, less_learning
+from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
 from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
@@ -105,7 +105,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             trainer = build_trainer(
                 model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing
             )
-        with stop.at_a_step():
+        with stop.at_a_step(), first_step_told(trainer, base_folder, goes_on=checkpoint is not None):
             progress = fit(trainer, checkpoint)
         if stop.asked or not progress.is_finished:
             what = f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved"

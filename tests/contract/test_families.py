@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
 from qlora_kit.model.load import load_base, rounded_names, try_forward
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.structure import kept_whole
+from qlora_kit.pipelines.failed_training import first_step_told
 from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.pipelines.reach import check_reached, reach_of
 from qlora_kit.schema.compose import compose_recipe
@@ -21,6 +23,7 @@ from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.forecast import forecast
 from tests.families import KINDS, build
 
@@ -238,7 +241,7 @@ def test_another_set_of_adapted_modules_than_promised_is_an_error(folder_of):
 
 def test_a_librarys_error_is_told_with_model_and_library(folder_of):
     folder = folder_of("llama")
-    told = r"cannot run this model \(model_type llama.*TypeError: no␛s;"
+    told = r"cannot run this model \(model_type llama.*TypeError: no␛s more;"
     with pytest.raises(RecipeError, match=told), told_plainly(folder, {"model_type": "llama"}, "run"):
         raise TypeError("no\x1bs\nmore")
 
@@ -249,6 +252,22 @@ def test_a_librarys_error_is_told_with_model_and_library(folder_of):
 def test_what_the_machine_lacks_is_not_blamed_on_the_model(error, folder_of):
     with pytest.raises(type(error)), told_plainly(folder_of("llama"), {"model_type": "llama"}, "run"):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("step", "raised", "seen"),
+    [
+        (0, AttributeError("'tuple' object has no attribute 'dtype'"), RecipeError),
+        (1, AttributeError("later"), AttributeError),
+        (0, NotFiniteError("the loss became nan", 1), NotFiniteError),
+        (0, RunError("ours"), RunError),
+    ],
+    ids=["first step", "later", "not finite", "ours"],
+)
+def test_what_ends_the_first_step_is_told_as_a_refusal_of_the_model(step, raised, seen, folder_of):
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=step))
+    with pytest.raises(seen), first_step_told(trainer, folder_of("llama"), goes_on=False):
+        raise raised
 
 
 def test_trying_a_forward_pass_draws_nothing(folder_of):
