@@ -147,7 +147,7 @@ def test_a_damaged_note(exported):
     base, _ = exported()
     base.directory.export_recipe.write_text("base: [\n")
     what, _, _ = refused(lambda: open_evaluated_base("there"))
-    assert what.startswith("there/export.yaml is no export recipe")
+    assert what.startswith("there/export.yaml is no YAML")
 
 
 def test_without_its_record_of_rows_the_rows_are_taken_as_they_are(exported, tmp_path):

@@ -50,7 +50,8 @@ def test_the_files_go_to_a_folder_named_after_the_base(recipe, tmp_path):
 def test_the_reference_is_the_base_in_float32(recipe):
     base = opened(recipe())
     row = base.rows(ExportConfig(score_rows=1)).scored[0]
-    scores = base.open_reference().score([row], None, 4)
+    scorer, _ = base.open_reference()
+    scores = scorer.score([row], None, 4)
     model = AutoModelForCausalLM.from_pretrained(base.base.folder, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
