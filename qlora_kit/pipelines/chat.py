@@ -9,6 +9,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say, show
 from qlora_kit.core.verdict import Verdict, recorded_verdict
+from qlora_kit.data.conversation import Message
+from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 from qlora_kit.export.manifest import MANIFEST, read_manifest
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import open_run
@@ -83,13 +85,23 @@ def _export_speaker(format_name: str, path: Path) -> Any:
     return _torch_speaker(load_exported(format_name, path).eval(), load_tokenizer(path))
 
 
+def _prompt(messages: Messages, tokenizer: Any) -> str:
+    """What the model is asked with; rendered in the bounds that a stranger's template has everywhere."""
+    if not tokenizer.chat_template:
+        raise RecipeError("the model has no chat template, so it cannot be talked to")
+    turns = [Message(message["role"], message["content"]) for message in messages]
+    try:
+        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map).render(turns, answer_follows=True)
+    except TemplateRefusal as refusal:
+        raise RecipeError(f"the chat template refuses these messages: {refusal}") from refusal
+
+
 def _torch_speaker(model: Any, tokenizer: Any) -> Any:
     def speak(messages: Messages, max_new_tokens: int) -> Iterator[str]:
         from transformers import TextIteratorStreamer
 
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        text = _prompt(messages, tokenizer)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[Exception] = []
 

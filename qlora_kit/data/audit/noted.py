@@ -11,18 +11,18 @@ _TAKE_OUT = "take {} out of the rows' text"
 _WORDS = {
     "special_token_in_text": (
         Level.warning,
-        "{} in what they say, which is read as the special token, as servers read it too: a text can end its turn "
+        "{} within a text, which is read as the special token, as servers read it too: a text can end its turn "
         "with it and forge another",
         _TAKE_OUT,
     ),
     "special_token_as_text": (
         Level.note,
-        "{} in what they say, which this tokenizer reads as ordinary text; servers may read it as the special token",
+        "{} within a text, which this tokenizer reads as ordinary text; servers may read it as the special token",
         _TAKE_OUT,
     ),
     "turn_marker_in_text": (
         Level.warning,
-        "{} in what they say, which is how the chat template begins a turn, so that a text can forge one",
+        "{} within a text, which is how the chat template begins a turn, so that a text can forge one",
         _TAKE_OUT,
     ),
     "parts_joined": (

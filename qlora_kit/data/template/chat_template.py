@@ -19,7 +19,7 @@ from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
 from qlora_kit.core.units import human_bytes
 from qlora_kit.data.conversation import Message
 
-LONGEST_RENDERING = 5.0  # seconds of processor time; a conversation of 40,000 turns takes about one
+LONGEST_RENDERING = 4.0  # seconds of processor time; a conversation of 40,000 turns takes about one
 MOST_MEMORY = 1 << 29  # bytes of one rendering, beyond what the process holds
 # What says enough without its name: a refusal of the template's own, a key that is not there, a division by zero.
 _SPEAKING = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -121,14 +121,14 @@ class ChatTemplate:
             raise
         except OutOfTimeError:
             raise TemplateTooCostlyError(
-                f"the chat template was still at work after {self.seconds:g} seconds on one conversation of "
-                f"{len(turns)} turns",
+                f"the chat template was still at work after {self.seconds:g} seconds on a conversation of "
+                f"{len(turns):,} turn{'s' if len(turns) > 1 else ''}",
                 "model.chat_template",
             ) from None
         except MemoryError:
             raise TemplateTooCostlyError(
-                f"the chat template needs more than {human_bytes(MOST_MEMORY)} for one conversation of "
-                f"{len(turns)} turns",
+                f"the chat template needs more than {human_bytes(MOST_MEMORY)} for a conversation of "
+                f"{len(turns):,} turn{'s' if len(turns) > 1 else ''}",
                 "model.chat_template",
             ) from None
         # A template is a stranger's program: whatever it raises is its own doing.

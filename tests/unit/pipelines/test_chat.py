@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_json
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.chat import _torch_speaker, chat
@@ -31,6 +32,14 @@ def test_pieces_make_the_answer_of_generate(folder):
     whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     pieces = list(_torch_speaker(model, tokenizer)(MESSAGES, 6))
     assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", "{{ raise_exception('no') }}", None])
+def test_a_template_that_cannot_be_rendered_ends_in_an_error_by_name(folder, template):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
+    tokenizer.chat_template = template
+    with pytest.raises(RecipeError, match="chat template"):
+        list(_torch_speaker(model, tokenizer)(MESSAGES, 4))
 
 
 @pytest.mark.parametrize(
