@@ -1,6 +1,12 @@
 """`qlora-kit doctor`: is this machine ready?"""
 
+import textwrap
+from collections.abc import Iterator, Sequence
+
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED
+from qlora_kit.core.say import show
+
+WIDTH = 80  # columns of a terminal as it opens
 
 HELP = """usage: qlora-kit doctor
 
@@ -13,9 +19,21 @@ def run(arguments: list[str]) -> int:
         print(HELP)
         return EXIT_OK
     from qlora_kit.pipelines.diagnose import Health, diagnose
-    from qlora_kit.report.table import print_table
 
     findings = diagnose()
     rows = [(finding.name, finding.health.value, finding.value, finding.fix) for finding in findings]
-    print_table("qlora-kit doctor", ("what", "state", "found", "fix"), rows)
+    show("qlora-kit doctor")
+    for line in table_lines([("what", "state", "found", ""), *rows]):
+        show(line)
     return EXIT_RUN_FAILED if any(finding.health is Health.bad for finding in findings) else EXIT_OK
+
+
+def table_lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
+    """Name, state and finding in columns, the finding wrapped; a fix on a line of its own, whole, to be pasted."""
+    first, second = (max(len(row[column]) for row in rows) + 2 for column in (0, 1))
+    for name, state, found, fix in rows:
+        start = f"{name:<{first}}{state:<{second}}"
+        inside = " " * len(start)
+        yield from textwrap.wrap(found, WIDTH, initial_indent=start, subsequent_indent=inside) or [start.rstrip()]
+        if fix:
+            yield f"{' ' * first}fix  {fix}"

@@ -217,7 +217,7 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         run = _latest(finished=finished)
         refuse_links_outside(run.path)
         return run
-    run = RunDirectory(Path(name))
+    run = RunDirectory(Path(name).expanduser())
     refuse_no_run(run, name)
     if finished and not run.is_finished:
         again = shell_line(["qlora-kit", "train", override("resume", name)])

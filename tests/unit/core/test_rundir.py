@@ -128,3 +128,11 @@ def test_paths_of_a_run(tmp_path):
     run = RunDirectory(tmp_path)
     names = {path.name for path in (run.recipe, run.metrics, run.result, run.adapter, run.exports, run.checkpoints)}
     assert names == {"recipe.yaml", "metrics.jsonl", "result.json", "adapter", "exports", "checkpoints"}
+
+
+def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    for name in ("recipe.yaml", "result.json"):
+        (tmp_path / "mine" / name).write_text("{}")
+    assert find_run("~/mine", finished=True).path == tmp_path / "mine"
