@@ -23,6 +23,7 @@ from qlora_kit.schema import walk
 from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, recipe_file
+from qlora_kit.schema.growth import refuse_growth
 from qlora_kit.schema.hydra_words import hydra_problem, missing_plugin
 from qlora_kit.schema.meant import meant, nearest_option
 from qlora_kit.schema.recipe_text import read_recipe_text
@@ -126,7 +127,9 @@ def load_recipe(verb: str, path: Path) -> Sealed:
     if problems := list(refusals(found, ())):
         raise RecipeError(problems)
     try:
-        return typed_recipe(verb, OmegaConf.load(io.StringIO(found.text)))
+        tree = OmegaConf.load(io.StringIO(found.text))
+        refuse_growth(tree)
+        return typed_recipe(verb, tree)
     except COMPOSE_ERRORS as error:
         raise RecipeError(f"{path} is no {verb} recipe: {first_line(error)}", found.shown) from error
 
@@ -148,10 +151,11 @@ def composed_yaml(verb: str, lines: list[str]) -> str:
 
 def _compose(verb: str, lines: list[str]) -> Composed:
     tree, words, choices = _compose_tree(verb, lines)
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise RecipeError([_missing_problem(verb, key) for key in missing])
     try:
+        refuse_growth(tree)
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise RecipeError([_missing_problem(verb, key) for key in missing])
         recipe = typed_recipe(verb, tree)
     except COMPOSE_ERRORS as error:
         raise RecipeError(f"the {verb} recipe cannot be composed: {first_line(error)}", "the command line") from error

@@ -248,3 +248,16 @@ def test_every_packaged_recipe_passes(file):
     found = read_recipe_text(file)
     group = "" if file.parent == packaged_recipes() else file.parent.name
     check_recipe_file(found, group, ConfigSource._get_header_dict(found.text[:512])["package"])
+
+
+def test_references_that_double_or_lead_back_are_refused(here):
+    doubling = "".join(f"    k{n}: '${{data.columns.k{n + 1}}}${{data.columns.k{n + 1}}}'\n" for n in range(60))
+    write(here, GLOBAL + f"data:\n  columns:\n{doubling}    k60: xx\n")
+    assert "references write out to more than 100,000 characters" in told("experiment=x")[0][0]
+    write(here, GLOBAL + "name: ${lora.r}\nlora:\n  r: ${lora.alpha}\n  alpha: ${lora.r}\n")
+    assert "leads back to itself" in told("experiment=x")[0][0]
+    write(here, GLOBAL + "data:\n  columns: {prompt: '${data.columns}'}\n")
+    assert "leads back to itself" in told("experiment=x")[0][0]
+    (here / "recipe.yaml").write_text(f"data:\n  columns:\n{doubling}    k60: xx\n")
+    with pytest.raises(RecipeError, match="more than 100,000"):
+        load_recipe("train", here / "recipe.yaml")
