@@ -16,7 +16,7 @@ Loads no weight. Exits with 2 where training would not start.
 Examples:
   qlora-kit inspect experiment=smollm2_135m_home_commands_cpu
   qlora-kit inspect page=inspect.html experiment=smollm2_135m_home_commands_cpu
-  qlora-kit inspect rows=9 model=llama3_1_8b model.source=/models/llama data=messages data.train_file=my.jsonl"""
+  qlora-kit inspect rows=9 model=qwen3_4b data=messages data.train_file=chats.jsonl data.max_tokens=2048"""
 
 DEFAULT_ROWS = 3
 OWN = ("rows", "page")

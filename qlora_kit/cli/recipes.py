@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import write_text
 from qlora_kit.core.say import show
+from qlora_kit.core.shell import shell_line
 from qlora_kit.schema.folders import VERB_CONFIGS, groups, recipe_file, recipe_folders, user_recipes
 
 
@@ -86,13 +87,13 @@ def _copy(option: str, name: str | None) -> int:
     if file is None:
         near = difflib.get_close_matches(option, [f"{key}/{value}" for key in groups() for value in groups()[key]], n=1)
         raise RecipeError(
-            f"there is no recipe '{option}'", fix=f"qlora-kit recipes copy {near[0] if near else 'group/option'}"
+            f"there is no recipe '{option}'",
+            fix=f"qlora-kit recipes copy {near[0]}" if near else "qlora-kit recipes list",
         )
     place = Path("recipes") / group / f"{name or stem}.yaml"
     if place.exists():
-        raise RecipeError(
-            f"{place} exists already and is kept", fix=f"qlora-kit recipes copy {option} {name or stem}_2"
-        )
+        fix = shell_line(["qlora-kit", "recipes", "copy", option, f"{name or stem}_2"])
+        raise RecipeError(f"{place} exists already and is kept", fix=fix)
     write_text(place, file.read_text(encoding="utf-8"))
     show(f"{place}  (from {file})")
     return EXIT_OK

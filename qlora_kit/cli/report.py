@@ -6,6 +6,7 @@ from pathlib import Path
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.say import show
+from qlora_kit.core.shell import override, shell_line
 
 HELP = """usage: qlora-kit report [run=DIR|latest] [base=DIR|latest] [out=FILE.html]
 
@@ -30,7 +31,8 @@ def run(arguments: list[str]) -> int:
         if not word.startswith("-") and ("=" not in word or key not in OWN):
             near = difflib.get_close_matches(key, OWN, n=1)
             rest = word.partition("=")[2]
-            fix = f"run={word}" if "=" not in word else f"{near[0]}={rest}" if near else "qlora-kit report --help"
+            meant = override("run", word) if "=" not in word else override(near[0], rest) if near else ""
+            fix = shell_line([meant]) if meant else "qlora-kit report --help"
             raise RecipeError(f"report knows run=, base= and out=, but not '{word}'", "the command line", fix)
     line = parse_line(arguments)
     if line.wants_help:

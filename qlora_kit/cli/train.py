@@ -6,11 +6,11 @@ from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory, find_run, new_run
 from qlora_kit.core.secrets import masked
-from qlora_kit.core.shell import shell_line
+from qlora_kit.core.shell import override, shell_line
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
-    "qlora-kit train experiment=llama3_1_8b_chat_24gb model.source=/models/llama lora.r=32",
+    "qlora-kit train experiment=llama3_1_8b_chat_24gb model.source=/models/llama data.train_file=chats.jsonl",
     "qlora-kit train resume=latest",
     "qlora-kit train -m experiment=smollm2_135m_home_commands_cpu lora.r=4,16 optim.learning_rate=1e-4,1e-3",
 ]
@@ -57,7 +57,7 @@ def _resume(line: Line) -> int:
         raise RecipeError(
             f"a resumed run keeps the recipe it was started with; {' '.join([*others, *line.flags])} would change it",
             "the command line",
-            f"qlora-kit train resume={line.value('resume')}",
+            shell_line(["qlora-kit", "train", override("resume", line.value("resume"))]),
         )
     from qlora_kit.pipelines.job_process import end_with_sweep
 

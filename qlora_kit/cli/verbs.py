@@ -41,7 +41,7 @@ def usage() -> str:
     """The page of `qlora-kit --help`."""
     lines = ["usage: qlora-kit VERB [arguments]", "", "Verbs:"]
     lines += [f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()]
-    lines += ["", "qlora-kit VERB --help tells more. First steps: qlora-kit recipes list"]
+    lines += ["", "More of a verb:  qlora-kit VERB --help", "First step:      qlora-kit recipes list"]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.model.demo import demo_base
 from qlora_kit.model.kind import CONFIG, kind_problems, read_config
 from qlora_kit.model.stored_tensors import INDEX, listed_files
@@ -123,7 +124,7 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(
             f"{folder} is a file; model.source names the folder of a model",
             "model.source",
-            f"model.source={folder.parent}",
+            shell_line([override("model.source", folder.parent)]),
         )
     problems = [*_config_problems(folder), *_weight_problems(folder)]
     if problem := _no_tokenizer(folder):
@@ -199,7 +200,8 @@ def _looks_like_a_path(source: str) -> bool:
 def _no_such_folder(source: str, folder: Path) -> RecipeError:
     near = _nearest(source, folder)
     what = f"no such folder: {source}" + (f"; did you mean '{near}'?" if near else "")
-    fix = f"model.source={near}" if near else "model.source=<a folder>, <owner>/<name> of a hub model, or demo"
+    other = "model.source=<a folder>, <owner>/<name> of a hub model, or demo"
+    fix = shell_line([override("model.source", near)]) if near else other
     return RecipeError(what, where="model.source", fix=fix)
 
 

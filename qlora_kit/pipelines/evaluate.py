@@ -9,6 +9,7 @@ from qlora_kit.core.errors import FidelityError, RecipeError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
@@ -131,7 +132,7 @@ def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) ->
         raise RecipeError(
             f"{subject.directory.path} has no artifact named {', '.join(unknown)}; it has {', '.join(known)}",
             "eval.artifacts",
-            f"eval.artifacts=[{','.join(known)}]",
+            shell_line([f"eval.artifacts={hydra_value(known)}"]),
         )
     return [name for name in known if name in artifacts]
 

@@ -79,10 +79,14 @@ def _is_same(base: str, name: str) -> bool:
 def _refuse_other_folder(name: str, path: Path) -> None:
     """Refuse a run, and a folder inside of what is meant."""
     if (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{name} is the directory of a training run", f"base={name}", f"run={name}")
+        raise RecipeError(
+            f"{name} is the directory of a training run", f"base={name}", shell_line([override("run", name)])
+        )
     for above in (path.parent, path.parent.parent):
         if path.is_dir() and RunDirectory(above).export_recipe.is_file():
-            raise RecipeError(f"{name} lies inside of what base= names", f"base={name}", f"base={above}")
+            raise RecipeError(
+                f"{name} lies inside of what base= names", f"base={name}", shell_line([override("base", above)])
+            )
 
 
 def _unknown(name: str, bases: list[str]) -> RecipeError:
@@ -94,4 +98,4 @@ def _unknown(name: str, bases: list[str]) -> RecipeError:
     hint = f"; did you mean '{near[0]}'?" if near else ""
     kind = "holds no export.yaml" if Path(name).is_dir() else "is no folder"
     what = f"{name} {kind}, and no exports of a base of that name lie below {OUTPUTS}/{hint}"
-    return RecipeError(what, f"base={name}", f"base={near[0] if near else 'latest'}")
+    return RecipeError(what, f"base={name}", shell_line([override("base", near[0] if near else "latest")]))

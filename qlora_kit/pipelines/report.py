@@ -6,6 +6,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.report.page import check_place, write_page
 from qlora_kit.report.run_page import run_page
@@ -51,7 +52,7 @@ def _written(directory: RunDirectory, out: Path | None, read: Callable[[], RunPa
         check_place(place)
     except RecipeError as error:
         free = place / PAGE if place.is_dir() else place.with_name(f"{place.stem}-report.html")
-        raise RecipeError(error.problems[0].what, f"out={place}", f"out={free}") from error
+        raise RecipeError(error.problems[0].what, f"out={place}", shell_line([override("out", free)])) from error
     write_page(place, run_page(read()))
     return place
 

@@ -14,6 +14,7 @@ from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
 from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder_left
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.evaluation.scores import Scorer
 from qlora_kit.export.merge import MergeReport
@@ -186,7 +187,8 @@ def _refuse_unknown(folder: Path, recipe: ExportRecipe) -> None:
 
 def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:
     if path.exists() and not path.is_dir():
-        raise RecipeError(f"{path} is a file, and out names a folder", f"out={recipe.out}", f"out={path}_exports")
+        fix = shell_line([override("out", f"{path}_exports")])
+        raise RecipeError(f"{path} is a file, and out names a folder", f"out={recipe.out}", fix)
     if (path / "recipe.yaml").is_file():
         what = f"{path} is the directory of a training run"
         raise RecipeError(what, f"out={recipe.out}", f"run={path} to export that run, or out=<another folder>")

@@ -9,6 +9,7 @@ from pathlib import Path
 from qlora_kit import __version__
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_text
+from qlora_kit.core.shell import override, shell_line
 
 GENERATOR = '<meta name="generator" content="qlora-kit'
 HEAD_CHARACTERS = 500  # in which the generator stands
@@ -63,10 +64,12 @@ def check_place(path: Path) -> None:
         RecipeError: there is a file that is no page of ours, or a folder.
     """
     if path.is_dir():
-        raise RecipeError(f"{path} is a folder", f"page={path}", f"page={path / 'inspect.html'}")
+        fix = shell_line([override("page", path / "inspect.html")])
+        raise RecipeError(f"{path} is a folder", f"page={path}", fix)
     if path.exists() and not _is_ours(path):
         other = path.with_name(f"{path.stem}-inspect.html")
-        raise RecipeError(f"{path} was not written by qlora-kit and stays as it is", f"page={path}", f"page={other}")
+        fix = shell_line([override("page", other)])
+        raise RecipeError(f"{path} was not written by qlora-kit and stays as it is", f"page={path}", fix)
 
 
 def _is_ours(path: Path) -> bool:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.schema.data import AUTO, FIELDS, ROLES, Batching, DataConfig, Task
 from qlora_kit.schema.finding import Finding
 from qlora_kit.schema.model import Attention
@@ -28,11 +29,11 @@ def check_data(recipe: TrainRecipe) -> Iterator[Finding]:
     for mine, ours in recipe.data.roles.items():
         if ours not in ROLES:
             what = f"data.roles maps {mine} to {ours}, which is no role; there are {', '.join(ROLES)}"
-            yield Finding("data.roles", what, f"data.roles={{{mine}: user}}")
+            yield Finding("data.roles", what, shell_line([f"data.roles={hydra_value({mine: 'user'})}"]))
     for name in recipe.data.columns:
         if name not in FIELDS:
             what = f"data.columns names {name}, which is no field of ours; there are {', '.join(FIELDS)}"
-            yield Finding("data.columns", what, "data.columns={prompt: <your column>}")
+            yield Finding("data.columns", what, "'data.columns={prompt: <your column>}'")
     if recipe.data.batching is Batching.packed and recipe.model.attention is Attention.eager:
         yield Finding(
             "model.attention",
@@ -73,7 +74,7 @@ def missing_file(path: str, name: str | None) -> Iterator[Finding]:
         return
     fix = f"{path}=<a file of rows>"
     if HOME_COMMANDS in Path(name).parts:
-        fix = f"python -m qlora_kit.data.home_commands --out {Path(name).parent}"
+        fix = shell_line(["python", "-m", "qlora_kit.data.home_commands", "--out", Path(name).parent])
     elif HUB_ID.fullmatch(name) and path.endswith(".path"):
         fix = f"{path.removesuffix('.path')}.revision=<commit>, if {name} is a hub id"
     yield Finding(path, f"no such file: {name}", fix)

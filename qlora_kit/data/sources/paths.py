@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.sources.compressed import COMPRESSED_SUFFIXES, kind_suffix
 from qlora_kit.data.sources.readers import CSV_SUFFIXES, JSON_SUFFIXES, TextFile
 from qlora_kit.data.sources.records import Part
@@ -80,7 +81,7 @@ def _saved(folder: Path, config: SourceConfig, setting: str) -> Part:
                 where=setting,
                 fix=f"{setting.removesuffix('path')}split={splits[0]}"
                 if is_source
-                else f"{setting}={folder / splits[0]}",
+                else shell_line([override(setting, folder / splits[0])]),
             )
         return SavedSet(folder / config.split)
     files = [entry for entry in sorted(folder.iterdir()) if _is_read(entry)]
@@ -93,7 +94,7 @@ def _saved(folder: Path, config: SourceConfig, setting: str) -> Part:
     raise RecipeError(
         f"{folder} is a folder, not a file; say which of its files with a glob",
         where=setting,
-        fix=f"'{setting}={folder}/*{''.join(suffixes)}'",
+        fix=shell_line([override(setting, f"{folder}/*{''.join(suffixes)}")]),
     )
 
 
@@ -130,13 +131,13 @@ def _is_read(path: Path) -> bool:
 
 def _missing(path: Path, setting: str) -> RecipeError:
     if HOME_COMMANDS in path.parts:
-        fix = f"python -m qlora_kit.data.home_commands --out {path.parent}"
+        fix = shell_line(["python", "-m", "qlora_kit.data.home_commands", "--out", path.parent])
         return RecipeError(f"no such file: {path}", where=setting, fix=fix)
     beside = [entry for entry in path.parent.iterdir() if _is_read(entry)] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, [entry.name for entry in beside], n=1, cutoff=0.5)
     if near:
         what = f"no such file: {path}; did you mean '{near[0]}'?"
-        return RecipeError(what, where=setting, fix=f"{setting}={path.with_name(near[0])}")
+        return RecipeError(what, where=setting, fix=shell_line([override(setting, path.with_name(near[0]))]))
     held = f"{path.parent} holds {_named(beside)}" if beside else f"{path.parent} holds no data file"
     return RecipeError(f"no such file: {path}; {held}", where=setting, fix=f"{setting}=<a file>")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.shell import shell_line
 from qlora_kit.data.formats.bad_rows import kind
 from qlora_kit.data.formats.other_shapes import is_list_of_turns
 from qlora_kit.data.sources.column_json import column_rows
@@ -77,9 +78,10 @@ class TextFile(FileOnDisk):
         if _ROW_KEYS & set(found.lists) or not found.lists:
             return self._single()
         if len(found.lists) > 1:
+            rows, new = f".{json.dumps(found.lists[0])}[]", f"{self.path.stem}.{found.lists[0]}.jsonl"
             raise RecipeError(
                 f"{self.path} holds several lists of rows: {', '.join(found.lists)}",
-                fix=f"jq -c '.{found.lists[0]}[]' {self.path} > {self.path.stem}.{found.lists[0]}.jsonl",
+                fix=f"{shell_line(['jq', '-c', rows, self.path])} > {shell_line([new])}",
             )
         return self._array(found.lists[0])
 

@@ -1,0 +1,211 @@
+"""Collects the lines that the project prints for its readers to paste, from documents, recipes, help and errors."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+DOCUMENTS = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md")), *TOP.glob("SECURITY.md")]
+ERRORS = ("KitError", "RecipeError", "RunError", "StoppedError", "FidelityError", "Problem", "DamagedFileError")
+
+# What stands in a message for a value: the source of the expression -> such a value. A new one is added by its source.
+SAMPLES = {
+    "path": "export.gptq.gptq_4bit.group_size",
+    "budget.py:path": "export.gguf.gguf_q4_k_m.shard_gb",
+    "check_data.py:path": "data.sources.chat",
+    "check_exported.py:path": "revision",
+    "budget.path": "export.bits_budget",
+    "where": "export.bits_budget",
+    "setting": "data.train_file",
+    "key": "lora.r",
+    "group": "optim",
+    "near": "adamw",
+    "mine": "human",
+    "run": "latest",
+    "base": "models/my_base",
+    "name": "latest",
+    "count": "3",
+    "least": "4.5",
+    "most": "8",
+    "longest": "96",
+    "room": "64",
+    "share": "0.125",
+    "check.py:name": "recompute",
+    "export.py:fitting[-1]": "64",
+    "inspect.py:DEFAULT_ROWS": "3",
+    "recipes.py:near[0]": "experiment/qwen3_4b_chat_12gb",
+    "lengths.py:int(rows.lengths.max())": "96",
+    "paths.py:setting.removesuffix('path')": "data.sources.chat.",
+    "paths.py:splits[0]": "train",
+    "split.py:name": "chat",
+    "split.py:available[name]": "40",
+    "load.py:'nf4_double' if stored is QuantKind.nf4 else stored.name": "nf4_double",
+    "budget.py:mixing[0]": "export.gptq.gptq_4bit",
+    "budget.py:export.bits_budget": "4.5",
+    "check_data.py:SHORTEST_ROW": "16",
+    "compose.py:_common_option('model')": "demo",
+    "named_base.py:near[0]": "qwen3_4b",
+}
+# The same for a whole text, where one value depends on another.
+WHOLE = {
+    "check.py:f'{path}=bfloat16'": "export.merged.merged_16bit.dtype=bfloat16",
+    "check.py:f'{path}=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
+    "check.py:f'{path}={knob.minimum:g}'": "lora.r=1",
+    "check.py:f'{path}={knob.maximum:g}'": "lora.dropout=1",
+    "gguf.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
+    "compose.py:f'{key}={EXAMPLES.get(key, '<value>')}'": "data.max_tokens=auto",
+    "compose.py:f\"{key}={EXAMPLES.get(key, '<value>')}\"": "data.max_tokens=auto",
+    "compose.py:f'{group}={_common_option(group)}'": "optim=adamw",
+    "compose.py:f'{group}={right[0]}'": "optim=adamw",
+    "compose.py:f\"{group}=[{','.join(dict.fromkeys(right))}]\"": "export=[gguf_q4_k_m]",
+    "value_problems.py:f'{word.mapping}.{near}.{field}={hydra_value(value)}'": "export.gptq.gptq_4bit.group_size=64",
+}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A line, and the file and place that print it."""
+
+    where: str
+    text: str
+
+
+def of_documents() -> Iterator[Printed]:
+    """Lines of fenced blocks without a language, and spans that begin as a command or an override does."""
+    for path in DOCUMENTS:
+        yield from _of_markdown(path.name, path.read_text(encoding="utf-8"))
+
+
+def _of_markdown(name: str, text: str) -> Iterator[Printed]:
+    fence = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            fence = line.strip()[3:] if fence is None else None
+            continue
+        if fence is not None:
+            if fence in ("", "bash", "sh", "console") and begins_as_a_line(line):
+                yield Printed(f"{name}:{number}", re.sub(r"\s+#\s.*$", "", line).removeprefix("$ ").strip())
+            continue
+        for span in re.findall(r"`([^`]+)`", line):
+            if begins_as_a_line(span):
+                yield Printed(f"{name}:{number}", span)
+
+
+def begins_as_a_line(text: str) -> bool:
+    """Whether a text of a document is meant as a command, or as an override of one."""
+    command = r"(\$ )?(qlora-kit( |$)|pip |python |python3 |scripts/\w|\.venv/|hf |ollama |vllm |llama-|git )"
+    return bool(re.match(command, text) or re.match(r"'?[a-z_]+(\.[\w*<>]+)*=", text))
+
+
+def of_recipes() -> Iterator[Printed]:
+    """Launch lines and commands in the comments of recipes."""
+    for path in sorted((TOP / "recipes").rglob("*.yaml")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.lstrip().startswith("#"):
+                continue
+            where = f"recipes/{path.relative_to(TOP / 'recipes')}:{number}"
+            if found := re.search(r"launch:\s*(.+)$", line):
+                yield Printed(where, found[1])
+            yield from (Printed(where, span) for span in re.findall(r"`([^`]+)`", line) if begins_as_a_line(span))
+
+
+def of_help(verb: str, page: str) -> Iterator[Printed]:
+    """Commands of a help page: whole lines, and those of an epilog."""
+    for number, line in enumerate(page.splitlines(), start=1):
+        if line.startswith("usage:"):
+            continue
+        text = re.sub(r"^(examples|More of a verb|First step):", "", line).strip()
+        for part in text.split(" | ") if line.startswith("examples:") else [text]:
+            if part.strip().startswith("qlora-kit "):
+                yield Printed(f"{verb} --help:{number}", part.strip())
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What an error of the source says to do.
+
+    Attributes:
+        text: with sample values; empty where code that has tests of its own builds it, or passes another's on.
+        unknown: expressions that have no sample.
+    """
+
+    where: str
+    text: str
+    unknown: tuple[str, ...] = ()
+
+
+def of_source() -> Iterator[Fix]:
+    """The fixes of every error in the package."""
+    for path in sorted((TOP / "qlora_kit").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if (fix := _fix_of(call, path)) is not None:
+                inside = [one for one in functions if one.lineno <= call.lineno <= (one.end_lineno or 0)]
+                local = _assigned(inside[-1]) if inside else {}
+                where = f"{path.relative_to(TOP)}:{fix.lineno}"
+                for text, unknown in _texts(fix, local, constants, path.name):
+                    yield Fix(where, text, unknown)
+
+
+def _fix_of(call: ast.Call, path: Path) -> ast.expr | None:
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    is_finding = name == "Finding" and "schema" in path.parts
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name in ERRORS or is_finding:
+        return call.args[2] if len(call.args) > 2 else keywords.get("fix")
+    return None
+
+
+def _assigned(function: ast.FunctionDef) -> dict[str, list[ast.expr]]:
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+def _texts(
+    node: ast.expr, local: dict[str, list[ast.expr]], constants: dict[str, ast.expr], file: str
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if isinstance(node, ast.Constant):
+        yield str(node.value), ()
+    elif isinstance(node, ast.JoinedStr) and f"{file}:{ast.unparse(node)}" in WHOLE:
+        yield WHOLE[f"{file}:{ast.unparse(node)}"], ()
+    elif isinstance(node, ast.JoinedStr):
+        unknown = []
+        text = ""
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                text += str(part.value)
+            elif isinstance(part, ast.FormattedValue):
+                source = ast.unparse(part.value)
+                sample = SAMPLES.get(f"{file}:{source}", SAMPLES.get(source))
+                text += "x" if sample is None else sample
+                unknown += [] if sample is not None else [f"{file}:{source}"]
+        yield text, tuple(unknown)
+    elif isinstance(node, ast.IfExp):
+        for branch in (node.body, node.orelse):
+            yield from _texts(branch, local, constants, file)
+    elif isinstance(node, ast.BoolOp):
+        for branch in node.values:
+            yield from _texts(branch, local, constants, file)
+    elif isinstance(node, ast.Name) and node.id in local:
+        rest = {name: values for name, values in local.items() if name != node.id}
+        for value in local[node.id]:
+            yield from _texts(value, rest, constants, file)
+    elif isinstance(node, ast.Name) and node.id in constants:
+        yield from _texts(constants[node.id], {}, {}, file)
+    else:  # a call, an argument or an attribute: built or told elsewhere
+        yield "", ()
