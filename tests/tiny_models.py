@@ -17,6 +17,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -218,6 +220,24 @@ def build_tiny_model(
     model = model.to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_tiny_image_text_model(folder: Path) -> Path:
+    """Write a tiny random Gemma 3 with its vision tower, as its sizes from 4B on are, and return the folder."""
+    tokenizer = gemma_tokenizer()
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=_gemma3().to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        boi_token_index=VOCABULARY_SIZE + 30,
+        eoi_token_index=VOCABULARY_SIZE + 31,
+        image_token_index=VOCABULARY_SIZE + 32,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

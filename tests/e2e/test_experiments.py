@@ -1,0 +1,149 @@
+"""Every shipped experiment through the command line, on a tiny checkpoint of its own architecture.
+
+The model alone is another one, and the steps are few; everything else is as the recipe ships it. One process runs all
+lines, so that the libraries are loaded once. Here each experiment trains, and what follows training is spread over
+them; the whole matrix is under the mark `walk`.
+"""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.cli.verbs import main
+from qlora_kit.core.files import read_json
+from qlora_kit.data.home_commands import write_files
+from qlora_kit.schema.folders import groups
+from tests.e2e.conftest import write_rows
+from tests.tiny_models import build_tiny_image_text_model, build_tiny_model
+
+FAMILY_OF_MODEL = {
+    "smollm2": "llama",
+    "smollm3": "smollm3",
+    "llama3": "llama3",
+    "mistral": "mistral",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
+    "phi4": "phi3",
+}
+# Their checkpoints hold a vision tower too.
+IMAGE_TEXT = ["gemma3_12b_chat_24gb", "gemma3_27b_chat_48gb", "gemma3_4b_chat_12gb"]
+EXPERIMENTS = [name for name in groups()["experiment"] if name not in IMAGE_TEXT]
+PADDED, PACKED = [], ["data.batching=packed"]
+PLAIN, FAST = [], ["engine=fast"]
+WAYS = list(itertools.product((PADDED, PACKED), (PLAIN, FAST)))
+# Those that are exported, scored and reported in the normal suite; other tests export the other architectures.
+FULL = ["gemma3_1b_chat_8gb", "mistral_7b_chat_16gb", "phi4_mini_chat_12gb"]
+
+
+def family_of(experiment):
+    return next(family for prefix, family in FAMILY_OF_MODEL.items() if experiment.startswith(prefix))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder with a tiny base of every family, and rows."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in sorted(set(FAMILY_OF_MODEL.values())):
+        build_tiny_model(family, folder / family, max_position_embeddings=2048)
+    write_rows(folder / "chats.jsonl", 100, 1, "turn on")
+    return folder
+
+
+def line(experiment, bases, *more):
+    words = ["train", f"experiment={experiment}", f"model.source={bases / family_of(experiment)}"]
+    if "home_commands" in experiment:
+        write_files(Path("data/home_commands"), seed=0, train_rows=48, held_out_rows=2)
+    else:
+        words.append(f"data.train_file={bases / 'chats.jsonl'}")
+    return [*words, "trainer.max_steps=2", "trainer.save_every_steps=1", *more]
+
+
+def the_run():
+    (recipe,) = Path("outputs").glob("*/*/recipe.yaml")
+    return recipe.parent
+
+
+def as_if_killed(run, step):
+    """Take back what a run wrote after a checkpoint; returns the bytes of the adapter that it had come to."""
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "adapter")
+    (run / "result.json").unlink()
+    for later in (run / "checkpoints").glob("checkpoint-*"):
+        if int(later.name.rpartition("-")[2]) > step:
+            shutil.rmtree(later)
+    return adapter
+
+
+def follow(run, exports, score_rows=2):
+    """Export, score and report a run; every line succeeds and leaves what it promises."""
+    wanted = f"export=[{','.join(exports)}]"
+    assert main(["export", f"run={run}", wanted, f"export.score_rows={score_rows}"]) == 0
+    for name in exports:
+        manifest = read_json(run / "exports" / name / "manifest.json")
+        assert manifest["faults"] == []
+        assert manifest["rejected"] is False
+        assert manifest["fidelity"]["mean_kl"] < 0.05
+    assert main(["eval", f"run={run}", "eval.max_new_tokens=2", f"eval.kl_rows={score_rows}"]) == 0
+    assert {row["name"] for row in read_json(run / "eval.json")["rows"]} >= {"adapter", *exports}
+    assert main(["report", f"run={run}"]) == 0
+    assert (run / "report.html").is_file()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield tmp_path
+    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data"}
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_trains_as_shipped_and_goes_on(experiment, bases, here, capfd):
+    number = EXPERIMENTS.index(experiment)
+    batching, engine = WAYS[number % 4] if experiment not in FULL else WAYS[0]
+    assert main(line(experiment, bases, *batching, *engine)) == 0, capfd.readouterr().err
+    run = the_run()
+    assert read_json(run / "result.json")["steps"] == 2
+    assert read_json(run / "data.json")["held_out"]["rows"] > 0
+    if experiment in FULL:
+        follow(run, ["gguf_q8_0", "merged_16bit"])
+    else:
+        adapter = as_if_killed(run, 1)
+        assert main(["train", "resume=latest"]) == 0, capfd.readouterr().err
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.walk
+@pytest.mark.parametrize("way", WAYS, ids=["padded-plain", "padded-fast", "packed-plain", "packed-fast"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_goes_the_whole_way(experiment, way, bases, here, capfd):
+    batching, engine = way
+    assert main(line(experiment, bases, *batching, *engine)) == 0, capfd.readouterr().err
+    run = the_run()
+    adapter = as_if_killed(run, 1)
+    assert main(["train", "resume=latest"]) == 0, capfd.readouterr().err
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    follow(run, ["gguf_q8_0", "merged_16bit"])
+
+
+@pytest.mark.parametrize("experiment", IMAGE_TEXT)
+def test_an_image_text_model_is_refused_before_a_weight_is_loaded(experiment, here, bases, capsys):
+    base = build_tiny_image_text_model(bases / "gemma")
+    words = ["train", f"experiment={experiment}", f"model.source={base}", f"data.train_file={bases / 'chats.jsonl'}"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "image" in said or "vision" in said, said
+    assert "loading" not in said
+    assert list(here.iterdir()) == []
+
+
+def test_every_experiment_has_a_base_here():
+    assert set(IMAGE_TEXT) <= set(groups()["experiment"])
+    assert set(FULL) <= set(EXPERIMENTS)
+    assert {family_of(name) for name in EXPERIMENTS} == set(FAMILY_OF_MODEL.values())
