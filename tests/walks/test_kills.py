@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.walk, pytest.mark.timeout(14400)]
 TRAIN, EXPORT, SWEEP, PAIRS = (int(count) for count in os.environ.get("QLORA_KIT_KILLS", "100,50,50,10").split(","))
 SEED = int(os.environ.get("QLORA_KIT_SEED", "0"))
 LONGEST = 300  # seconds of a try that is not killed
-MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes", "planned_memory_bytes"}  # by a clock, not by the run
+# By a clock and not by the run; and that it was resumed, which is true of it alone
+MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes", "planned_memory_bytes", "resumed_from"}
 BATCHING = {"padded": "data.batching=padded", "packed": "data.batching=packed"}
 EXPORTED = ["export.score_rows=2", "export.calibration_rows=4", "export=[gguf_q8_0,merged_16bit]"]
 
