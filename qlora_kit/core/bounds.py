@@ -11,9 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 
 _TICK = 0.25  # seconds between two looks at the clock
+_STATM = Path("/proc/self/statm")  # of Linux
 _PAGE = resource.getpagesize()
 _USED_FOR = 0.5  # seconds that a reading of this process's memory is taken to hold
 
@@ -35,9 +37,9 @@ class _Clock:
     def arm(self, memory: int) -> None:
         self._limits = resource.getrlimit(resource.RLIMIT_DATA)
         soft, hard = self._limits
-        wanted = self._memory_used() + memory
-        if soft == resource.RLIM_INFINITY or wanted < soft:
-            resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+        used = self._memory_used() if _STATM.exists() else None  # where that is not told, time alone is bounded
+        if used is not None and (soft == resource.RLIM_INFINITY or used + memory < soft):
+            resource.setrlimit(resource.RLIMIT_DATA, (used + memory, hard))
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGPROF, self._tick)
             signal.setitimer(signal.ITIMER_PROF, _TICK, _TICK)
@@ -52,8 +54,7 @@ class _Clock:
     def _memory_used(self) -> int:
         at, used = self._used
         if time.monotonic() - at > _USED_FOR:
-            with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  read often
-                used = int(file.read().split()[5]) * _PAGE
+            used = int(_STATM.read_text(encoding="ascii").split()[5]) * _PAGE
             self._used = (time.monotonic(), used)
         return used
 

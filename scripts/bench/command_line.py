@@ -2,8 +2,7 @@
 
 Random checkpoints of published shapes are written to a folder first, as a hub would give them. A card of a smaller size
 is made by holding the rest of its memory in another process. Every run is a child process with a recipe's own
-settings; its line of the table has the memory that was planned and that was needed, tokens/s, the seconds to the first
-step, or the error:
+settings; its line of the table has the memory that was planned and that was needed, tokens/s, or the error:
 
     python scripts/bench/command_line.py --tokenizer FOLDER --work /tmp/command_line
 """
@@ -79,7 +78,6 @@ class Line:
     exit_code: int
     seconds: float
     error: str = ""
-    first_step_seconds: float | None = None
     result: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,7 +118,7 @@ def run(case: Case, work: Path, limit: float) -> Line:
         "QLORA_KIT_CACHE": str(work / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    began, started = time.monotonic(), time.time()
+    began = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
         try:
             command = [sys.executable, "-m", "qlora_kit", *words]
@@ -136,18 +134,7 @@ def run(case: Case, work: Path, limit: float) -> Line:
     line.error = errors[-1][:200] if errors else ""
     for result in folder.glob("outputs/*/*/result.json"):
         line.result = json.loads(result.read_text(encoding="utf-8"))
-    for metrics in folder.glob("outputs/*/*/metrics.jsonl"):
-        line.first_step_seconds = _first_step(metrics, started)
     return line
-
-
-def _first_step(metrics: Path, started: float) -> float | None:
-    """Seconds from the command to the end of the first step, where the metrics tell the time."""
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
-        if "loss" in row and "time" in row:
-            return round(row["time"] - started, 1)
-    return None
 
 
 def shown(line: Line) -> str:
