@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qlora_kit.core.errors import UnreadableFileError
 
+LARGEST = 1e300  # of the numbers in a record
 LONGEST_JSON = 100_000_000  # bytes of a file of settings
 ROOM_OF_A_FULL_DISK = 4_000_000  # bytes; what failed to fit may have been larger than what is left
 # How the system says it in libraries' texts, and numpy's tofile, which leaves the error number out
@@ -36,7 +37,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
+        # half of a surrogate pair, which JSON can name, is no character: it becomes a question mark
+        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -62,7 +64,7 @@ def _finite(value: object) -> object:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; numbers that are not finite, or as large as no measure, are None.
 
     Raises:
         UnreadableFileError: it is not there or no JSON object, nested too deeply, or too long to be a file of settings.
@@ -70,7 +72,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise UnreadableFileError(f"{path} is longer than {LONGEST_JSON // 1_000_000} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=lambda name: None, parse_float=_float, parse_int=_int)
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
@@ -82,6 +85,19 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UnreadableFileError(f"{path} does not hold a JSON object")
     return value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that arithmetic can go on with: finite, and smaller than any overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _float(text: str) -> float | None:
+    return value if is_number(value := float(text)) else None
+
+
+def _int(text: str) -> int | None:
+    return value if is_number(value := int(text)) else None
 
 
 @contextmanager

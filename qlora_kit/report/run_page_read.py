@@ -1,6 +1,5 @@
 """Reads a directory for its page: every file may be missing, half a run's, or of an older version."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import size_on_disk
+from qlora_kit.core.files import read_json, size_on_disk
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, trained
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
@@ -36,13 +35,10 @@ class _Reader:
         if not path.is_file():
             return {}
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            return value
-        self.notes.append(Missing(f"{path.relative_to(self.run.path)} cannot be read: it holds no JSON object"))
-        return {}
+            return read_json(path)
+        except RecipeError:
+            self.notes.append(Missing(f"{path.relative_to(self.run.path)} cannot be read: it holds no JSON object"))
+            return {}
 
     def text(self, path: Path) -> str:
         """A text file, empty where there is none."""

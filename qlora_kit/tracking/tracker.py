@@ -1,7 +1,6 @@
 """Metrics go to metrics.jsonl always, and to the services that the recipe names."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_kit.core.errors import Problem, RecipeError, StoppedError
-from qlora_kit.core.files import write_text
+from qlora_kit.core.files import is_number, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
@@ -165,8 +164,8 @@ def _numbers(line: str) -> dict[str, float]:
     except (ValueError, RecursionError):
         return {}
     found = held.items() if isinstance(held, dict) else ()
-    row = {key: value for key, value in found if isinstance(value, int | float) and not isinstance(value, bool)}
-    return row if math.isfinite(row.get("step", math.nan)) else {}
+    row = {key: value for key, value in found if is_number(value)}
+    return row if "step" in row else {}
 
 
 def rewind_metrics(path: Path, step: int) -> int:
