@@ -9,6 +9,8 @@ from qlora_kit.core.shell import shell_line
 
 # Only ever replaced as a whole, or read: who needs room moves these away and leaves a link.
 _REPLACED_WHOLE = ("adapter", "exports/*")
+# Written once by W&B, which links to its log in the user's cache; a run that goes on gets a folder of its own.
+_NEVER_WRITTEN = ("wandb/run-*", "wandb/offline-run-*")
 _SHOWN = 3
 
 
@@ -39,7 +41,9 @@ def links_outside(run: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(run):  # does not follow links to folders
         for name in (*names, *files):
             path = Path(folder, name)
-            if path.is_symlink() and not _aim(path).is_relative_to(inside) and not _is_replaced(path, run):
+            if name in names and not path.is_symlink() and _matches(path, run, _NEVER_WRITTEN):
+                names.remove(name)
+            elif path.is_symlink() and not _aim(path).is_relative_to(inside) and not _is_replaced(path, run):
                 yield path
 
 
@@ -51,5 +55,9 @@ def _aim(link: Path) -> Path:
 
 
 def _is_replaced(link: Path, run: Path) -> bool:
-    place = link.relative_to(run)
-    return not link.name.startswith(".") and any(place.match(pattern) for pattern in _REPLACED_WHOLE)
+    return not link.name.startswith(".") and _matches(link, run, _REPLACED_WHOLE)
+
+
+def _matches(path: Path, run: Path, patterns: tuple[str, ...]) -> bool:
+    place = path.relative_to(run)
+    return any(len(place.parts) == len(Path(pattern).parts) and place.match(pattern) for pattern in patterns)

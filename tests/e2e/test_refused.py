@@ -22,7 +22,7 @@ def test_a_refused_run_leaves_nothing_behind(workshop, tmp_path, name):
     )
 
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr and "fix" in done.stderr
+    assert told in done.stderr and "\n  do  " in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
 
 

@@ -74,3 +74,13 @@ def test_a_moved_export_and_a_link_within_the_run_are_fine(run, tmp_path):
     (run / "adapter").symlink_to(tmp_path / "mine")
     (run / "checkpoints" / "newest").symlink_to("checkpoint-2")
     assert find_run(str(run), finished=True).path == run
+
+
+def test_the_log_that_wandb_links_to_is_left_alone(run, tmp_path):
+    logs = run / "wandb" / "offline-run-20260131_123000-ab12" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "mine" / "core.log")
+    refuse_links_outside(run)
+    (run / "wandb" / "run-20260131_123000-ab12").symlink_to(tmp_path / "mine")
+    with pytest.raises(RecipeError, match="run-20260131_123000-ab12 is a link out of the run's folder"):
+        refuse_links_outside(run)
