@@ -13,11 +13,10 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from xxhash import xxh3_128
 
 from qlora_kit.core.cache import cache_folder, made_in_cache
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.files import is_disk_full, read_json, size_on_disk, staged_directory, write_json
+from qlora_kit.core.files import is_disk_full, quick_hash, read_json, size_on_disk, staged_directory, write_json
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
 from qlora_kit.data.audit.finding import MOST_PLACES
@@ -99,7 +98,7 @@ class StoreWriter:
             self._folder / META_FILE,
             {
                 "written": {
-                    name: {"bytes": (self._folder / name).stat().st_size, "xxh3_128": _hash(self._folder / name)}
+                    name: {"bytes": (self._folder / name).stat().st_size, "xxh3_128": quick_hash(self._folder / name)}
                     for name in (TOKENS_FILE, TRAINED_FILE, ROWS_FILE)
                 },
                 "files": [asdict(file) for file in files],
@@ -171,17 +170,9 @@ def _fault(folder: Path) -> str:
         size = (folder / name).stat().st_size
         if size != noted["bytes"]:
             return f"{name} has {size:,} of {noted['bytes']:,} bytes"
-        if _hash(folder / name) != noted["xxh3_128"]:
+        if quick_hash(folder / name) != noted["xxh3_128"]:
             return f"{name} holds other bytes than were written"
     return ""
-
-
-def _hash(path: Path) -> str:
-    digest = xxh3_128()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _filled(folder: Path, fill: Callable[[StoreWriter], list[StoredFile]]) -> None:

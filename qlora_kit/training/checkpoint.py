@@ -5,10 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from xxhash import xxh3_128
-
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.files import remove, sync, write_json
+from qlora_kit.core.files import quick_hash, remove, sync, write_json
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 
@@ -26,7 +24,7 @@ def mark_complete(checkpoint: Path) -> None:
     files = {}
     for path in sorted(checkpoint.iterdir()):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": quick_hash(path)}
     sync(checkpoint)
     write_json(checkpoint / MARK, {"files": files})
     sync(checkpoint)
@@ -106,7 +104,7 @@ def _faults(checkpoint: Path) -> Iterator[str]:
                 yield f"{name} is empty"
         elif (size := path.stat().st_size) != listed[name][0]:
             yield f"{name} has {size:,} bytes, and was written with {listed[name][0]:,}"
-        elif _hash(path) != listed[name][1]:
+        elif quick_hash(path) != listed[name][1]:
             yield f"{name} holds other bytes than were written"
     if not any(checkpoint.glob("rng_state*.pth")):
         yield "rng_state.pth is missing"
@@ -122,11 +120,3 @@ def _listed(checkpoint: Path) -> Mapping[str, tuple[int, str]] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return listed if listed else None
-
-
-def _hash(path: Path) -> str:
-    digest = xxh3_128()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
