@@ -309,7 +309,7 @@ def _origins(recipe: Sealed, words: list[Word], choices: dict[str, str]) -> dict
     """Where each value was set: the command line, the experiment's file or the group's file."""
     lines = {word.override.key_or_group: word.where for word in words}
     files = [(group, recipe_file(group, option)) for group, option in choices.items()]
-    loaded = {group: (str(file), OmegaConf.load(file)) for group, file in files if file}
+    loaded = {group: (str(file), OmegaConf.to_container(OmegaConf.load(file))) for group, file in files if file}
     origins = {}
     for path, _, _ in walk.values(recipe):
         group = path.split(".")[0]
@@ -324,7 +324,11 @@ def _origins(recipe: Sealed, words: list[Word], choices: dict[str, str]) -> dict
 
 
 def _file_origin(loaded: tuple[str, Any] | None, path: str) -> str:
-    return loaded[0] if loaded and OmegaConf.select(loaded[1], path) is not None else ""
+    """The file if it gives the field a value; not looked up, since a reference holds in the whole recipe only."""
+    file, value = loaded or ("", None)
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return file if value is not None else ""
 
 
 def _compose_problem(error: Exception) -> Problem:

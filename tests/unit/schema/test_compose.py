@@ -82,3 +82,19 @@ def test_a_misspelt_field_of_a_group_without_an_option_is_all_that_is_told():
 def test_of_fields_with_one_name_the_nearest_to_the_root_is_meant():
     ((what, _, fix),) = told("train", "model=demo", "run.name=mine", *DATA)
     assert what == "there is no field 'run.name'; did you mean 'name'?" and fix == "name=mine"
+
+
+def test_a_file_may_look_up_a_field_that_another_file_sets(tmp_path, monkeypatch):
+    experiment = tmp_path / "recipes" / "experiment" / "mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text("# @package _global_\nlora:\n  alpha: ${trainer.seed}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    composed = compose_recipe("train", ["experiment=mine", "model=demo", *DATA[:1], *_rows(tmp_path), "trainer.seed=7"])
+    assert composed.recipe.lora.alpha == 7
+    assert composed.origins["lora.alpha"].endswith("recipes/experiment/mine.yaml")
+
+
+def _rows(folder):
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    return f"data.train_file={rows}", "data.max_tokens=64"

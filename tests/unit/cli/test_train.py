@@ -1,0 +1,34 @@
+"""What a run is called."""
+
+import pytest
+
+from qlora_kit.cli.line import parse_line
+from qlora_kit.cli.train import named
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipes" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    return file
+
+
+def test_a_run_is_named_after_its_experiment(experiment):
+    experiment.write_text("# @package _global_\nmodel:\n  name: other\n", encoding="utf-8")
+    assert named(parse_line(["experiment=mine"])) == ["experiment=mine", "name=mine"]
+
+
+def test_the_name_in_an_experiments_file_is_kept(experiment):
+    experiment.write_text("# @package _global_\nname: lamps\n", encoding="utf-8")
+    assert named(parse_line(["experiment=mine"])) == ["experiment=mine"]
+
+
+def test_the_name_on_the_line_is_kept(experiment):
+    experiment.write_text("# @package _global_\nname: lamps\n", encoding="utf-8")
+    assert named(parse_line(["experiment=mine", "name=doors"])) == ["experiment=mine", "name=doors"]
+
+
+def test_a_file_that_cannot_be_read_is_left_to_composing(experiment):
+    experiment.write_text("name: [", encoding="utf-8")
+    assert named(parse_line(["experiment=mine"])) == ["experiment=mine", "name=mine"]
