@@ -76,13 +76,26 @@ def is_utf16(path: Path) -> bool:
         return raw.read(2) in UTF16_MARKS
 
 
+def most_unpacked(path: Path) -> int:
+    """Bytes that a file may unpack to."""
+    return max(MOST_UNPACKED_FREELY, path.stat().st_size * MOST_TIMES_ITS_SIZE)
+
+
+def unpacks_too_far(path: Path) -> RecipeError:
+    """The refusal of a file that unpacks to more."""
+    return RecipeError(
+        f"{path} unpacks to more than {MOST_TIMES_ITS_SIZE} times its size, over "
+        f"{human_bytes(most_unpacked(path))}, which text does not; unpack it yourself if it is what it should be"
+    )
+
+
 class _Unpacked(io.RawIOBase):
     """What a compressed file unpacks to, as long as that is no bomb."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream = stream
         self._path = path
-        self._most = max(MOST_UNPACKED_FREELY, path.stat().st_size * MOST_TIMES_ITS_SIZE)
+        self._most = most_unpacked(path)
         self._read = 0
 
     def readable(self) -> bool:
@@ -94,10 +107,7 @@ class _Unpacked(io.RawIOBase):
         view[: len(data)] = data
         self._read += len(data)
         if self._read > self._most:
-            raise RecipeError(
-                f"{self._path} unpacks to more than {MOST_TIMES_ITS_SIZE} times its size, over "
-                f"{human_bytes(self._most)}, which text does not; unpack it yourself if it is what it should be"
-            )
+            raise unpacks_too_far(self._path)
         return len(data)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from qlora_kit.core.bounds import bounded_memory
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash
 from qlora_kit.core.units import human_bytes
+from qlora_kit.data.sources.compressed import most_unpacked, unpacks_too_far
 from qlora_kit.data.sources.records import LONGEST_ROW, Entry, FileOnDisk, row_too_long
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _ARROW_FILE = b"ARROW1"
 # Bytes that one step of reading may take; a batch is made to hold far less, so beyond it there is a bomb.
 MOST_MEMORY = 1 << 30
 MOST_OF_A_BATCH = 1 << 26
+LEAST_OF_A_ROW = 16  # bytes that a row counts for, even one of nothing, of which a file can hold any number
 Loader = Callable[..., "Dataset"]
 
 
@@ -46,8 +48,9 @@ class ParquetFile(FileOnDisk):
                 size = _largest_row(file.metadata)
                 if size > LONGEST_ROW:
                     raise row_too_long(self.path, 1)
-                batches = file.iter_batches(batch_size=max(1, min(rows, MOST_OF_A_BATCH // max(1, size))))
-                yield from _batched(self.path, batches)
+                step = max(1, min(rows, MOST_OF_A_BATCH // max(1, size)))
+                _refuse_bomb(self.path, file.iter_batches(batch_size=step))
+                yield from _batched(self.path, file.iter_batches(batch_size=step))
         except (ArrowException, OSError) as error:
             raise _damage(self.path, "Parquet", error) from error
 
@@ -67,14 +70,18 @@ class ArrowFile(FileOnDisk):
         try:
             with memory_map(str(self.path)) as source:
                 is_file_format = source.read(len(_ARROW_FILE)) == _ARROW_FILE
-                source.seek(0)
-                if is_file_format:
-                    reader = ipc.open_file(source)
-                    batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-                else:
-                    batches = iter(ipc.open_stream(source))
-                slices = (batch.slice(at, rows) for batch in batches for at in range(0, len(batch), rows))
-                yield from _batched(self.path, slices)
+
+                def slices() -> "Iterator[RecordBatch]":
+                    source.seek(0)
+                    if is_file_format:
+                        reader = ipc.open_file(source)
+                        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+                    else:
+                        batches = iter(ipc.open_stream(source))
+                    return (batch.slice(at, rows) for batch in batches for at in range(0, len(batch), rows))
+
+                _refuse_bomb(self.path, slices())
+                yield from _batched(self.path, slices())
         except (ArrowException, OSError) as error:
             raise _damage(self.path, "Arrow", error) from error
 
@@ -176,6 +183,25 @@ def _set_entries(place: Path | str, dataset: "Dataset", rows: int) -> Iterator[E
             yield number, dict(zip(columns, values, strict=True)), size
 
 
+def _refuse_bomb(path: Path, batches: "Iterator[RecordBatch]") -> None:
+    """Refuse a file of shared, empty or repeated values that hold far more than its size, before a row is worked on."""
+    most = most_unpacked(path)
+    held = 0
+    for batch in _in_bounds(path, batches):
+        held += LEAST_OF_A_ROW * len(batch) + batch.nbytes
+        for some in _in_bounds(path, _values(batch)) if _is_shared(batch) else ():
+            held += sum(map(_characters, some))
+            if held > most:
+                raise unpacks_too_far(path)
+        if held > most:
+            raise unpacks_too_far(path)
+
+
+def _is_shared(batch: "RecordBatch") -> bool:
+    """Whether values take their size once in the batch, and again in every row that is made of it."""
+    return "dictionary" in str(batch.schema)
+
+
 def _batched(path: Path, batches: "Iterator[RecordBatch]") -> Iterator[Entry]:
     number = 0
     for batch in _in_bounds(path, batches):
@@ -184,7 +210,7 @@ def _batched(path: Path, batches: "Iterator[RecordBatch]") -> Iterator[Entry]:
         size = batch.nbytes // len(batch)
         if size > LONGEST_ROW:
             raise row_too_long(path, number + 1)
-        is_shared = "dictionary" in str(batch.schema)  # values that take their size once, and again in every row
+        is_shared = _is_shared(batch)
         for some in _in_bounds(path, _values(batch)):
             for row in some:
                 number += 1
@@ -199,8 +225,8 @@ def _values(batch: "RecordBatch") -> "Iterator[list[dict[str, Any]]]":
 
 
 def _characters(value: object) -> int:
-    """Characters of all texts in a value."""
-    if isinstance(value, str):
+    """Characters of all texts in a value, or bytes."""
+    if isinstance(value, str | bytes):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return sum(map(_characters, inner))

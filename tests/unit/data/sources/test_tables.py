@@ -159,8 +159,26 @@ def test_one_long_text_in_every_row_is_read_in_little_memory_or_refused(tmp_path
     try:
         assert sum(len(piece.lines) for piece in source(path).pieces()) == 1000
     except RecipeError as error:
-        assert "of memory for a few of its rows" in str(error)
+        assert "of memory for a few of its rows" in str(error) or "unpacks to more than 200 times" in str(error)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("kind", ["shared", "nothing"])
+def test_values_that_hold_far_more_than_the_file_are_refused_before_a_row_is_read(tmp_path, name, kind):
+    if kind == "shared":
+        index = pyarrow.array([0] * 3000, pyarrow.int32())
+        column = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array(["y" * 30_000]))
+    else:
+        column = pyarrow.nulls(5_000_000)
+    path = table_at(tmp_path / name, pyarrow.table({"text": column}))
+    assert "unpacks to more than 200 times its size, over 67.1 MB" in refusal(path)
+
+
+def test_an_honest_table_of_categories_is_read_whole(tmp_path):
+    shared = pyarrow.array(["a", "b"] * 5000).dictionary_encode()
+    path = table_at(tmp_path / "a.parquet", pyarrow.table({"text": shared}))
+    assert sum(len(piece.lines) for piece in source(path).pieces()) == 10_000
 
 
 def table_at(path, table, **options):
