@@ -69,7 +69,8 @@ def run_forked(
         time.sleep(0.005)
     seconds: float | None = time.monotonic() - began
     if not done:
-        os.killpg(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)  # it may not have a group of its own yet
+        _end_group(child)
         _, status, usage = os.wait4(child, 0)
         seconds = None
     _end_group(child)
