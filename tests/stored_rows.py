@@ -41,7 +41,6 @@ def stored_rows(
         "files": [{"path": f"{folder.name}.jsonl", "source": folder.name, "sha256": "00", "format": "messages"}],
         "bad_rows": list(bad_rows),
         "bad_row_counts": {folder.name: len(bad_rows)},
-        "largest_id": max((max(ids, default=-1) for ids, _ in rows), default=-1),
     }
     (folder / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
     return TokenRows.whole(TokenStore(folder), np.arange(len(rows)))

@@ -52,14 +52,12 @@ class StoreWriter:
         self._notes: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._note_counts: Counter[tuple[str, str]] = Counter()
         self._bad_counts: Counter[int] = Counter()
-        self._largest_id = -1
         self._bad_sorts: Counter[str] = Counter()
 
     def add(self, piece: EncodedPiece) -> None:
         """Append one piece."""
         piece.ids.tofile(self._tokens)
         piece.trained.tofile(self._trained)
-        self._largest_id = max(self._largest_id, int(piece.ids.max(initial=0)) if len(piece.ids) else -1)
         nothing = (piece.ids[:0], piece.trained[:0])
         self._pieces.append(EncodedPiece(**{**vars(piece), "ids": nothing[0], "trained": nothing[1], "bad": ()}))
         self._bad.extend(piece.bad[: MOST_BAD_ROWS_KEPT - len(self._bad)])
@@ -104,7 +102,6 @@ class StoreWriter:
                 "files": [asdict(file) for file in files],
                 "bad_rows": [asdict(row) for row in self._bad],
                 "bad_row_counts": dict(counts),
-                "largest_id": self._largest_id,
                 "bad_row_sorts": dict(self._bad_sorts),
                 "notes": [
                     {

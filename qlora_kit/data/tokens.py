@@ -98,7 +98,6 @@ class TokenStore:
     Attributes:
         tokens: `[T]` uint32, every row's ids one after another.
         trained: `[T]` bool, whether each token is trained.
-        largest_id: of all tokens; -1 without any.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,7 +106,6 @@ class TokenStore:
         self.files = [StoredFile(**file) for file in meta["files"]]
         self.bad_rows = [BadRow(**row) for row in meta["bad_rows"]]  # the first ones, at most MOST_BAD_ROWS_KEPT
         self.bad_row_counts: dict[str, int] = dict(meta["bad_row_counts"])  # by source
-        self.largest_id = int(meta["largest_id"])
         self.bad_row_sorts: dict[str, int] = dict(meta.get("bad_row_sorts", {}))  # by `problems.sort_of`
         self.notes = [RowNote(**{**note, "places": tuple(note["places"])}) for note in meta.get("notes", [])]
         with np.load(folder / ROWS_FILE) as arrays:

@@ -11,7 +11,7 @@ from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.pipelines.opened_run import refuse_changed
-from qlora_kit.pipelines.rows import refuse_unknown_ids, rows_that_fit
+from qlora_kit.pipelines.rows import rows_that_fit
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
 
@@ -32,7 +32,6 @@ def rows_of(
         return rows_that_fit(recipe, base_folder, tokenizer)
     # What `data.max_tokens=auto` came to stays, whatever memory is free by now.
     data = prepare(recipe.data, tokenizer, recorded["train"]["max_tokens"])
-    refuse_unknown_ids(data, base_folder)
     refuse_changed(recorded, asdict(data.summary), run.data, "the run was begun")
     return data
 

@@ -32,23 +32,7 @@ def rows_that_fit(recipe: TrainRecipe, base_folder: Path, tokenizer: "PreTrained
     Raises:
         RecipeError: the rows cannot be used, or not even a short one fits.
     """
-    data = prepare(recipe.data, tokenizer, lambda longest: longest_row(recipe, base_folder, longest))
-    refuse_unknown_ids(data, base_folder)
-    return data
-
-
-def refuse_unknown_ids(data: PreparedData, base_folder: Path) -> None:
-    """Refuse rows with token ids that the model has no embedding of.
-
-    Raises:
-        RecipeError: the tokenizer is another model's, or has tokens that were added to it alone.
-    """
-    config = read_json(base_folder / "config.json")
-    rows = (config.get("text_config") or config).get("vocab_size")
-    largest = max(split.store.largest_id for split in (data.train, data.held_out) if split is not None)
-    if isinstance(rows, int) and largest >= rows:
-        what = f"the rows hold the token id {largest}, and the model has embeddings of {rows} tokens, 0 to {rows - 1}"
-        raise RecipeError(what, str(base_folder), "take the tokenizer that belongs to these weights")
+    return prepare(recipe.data, tokenizer, lambda longest: longest_row(recipe, base_folder, longest))
 
 
 def packing_of(config: DataConfig, data: PreparedData) -> Packing | None:

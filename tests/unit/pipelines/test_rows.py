@@ -6,12 +6,11 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import rows as rows_module
-from qlora_kit.pipelines.rows import longest_row, packing_of, refuse_unknown_ids, rows_that_fit
+from qlora_kit.pipelines.rows import longest_row, packing_of, rows_that_fit
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
-from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import smollm_tokenizer
 
 CONFIG = {
@@ -69,19 +68,6 @@ def test_where_not_even_a_short_row_fits_the_run_is_refused(base, memory):
         longest_row(recipe(), base, 99999)
     assert "by the estimate not even a short row fits into the 2.0 GB that are free" in str(caught.value)
     assert "trainer.batch_size=1" in str(caught.value)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_token_ids_that_the_model_has_no_embedding_of_are_refused(tmp_path, nested):
-    data = StoredData(stored_rows(tmp_path / "train", [([5, 9], [True, True])]))
-    for count, is_refused in ((10, False), (9, True)):
-        sizes = {"vocab_size": count}
-        (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
-        if is_refused:
-            with pytest.raises(RecipeError, match="hold the token id 9, and the model has embeddings of 9 tokens"):
-                refuse_unknown_ids(data, tmp_path)
-        else:
-            refuse_unknown_ids(data, tmp_path)
 
 
 def test_rows_are_packed_into_bins_of_the_limit_only_where_the_recipe_says_so(base, memory, tmp_path, monkeypatch):

@@ -48,6 +48,16 @@ def test_a_row_with_a_token_beyond_the_embedding_is_an_error(base, tmp_path, cap
     assert f"{tmp_path}/a.jsonl:1" in said
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_rows_of_the_embedding_are_those_of_the_text_model(base, tmp_path, capfd, nested):
+    folder = grown(base, tmp_path)
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    assert config["vocab_size"] == EMBEDDING_ROWS
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config), encoding="utf-8")
+    assert inspected(folder, tmp_path, capfd, "a <extra79> b")[0] == EXIT_BAD_RECIPE
+
+
 def test_a_padding_token_or_a_template_beyond_the_embedding_is_an_error(base, tmp_path, capfd):
     (tmp_path / "pad").mkdir()
     code, said = inspected(grown(base, tmp_path / "pad", pad=True), tmp_path, capfd, "a")
