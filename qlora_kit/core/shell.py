@@ -5,7 +5,9 @@ import shlex
 from collections.abc import Iterable
 
 # A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
-_PLAIN_VALUE = re.compile(r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@]*", re.IGNORECASE | re.ASCII)
+_PLAIN_VALUE = re.compile(
+    r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@*?]*", re.IGNORECASE | re.ASCII
+)
 
 _OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@-]*=")
 _OTHER_COMMANDS = ("pip", "python", "hf", "rm", "jq", "iconv", "cd")

@@ -33,7 +33,7 @@ def check_data(recipe: TrainRecipe) -> Iterator[Finding]:
     for name in recipe.data.columns:
         if name not in FIELDS:
             what = f"data.columns names {name}, which is no field of ours; there are {', '.join(FIELDS)}"
-            yield Finding("data.columns", what, "'data.columns={prompt: <your column>}'")
+            yield Finding("data.columns", what, "data.columns={prompt: <your column>}")
     if recipe.data.batching is Batching.packed and recipe.model.attention is Attention.eager:
         yield Finding(
             "model.attention",

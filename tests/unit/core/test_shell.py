@@ -26,6 +26,8 @@ NAMES = [
     "#x",
     "a=b,c",
     "[1]",
+    "/a/*.jsonl",
+    "a?.jsonl",
 ]
 
 
@@ -56,6 +58,10 @@ def test_a_dollar_stays_text():
     (parsed,) = OverridesParser.create().parse_overrides([override("name", "a${oc.env:HOME}b")])
     assert OmegaConf.create({"name": parsed.value()}).name == "a${oc.env:HOME}b"
     assert read_hydra_text(override("name", "a${oc.env:HOME}b").split("=", 1)[1]) == "a${oc.env:HOME}b"
+
+
+def test_a_glob_is_quoted_for_the_shell_alone():
+    assert shell_line([override("data.train_file", "/a/*.jsonl")]) == "'data.train_file=/a/*.jsonl'"
 
 
 @pytest.mark.parametrize(

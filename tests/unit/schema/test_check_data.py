@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_kit.core.shell import is_line
 from qlora_kit.data.formats.columns import OPTIONAL, REQUIRED
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.data import FIELDS, Batching, DataConfig, SourceConfig, Task
@@ -102,7 +103,7 @@ def cases(file):
             {"train_file": file, "roles": {"customer": "human"}},
             "data.roles",
             "data.roles maps customer to human, which is no role; there are system, developer, user, assistant, tool",
-            "data.roles={customer: user}",
+            "'data.roles={customer:user}'",
         ),
         "unknown field": (
             {"train_file": file, "columns": {"question": "q"}},
@@ -126,6 +127,7 @@ def test_every_contradiction_is_named_with_a_line_to_paste(name, file):
     assert path in findings, findings
     assert findings[path][0].startswith(what)
     assert findings[path][1] == fix
+    assert "<" not in fix or not is_line(fix), fix  # something is left to fill in
 
 
 def test_held_out_loss_by_steps_needs_held_out_rows(file):
