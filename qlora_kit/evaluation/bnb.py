@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
@@ -45,8 +45,10 @@ def load_stored(folder: Path) -> "PreTrainedModel":
     dtype = torch.bfloat16 if this_device().type == "cuda" else torch.float32
     try:
         return load_base(folder, quant, compute_dtype=dtype).eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunError(f"transformers could not load {folder}: {error}") from error
+    except (RecipeError, OSError, RuntimeError, ValueError) as error:
+        # Advice to name another base is no help with a folder that is only read, so the library's own words are told.
+        said = error.__cause__ or error if isinstance(error, RecipeError) else error
+        raise RunError(f"transformers could not load {folder}: {said}") from error
 
 
 def load_bnb(folder: Path) -> "PreTrainedModel":
