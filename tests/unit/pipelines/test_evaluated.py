@@ -122,7 +122,7 @@ def test_an_unknown_file(exported):
     exported()
     what, where, fix = refused(lambda: evaluate(open_evaluated_base("there"), EvalConfig(artifacts=["adapter"])))
     assert what == "there has no artifact named adapter; it has base, gguf_q8_0"
-    assert (where, fix) == ("eval.artifacts", "eval.artifacts=[base,gguf_q8_0]")
+    assert (where, fix) == ("eval.artifacts", "'eval.artifacts=[base,gguf_q8_0]'")
 
 
 def test_a_folder_without_a_finished_file(exported):

@@ -33,7 +33,7 @@ def test_an_object_with_several_lists_of_rows(tmp_path):
     path = write(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS}))
     message = refusal(path)
     assert f"{path} holds several lists of rows: train, test" in message
-    assert f"fix      jq -c '.train[]' {path} > a.train.jsonl" in message
+    assert f"fix      jq -c '.\"train\"[]' {path} > a.train.jsonl" in message
 
 
 def test_one_row_alone_is_no_list_of_rows(tmp_path):

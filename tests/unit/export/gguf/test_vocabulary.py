@@ -74,8 +74,9 @@ def test_added_tokens_are_control_or_user_defined(tmp_path: Path) -> None:
 
 def test_tokens_beyond_the_embedding_are_dropped(tmp_path: Path) -> None:
     qwen_tokenizer().save_pretrained(tmp_path)
-    found = read_vocabulary(tmp_path, 602, [], {})
-    assert len(found.tokens) == 602
+    found = read_vocabulary(tmp_path, 603, [], {})
+    assert len(found.tokens) == 603
+    assert "<|im_end|>" in found.tokens
     assert "</think>" not in found.tokens
 
 
