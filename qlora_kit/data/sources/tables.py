@@ -28,6 +28,7 @@ _ARROW_FILE = b"ARROW1"
 MOST_MEMORY = 1 << 30
 MOST_OF_A_BATCH = 1 << 26
 LEAST_OF_A_ROW = 16  # bytes that a row counts for, even one of nothing, of which a file can hold any number
+_SHARING = ("dictionary", "_view", "run_end_encoded")  # of Arrow's types
 Loader = Callable[..., "Dataset"]
 
 
@@ -199,7 +200,7 @@ def _refuse_bomb(path: Path, batches: "Iterator[RecordBatch]") -> None:
 
 def _is_shared(batch: "RecordBatch") -> bool:
     """Whether values take their size once in the batch, and again in every row that is made of it."""
-    return "dictionary" in str(batch.schema)
+    return any(kind in str(batch.schema) for kind in _SHARING)
 
 
 def _batched(path: Path, batches: "Iterator[RecordBatch]") -> Iterator[Entry]:

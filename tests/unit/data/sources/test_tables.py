@@ -1,6 +1,7 @@
 """Parquet and Arrow files, folders that `datasets` saved, and hub ids."""
 
 import resource
+import struct
 
 import pyarrow
 import pyarrow.feather
@@ -173,6 +174,23 @@ def test_values_that_hold_far_more_than_the_file_are_refused_before_a_row_is_rea
         column = pyarrow.nulls(5_000_000)
     path = table_at(tmp_path / name, pyarrow.table({"text": column}))
     assert "unpacks to more than 200 times its size, over 67.1 MB" in refusal(path)
+
+
+def a_run():
+    return pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([3000], pyarrow.int32()), pyarrow.array(["y" * 30_000]))
+
+
+def views():
+    one = struct.pack("<i4sii", 30_000, b"yyyy", 0, 0)  # length, its start, the buffer and the place in it
+    buffers = [None, pyarrow.py_buffer(one * 3000), pyarrow.py_buffer(b"y" * 30_000)]
+    return pyarrow.Array.from_buffers(pyarrow.string_view(), 3000, buffers)
+
+
+@pytest.mark.parametrize("column", [a_run, views])
+def test_rows_that_share_one_long_value_are_refused_before_one_is_read(tmp_path, column):
+    path = table_at(tmp_path / "a.arrow", pyarrow.table({"text": column()}))
+    assert path.stat().st_size < 100_000
+    assert "unpacks to more than 200 times" in refusal(path)
 
 
 def test_an_honest_table_of_categories_is_read_whole(tmp_path):
