@@ -49,6 +49,7 @@ def damaged(draw: random.Random, good: bytes) -> bytes:
     """A good file with a few numbers, bytes or its end changed."""
     content = bytearray(good)
     for _ in range(draw.randrange(1, 4)):
+        content += bytes(max(0, 24 - len(content)))  # zeros for the counts of a file cut short
         place = draw.randrange(len(content) - 8)
         kind = draw.randrange(4)
         if kind == 0:
