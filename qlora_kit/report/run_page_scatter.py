@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from qlora_kit.report.charts import FONT, LETTER, Axis, Frame, axes, frame, inner_ticks, log_ticks, svg, ticks
 from qlora_kit.report.page import text
@@ -143,11 +144,8 @@ def place_labels(points: Sequence[tuple[str, float, float]], inside: Frame, line
     for name, x, y in sorted(points, key=lambda point: point[2]):
         boxes = [label.box for label in labels]
         solid = [*dots, *across, *boxes]
-        free = [
-            place
-            for place in _places(len(name) * LETTER * FONT + 4, x, y, inside)
-            if not any(place.meets(other) for other in solid)
-        ][:MOST_TRIED]
+        places = _places(len(name) * LETTER * FONT + 4, x, y, inside)
+        free = list(islice((place for place in places if not any(map(place.meets, solid))), MOST_TRIED))
         hindering = [*boxes, *(dot for dot in dots if not dot.meets(_around(x, y)))]
         place = next((place for place in free if _is_clear(place, x, y, hindering, leaders)), None) or next(
             iter(free), None

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qlora_kit.core.errors import KitError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.manifest import faults_of_export, read_manifest
 from qlora_kit.pipelines.eval_record import write_record
+from qlora_kit.report import run_page_read
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
@@ -63,7 +65,9 @@ def run(tmp_path_factory):
     run.adapter.mkdir(parents=True)
     words = ["model=demo", "data=messages", "data.train_file=a.jsonl", "data.max_tokens=256", "name=mine"]
     run.recipe.write_text(recipe_yaml(compose_unchecked("train", words)), encoding="utf-8")
-    return run
+    with pytest.MonkeyPatch.context() as patch:  # the recipe is not damaged here: composing it once is enough
+        patch.setattr(run_page_read, "load_recipe", cache(run_page_read.load_recipe))
+        yield run
 
 
 @pytest.mark.parametrize("cases", [400, pytest.param(20_000, marks=[pytest.mark.walk, pytest.mark.timeout(3600)])])
