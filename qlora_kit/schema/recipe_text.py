@@ -77,7 +77,7 @@ def read_recipe_text(path: Path) -> RecipeText:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{shown} cannot be read: {printable(str(error))}", shown) from error
     try:
-        _refuse_depth(text, shown)
+        _refuse_size(text, shown)
         root = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise _no_yaml(shown, error) from error
@@ -107,9 +107,13 @@ def _no_yaml(shown: str, error: Any) -> RecipeError:
     return RecipeError(f"{shown} is no YAML: {printable(str(told))}", where)
 
 
-def _refuse_depth(text: str, shown: str) -> None:
-    depth = 0
+def _refuse_size(text: str, shown: str) -> None:
+    """Refuse what nests too deep or holds too much as it stands, before nodes are made of it."""
+    depth, written = 0, 0
     for event in yaml.parse(text, Loader=_LOADER):
+        written += isinstance(event, yaml.NodeEvent)
+        if written > MOST_NODES:
+            raise _too_many(shown)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MOST_DEPTH:
@@ -133,7 +137,11 @@ def _refuse_many_nodes(root: Any, shown: str) -> None:
         return counted[id(node)]
 
     if count(root, frozenset()) > MOST_NODES:
-        raise RecipeError(f"{shown} is no recipe: it holds more than {MOST_NODES:,} values, aliases written out", shown)
+        raise _too_many(shown)
+
+
+def _too_many(shown: str) -> RecipeError:
+    return RecipeError(f"{shown} is no recipe: it holds more than {MOST_NODES:,} values, aliases written out", shown)
 
 
 def _parts(node: Any) -> list[Any]:
