@@ -339,6 +339,8 @@ def _compose_problem(error: Exception) -> Problem:
         options = groups().get(group, [])
         what = f"no {group} is chosen; there are {', '.join(options)}"
         return Problem(what, "the command line", f"{group}={_common_option(group)}")
+    if isinstance(error, RecursionError):
+        return Problem("a chosen recipe file builds on itself, or on another that builds on it", "its defaults")
     where = _found(r"In '([^']+)'", text) or "train"
     key = _found(r"Key '([^']+)' not in '\w+'", text)
     if key:

@@ -94,6 +94,17 @@ def test_a_file_may_look_up_a_field_that_another_file_sets(tmp_path, monkeypatch
     assert composed.origins["lora.alpha"].endswith("recipes/experiment/mine.yaml")
 
 
+@pytest.mark.parametrize("other", ["mine", "yours"])
+def test_a_file_that_builds_on_itself(tmp_path, monkeypatch, other):
+    folder = tmp_path / "recipes" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / f"{other}.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n", encoding="utf-8")
+    (folder / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {other}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    ((what, where, _),) = told("train", "experiment=mine", *DATA)
+    assert (what, where) == ("a chosen recipe file builds on itself, or on another that builds on it", "its defaults")
+
+
 def _rows(folder):
     rows = folder / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
