@@ -170,7 +170,8 @@ def _latest(*, finished: bool) -> RunDirectory:
     """The newest run; of unfinished ones, the newest that nobody is at work on."""
     what = "finished run" if finished else "unfinished run"
     passed: list[str] = []
-    for run in _all_runs():
+    runs = _all_runs()
+    for run in runs:
         if run.is_finished != finished:
             continue
         if finished or not (who := at_work(run)):
@@ -179,8 +180,11 @@ def _latest(*, finished: bool) -> RunDirectory:
             return run
         passed.append(f"passing over {run.path}: {who}")
     more = "".join(f"\n  {line}" for line in passed)
-    fix = "qlora-kit train experiment=<name>"
-    raise RecipeError(f"there is no {what} below {OUTPUTS}/{more}", "run=latest", fix)
+    where, fix = "run=latest" if finished else "resume=latest", "qlora-kit train experiment=<name>"
+    if finished and runs:
+        more = f"; {runs[0].path} was not trained to its end"
+        fix = shell_line(["qlora-kit", "train", override("resume", runs[0].path)])
+    raise RecipeError(f"there is no {what} below {OUTPUTS}/{more}", where, fix)
 
 
 def _all_runs() -> list[RunDirectory]:

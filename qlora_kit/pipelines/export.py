@@ -48,7 +48,7 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
         done = _exported(subject, config)
     print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
     if not subject.holds_out:
-        say(f"NOT MEASURED: {subject.unmeasured}")
+        say(f"NOT MEASURED: {Problem(subject.unmeasured, fix=EVAL_FILE)}")
     raise_what_went_wrong(done)
     return done
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.say import say
+from qlora_kit.core.shell import is_line
 from qlora_kit.core.units import human_count
 from qlora_kit.data.audit.audit import Audit, stop_on_errors
 from qlora_kit.data.audit.finding import Finding, Level
@@ -134,7 +135,8 @@ def _add_sources(table: Table, split: str, part: SplitSummary) -> None:
 def _print_finding(finding: Finding, console: Console) -> None:
     line = Text.assemble((f"{finding.level.value:<8}", LEVEL_STYLES[finding.level]), finding.what)
     console.print(line, soft_wrap=True)
-    for name, value in (("at", ", ".join(finding.places)), ("fix", finding.fix)):
+    remedy = "fix" if is_line(finding.fix) else "do"
+    for name, value in (("at", ", ".join(finding.places)), (remedy, finding.fix)):
         if value:
             console.print(Text(f"        {name:<4}{value}"), soft_wrap=True)
 

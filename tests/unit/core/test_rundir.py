@@ -136,3 +136,21 @@ def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
     for name in ("recipe.yaml", "result.json"):
         (tmp_path / "mine" / name).write_text("{}")
     assert find_run("~/mine", finished=True).path == tmp_path / "mine"
+
+
+def test_a_run_that_was_stopped_is_named_where_no_finished_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "outputs/a/1", finished=False, age=30)
+    make_run(tmp_path / "outputs/a/2", finished=False, age=10)
+    with pytest.raises(RecipeError) as caught:
+        find_run("latest", finished=True)
+    (problem,) = caught.value.problems
+    assert problem.what == "there is no finished run below outputs/; outputs/a/2 was not trained to its end"
+    assert problem.fix == "qlora-kit train resume=outputs/a/2"
+
+
+def test_a_run_to_resume_that_is_not_there_is_set_by_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        find_run("latest", finished=False)
+    assert caught.value.problems[0].where == "resume=latest"

@@ -57,6 +57,7 @@ def test_a_file_that_nobody_measured_is_called_so_everywhere(opened, capsys):
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].endswith("NOT MEASURED")
     assert "NOT MEASURED: this run has no held-out rows" in said.err
+    assert "\n  do       data.eval_file=<rows that were not trained on>" in said.err
     manifest = read_json(done.folder / "manifest.json")
     assert (manifest["verdict"], manifest["rejected"], manifest["scored_on"]) == ("not measured", False, {})
     assert "**Not measured**: without held-out rows" in (done.folder / "README.md").read_text(encoding="utf-8")

@@ -80,7 +80,7 @@ def test_findings_are_printed_with_their_places_and_fixes_in_one_line_each(tmp_p
     lines = text.splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith("warning 3 rows hold text decoded"))
     assert lines[at + 1].split() == ["at", *(f"{tmp_path}/train.jsonl:{n}" + "," * (n < 3) for n in (1, 2, 3))]
-    assert lines[at + 2].split()[0] == "fix"
+    assert lines[at + 2].split()[0] == "do"  # advice, not a line to paste
 
 
 def test_the_page_is_written_and_named(tmp_path):
