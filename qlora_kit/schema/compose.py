@@ -37,7 +37,7 @@ from qlora_kit.schema.words import Word, read_words
 MOST_SWEEP_JOBS_CHECKED = 200
 # What Hydra and OmegaConf raise of a line or a file that is wrong, their assertions included
 COMPOSE_ERRORS = (
-    *(HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AssertionError),
+    *(HydraException, OmegaConfBaseException, YAMLError, ValueError, OverflowError, TypeError, AssertionError),
     *(ArithmeticError, RecursionError),
 )
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give

@@ -145,7 +145,7 @@ def _value_problems(
         return
     try:
         OmegaConf.merge(OmegaConf.structured(_root_of(path)), _nested(path, given))
-    except (OmegaConfBaseException, ValueError):
+    except (OmegaConfBaseException, ValueError, OverflowError):
         yield _wrong_value(found, path, declared, value, where)
         return
     number, holder = _number(given), walk.group_class(walk.type_of(_root_of(path), path[:-1]))
@@ -189,7 +189,7 @@ def _plain(node: Any) -> Any:
         return text
     try:
         return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(f"x: {text}")))["x"]
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError):
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError):
         return text
 
 

@@ -29,7 +29,7 @@ def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> l
             continue
         try:
             OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, OverflowError) as error:
             problems.append(_value_problem(tree, root, word, error))
     return problems
 
@@ -61,7 +61,7 @@ def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem 
         if not entry:
             OmegaConf.update(tree, word.mapping, {}, merge=False, force_add=True)
         OmegaConf.update(tree, word.mapping, change, merge=True, force_add=True)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, OverflowError) as error:
         return _value_problem(tree, root, word, error)
     return None
 

@@ -156,6 +156,17 @@ def test_a_line_or_file_of_any_kind(seed):
         one(number)
 
 
+@pytest.mark.parametrize("key", ["optim.beta2", "quant.int8_outlier_threshold"])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_whole_number_past_every_real_one_is_refused(key, sign):
+    huge = sign + "1" + "0" * 400
+    group, name = key.split(".")
+    Path("recipes/experiment/x.yaml").write_text(f"# @package _global_\n{group}: {{{name}: {huge}}}\n")
+    for words in ([f"{key}={huge}"], ["experiment=x"]):
+        with pytest.raises(RecipeError, match=name):
+            compose_recipe("train", [*LINE, *words])
+
+
 @pytest.mark.walk
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", ["files", "lines"])
