@@ -93,7 +93,10 @@ def first_line(error: Exception) -> str:
 def _example(tree: DictConfig, path: str, declared: Any, given: object) -> str:
     if isinstance(declared, EnumMeta) and (near := nearest(str(given), list(declared.__members__))):
         return f"{path}={near}"
-    value = OmegaConf.select(tree, path)
+    try:
+        value = OmegaConf.select(tree, path)
+    except OmegaConfBaseException:  # a reference set before to a value that does not fit
+        return ""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
     return f"{path}={hydra_value(getattr(value, 'name', value))}"

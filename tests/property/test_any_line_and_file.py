@@ -167,6 +167,11 @@ def test_a_whole_number_past_every_real_one_is_refused(key, sign):
             compose_recipe("train", [*LINE, *words])
 
 
+def test_a_wrong_value_after_a_wrong_reference_is_refused():
+    with pytest.raises(RecipeError, match=r"tracker\.mode cannot be 'x'"):
+        compose_recipe("train", [*LINE, "++tracker.mode=${name}", "tracker.mode=x"])
+
+
 @pytest.mark.walk
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", ["files", "lines"])
