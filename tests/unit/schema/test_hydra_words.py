@@ -19,6 +19,7 @@ def told(*words):
     return problem
 
 
+@pytest.mark.skipif(not extras.is_present("hydra_plugins.hydra_joblib_launcher"), reason="needs the extra sweep")
 def test_what_sweeps_need_composes():
     compose_unchecked("train", [*LINE, "launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=x"])
     sampled = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random"]

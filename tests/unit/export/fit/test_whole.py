@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, Qwen3MoeConfig
 
 from qlora_kit.core.errors import Problem
+from qlora_kit.core.extras import is_present
 from qlora_kit.export.fit.fault import ELSEWHERE
 from qlora_kit.export.fit.form import ModelForm, model_form
 from qlora_kit.export.fit.whole import Fit, fit_of, fit_of_form
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig
 from tests.tiny_models import FAMILIES, build_tiny_model
+
+pytestmark = pytest.mark.skipif(not is_present("llmcompressor"), reason="composing its formats needs llmcompressor")
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ODD = {"hidden_size": 200, "intermediate_size": 400, "num_attention_heads": 4, "num_key_value_heads": 2}
