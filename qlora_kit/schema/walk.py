@@ -1,6 +1,7 @@
 """Recipe classes as a tree of dotted paths."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from qlora_kit.core.shell import hydra_value
 from qlora_kit.schema.field import Knob, Sealed
 
 
+@functools.cache
 def fields_of(group: type[Sealed]) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Field name -> (resolved type, dataclass field)."""
     hints = typing.get_type_hints(group)
