@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import typing
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -292,8 +293,18 @@ def _typed(root: type[Sealed], tree: Any) -> Sealed:
     plain = with_todays_names(cast("dict[str, Any]", read))
     merged = OmegaConf.merge(OmegaConf.structured(root), _without_references(plain))
     recipe = cast(Sealed, OmegaConf.to_object(merged))
+    _refuse_texts_for_containers(recipe)
     recipe.seal()
     return recipe
+
+
+def _refuse_texts_for_containers(recipe: Sealed) -> None:
+    """OmegaConf takes any text that holds `${` for a list, a mapping or a group: it could be a reference to one."""
+    for path, value, _ in walk.values(recipe):
+        declared = walk.type_at(type(recipe), path)
+        holds_others = typing.get_origin(declared) in (dict, list) or walk.group_class(declared) is not None
+        if isinstance(value, str) and holds_others:
+            raise ValueError(f"{path} cannot be {printable(value)!r}: it is {walk.type_name(declared)}")
 
 
 def _without_references(value: Any) -> Any:

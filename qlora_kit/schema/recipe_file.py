@@ -17,6 +17,7 @@ from qlora_kit.schema.meant import meant, nearest_option
 from qlora_kit.schema.recipe_text import RecipeText
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.trust import HYDRA_OPTIONS, refusals
+from qlora_kit.schema.value_problems import VALUE_ERRORS, nearest
 
 GLOBAL = "_global_"
 HEADER = f"# @package {GLOBAL}"
@@ -148,7 +149,7 @@ def _value_problems(
     schema, inside = (_root_of(path), path) if holder is None else (holder, path[-1:])
     try:
         OmegaConf.merge(OmegaConf.structured(schema), _nested(inside, given))
-    except (OmegaConfBaseException, ValueError, OverflowError):
+    except VALUE_ERRORS:
         yield _wrong_value(found, path, declared, value, where)
         return
     number, wrong = _number(given), None
@@ -163,8 +164,6 @@ def _wrong_value(found: RecipeText, path: tuple[str, ...], declared: Any, value:
     what = f"{key} cannot be {printable(repr(_plain(value)))[:120]}: it is {walk.type_name(declared)}"
     options = getattr(declared, "__members__", {})
     if options:
-        from qlora_kit.schema.value_problems import nearest
-
         near = nearest(str(_plain(value)), list(options))
         return Problem(what, where, f"{path[-1]}: {near or next(iter(options))}")
     line = walk.example(_root_of(path), key, object()) if walk.is_leaf(_root_of(path), key) else ""
@@ -246,6 +245,4 @@ def _choice_problems(found: RecipeText, group: str, key: str, value: Any, where:
 
 def nearest_group(name: str) -> str | None:
     """The group that a wrong one stood for."""
-    from qlora_kit.schema.value_problems import nearest
-
     return nearest(name, list(groups()))

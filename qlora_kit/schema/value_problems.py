@@ -13,6 +13,9 @@ from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.words import Word
 
+# What OmegaConf raises of a value that does not fit its field, its assertions included
+VALUE_ERRORS = (OmegaConfBaseException, ValueError, OverflowError, AssertionError)
+
 
 def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> list[Problem]:
     """Values of the wrong type, with the nearest right one where it is a choice."""
@@ -29,7 +32,7 @@ def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> l
             continue
         try:
             OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-        except (OmegaConfBaseException, ValueError, OverflowError) as error:
+        except VALUE_ERRORS as error:
             problems.append(_value_problem(tree, root, word, error))
     return problems
 
@@ -61,7 +64,7 @@ def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem 
         if not entry:
             OmegaConf.update(tree, word.mapping, {}, merge=False, force_add=True)
         OmegaConf.update(tree, word.mapping, change, merge=True, force_add=True)
-    except (OmegaConfBaseException, ValueError, OverflowError) as error:
+    except VALUE_ERRORS as error:
         return _value_problem(tree, root, word, error)
     return None
 
