@@ -5,6 +5,7 @@ from typing import cast
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit inspect [rows=N] [page=FILE.html] [group=option] [path=value]
@@ -72,4 +73,4 @@ def _page(name: str | None) -> Path | None:
         raise RecipeError(
             f"page must name an HTML file, got {name or 'nothing'}", "the command line", "page=inspect.html"
         )
-    return Path(name).expanduser()
+    return typed_path(name)

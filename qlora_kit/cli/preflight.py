@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import cast
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.schema.check import check_targets
 from qlora_kit.schema.compose import Composed
 from qlora_kit.schema.lora import TARGET_SETS
@@ -20,7 +21,7 @@ def check_train(composed: Composed) -> TrainRecipe:
     from qlora_kit.model.weight_names import linear_module_names
 
     recipe = cast(TrainRecipe, composed.recipe)
-    folder = Path(recipe.model.source).expanduser()
+    folder = typed_path(recipe.model.source)
     check_source(recipe.model)
     if problems := _other_kind(recipe, folder):
         raise RecipeError(problems)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.say import show
 from qlora_kit.core.shell import override, shell_line
 
@@ -56,4 +57,4 @@ def _out(name: str | None) -> Path | None:
         return None
     if Path(name).suffix not in (".html", ".htm"):
         raise RecipeError(f"out must name an HTML file, got {name or 'nothing'}", "the command line", "out=report.html")
-    return Path(name).expanduser()
+    return typed_path(name)

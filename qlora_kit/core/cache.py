@@ -5,15 +5,16 @@ import tempfile
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.shell import shell_line
 
 
 def cache_folder() -> Path:
     """`$QLORA_KIT_CACHE`, else `$XDG_CACHE_HOME/qlora_kit`, else `~/.cache/qlora_kit`."""
     if mine := os.environ.get("QLORA_KIT_CACHE"):
-        return Path(mine).expanduser().absolute()
+        return typed_path(mine).absolute()
     if everyones := os.environ.get("XDG_CACHE_HOME"):
-        return Path(everyones).expanduser().absolute() / "qlora_kit"
+        return typed_path(everyones).absolute() / "qlora_kit"
     return Path.home() / ".cache" / "qlora_kit"
 
 

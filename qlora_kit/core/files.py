@@ -23,6 +23,11 @@ _FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested a
 _FAILED_WRITE = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs|write failed|iostream error", re.IGNORECASE)
 
 
+def typed_path(name: str | Path) -> Path:
+    """A path as a user typed it, `~` being the home folder; `~name` of an unknown user stays as it is."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises where there is no such user or no home
+
+
 def _beside(path: Path, state: str = "partial") -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{state}")
 

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import LOCK, Holder, busy, hold, holder
 from qlora_kit.core.say import say
@@ -221,7 +222,7 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         run = _latest(finished=finished)
         refuse_links_outside(run.path)
         return run
-    run = RunDirectory(Path(name).expanduser())
+    run = RunDirectory(typed_path(name))
     refuse_no_run(run, name)
     if finished and not run.is_finished:
         again = shell_line(["qlora-kit", "train", override("resume", name)])

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
-from qlora_kit.core.files import read_json
+from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.model.demo import demo_base
@@ -37,7 +37,7 @@ def hub_name(source: str, revision: str | None = None) -> tuple[str, str | None]
         return DEMO_HUB_ID, None
     if cached := _CACHED.search(source):
         return f"{cached[1]}/{cached[2]}", cached[3]
-    is_local = _looks_like_a_path(source) or Path(source).expanduser().exists()
+    is_local = _looks_like_a_path(source) or typed_path(source).exists()
     return None if is_local else (source, revision)
 
 
@@ -51,7 +51,7 @@ def locate_base(config: ModelConfig) -> Path:
         return demo_base()
     revision = check_source(config)
     if revision is None:
-        return Path(config.source).expanduser()
+        return typed_path(config.source)
     fetched = _fetch(config.source, revision, HUB_FILES)
     check_folder(fetched)
     return fetched
@@ -63,7 +63,7 @@ def check_source(config: ModelConfig) -> str | None:
     Raises:
         RecipeError: there is no such folder, it lacks a file or needs remote code, or a hub id comes without a commit.
     """
-    folder = Path(config.source).expanduser()
+    folder = typed_path(config.source)
     if config.source == DEMO:
         return None
     if folder.exists():
@@ -89,7 +89,7 @@ def refuse_other_kinds(config: ModelConfig) -> None:
     """
     if config.source == DEMO:
         return
-    folder = Path(config.source).expanduser()
+    folder = typed_path(config.source)
     if not folder.is_dir():
         if _looks_like_a_path(config.source) or not config.revision:
             return  # locate_base says what is wrong with it
@@ -104,7 +104,7 @@ def locate_tokenizer(config: ModelConfig) -> Path:
     Raises:
         RecipeError: there is no such folder, it has no tokenizer, or the hub cannot serve it.
     """
-    folder = Path(config.source).expanduser()
+    folder = typed_path(config.source)
     if config.source != DEMO and folder.is_dir():
         if problem := _no_tokenizer(folder):
             raise RecipeError([problem])

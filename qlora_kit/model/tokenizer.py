@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError
-from qlora_kit.core.files import read_json
+from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.schema.model import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _check_named(tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
 def _template(name: str) -> str:
     if name in CHAT_TEMPLATES:
         return (resources.files("qlora_kit.model") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if not path.is_file():
         raise RecipeError(
             f"no such chat template file: {name}", where="model.chat_template", fix="model.chat_template=null"

@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory
 from qlora_kit.core.shell import override, shell_line
@@ -29,7 +30,7 @@ def find_exported_base(name: str) -> RunDirectory:
 
 
 def _find(name: str) -> RunDirectory:
-    named = RunDirectory(Path(name).expanduser())
+    named = RunDirectory(typed_path(name))
     if named.export_recipe.is_file():
         return named
     known = _newest_first()
@@ -73,7 +74,7 @@ def _base_of(directory: RunDirectory) -> str | None:
 
 def _is_same(base: str, name: str) -> bool:
     """Whether two words mean one base: they are equal, or are paths of one folder."""
-    return base == name or (Path(name).is_dir() and Path(base).expanduser().resolve() == Path(name).resolve())
+    return base == name or (Path(name).is_dir() and typed_path(base).resolve() == Path(name).resolve())
 
 
 def _refuse_other_folder(name: str, path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
@@ -36,7 +37,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
     Raises:
         RecipeError: neither is there, or training would refuse this base.
     """
-    folder = Path(recipe.model.source).expanduser()
+    folder = typed_path(recipe.model.source)
     if (folder / "config.json").is_file():
         from qlora_kit.pipelines.reach import reach_of
 
@@ -57,8 +58,8 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     Raises:
         RecipeError: the rows cannot be used.
     """
-    folder = Path(recipe.model.source).expanduser()
-    has_rows = recipe.data.train_file is not None and Path(recipe.data.train_file).expanduser().is_file()
+    folder = typed_path(recipe.model.source)
+    has_rows = recipe.data.train_file is not None and typed_path(recipe.data.train_file).is_file()
     if not has_rows or not (folder / "tokenizer_config.json").is_file():
         return None
     from qlora_kit.model.tokenizer import load_tokenizer

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run
 from qlora_kit.core.shell import override, shell_line
@@ -64,7 +65,7 @@ def any_run(name: str) -> RunDirectory:
         RecipeError: there is none.
     """
     if name != "latest":
-        run = RunDirectory(Path(name).expanduser())
+        run = RunDirectory(typed_path(name))
         refuse_no_run(run, name)
         return run
     newest = newest_run()

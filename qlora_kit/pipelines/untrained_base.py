@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import clear_left_overs, read_json, remove, write_json, write_text
+from qlora_kit.core.files import clear_left_overs, read_json, remove, typed_path, write_json, write_text
 from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
 from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder_left
@@ -125,7 +125,7 @@ def open_base(recipe: ExportRecipe, named: NamedBase, overrides: Sequence[str] =
     """
     name = facts_of(named).shown.rpartition("/")[2]
     if recipe.out:
-        directory = RunDirectory(Path(recipe.out).expanduser())
+        directory = RunDirectory(typed_path(recipe.out))
         _refuse_taken(directory.path, recipe)
         return base_in(directory, recipe, named, overrides)
     path = make_run_folder(name)

@@ -1,10 +1,12 @@
 """What the recipe group `data` may not say."""
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.schema.data import AUTO, FIELDS, ROLES, Batching, DataConfig, Task
 from qlora_kit.schema.finding import Finding
@@ -68,9 +70,9 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
 
 def missing_file(path: str, name: str | None) -> Iterator[Finding]:
     """A file of rows that is not there, `path` being the field that names it."""
-    if name is None or Path(name).expanduser().exists():
+    if name is None or os.path.exists(typed_path(name)):  # noqa: PTH110  Path.exists raises for a name that is too long
         return
-    if glob.has_magic(name) and glob.glob(str(Path(name).expanduser()), recursive=True):  # noqa: PTH207  Path.glob takes no absolute pattern
+    if glob.has_magic(name) and glob.glob(str(typed_path(name)), recursive=True):  # noqa: PTH207  Path.glob takes no absolute pattern
         return
     fix = f"{path}=<a file of rows>"
     if HOME_COMMANDS in Path(name).parts:

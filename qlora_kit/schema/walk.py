@@ -1,7 +1,6 @@
 """Recipe classes as a tree of dotted paths."""
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,15 @@ from omegaconf import MISSING
 from qlora_kit.core.shell import hydra_value
 from qlora_kit.schema.field import Knob, Sealed
 
+_fields: dict[type[Sealed], dict[str, tuple[Any, dataclasses.Field[Any]]]] = {}  # resolving types takes long
 
-@functools.cache
+
 def fields_of(group: type[Sealed]) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Field name -> (resolved type, dataclass field)."""
-    hints = typing.get_type_hints(group)
-    return {field.name: (hints[field.name], field) for field in dataclasses.fields(group)}  # type: ignore[arg-type]  # every Sealed is a dataclass
+    if group not in _fields:
+        hints = typing.get_type_hints(group)
+        _fields[group] = {field.name: (hints[field.name], field) for field in dataclasses.fields(group)}  # type: ignore[arg-type]  # every Sealed is a dataclass
+    return _fields[group]
 
 
 def group_class(annotation: Any) -> type[Sealed] | None:

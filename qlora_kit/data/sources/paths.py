@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import typed_path
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.sources.compressed import COMPRESSED_SUFFIXES, kind_suffix
 from qlora_kit.data.sources.readers import CSV_SUFFIXES, JSON_SUFFIXES, TextFile
@@ -40,7 +41,7 @@ def parts_of(config: SourceConfig, setting: str) -> list[Part]:
     Raises:
         RecipeError: nothing is there, it is empty, or it is of a kind that is not read.
     """
-    path = Path(config.path).expanduser()
+    path = typed_path(config.path)
     if config.revision is not None:
         return [_hub(config, setting)]
     if path.is_dir():

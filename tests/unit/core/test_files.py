@@ -13,6 +13,7 @@ from qlora_kit.core.files import (
     remove,
     size_on_disk,
     staged_directory,
+    typed_path,
     write_json,
     write_text,
 )
@@ -145,3 +146,9 @@ def test_a_damaged_json_file_is_named(tmp_path, held):
         read_json(path)
     assert str(path) in caught.value.problems[0].what and caught.value.exit_code == 2
     assert isinstance(caught.value, ValueError)  # as which readers of strangers' files catch it
+
+
+def test_a_typed_path_knows_the_home_folder_and_no_other_users(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert typed_path("~/a") == Path("/somewhere/a")
+    assert typed_path("~nobody_of_this_name/a") == Path("~nobody_of_this_name/a")

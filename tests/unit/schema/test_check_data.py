@@ -69,6 +69,18 @@ def cases(file):
             "no such file: none.jsonl",
             "data.train_file=<a file of rows>",
         ),
+        "no name of a file": (
+            {"train_file": "x" * 400},
+            "data.train_file",
+            f"no such file: {'x' * 400}",
+            "data.train_file=<a file of rows>",
+        ),
+        "no such user": (
+            {"train_file": "~nobody_of_this_name/a"},
+            "data.train_file",
+            "no such file: ~nobody_of_this_name/a",
+            "data.train_file=<a file of rows>",
+        ),
         "glob of nothing": (
             {"train_file": "none-*.jsonl"},
             "data.train_file",
