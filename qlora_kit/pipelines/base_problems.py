@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_kit.core.bounds import OutOfTimeError, Timed, bounded_memory
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.skeleton import attention_problem
@@ -16,6 +17,8 @@ from qlora_kit.schema.root import TrainRecipe
 
 ATTENTION_ONLY = "lora.targets=[attention]"
 _NAMED = 5  # names in a line
+_LONGEST_MATCH = 2.0  # seconds of processor time of one pattern over all names; an honest one takes milliseconds
+_MEMORY_OF_A_MATCH = 1 << 28  # bytes
 
 
 def base_problems(
@@ -47,8 +50,13 @@ def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Prob
         for pattern in patterns:
             # as peft matches it (get_pattern_key in its utils/other.py)
             try:
-                fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in promised)
-            except re.error as error:
+                with bounded_memory(_MEMORY_OF_A_MATCH), Timed(_LONGEST_MATCH):
+                    fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in promised)
+            except OutOfTimeError:
+                what = f"lora.{key} names {pattern}, which takes over {_LONGEST_MATCH:.0f} s to match {len(promised)} names"
+                yield Problem(what, f"lora.{key}")
+                continue
+            except (re.error, OverflowError, RecursionError, MemoryError) as error:
                 yield Problem(f"lora.{key} names {pattern}, which is no pattern: {error}", f"lora.{key}")
                 continue
             if not fits:

@@ -196,6 +196,7 @@ def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
         ({"modules_to_save": ["score"]}, "lora.modules_to_save names score"),
         ({"rank_pattern": {"wqkv": 8}}, "lora.rank_pattern names wqkv"),
         ({"alpha_pattern": {"k_proj(": 8.0}}, "lora.alpha_pattern names k_proj(, which is no pattern"),
+        ({"rank_pattern": {r"(\w+\.?)+!": 8}}, "which takes over 2 s to match 14 names"),
     ],
 )
 def test_a_name_that_means_no_module_is_refused(changes, told, folder_of):
