@@ -8,7 +8,15 @@ import traceback
 from dataclasses import dataclass
 
 from qlora_kit import __version__
-from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, EXIT_RUN_FAILED, KitError, Problem, StoppedError
+from qlora_kit.core.errors import (
+    EXIT_BAD_RECIPE,
+    EXIT_OK,
+    EXIT_RUN_FAILED,
+    KitError,
+    Problem,
+    StoppedError,
+    is_panic,
+)
 from qlora_kit.core.quiet import quiet_loggers
 from qlora_kit.core.say import say
 
@@ -85,14 +93,16 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
         return EXIT_RUN_FAILED
     except BrokenPipeError:
         return EXIT_OK
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if debug:
             say(traceback.format_exc())
         say(f"error: {_unforeseen(error)}")
         return EXIT_RUN_FAILED
 
 
-def _unforeseen(error: Exception) -> Problem:
+def _unforeseen(error: BaseException) -> Problem:
     from pathlib import Path
 
     from qlora_kit.core.files import is_disk_full

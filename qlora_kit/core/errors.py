@@ -69,3 +69,8 @@ class FidelityError(KitError):
     """An exported file differs from the trained model by more than its bound."""
 
     exit_code = EXIT_UNFAITHFUL
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library's compiled part stopped in the middle of its work; PyO3's error for that is no Exception."""
+    return type(error).__name__ == "PanicException"

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_kit.core.bounds import bounded_memory
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import RecipeError, is_panic
+from qlora_kit.core.terminal import printable
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.template.chat_template import MOST_MEMORY, ChatTemplate, TemplateRefusal
 from qlora_kit.data.template.spans import rendered
@@ -114,7 +115,7 @@ class Encoder:
 
         def is_read_as_token(text: str) -> bool:
             token = self._tokenizer.token_to_id(text)
-            return token in self._tokenizer.encode(f"a{text}a", add_special_tokens=False).ids
+            return token in self._encodings([f"a{text}a"])[0].ids
 
         return steering_texts(self.special_texts, self.added_texts, self.template, is_read_as_token)
 
@@ -131,7 +132,7 @@ class Encoder:
                 except RecipeError as error:
                     texts.append(error)
         good = [text.text for text in texts if isinstance(text, RenderedRow)]
-        encodings = iter(self._tokenizer.encode_batch(good, add_special_tokens=False))
+        encodings = iter(self._encodings(good))
         rows: list[EncodedRow | RecipeError] = []
         for conversation, text in zip(conversations, texts, strict=True):
             if isinstance(text, RecipeError):
@@ -160,8 +161,19 @@ class Encoder:
             text = "".join(message.content for message in conversation.messages[:-1])
         else:
             text = self._prompt(conversation)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encodings([text])[0].ids
         return ids if self._has_bos(ids) else [self._bos(), *ids]
+
+    def _encodings(self, texts: list[str]) -> "list[Encoding]":
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            said = str(error).strip().partition("\n")[0]
+            raise RecipeError(
+                f"the tokenizer of the base fails on a text: {printable(said)}", "model.source"
+            ) from error
 
     def _prompt(self, conversation: Conversation) -> str:
         try:

@@ -53,8 +53,8 @@ def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Prob
                 with bounded_memory(_MEMORY_OF_A_MATCH), Timed(_LONGEST_MATCH):
                     fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in promised)
             except OutOfTimeError:
-                what = f"lora.{key} names {pattern}, which takes over {_LONGEST_MATCH:.0f} s to match {len(promised)} names"
-                yield Problem(what, f"lora.{key}")
+                what = f"which takes over {_LONGEST_MATCH:.0f} s to match {len(promised)} names"
+                yield Problem(f"lora.{key} names {pattern}, {what}", f"lora.{key}")
                 continue
             except (re.error, OverflowError, RecursionError, MemoryError) as error:
                 yield Problem(f"lora.{key} names {pattern}, which is no pattern: {error}", f"lora.{key}")

@@ -31,6 +31,11 @@ class Case:
     is_harmless: bool = False
 
 
+_SLOW = {"Regex": r"(.+)+\x00"}
+SLOW_SPLIT = {"type": "Split", "pattern": _SLOW, "behavior": "Isolated", "invert": False}
+SLOW_REPLACE = {"type": "Replace", "pattern": _SLOW, "content": "x" * 1000}
+
+
 def workshop(folder: Path) -> None:
     """`base/`, `rows.jsonl` and `held_out.jsonl` beside the folders of the cases."""
     build_tiny_model("llama", folder / "base")
@@ -517,6 +522,12 @@ def _headers() -> Iterator[Case]:
         "tokenizer_class": ("tokenizer_config.json", {"tokenizer_class": "os.system", "auto_map": {"x": "evil.Evil"}}),
         "tokens_decoder": ("tokenizer_config.json", {"added_tokens_decoder": {"x": 5}}),
         "max_length": ("tokenizer_config.json", {"model_max_length": -1}),
+        "slow_pattern": ("tokenizer.json", {"pre_tokenizer": SLOW_SPLIT}),
+        "slow_normalizer": ("tokenizer.json", {"normalizer": SLOW_REPLACE}),
+        "long_replacement": ("tokenizer.json", {"normalizer": SLOW_REPLACE | {"pattern": {"String": ""}}}),
+        "unigram": ("tokenizer.json", {"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", -1.0]]}}),
+        "no_model": ("tokenizer.json", {"model": None}),
+        "merges": ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}),
         "template_list": ("tokenizer_config.json", {"chat_template": [5]}),
     }
     for name, (file, change) in changes.items():

@@ -34,6 +34,14 @@ def test_an_unforeseen_error_is_one_line_and_a_way_to_see_more(failing, capsys):
     assert capsys.readouterr().err == "error: RuntimeError: odd\n  do       add debug=true to see where\n"
 
 
+def test_a_panic_of_a_compiled_library_is_an_error_as_any_other(failing, capsys):
+    panic = type("PanicException", (BaseException,), {})  # as PyO3's, which a library cannot be made to show here
+    assert run_verb(failing(panic("index out of bounds")), []) == 1
+    assert capsys.readouterr().err.startswith("error: PanicException: index out of bounds\n")
+    with pytest.raises(GeneratorExit):
+        run_verb(failing(GeneratorExit()), [])
+
+
 def test_debug_shows_the_traceback(failing, capsys):
     assert run_verb(failing(RuntimeError("odd")), ["debug=true"]) == 1
     assert "Traceback" in capsys.readouterr().err

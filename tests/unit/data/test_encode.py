@@ -1,7 +1,7 @@
 """The loss mask on the chat templates of every family, and what it refuses."""
 
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message
@@ -239,3 +239,17 @@ def test_a_plain_row_needs_an_end_of_text_token():
     tokenizer = smollm_tokenizer()
     tokenizer.eos_token = None
     assert "has no end-of-text token" in refusal(chat("hi", "hello", plain=True), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("normalizer", normalizers.Replace("", "x")),
+        ("pre_tokenizer", pre_tokenizers.Split(Regex(r"(.+)+!"), "isolated")),
+    ],
+    ids=["nothing replaced by something", "a pattern that never ends"],
+)
+def test_a_tokenizer_whose_compiled_part_fails_is_refused(part, what):
+    tokenizer = smollm_tokenizer()
+    setattr(tokenizer.backend_tokenizer, part, what)
+    assert "the tokenizer of the base fails on a text: " in refusal(chat("hi", "a" * 40 + "b"), tokenizer)
