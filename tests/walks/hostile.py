@@ -31,7 +31,7 @@ class Case:
     is_harmless: bool = False
 
 
-_SLOW = {"Regex": r"(.+)+\x00"}
+_SLOW = {"Regex": "([a-z]+)+$"}
 SLOW_SPLIT = {"type": "Split", "pattern": _SLOW, "behavior": "Isolated", "invert": False}
 SLOW_REPLACE = {"type": "Replace", "pattern": _SLOW, "content": "x" * 1000}
 
