@@ -293,18 +293,24 @@ def _typed(root: type[Sealed], tree: Any) -> Sealed:
     plain = with_todays_names(cast("dict[str, Any]", read))
     merged = OmegaConf.merge(OmegaConf.structured(root), _without_references(plain))
     recipe = cast(Sealed, OmegaConf.to_object(merged))
-    _refuse_texts_for_containers(recipe)
+    _refuse_misfits(recipe)
     recipe.seal()
     return recipe
 
 
-def _refuse_texts_for_containers(recipe: Sealed) -> None:
-    """OmegaConf takes any text that holds `${` for a list, a mapping or a group: it could be a reference to one."""
+def _refuse_misfits(recipe: Sealed) -> None:
+    """What OmegaConf lets pass: any text with `${` as a list, mapping or group, and any container as an entry."""
     for path, value, _ in walk.values(recipe):
         declared = walk.type_at(type(recipe), path)
-        holds_others = typing.get_origin(declared) in (dict, list) or walk.group_class(declared) is not None
-        if isinstance(value, str) and holds_others:
+        kind, group = typing.get_origin(declared), walk.group_class(declared)
+        if isinstance(value, str) and (group or kind in (dict, list)):
             raise ValueError(f"{path} cannot be {printable(value)!r}: it is {walk.type_name(declared)}")
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if kind is list else ()
+        wanted = group or (typing.get_args(declared)[-1] if kind in (dict, list) else object)
+        for name, entry in entries:
+            if not walk.takes(wanted, entry):
+                what = f"{path}.{printable(str(name))} cannot be {printable(str(entry))[:80]!r}"
+                raise ValueError(f"{what}: it is {'a group of fields' if group else walk.type_name(wanted)}")
 
 
 def _without_references(value: Any) -> Any:

@@ -177,12 +177,14 @@ def test_what_follows_a_wrong_group_is_refused_with_it():
         compose_recipe("train", [*LINE, "+model.shape=${", "++data.roles=é", "++model.shape.hidden_size=-inf"])
 
 
-@pytest.mark.parametrize("key", ["lora.rank_pattern", "lora.targets", "export.gptq", "trainer", "data.columns"])
+@pytest.mark.parametrize(
+    "key", ["lora.rank_pattern", "lora.targets", "export.gptq", "trainer", "data.columns", "data.sources.a"]
+)
 def test_a_text_that_could_be_a_reference_is_no_list_mapping_or_group(key):
     verb, line = ("export", ["run=x", "export=[gptq_4bit]"]) if key == "export.gptq" else ("train", LINE)
     for text in ("\\${", "\\${x}"):
         Path("recipes/experiment/x.yaml").write_text(
-            f"# @package _global_\n{key.replace('.', ': {', 1)}: '{text}'{'}' * key.count('.')}\n"
+            f"# @package _global_\n{key.replace('.', ': {')}: '{text}'{'}' * key.count('.')}\n"
         )
         with pytest.raises(RecipeError, match=key):
             compose_recipe(verb, [*line, f"{key}={text}"])
