@@ -177,9 +177,16 @@ def test_what_follows_a_wrong_group_is_refused_with_it():
         compose_recipe("train", [*LINE, "+model.shape=${", "++data.roles=é", "++model.shape.hidden_size=-inf"])
 
 
-@pytest.mark.parametrize(
-    "key", ["lora.rank_pattern", "lora.targets", "export.gptq", "trainer", "data.columns", "data.sources.a"]
-)
+CONTAINERS = ["lora.rank_pattern", "lora.targets", "export.gptq", "trainer", "data.columns", "data.sources.a"]
+
+
+@pytest.mark.parametrize("word", ["lora.alpha_pattern={a:{b:[1]}}", "data.columns={a:{b:c}}", "lora.targets=[[a]]"])
+def test_an_entry_of_another_kind_is_refused(word):
+    with pytest.raises(RecipeError, match=word.partition("=")[0]):
+        compose_recipe("train", [*LINE, word])
+
+
+@pytest.mark.parametrize("key", CONTAINERS)
 def test_a_text_that_could_be_a_reference_is_no_list_mapping_or_group(key):
     verb, line = ("export", ["run=x", "export=[gptq_4bit]"]) if key == "export.gptq" else ("train", LINE)
     for text in ("\\${", "\\${x}"):
