@@ -1,5 +1,6 @@
 """An export that is killed leaves nothing that looks finished, and the next call finishes."""
 
+import fcntl
 from dataclasses import dataclass
 
 import pytest
@@ -88,9 +89,8 @@ def test_kill_9_during_a_target(trained, kill):
 
 
 def test_two_exports_of_one_run_do_not_meet(trained):
-    from filelock import FileLock
-
-    with FileLock(only_run(trained) / ".lock"):
+    with (only_run(trained) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = kit(trained, *export_line("merged_16bit"))
     assert done.returncode == 2
     assert "it is in use; wait until it ends, or stop it" in done.stderr

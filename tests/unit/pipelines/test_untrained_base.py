@@ -1,8 +1,9 @@
 """A base opened for export: where its files go, what is refused, what killed exports leave."""
 
+import fcntl
+
 import pytest
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
@@ -131,7 +132,8 @@ def test_left_overs_of_killed_exports_go_and_those_at_work_stay(tmp_path):
     killed, at_work, mine = (left_over(tmp_path, name) for name in ("1", "2", "3"))
     run = left_over(tmp_path, "4")
     (tmp_path / "4" / "export.yaml").unlink()  # so it is none of ours
-    with FileLock(tmp_path / "2" / ".lock"):
+    with (tmp_path / "2" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         clear_killed(tmp_path / "3")
     assert not killed.exists()
     assert at_work.exists() and mine.exists() and run.exists()
