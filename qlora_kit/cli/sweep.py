@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qlora_kit.cli.line import Line
+from qlora_kit.cli.run_name import named
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import new_run
@@ -22,7 +23,6 @@ PLACE = "hydra.sweep.dir"
 def run_sweep(line: Line) -> int:
     """Check every job, launch them, print the ranked table; exit code 1 when a job failed or the sweep was stopped."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
-    from qlora_kit.cli.train import named
     from qlora_kit.pipelines.job_process import SweepStop
     from qlora_kit.schema.compose import sweep_lines
     from qlora_kit.tracking.tracker import reach_services

@@ -1,14 +1,13 @@
 """`qlora-kit train`: one run, a resumed run, or a sweep."""
 
 from qlora_kit.cli.line import Line, parse_line, run_verb_help
+from qlora_kit.cli.run_name import named
 from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory, find_run, new_run
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
-from qlora_kit.schema.folders import recipe_file
-from qlora_kit.schema.recipe_text import read_recipe_text
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -72,19 +71,3 @@ def _resume(line: Line) -> int:
 
         train(recipe, found, None)
     return EXIT_OK
-
-
-def named(line: Line) -> list[str]:
-    """The overrides, with the run named after its experiment unless the line or the experiment's file names it."""
-    experiment = line.value("experiment")
-    if line.value("name") is not None or experiment is None or "," in experiment or _has_a_name(experiment):
-        return line.overrides
-    return [*line.overrides, f"name={experiment}"]
-
-
-def _has_a_name(experiment: str) -> bool:
-    file = recipe_file("experiment", experiment)
-    try:
-        return file is not None and any(entry.path == ("name",) for entry in read_recipe_text(file).entries())
-    except RecipeError:  # composing tells it, with all else that is wrong
-        return False

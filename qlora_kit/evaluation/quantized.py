@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
+from qlora_kit.core.gptqmodel import set_up_gptqmodel
 from qlora_kit.evaluation.gemm_twin import gemm_twin, is_gemv
 from qlora_kit.model.weight_names import tensor_shapes
 
@@ -35,9 +35,7 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
         RunError: the folder is not GPTQ or AWQ, or its weights cannot be loaded.
     """
     method = quantization_method(folder)
-    # Its default on such machines is one worker, and it may ask itself for two; read when it is first used.
-    if (os.cpu_count() or 1) <= 2:
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    set_up_gptqmodel()
     # The import prints a banner, loading prints a table.
     with contextlib.redirect_stdout(io.StringIO()):
         require("gptqmodel", f"Loading {method.upper()} files")

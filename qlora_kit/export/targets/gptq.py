@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
+from qlora_kit.core.gptqmodel import set_up_gptqmodel
 from qlora_kit.core.say import say
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
@@ -73,7 +73,7 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
     # A stopped library's threads still write, and what cannot be removed yet must not hide why it stopped.
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve(), ignore_cleanup_errors=True) as work:
         made = Path(work) / "quantised"
-        _set_up_environment()
+        set_up_gptqmodel()
         # It writes a folder `logs` into the working folder.
         with contextlib.chdir(work), _quiet(), _progress(model_dir) as layer_done:
             _quantise(model_dir, made, _config(target, plan, Path(work) / "offloaded"), rows, layer_done)
@@ -128,15 +128,6 @@ def _quantise(model_dir: Path, made: Path, config: Any, rows: list[list[int]], l
     model.layer_callback = layer_done
     model.quantize(batch, batch_size=1)
     model.save(str(made))
-
-
-def _set_up_environment() -> None:
-    """Set what gptqmodel reads from the environment, unless the user has."""
-    # Its compiled packing needs a C++ compiler and a minute at the first export; the one in torch takes seconds.
-    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-    if (os.cpu_count() or 1) <= 2:
-        # Its default there is one worker, and its own model loader asks for two.
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_kit.cli.line import parse_line
-from qlora_kit.cli.train import named
+from qlora_kit.cli.run_name import named
 
 
 @pytest.fixture
