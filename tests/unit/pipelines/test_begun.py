@@ -1,6 +1,7 @@
 """What a run writes of itself, in which order, and that a run which goes on trains on the rows that it began with."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -56,8 +57,10 @@ def test_rows_that_changed_since_are_refused(begun, tmp_path):
 def test_the_recipe_is_written_first_and_nothing_twice(begun, monkeypatch):
     run, begin = begun
     written = []
-    write = files_module.write_text
-    monkeypatch.setattr(module, "write_text", lambda path, text: written.append(path.name) or write(path, text))
+    for name in ("write_text", "write_json"):
+        write = getattr(files_module, name)
+        noted = partial(lambda write, path, value: written.append(path.name) or write(path, value), write)
+        monkeypatch.setattr(module, name, noted)
     begin(overrides=["a=1"])
     assert written[0] == "recipe.yaml"
     before = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()}

@@ -112,6 +112,12 @@ def test_turns_inside_a_text_are_told(tmp_path):
     assert finding.places == (f"{tmp_path}/a.jsonl:1",)
 
 
+def test_an_answer_whose_thought_never_ends_is_told(tmp_path):
+    rows = [chat("a", "<think>adding and adding"), chat("b", "<think>adding</think>Four."), chat("<think>c")]
+    finding = findings_in(tmp_path, rows)["thought_not_ended"]
+    assert finding.places == (f"{tmp_path}/a.jsonl:1",)
+
+
 def test_notes_come_from_the_cache_too(tmp_path):
     rows = [chat(FORGED), chat("a")]
     assert findings_in(tmp_path, rows)["special_token_in_text"] == findings_in(tmp_path, rows)["special_token_in_text"]
