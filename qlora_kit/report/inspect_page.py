@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from qlora_kit import __version__
+from qlora_kit.core.shell import is_line
 from qlora_kit.core.units import human_count
 from qlora_kit.data.audit.audit import Audit, PackedBins
 from qlora_kit.data.audit.finding import Finding, Level, counted
@@ -101,7 +102,9 @@ def _finding(found: Finding) -> str:
         places = ", ".join(f"<code>{text(place)}</code>" for place in found.places)
         lines.append(f'<p class="where">{places}</p>')
     if found.fix:
-        lines.append(f'<p class="fix">Fix: <code>{text(found.fix)}</code></p>')
+        # A line is shown as one to paste; advice is words.
+        remedy = f"Fix: <code>{text(found.fix)}</code>" if is_line(found.fix) else f"Do: {text(found.fix)}"
+        lines.append(f'<p class="fix">{remedy}</p>')
     badge = f'<span class="badge {found.level.name}">{WORDS[found.level]}</span>'
     return f'<li data-finding="{text(found.name)}">{badge}<div>{"".join(lines)}</div></li>'
 

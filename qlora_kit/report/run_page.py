@@ -5,6 +5,7 @@ from itertools import pairwise
 from statistics import median
 
 from qlora_kit import __version__
+from qlora_kit.core.shell import is_line
 from qlora_kit.core.units import human_bytes, human_count, human_seconds
 from qlora_kit.data.audit.finding import counted
 from qlora_kit.report.page import page, text
@@ -121,7 +122,10 @@ def seconds_in_steps(run: RunPage) -> float:
 
 
 def _missing(missing: Sequence[Missing]) -> str:
-    items = "".join(
-        f"<li><p>{text(one.what)}</p>{f'<pre>{text(one.fix)}</pre>' if one.fix else ''}</li>" for one in missing
-    )
+    items = "".join(f"<li><p>{text(one.what)}</p>{_remedy(one.fix)}</li>" for one in missing)
     return f'<ul class="missing">{items}</ul>' if items else ""
+
+
+def _remedy(fix: str) -> str:
+    """A line to paste; what is none, as where something is left to fill in, is told as words."""
+    return f"<pre>{text(fix)}</pre>" if is_line(fix) else f"<p>{text(f'Do: {fix}')}</p>" if fix else ""

@@ -74,6 +74,20 @@ def test_every_finding_is_there_with_its_level_as_a_word(content):
     assert words == {word for word in reader.texts if word in words}
 
 
+@pytest.mark.parametrize(
+    ("fix", "shown"),
+    [
+        ("data.max_tokens=64", "Fix: <code>data.max_tokens=64</code>"),
+        ("look at the rows, or data.max_tokens=64", "Do: look at the rows, or data.max_tokens=64"),
+        ("data.train_file=<file>", "Do: data.train_file=&lt;file&gt;"),
+    ],
+)
+def test_only_a_line_is_shown_as_one(content, fix, shown):
+    findings = (Finding(Level.error, "broken", "it broke", (), 1, fix),)
+    changed = dataclasses.replace(content, audit=dataclasses.replace(content.audit, findings=findings))
+    assert f'<p class="fix">{shown}</p>' in inspect_page(changed)
+
+
 def test_text_of_rows_cannot_act_as_html(content):
     tokens = (ShownToken(1, NASTY, True, False), ShownToken(2, NASTY, False, True))
     finding = Finding(Level.warning, NASTY, NASTY, (NASTY,), 1, NASTY)

@@ -1,5 +1,6 @@
 """The page of a run: what it says, what it says is missing, and that no text of a run acts as HTML."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,7 +9,7 @@ import pytest
 
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page import headline, run_page, seconds_in_steps, verdict
-from qlora_kit.report.run_page_facts import Artifact, Environment
+from qlora_kit.report.run_page_facts import Artifact, Environment, Missing
 from qlora_kit.report.run_page_fidelity import fidelity_table, remarks, size_against_kl
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.report.run_page_record import hardware_of
@@ -321,3 +322,14 @@ def test_what_lora_reaches_is_shown_as_training_said_it(finished):
     put(finished.reach, {"lines": ["LoRA on 8 of 14 linear modules", "warning: 3 of 4 weights are not quantized"]})
     shown = text_of(run_page(read_run(finished)))
     assert "Reaches LoRA on 8 of 14 linear modules; warning: 3 of 4 weights are not quantized" in shown
+
+
+@pytest.mark.parametrize(
+    ("fix", "shown"),
+    [
+        ("qlora-kit eval 'run=a b'", "<pre>qlora-kit eval &#x27;run=a b&#x27;</pre>"),
+        ("qlora-kit export base=<model>", "<p>Do: qlora-kit export base=&lt;model&gt;</p>"),
+    ],
+)
+def test_only_a_line_is_shown_to_be_pasted(killed, fix, shown):
+    assert shown in run_page(dataclasses.replace(read_run(killed), missing=[Missing("It lacks one.", fix)]))
