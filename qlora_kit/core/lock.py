@@ -146,5 +146,5 @@ def _noted(file: Path) -> Holder:
     try:
         noted = json.loads(file.read_text(encoding="utf-8"))
         return Holder(int(noted["pid"]), str(noted["doing"]), str(noted["since"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Holder()

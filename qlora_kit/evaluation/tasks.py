@@ -20,7 +20,7 @@ def judge(task: Task, answer: str, expected: str) -> bool:
         wanted = json.loads(expected)
         try:
             given = json.loads(answer)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return False
         return _same(given, wanted)
     raise ValueError(f"there is nothing to judge with task={task.name}")

@@ -1,12 +1,11 @@
 """Checkpoints that are complete or do not count: a mark, written last, names every file with its size and hash."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.files import quick_hash, remove, sync, write_json
+from qlora_kit.core.files import quick_hash, read_json, remove, sync, write_json
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 
@@ -115,8 +114,8 @@ def _listed(checkpoint: Path) -> Mapping[str, tuple[int, str]] | None:
     if not (checkpoint / MARK).exists():
         return {}
     try:
-        files = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["files"]
+        files = read_json(checkpoint / MARK)["files"]
         listed = {Path(name).name: (int(file["bytes"]), str(file["xxh3_128"])) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return listed if listed else None

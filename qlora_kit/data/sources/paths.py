@@ -2,13 +2,12 @@
 
 import difflib
 import glob
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import typed_path
+from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.sources.compressed import COMPRESSED_SUFFIXES, kind_suffix
 from qlora_kit.data.sources.readers import CSV_SUFFIXES, JSON_SUFFIXES, TextFile
@@ -70,11 +69,19 @@ def _hub(config: SourceConfig, setting: str) -> Part:
     return HubSet(config.path, str(config.revision), config.subset, config.split, setting)
 
 
+def _splits(file: Path) -> list[str]:
+    splits = read_json(file).get("splits")
+    names = splits if isinstance(splits, list) else []
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names):
+        raise RecipeError(f"{file} lists no splits, so it was not saved by datasets", str(file))
+    return names
+
+
 def _saved(folder: Path, config: SourceConfig, setting: str) -> Part:
     if (folder / SAVED_SET).is_file():
         return SavedSet(folder)
     if (folder / SAVED_SPLITS).is_file():
-        splits = json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+        splits = _splits(folder / SAVED_SPLITS)
         if config.split not in splits:
             is_source = setting.endswith(".path")
             raise RecipeError(

@@ -1,12 +1,12 @@
 """Hyper-parameters and general.* keys of a GGUF file, in llama.cpp's spelling."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.files import read_json
 from qlora_kit.export.gguf.architectures import (
     Architecture,
     ConfigFields,
@@ -37,7 +37,7 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 def stop_token_ids(model_dir: Path, config: ConfigFields) -> list[int]:
     """The ids that end a generation in transformers: generation_config.json, or else config.json."""
     path = model_dir / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     stated = settings.get("eos_token_id")
     if stated is None:
         stated = config.get("eos_token_id")

@@ -3,12 +3,12 @@
 A call reads what it gives and no more, without torch, and lets other threads run meanwhile.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.files import read_json
 from qlora_kit.export.merging.read_base import read_header
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
 def _weight_files(model_dir: Path) -> list[Path]:
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table: dict[str, str] = read_json(index)["weight_map"]
         return sorted({model_dir / name for name in table.values()})
     return sorted(model_dir.glob("model*.safetensors"))
 

@@ -32,8 +32,8 @@ def test_where_text_is_cut_into_turns_matters_for_the_comparison(tmp_path):
 
 def test_a_held_out_answer_that_the_task_cannot_judge_is_found_before_training(tmp_path):
     train = write(tmp_path / "train.jsonl", ("a", "b"))
-    held_out = write(tmp_path / "held_out.jsonl", ("c", '{"d":1}'), ("e", "f"))
-    message = refusal(DataConfig(train_file=train, eval_file=held_out, max_tokens=64, task=Task.json_exact_match))
+    held_out = write(tmp_path / "held_out.jsonl", ("c", '{"d":1}'), ("e", "f"), ("g", "1" * 5_000))
+    message = refusal(DataConfig(train_file=train, eval_file=held_out, max_tokens=8192, task=Task.json_exact_match))
     assert "data.task=json_exact_match, but this held-out answer is not JSON" in message
     assert f"{held_out}:2" in message
     assert f"{held_out}:1" not in message

@@ -26,6 +26,7 @@ from qlora_kit.schema.data import Task
         ('{"a":1', '{"a":1}', False),
         ("", '{"a":1}', False),
         ("[" * 100_000, '{"a":1}', False),
+        ("1" * 5_000, "1", False),
         ("3", "3", True),
     ],
 )

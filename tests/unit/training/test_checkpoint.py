@@ -57,6 +57,10 @@ def a_folder(path):
     path.mkdir()
 
 
+def nested(path):
+    path.write_text("[" * 100_000)
+
+
 def without_names(path):
     path.write_text(json.dumps({"files": {}}))
 
@@ -75,6 +79,7 @@ DAMAGES = [
     (MARK, cut, f"{MARK} cannot be read"),
     (MARK, emptied, f"{MARK} cannot be read"),
     (MARK, garbage, f"{MARK} cannot be read"),
+    (MARK, nested, f"{MARK} cannot be read"),
     (MARK, without_names, f"{MARK} cannot be read"),
 ]
 

@@ -76,6 +76,12 @@ def test_a_saved_folder(saved):
     assert source(saved).files == (str(saved / "train"),)
 
 
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "{}", '{"splits": 5}', '{"splits": []}', '{"splits": ["../x"]}'])
+def test_a_list_of_splits_that_is_none_is_refused(saved, text):
+    (saved / "dataset_dict.json").write_text(text)
+    assert "dataset_dict.json" in refusal(saved, split="test")
+
+
 def test_a_split_that_a_saved_folder_does_not_have(saved):
     message = refusal(saved, split="dev")
     assert f"{saved} has no split 'dev'; it has train, test" in message
