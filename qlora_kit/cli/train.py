@@ -53,17 +53,18 @@ def _resume(line: Line) -> int:
     from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import Composed, load_recipe
 
+    name = line.value("resume") or "latest"
+    found = find_run(name, finished=False)  # first: of a finished run no line without the other words would work
     others = [override for override in line.overrides if not override.startswith(("resume=", "debug="))]
     if others or line.is_multirun:
         raise RecipeError(
             f"a resumed run keeps the recipe it was started with; {' '.join([*others, *line.flags])} would change it",
             "the command line",
-            shell_line(["qlora-kit", "train", override("resume", line.value("resume"))]),
+            shell_line(["qlora-kit", "train", override("resume", name)]),
         )
     from qlora_kit.pipelines.job_process import end_with_sweep
 
     end_with_sweep()
-    found = find_run(line.value("resume") or "latest", finished=False)
     with hold(found.path, "train"):
         find_run(str(found.path), finished=False)  # whoever held it may have finished it
         recipe = check_train(Composed(load_recipe("train", found.recipe), {}, {}))

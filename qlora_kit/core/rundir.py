@@ -228,6 +228,10 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         again = shell_line(["qlora-kit", "train", override("resume", name)])
         raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", again)
     if not finished and run.is_finished:
-        raise RecipeError(f"the run {name} is finished; there is nothing to resume", f"resume={name}")
+        what = (
+            f"the run {name} is finished; there is nothing to resume, and more steps are a new run: "
+            "the line that began this one, with the settings that are to be other ones"
+        )
+        raise RecipeError(what, f"resume={name}")
     refuse_links_outside(run.path)
     return run

@@ -71,15 +71,3 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workshop, uninterrupted, tmp_path):
 def test_nothing_is_written_outside_the_run_directory(uninterrupted):
     folder = uninterrupted.parent.parent.parent
     assert [path.name for path in folder.iterdir()] == ["outputs"]
-
-
-def test_a_finished_run_is_not_resumed(uninterrupted):
-    done = kit(uninterrupted, "train", f"resume={uninterrupted}")
-    assert done.returncode == 2
-    assert "is finished; there is nothing to resume" in done.stderr
-
-
-def test_a_resumed_run_keeps_its_recipe(uninterrupted):
-    done = kit(uninterrupted, "train", f"resume={uninterrupted}", "lora.r=4")
-    assert done.returncode == 2
-    assert "lora.r=4 would change it" in done.stderr
