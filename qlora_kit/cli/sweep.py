@@ -108,7 +108,7 @@ def _conclude(sweep: Path, recipe: TrainRecipe) -> int:
         (
             str(rank) if row.objective is not None else "-",
             str(row.job),
-            f"{row.objective:.4f}" if row.objective is not None else "failed",
+            row.shown,
             " ".join(override for override in row.overrides if override not in shared),
             row.error.splitlines()[0] if row.error else "",
         )

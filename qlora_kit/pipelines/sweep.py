@@ -19,17 +19,30 @@ from qlora_kit.schema.sweep import Direction
 
 JOB_RECORD = "job.json"
 LOG = "log.txt"
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job of a sweep: what was overridden, and what came of it."""
+    """One job of a sweep: what was overridden, and what came of it.
+
+    Attributes:
+        status: `finished`, `stopped` (it can be gone on with) or `failed`; empty in records of earlier releases.
+    """
 
     job: int
     overrides: list[str]
     folder: str
     objective: float | None
     error: str
+    status: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The objective, or why there is none in a word; of a record without a status, as its error says."""
+        if self.objective is not None:
+            return f"{self.objective:.4f}"
+        return self.status or (STOPPED if self.error.startswith(STOPPED) else FAILED)
 
 
 @dataclass(frozen=True)
@@ -113,16 +126,18 @@ def _row(job: Job, code: int) -> JobRow:
     if code == 0 and result.is_file():
         value = read_json(result).get(objective)
         if value is not None:
-            return JobRow(job.number, job.overrides, str(job.folder), float(value), "")
-        return JobRow(job.number, job.overrides, str(job.folder), None, f"result.json has no '{objective}'")
-    return JobRow(job.number, job.overrides, str(job.folder), None, _last_error(job.folder / LOG, code))
+            return JobRow(job.number, job.overrides, str(job.folder), float(value), "", FINISHED)
+        return JobRow(job.number, job.overrides, str(job.folder), None, f"result.json has no '{objective}'", FAILED)
+    error = _last_error(job.folder / LOG, code)
+    status = STOPPED if error.startswith(STOPPED) else FAILED
+    return JobRow(job.number, job.overrides, str(job.folder), None, error, status)
 
 
 def _last_error(log: Path, code: int) -> str:
     lines = [
         line
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.startswith(("error: ", "stopped"))
+        if line.startswith(("error: ", STOPPED))
     ]
     if lines and code > 0:
         return lines[-1].removeprefix("error: ")

@@ -87,6 +87,7 @@ def test_a_stopped_sweep_keeps_its_checkpoint_and_table_and_goes_on(workshop, tm
     assert not (folder / "1").exists()
     (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
     assert row["error"].startswith("stopped at step ")
+    assert row["status"] == "stopped"
     (line,) = [one for one in said.splitlines() if one.startswith("  to go on  ")]
     assert f"hydra.sweep.dir={folder.relative_to(tmp_path)}" in line
     first = json.loads((folder / "0" / "metrics.jsonl").read_text().splitlines()[0])

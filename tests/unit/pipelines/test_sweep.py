@@ -8,7 +8,7 @@ import pytest
 from qlora_kit.core.errors import RunError
 from qlora_kit.pipelines import sweep as module
 from qlora_kit.pipelines.job_process import STOP, SweepStop
-from qlora_kit.pipelines.sweep import Job, ranked, run_job
+from qlora_kit.pipelines.sweep import Job, JobRow, ranked, run_job
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -58,14 +58,19 @@ def test_a_failed_job_is_a_row_and_the_worst_there_is(sweep, direction):
         (0, 0.5, ""),
         (1, None, "no rows"),
     ]
+    assert [row.shown for row in ranked(place, direction)] == ["0.5000", "failed"]
 
 
 def test_a_stopped_job_is_a_row_that_says_so_and_goes_on(sweep):
     place, begun, run = sweep
     run(0, code=1, said="stopping\nstopped at step 3 of 8; the checkpoint is saved\n  fix  x\n")
-    assert ranked(place, Direction.minimize)[0].error == "stopped at step 3 of 8; the checkpoint is saved"
+    (row,) = ranked(place, Direction.minimize)
+    assert row.error == "stopped at step 3 of 8; the checkpoint is saved"
+    assert row.status == row.shown == "stopped"
     assert run(0) == 0.5
     assert len(begun) == 2
+    (row,) = ranked(place, Direction.minimize)
+    assert (row.status, row.shown) == ("finished", "0.5000")
 
 
 def test_after_a_stop_no_job_begins(sweep):
@@ -81,3 +86,8 @@ def test_the_run_of_another_recipe_is_left_alone(sweep):
     with pytest.raises(RunError, match="holds a run of another recipe"):
         run(seed_name="other")
     assert len(begun) == 1
+
+
+@pytest.mark.parametrize(("error", "shown"), [("stopped at step 3 of 8", "stopped"), ("no rows", "failed")])
+def test_a_record_of_an_earlier_release_has_its_status_in_its_error(error, shown):
+    assert JobRow(0, [], "x", None, error).shown == shown
