@@ -40,6 +40,6 @@ def run(arguments: list[str]) -> int:
         subject = open_evaluated_base(recipe.base)
     rows = evaluate(subject, recipe.eval)
     table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
-    print_scores(str(subject.directory.path), table, subject.models[-1])
+    print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
     raise_what_was_rejected(rows)
     return EXIT_OK

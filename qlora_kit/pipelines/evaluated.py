@@ -49,6 +49,11 @@ class Evaluated(ABC):
 
     @property
     @abstractmethod
+    def reference(self) -> str:
+        """What all are compared with, and how its weights are stored."""
+
+    @property
+    @abstractmethod
     def exportable(self) -> Exportable:
         """What its files were exported from."""
 
@@ -82,6 +87,11 @@ class EvaluatedRun(Evaluated):
         self.task = opened.recipe.data.task
 
     @property
+    def reference(self) -> str:
+        """The trained model, its base as it was trained on."""
+        return f"the trained model (base {self._opened.recipe.quant.kind.stored} + adapter)"
+
+    @property
     def exportable(self) -> TrainedRun:
         """The run."""
         return TrainedRun.of(self._opened)
@@ -113,6 +123,11 @@ class EvaluatedBase(Evaluated):
         self.base_folder = base.base.folder
         self.tokenizer = base.tokenizer
         self.task = base.recipe.data.task if names_rows(base.recipe.data) else Task.none
+
+    @property
+    def reference(self) -> str:
+        """The base, its weights as they are stored."""
+        return "the base as it is stored"
 
     @property
     def exportable(self) -> UntrainedBase:

@@ -12,20 +12,19 @@ _ORDER = (
     *("artifact", "size", "loss", "to adapter", "to base", "perplexity", "mean KL", "p99 KL", "same top"),
     *("exact match", "stops", "text perplexity", "tokens/s"),
 )
-# What the others are compared with, by its name in the table.
-REFERENCES = {"adapter": "the trained model (base in 4 bit + adapter)", "base": "the base in 16 bit"}
 _BETWEEN = 2  # blanks between two columns
 
 Cells = dict[str, str]
 
 
-def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str = "adapter") -> None:
+def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str, words: str) -> None:
     """Print one line an artifact: size, fit, distance from the reference, task, stops, speed.
 
     With 95% intervals where the terminal is wide enough for them. Reads the rows of eval.json of any version.
 
     Args:
-        reference: a name of `REFERENCES`.
+        reference: what the others are compared with, by its name in the table.
+        words: what that is.
     """
     shown = [_cells(row, reference, with_intervals=True) for row in rows]
     is_wide = _width(shown) <= SafeConsole().width
@@ -33,7 +32,7 @@ def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str =
         shown = [_cells(row, reference, with_intervals=False) for row in rows]
     columns = _columns(shown)
     notes = ", with 95% intervals by row" if is_wide else ""
-    heading = f"{title}: KL in nats against {REFERENCES[reference]}{notes}"
+    heading = f"{title}: KL in nats against {words}{notes}"
     print_table(heading, columns, [[cells.get(column, "-") for column in columns] for cells in shown])
 
 

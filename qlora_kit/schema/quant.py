@@ -19,6 +19,11 @@ class QuantKind(Enum):
         """Whether weights are stored in 4 bits."""
         return self in (QuantKind.nf4, QuantKind.fp4)
 
+    @property
+    def stored(self) -> str:
+        """How weights are stored, in words."""
+        return "in 4 bit" if self.is_4bit else "in 8 bit" if self is QuantKind.int8 else "not quantized"
+
 
 class ComputeDtype(Enum):
     """Number format of matrix products and activations."""

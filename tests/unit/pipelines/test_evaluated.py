@@ -7,15 +7,19 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.pipelines.evaluate import evaluate
-from qlora_kit.pipelines.evaluated import open_evaluated_base
+from qlora_kit.pipelines.evaluated import EvaluatedRun, open_evaluated_base
 from qlora_kit.pipelines.named_base import named_base
+from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.untrained_base import open_base
 from qlora_kit.schema.data import AUTO, DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig, GgufTarget
-from qlora_kit.schema.root import ExportRecipe
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 from tests.tiny_models import build_tiny_model
 
 
@@ -154,3 +158,12 @@ def test_without_its_record_of_rows_the_rows_are_taken_as_they_are(exported, tmp
     base, _ = exported(replace(chats(tmp_path)))
     base.directory.data.unlink()
     assert len(open_evaluated_base("there").rows(EvalConfig(), 0).scored) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"), [("nf4", "in 4 bit"), ("fp4", "in 4 bit"), ("int8", "in 8 bit"), ("none", "not quantized")]
+)
+def test_the_table_names_the_model_that_was_trained(tmp_path, kind, stored):
+    recipe = TrainRecipe(name="r", model=ModelConfig(source="b"), quant=QuantConfig(kind=QuantKind(kind)))
+    opened = OpenedRun(RunDirectory(tmp_path), recipe, tmp_path, None)
+    assert EvaluatedRun(opened).reference == f"the trained model (base {stored} + adapter)"

@@ -46,16 +46,16 @@ OLD = {
 
 def lines(capsys, rows, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    print_scores("outputs/x", rows)
+    print_scores("outputs/x", rows, "adapter", "the trained model (base in 8 bit + adapter)")
     return capsys.readouterr().out.splitlines()
 
 
 def test_files_of_a_base_are_compared_with_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     change = {"loss_change": 0.0, "loss_change_interval": (0.0, 0.0)}
-    print_scores("x", [{**ROW, "name": "base", "fidelity": {**FIT, **change}}, ROW], "base")
+    print_scores("x", [{**ROW, "name": "base", "fidelity": {**FIT, **change}}, ROW], "base", "the base as it is stored")
     title, head, base, file = capsys.readouterr().out.splitlines()
-    assert title == "x: KL in nats against the base in 16 bit"
+    assert title == "x: KL in nats against the base as it is stored"
     assert "to base" in head and "to adapter" not in head
     assert "+0.0040" in file and file.rstrip().endswith("worse than the base")
     assert "+0.0000" not in base and "worse" not in base
@@ -64,7 +64,7 @@ def test_files_of_a_base_are_compared_with_it(capsys, monkeypatch):
 def test_a_wide_terminal_shows_intervals(capsys, monkeypatch):
     title, head, row = lines(capsys, [ROW], 250, monkeypatch)
     assert title == (
-        "outputs/x: KL in nats against the trained model (base in 4 bit + adapter), with 95% intervals by row"
+        "outputs/x: KL in nats against the trained model (base in 8 bit + adapter), with 95% intervals by row"
     )
     assert head.split("  ")[0].startswith("artifact")
     for part in (
