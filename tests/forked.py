@@ -57,6 +57,7 @@ def run_forked(
         limit: seconds after which the child and its children are killed.
     """
     log = folder.parent / f".{folder.name}.log"
+    log.touch()  # a child that is killed at once opens none
     before = _resident()
     began = time.monotonic()
     child = os.fork()

@@ -50,6 +50,11 @@ class RunDirectory:
         return self.path / "data.json"
 
     @property
+    def base(self) -> Path:
+        """Hashes of the base that it is trained on."""
+        return self.path / "base.json"
+
+    @property
     def reach(self) -> Path:
         """What of the base is adapted, what is left out, and what stays in 16 bit."""
         return self.path / "reach.json"

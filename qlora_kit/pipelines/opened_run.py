@@ -13,6 +13,7 @@ from qlora_kit.data.prepare import HeldOutRows, PreparedData, later_rows, prepar
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.same_base import refuse_other_base
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.root import TrainRecipe
@@ -113,6 +114,7 @@ def open_run(name: str, later: LaterRows | None = None) -> OpenedRun:
     directory = find_run(name, finished=True)
     recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
     base_folder = locate_base(recipe.model)
+    refuse_other_base(directory, base_folder, is_trained=True)
     return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter), later or LaterRows())
 
 

@@ -34,6 +34,7 @@ from qlora_kit.pipelines.failed_training import base_fits, explained, first_step
 from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
+from qlora_kit.pipelines.same_base import note_base, refuse_other_base
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
@@ -76,12 +77,14 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     quiet_libraries()
     refuse_other_kinds(recipe.model)
     base_folder = locate_base(recipe.model)
+    refuse_other_base(run, base_folder, is_trained=False)
     reach = reach_of(recipe, base_folder)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
     data = rows_of(recipe, run, base_folder, tokenizer)
     packing = packing_of(recipe.data, data)
     gate(audit_of(recipe, data, packing, base_folder, tokenizer))
     describe(recipe, run, overrides, data)
+    note_base(run, base_folder)
     write_json(run.reach, reach.record())
 
     checkpoint = last_complete(run.checkpoints)

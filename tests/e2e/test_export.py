@@ -56,7 +56,8 @@ def test_wandb_without_a_key_stays_in_the_run_directory(trained):
 
 def test_a_run_directory_is_complete(trained):
     run = only_run(trained[0])
-    names = {"recipe.yaml", "overrides.txt", "environment.json", "data.json", "metrics.jsonl", "result.json", "adapter"}
+    names = {"recipe.yaml", "overrides.txt", "environment.json", "base.json", "data.json"}
+    names |= {"metrics.jsonl", "result.json", "adapter"}
     assert names <= {path.name for path in run.iterdir()}
     assert "data.max_tokens=128" in (run / "overrides.txt").read_text()
     assert read_json(run / "data.json")["train"]["rows"] == 32

@@ -1,5 +1,6 @@
 """A run's rows are read again only as they were; held-out rows may be given later."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,10 +11,14 @@ from qlora_kit.core.files import write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
-from qlora_kit.pipelines.opened_run import OpenedRun, refuse_changed
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
+from qlora_kit.pipelines.same_base import note_base
+from qlora_kit.schema.compose import compose_recipe, recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows, Task
 from qlora_kit.schema.root import TrainRecipe
 from tests.prepared_rows import TOKENIZER, write
+from tests.tiny_models import build_tiny_model
 
 
 def summary(train, held_out=None):
@@ -60,6 +65,22 @@ def run(tmp_path):
         return OpenedRun(RunDirectory(tmp_path / "run"), recipe, tmp_path, TOKENIZER, rows)
 
     return opened
+
+
+def test_a_run_whose_base_changed_is_not_opened(tmp_path):
+    base, run = tmp_path / "base", RunDirectory(tmp_path / "run")
+    build_tiny_model("llama", base)
+    run.adapter.mkdir(parents=True)
+    line = ["data=rows", f"model.source={base}", f"data.train_file={write(tmp_path / 'train.jsonl', *PAIRS)}"]
+    run.recipe.write_text(recipe_yaml(compose_recipe("train", [*line, "data.max_tokens=64"]).recipe))
+    run.result.write_text("{}")
+    load_tokenizer(base).save_pretrained(run.adapter)
+    note_base(run, base)
+    assert open_run(str(run.path)).base_folder == base
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(RecipeError, match=r"config\.json of the base .* changed since the run was trained"):
+        open_run(str(run.path))
 
 
 def test_a_run_without_held_out_rows_says_how_to_give_some(run):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.engine.fast import FastLayer
 from qlora_kit.pipelines.train import train
@@ -202,6 +202,11 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(workshop, tm
     cut_back(run, STEPS)
     if killed_before == "the held-out loss":
         run.metrics.write_text("".join(metrics.splitlines(keepends=True)[:-1]))
+    base = run.base.read_text()
+    run.base.write_text(base.replace('"config.json": "', '"config.json": "other'))
+    with pytest.raises(RecipeError, match=r"config\.json of the base .* changed since the run was begun"):
+        train(recipe, run, [])
+    run.base.write_text(base)
     with Seen() as seen:
         again = train(recipe, run, [])
     assert not any(with_gradients for with_gradients, _, _ in seen.modes)
