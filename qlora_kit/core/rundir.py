@@ -1,9 +1,11 @@
 """A run directory: one place for everything that a run made, and how to find it again."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import has_magic
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 
 OUTPUTS = Path("outputs")
+MOST_NAMED = 3  # runs in a message
 JUST_MADE = 60  # seconds; an empty folder that is younger may be one that a run begins in
 
 
@@ -200,18 +203,35 @@ def _all_runs() -> list[RunDirectory]:
     return [RunDirectory(recipe.parent) for recipe in newest_first]
 
 
-def refuse_no_run(run: RunDirectory, name: str) -> None:
+def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) -> None:
     """Refuse a folder that `run=<name>` cannot mean.
 
+    Args:
+        finished: the state that is wanted, None for either; `resume` was given the name of an unfinished one.
     Raises:
-        RecipeError: it holds no recipe of a training run.
+        RecipeError: it holds no recipe of a training run; with the runs that there are.
     """
     if run.recipe.is_file():
         return
+    key = "resume" if finished is False else "run"
     if run.export_recipe.is_file():
         what = f"{name} is not a run directory: it holds exports of a base that was never trained"
-        raise RecipeError(what, f"run={name}", f"qlora-kit eval base={name}, or qlora-kit report base={name}")
-    raise RecipeError(f"{name} is not a run directory: it holds no recipe.yaml", f"run={name}", "run=latest")
+        raise RecipeError(what, f"{key}={name}", f"qlora-kit eval base={name}, or qlora-kit report base={name}")
+    known = [found.path for found in _all_runs() if finished in (None, found.is_finished)]
+    meant = [path for path in known if fnmatch(str(path), name) or run.path.absolute() in path.absolute().parents]
+    what = f"{name} is not a run directory: it holds no recipe.yaml"
+    if has_magic(name):
+        what = f"{name} is a pattern, and {key}= takes one run"
+    told = "it means" if meant and has_magic(name) else "there are" if len(meant or known) > 1 else "there is"
+    if known:
+        what += f"; {told} {_first_of(meant or known)}"
+    fix = override(key, (meant or known)[0]) if known else "qlora-kit train experiment=<name>"
+    raise RecipeError(what, f"{key}={name}", shell_line([fix]) if known else fix)
+
+
+def _first_of(paths: Sequence[Path]) -> str:
+    rest = len(paths) - MOST_NAMED
+    return ", ".join(map(str, paths[:MOST_NAMED])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def find_run(name: str, *, finished: bool) -> RunDirectory:
@@ -228,7 +248,7 @@ def find_run(name: str, *, finished: bool) -> RunDirectory:
         refuse_links_outside(run.path)
         return run
     run = RunDirectory(typed_path(name))
-    refuse_no_run(run, name)
+    refuse_no_run(run, name, finished)
     if finished and not run.is_finished:
         again = shell_line(["qlora-kit", "train", override("resume", name)])
         raise RecipeError(f"the run {name} has no trained adapter yet", f"run={name}", again)

@@ -154,3 +154,22 @@ def test_a_run_to_resume_that_is_not_there_is_set_by_resume(tmp_path, monkeypatc
     with pytest.raises(RecipeError) as caught:
         find_run("latest", finished=False)
     assert caught.value.problems[0].where == "resume=latest"
+
+
+@pytest.mark.parametrize(
+    ("name", "finished", "what", "fix"),
+    [
+        ("outputs/*", True, "outputs/* is a pattern, and run= takes one run; it means ", "run=outputs/b/sweep_1/0"),
+        ("none*", True, "none* is a pattern, and run= takes one run; there are ", "run=outputs/b/sweep_1/0"),
+        ("outputs/b/sweep_1", True, "it holds no recipe.yaml; there is outputs/b/sweep_1/0", "run=outputs/b/sweep_1/0"),
+        ("outputs/*", False, "outputs/* is a pattern, and resume= takes one run; it means ", "resume=outputs/a/2"),
+    ],
+)
+def test_a_name_that_is_no_run_is_told_with_the_runs_that_there_are(outputs, monkeypatch, name, finished, what, fix):
+    monkeypatch.chdir(outputs.parent)
+    with pytest.raises(RecipeError) as caught:
+        find_run(name, finished=finished)
+    (problem,) = caught.value.problems
+    assert what in problem.what and problem.fix.startswith(fix)
+    key, _, named = problem.fix.partition("=")
+    assert find_run(named, finished=finished).path.is_dir() and problem.where == f"{key}={name}"
