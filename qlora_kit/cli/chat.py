@@ -1,23 +1,35 @@
 """`qlora-kit chat`: talk to a run's adapter or to any export."""
 
 import argparse
+from typing import NoReturn
 
-from qlora_kit.core.errors import EXIT_OK
+from qlora_kit.core.errors import EXIT_OK, RecipeError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong line as the other verbs do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message, "the command line", "qlora-kit chat --help")
 
 
 def run(arguments: list[str]) -> int:
     """Chat until the input ends; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qlora-kit chat",
         description="Talk to a run's adapter or to any export; an empty line or Ctrl-D ends it.",
         epilog="examples: qlora-kit chat latest | qlora-kit chat outputs/my_run/2026-01-31_12-00-00/exports/gptq_4bit",
     )
-    parser.add_argument("place", nargs="?", default="latest", help="a run directory, a folder of exports/, or latest")
+    parser.add_argument("place", nargs="*", help="a run directory, a folder of exports/, or latest")
     parser.add_argument("--message", help="answer one message and stop")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.print_help()
+        return EXIT_OK
     chosen = parser.parse_args(arguments)
 
-    from qlora_kit.pipelines.chat import chat
+    from qlora_kit.pipelines.chat import chat, refuse_several_places
 
-    chat(chosen.place, chosen.message, chosen.max_new_tokens)
+    refuse_several_places(chosen.place)
+    chat(chosen.place[0] if chosen.place else "latest", chosen.message, chosen.max_new_tokens)
     return EXIT_OK

@@ -1,13 +1,14 @@
 """Chat: a run's adapter or any export, token by token."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.rundir import RunDirectory, newest_run
 from qlora_kit.core.say import say, show
+from qlora_kit.core.shell import shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.data.conversation import Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
@@ -34,6 +35,24 @@ def chat(place: str, message: str | None, max_new_tokens: int) -> None:
             answer += piece
         show("")
         said.append({"role": "assistant", "content": answer})
+
+
+def refuse_several_places(words: Sequence[str]) -> None:
+    """Refuse a line with more than a place: a run and the name of a file of its, or a message without its option.
+
+    Raises:
+        RecipeError: with the line that was probably meant.
+    """
+    if len(words) < 2:
+        return
+    first, *rest = words
+    run = newest_run() if first == "latest" else RunDirectory(Path(first))
+    file = run.exports / rest[0] if run is not None and len(rest) == 1 else None
+    is_file = file is not None and (file / MANIFEST).is_file()
+    told = f"; {rest[0]} is a file of that run" if is_file else "; a message goes behind --message"
+    meant = [file] if is_file else [first, "--message", " ".join(rest)]
+    what = f"chat takes one place, a run or a folder of its exports, not {len(words)} words"
+    raise RecipeError(what + told, "the command line", shell_line(["qlora-kit", "chat", *meant]))
 
 
 def _lines() -> Iterator[str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.cli.chat import run as chat_verb
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_json
 from qlora_kit.model.tokenizer import load_tokenizer
@@ -67,3 +68,26 @@ def test_a_file_that_should_not_be_served_is_called_so_before_it_answers(tmp_pat
     chat(str(tmp_path), "hello", 4)
     assert told[0].startswith(said) and bool(told[0]) == bool(said)
     assert capsys.readouterr().out == "an answer\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["latest", "gguf_q4_k_m"], "qlora-kit chat outputs/a/1/exports/gguf_q4_k_m"),
+        (["outputs/a/1", "gguf_q4_k_m"], "qlora-kit chat outputs/a/1/exports/gguf_q4_k_m"),
+        (["latest", "hello"], "qlora-kit chat latest --message hello"),
+        (["latest", "turn", "on", "it"], "qlora-kit chat latest --message 'turn on it'"),
+        (["latest", "--max-new-tokens", "many"], "qlora-kit chat --help"),
+        (["--model", "x"], "qlora-kit chat --help"),
+    ],
+)
+def test_a_line_that_chat_does_not_take_is_told_with_the_one_that_it_does(tmp_path, monkeypatch, words, fix):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "outputs/a/1/exports/gguf_q4_k_m"
+    file.mkdir(parents=True)
+    (tmp_path / "outputs/a/1/recipe.yaml").write_text("{}")
+    write_json(file / "manifest.json", {})
+    with pytest.raises(RecipeError) as caught:
+        chat_verb(words)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == ("the command line", fix)
