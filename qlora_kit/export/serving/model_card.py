@@ -152,8 +152,9 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
         if counts:
             yield f"| {label} | {counts['rows']:,} | {counts['tokens']:,} | {counts['trained_tokens']:,} |"
     yield ""
-    for hashes in data_hashes(run).values():
-        yield from (f"- {code(name)} sha256 {code(digest)}" for name, digest in hashes.items())
+    files = (file for hashes in data_hashes(run).values() for file in hashes.items())
+    for name, digest in dict.fromkeys(files):  # both splits may be of one file
+        yield f"- {code(name)} sha256 {code(digest)}"
     if run.result.is_file():
         result = read_json(run.result)
         if isinstance(result.get("steps"), int | float) and isinstance(result.get("final_loss"), int | float):

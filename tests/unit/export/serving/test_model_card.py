@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
+from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.serving.facts import BaseFacts
@@ -73,6 +74,11 @@ def test_what_it_was_trained_on_in_counts_and_hashes(facts: Made) -> None:
     assert "| training | 1,200 | 70,584 | 19,820 |" in card
     assert "- `rows.jsonl` sha256 `ab12`" in card and "- `rows.jsonl` sha256 `cd34`" in card
     assert "64 steps, training loss 0.0342 at the end." in card
+
+
+def test_a_file_that_both_splits_are_of_is_listed_once(facts: Made, run: RunDirectory) -> None:
+    run.data.write_text(run.data.read_text().replace("cd34", "ab12"))
+    assert model_card(facts()).count("sha256 `ab12`") == 1
 
 
 def test_a_base_that_was_never_trained(facts: Made, base: Path) -> None:
