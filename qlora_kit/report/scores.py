@@ -12,6 +12,7 @@ _ORDER = (
     *("artifact", "size", "loss", "to adapter", "to base", "perplexity", "mean KL", "p99 KL", "same top"),
     *("exact match", "stops", "text perplexity", "tokens/s"),
 )
+NOTE = "note"  # the last column
 _BETWEEN = 2  # blanks between two columns
 
 Cells = dict[str, str]
@@ -64,7 +65,7 @@ def _cells(row: Mapping[str, Any], reference: str, *, with_intervals: bool) -> C
     if row.get("answered"):
         cells["tokens/s"] = f"{row['tokens_per_second']:.0f}"
     cells.update(_of_the_harness(row))
-    cells[""] = _note(row, reference)
+    cells[NOTE] = _note(row, reference)
     return cells
 
 
@@ -99,8 +100,8 @@ def _note(row: Mapping[str, Any], reference: str) -> str:
 
 def _columns(shown: Sequence[Cells]) -> list[str]:
     """Those that some line has, lm-eval's tasks last before the notes."""
-    present = dict.fromkeys(column for cells in shown for column in cells if column)
-    return [*(column for column in _ORDER if column in present), *(c for c in present if c not in _ORDER), ""]
+    present = dict.fromkeys(column for cells in shown for column in cells if column != NOTE)
+    return [*(column for column in _ORDER if column in present), *(c for c in present if c not in _ORDER), NOTE]
 
 
 def _width(shown: Sequence[Cells]) -> int:

@@ -96,7 +96,7 @@ def test_a_narrow_terminal_shows_the_numbers_alone_on_one_line_each(capsys, monk
 
 def test_what_nobody_asked_for_takes_no_column(capsys, monkeypatch):
     _, head, row = lines(capsys, [OLD], 200, monkeypatch)
-    assert head.split() == ["artifact", "size", "loss", "perplexity", "mean", "KL", "p99", "KL", "same", "top"]
+    assert head.split() == ["artifact", "size", "loss", "perplexity", "mean", "KL", "p99", "KL", "same", "top", "note"]
     assert row.split() == ["base", "1.0", "kB", "0.5000", "1.649", "0.01250", "0.2500", "97.0%"]
     _, head, *rows = lines(capsys, [OLD, ROW], 80, monkeypatch)
     assert rows[0].split()[:6] == ["base", "1.0", "kB", "0.5000", "-", "1.649"]
