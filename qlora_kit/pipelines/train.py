@@ -73,6 +73,10 @@ def _line_to_go_on(run: RunDirectory) -> str:
     return shell_line(["qlora-kit", "train", override("resume", run.path)])
 
 
+def _line_to_export(run: RunDirectory) -> str:
+    return shell_line(["qlora-kit", "export", override("run", run.path), "export=gguf_q4_k_m"])
+
+
 def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, stop: StopOnSignal) -> TrainResult:
     quiet_libraries()
     refuse_other_kinds(recipe.model)
@@ -217,5 +221,6 @@ def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory) -> None:
     device = "GPU memory" if torch.cuda.is_available() else "memory"
     say(f"{result.tokens_per_second:.0f} tokens/s, peak {device} {human_bytes(result.peak_memory_bytes)}")
     say(f"done: {run.path}")
+    say(f"next: {_line_to_export(run)}")
     for warning in result.warnings:
         say(f"warning: {warning}\n  try      {less_learning(recipe, run)}")
