@@ -19,6 +19,8 @@ from qlora_kit.core.errors import (
 )
 from qlora_kit.core.quiet import quiet_loggers
 from qlora_kit.core.say import say
+from qlora_kit.core.signals import Interrupt, came_of_interrupt
+from qlora_kit.core.streams import unfailing_streams
 
 # Rights, file systems that are read-only, files where folders are wanted: nothing that a traceback would explain
 _OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE)
@@ -55,7 +57,18 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
+    with unfailing_streams() as output:
+        code = _main(sys.argv[1:] if arguments is None else arguments)
+        if output is None:
+            return code
+        output.let_go()
+        if output.error is not None:
+            say(f"error: the output cannot be written: {output.error.strerror or output.error}")
+            return code or EXIT_RUN_FAILED
+        return code
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_OK if words else EXIT_BAD_RECIPE
@@ -78,28 +91,37 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
     quiet_loggers()
     # Threads that wait asleep instead of spinning: on two busy cores this was 2.4 times faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    interrupt = Interrupt()
     try:
-        code: int = importlib.import_module(verb.module).run(arguments)
+        with interrupt.listening():
+            code: int = importlib.import_module(verb.module).run(arguments)
         return code
-    except KitError as error:
-        if debug:
+    except BrokenPipeError:
+        return EXIT_OK
+    except BaseException as error:
+        if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
+            raise
+        if debug and not isinstance(error, KeyboardInterrupt):
             say(traceback.format_exc())
+        return _told(error, is_stopped=interrupt.heard or came_of_interrupt(error))
+
+
+def _told(error: BaseException, *, is_stopped: bool) -> int:
+    """Say what ended a verb; returns the exit code.
+
+    Args:
+        is_stopped: whether Ctrl-C is behind the error, whatever a library made of it.
+    """
+    if is_stopped and not isinstance(error, StoppedError):
+        say("stopped")
+        return EXIT_RUN_FAILED
+    if isinstance(error, KitError):
         kind = "" if isinstance(error, StoppedError) else "error: "
         for problem in error.problems:
             say(f"{kind}{problem}")
         return error.exit_code
-    except KeyboardInterrupt:
-        say("stopped")
-        return EXIT_RUN_FAILED
-    except BrokenPipeError:
-        return EXIT_OK
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        if debug:
-            say(traceback.format_exc())
-        say(f"error: {_unforeseen(error)}")
-        return EXIT_RUN_FAILED
+    say(f"error: {_unforeseen(error)}")
+    return EXIT_RUN_FAILED
 
 
 def _unforeseen(error: BaseException) -> Problem:

@@ -29,6 +29,44 @@ def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator
             signal.signal(number, handler)
 
 
+class Interrupt:
+    """Ctrl-C as Python raises it, remembered: libraries turn the exception into errors of their own.
+
+    Attributes:
+        heard: whether it came.
+    """
+
+    def __init__(self) -> None:
+        self.heard = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen inside the block; where Ctrl-C is ignored or somebody else's to handle, nothing changes."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._raise)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.heard = True
+        raise KeyboardInterrupt
+
+
+def came_of_interrupt(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, or was raised while Ctrl-C was on its way up."""
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        one = one.__cause__ or one.__context__
+    return False
+
+
 def tell_at_once(line: str) -> None:
     """Write a line to standard error from within a handler, where print may be at work already.
 

@@ -16,6 +16,7 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.signals import came_of_interrupt
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
@@ -64,7 +65,9 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
         try:
             with stop.listening():
                 return _train(recipe, run, overrides, stop)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, StoppedError) or not (stop.raised or came_of_interrupt(error)):
+                raise
             what = "stopped; what is in the last checkpoint is kept" if run.checkpoints.exists() else "stopped"
             raise StoppedError(what, fix=_line_to_go_on(run) if run.recipe.exists() else "") from None
 

@@ -24,10 +24,15 @@ class StopOnSignal:
     """Turns the first signal to stop into a request to save and stop; the second one ends the process.
 
     Outside of steps there is nothing to save, and the first one ends what is going on.
+
+    Attributes:
+        asked: whether one came.
+        raised: whether one ended what was going on, whatever a library made of that.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.raised = False
         self._in_steps = False
 
     @contextmanager
@@ -47,7 +52,7 @@ class StopOnSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._in_steps or (self.asked and not repeats_by_itself(number)):
-            self.asked = True
+            self.asked = self.raised = True
             raise KeyboardInterrupt
         if not self.asked:
             tell_at_once("stopping after this step; a second signal stops at once")

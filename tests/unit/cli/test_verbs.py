@@ -1,14 +1,19 @@
 """What the command line says of an error that nobody foresaw."""
 
 import errno
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from qlora_kit.cli.verbs import Verb, main, run_verb
+from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.shell import shell_line
 
 
@@ -20,6 +25,8 @@ def failing(monkeypatch):
         module = ModuleType("a_failing_verb")
 
         def run(arguments):
+            if callable(error):
+                return error()
             raise error
 
         module.run = run
@@ -91,6 +98,89 @@ def test_what_the_system_refuses_is_said_in_its_words(failing, capsys, error, sa
 def test_the_users_own_stop_is_not_an_error_of_the_kit(failing, capsys):
     assert run_verb(failing(KeyboardInterrupt()), []) == 1
     assert capsys.readouterr().err == "stopped\n"
+
+
+def interrupted_import(error):
+    """Ctrl-C while a library imports lazily, which makes an error of its own of it."""
+
+    def doing():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+        raise error
+
+    return doing
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("Could not import module 'AutoModel'"), RecipeError("this model cannot be trained")]
+)
+def test_a_stop_that_a_library_made_an_error_of_is_a_stop(failing, capsys, error):
+    assert run_verb(failing(interrupted_import(error)), []) == 1
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_that_was_raised_from_a_stop_is_a_stop(failing, capsys):
+    error = RecipeError("cannot load this model")
+    error.__cause__ = ImportError("numpy")
+    error.__cause__.__context__ = KeyboardInterrupt()
+    assert run_verb(failing(error), []) == 1
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_what_a_stop_left_to_say_is_said(failing, capsys):
+    error = StoppedError("stopped at step 3 of 8; the checkpoint is saved", fix="qlora-kit train resume=outputs/a/1")
+    error.__context__ = KeyboardInterrupt()
+    assert run_verb(failing(error), []) == 1
+    assert capsys.readouterr().err.startswith("stopped at step 3 of 8")
+
+
+def test_a_stop_while_the_command_line_itself_is_imported(tmp_path):
+    # The command line's own modules, as if Ctrl-C came while they are read.
+    (tmp_path / "argv.py").write_text(
+        "import sys\n"
+        "class Stopped:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'qlora_kit.cli.verbs': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stopped())\n"
+        "from qlora_kit.__main__ import main\n"
+        "raise SystemExit(main())\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "argv.py"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "stopped\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("words", [["recipes", "list"], ["--help"], ["train", "--help"]])
+def test_output_that_cannot_be_written_is_said(words):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "qlora_kit", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_what_cannot_be_said_ends_no_work():
+    with Path("/dev/full").open("w") as full:
+        code = (
+            "from qlora_kit.core import streams; from qlora_kit.core.say import say; from tqdm import tqdm\n"
+            "with streams.unfailing_streams():\n"
+            "    say('a' * 100_000)\n"
+            "    list(tqdm(range(3), mininterval=0))\n"
+            "    print('done')\n"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stderr=full, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_reader_that_went_away_ends_the_output_alone():
+    command = f"{sys.executable} -m qlora_kit recipes list | head -0; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
