@@ -64,7 +64,7 @@ def inspect(shown: Inspected, rows: int, page: Path | None = None, console: Cons
 
 
 def gate(audit: Audit) -> None:
-    """Tell the user each warning on standard error, then stop on errors.
+    """Tell the user each warning on standard error, with what mends it, then stop on errors.
 
     Raises:
         RecipeError: with one problem for each finding that is an error.
@@ -72,7 +72,8 @@ def gate(audit: Audit) -> None:
     for finding in audit.findings:
         if finding.level is Level.warning:
             where = f" ({', '.join(finding.places)})" if finding.places else ""
-            say(f"warning: {finding.what}{where}")
+            fix = f"; {_remedy(finding)}: {finding.fix}" if finding.fix else ""
+            say(f"warning: {finding.what}{where}{fix}")
     stop_on_errors(audit)
 
 
@@ -135,10 +136,14 @@ def _add_sources(table: Table, split: str, part: SplitSummary) -> None:
 def _print_finding(finding: Finding, console: Console) -> None:
     line = Text.assemble((f"{finding.level.value:<8}", LEVEL_STYLES[finding.level]), finding.what)
     console.print(line, soft_wrap=True)
-    remedy = "fix" if is_line(finding.fix) else "do"
-    for name, value in (("at", ", ".join(finding.places)), (remedy, finding.fix)):
+    for name, value in (("at", ", ".join(finding.places)), (_remedy(finding), finding.fix)):
         if value:
             console.print(Text(f"        {name:<4}{value}"), soft_wrap=True)
+
+
+def _remedy(finding: Finding) -> str:
+    """What the fix is: a line to paste, or advice."""
+    return "fix" if is_line(finding.fix) else "do"
 
 
 def _page(shown: Inspected, rows: int) -> str:

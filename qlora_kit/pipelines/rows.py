@@ -11,6 +11,7 @@ from qlora_kit.core.units import human_bytes
 from qlora_kit.data.audit.audit import Audit, audit
 from qlora_kit.data.audit.embedding import beyond_embedding
 from qlora_kit.data.audit.finding import by_level
+from qlora_kit.data.audit.unmeasured import nothing_held_out
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.prepare import PreparedData, prepare
@@ -59,8 +60,11 @@ def audit_of(
         packing=packing,
         batch_size=recipe.trainer.batch_size,
     )
-    extra = prompt_finding(Encoder.of(tokenizer).template if recipe.data.apply_chat_template else None)
-    findings = [*found.findings, *([extra] if extra else [])]
+    extra = (
+        prompt_finding(Encoder.of(tokenizer).template if recipe.data.apply_chat_template else None),
+        nothing_held_out(recipe.data, data.train),
+    )
+    findings = [*found.findings, *filter(None, extra)]
     size = _embedding_rows(read_json(base_folder / "config.json"))
     if size is not None:
         findings += beyond_embedding({"training": data.train, "held-out": data.held_out}, tokenizer, size)

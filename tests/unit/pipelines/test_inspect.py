@@ -101,6 +101,7 @@ def test_the_gate_tells_warnings_and_stops_on_errors(tmp_path, capsys):
     assert (
         f"warning: 3 rows hold text decoded with the wrong encoding, such as Ã© for é (100.0%) ({tmp_path}" in told.err
     )
+    assert told.err.splitlines()[0].endswith("train.jsonl:3); do: mend the rows' text")
     assert "pads" not in told.err
     long = "well " * 100
     cut = inspected(config(tmp_path, answer=long, on_long_row=LongRows.cut_end)).audit

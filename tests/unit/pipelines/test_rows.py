@@ -6,7 +6,8 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import rows as rows_module
-from qlora_kit.pipelines.rows import longest_row, packing_of, rows_that_fit
+from qlora_kit.pipelines.inspect import gate
+from qlora_kit.pipelines.rows import audit_of, longest_row, packing_of, rows_that_fit
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -83,3 +84,25 @@ def test_rows_are_packed_into_bins_of_the_limit_only_where_the_recipe_says_so(ba
     assert sorted(packing.rows.tolist()) == list(range(20))
     padded = recipe(train_file=str(file))
     assert packing_of(padded.data, rows_that_fit(padded, base, smollm_tokenizer())) is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "fix"),
+    [
+        ("abc", {}, "fix: data.eval_share=0.02"),
+        ("aaa", {}, "do: data.eval_file=<other rows>"),
+        ("abc", {"eval_share": 0.02}, None),
+        ("abc", {"eval_rows": 1}, None),
+    ],
+)
+def test_where_nothing_is_held_out_one_line_says_so_before_training(base, tmp_path, capsys, prompts, settings, fix):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "completion": "b"}) for prompt in prompts))
+    known = recipe(max_tokens=100, train_file=str(file), cache=False, processes=1, **settings)
+    tokenizer = smollm_tokenizer()
+    data = rows_that_fit(known, base, tokenizer)
+    capsys.readouterr()
+    gate(audit_of(known, data, None, base, tokenizer))
+    said = [line for line in capsys.readouterr().err.splitlines() if "held out" in line]
+    what = "no row is held out, by data.eval_share or data.eval_file, so an export of this run could not be measured"
+    assert said == ([f"warning: {what}; {fix}"] if fix else [])
