@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qlora_kit.core.signals import on_stop_signals, repeats_by_itself, tell_at_once
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.tracking.tracker import Tracker
-from qlora_kit.training.checkpoint import keep_newest, mark_complete
+from qlora_kit.training.checkpoint import keep_newest, mark_complete, whole_or_none
 from qlora_kit.training.finite import refuse_not_finite
 from qlora_kit.training.step_clock import StepClock
 
@@ -142,7 +142,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Declare the checkpoint whole, and let older ones go."""
         if state.is_world_process_zero:
-            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            with whole_or_none(checkpoint):
+                mark_complete(checkpoint)
             keep_newest(Path(str(args.output_dir)), self.keep)
 
     def on_train_end(

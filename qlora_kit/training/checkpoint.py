@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_kit.core.errors import RunError
@@ -30,6 +31,17 @@ def mark_complete(checkpoint: Path) -> None:
     sync(checkpoint.parent)
 
 
+@contextmanager
+def whole_or_none(checkpoint: Path) -> Iterator[None]:
+    """Remove a checkpoint whose writing failed inside the block: on a full disk what is there helps nobody."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove(checkpoint)
+        raise
+
+
 def keep_newest(folder: Path, count: int) -> None:
     """Remove all but the newest `count` checkpoints, once the newest is whole."""
     for _, old in _checkpoints(folder)[:-count]:
@@ -44,22 +56,23 @@ def step_of(checkpoint: Path) -> int:
 def last_complete(folder: Path) -> Path | None:
     """The newest whole checkpoint; None for a run that has none yet.
 
-    A damaged one is told of, and the one before it is taken; what is half-written or damaged goes once a whole one is
-    found.
+    One that is damaged or was not written to its end is told of, and the one before it is taken; both go once a whole
+    one is found.
 
     Raises:
         RunError: every checkpoint is damaged.
     """
     newest_first = [path for _, path in reversed(_checkpoints(folder))]
-    passed, damaged = [], []
+    passed, damaged, begun = [], [], []
     for checkpoint in newest_first:
         if not (checkpoint / MARK).exists() and not (checkpoint / OLD_MARK).exists():
             passed.append(checkpoint)
+            begun.append(f"{checkpoint} was not written to its end, so it is passed over and removed")
         elif faults := list(_faults(checkpoint)):
             passed.append(checkpoint)
             damaged.append(f"{checkpoint} is damaged: {', '.join(faults)}")
         else:
-            for line in damaged:
+            for line in [*damaged, *begun]:
                 say(f"{line}; going on from {checkpoint.name}")
             if not (checkpoint / MARK).exists():
                 say(f"{checkpoint} does not say what its files were, so they could not be verified")
@@ -69,6 +82,8 @@ def last_complete(folder: Path) -> Path | None:
         again = ["qlora-kit", "train", override("resume", folder.parent)]
         what = "\n".join(["no checkpoint of this run is whole, so it can only start again from step 0", *damaged])
         raise RunError(what, str(folder), f"{shell_line(['rm', '-r', folder])} && {shell_line(again)}")
+    for line in begun:
+        say(f"{line}; there is no other one")
     _remove_all(passed)
     return None
 

@@ -19,6 +19,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.order import Order
 from qlora_kit.engine.fast import FastEngine
+from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.flat_optimizer import flat
 
@@ -273,7 +274,8 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             NotFiniteError: a trained weight is not finite.
         """
         refuse_weights_not_finite(self.model, self.state.global_step)
-        super()._save_checkpoint(model, trial)
+        with whole_or_none(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' optimizer; one of bitsandbytes runs over flat buffers."""

@@ -1,5 +1,6 @@
 """A whole run of a tiny model: every module trains in training mode, held-out passes do not, and layers run again."""
 
+import errno
 import json
 import random
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from qlora_kit.schema.optim import OptimConfig, OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training import checkpoint as checkpoint_module
 from qlora_kit.training.checkpoint import MARK
 from qlora_kit.training.result import TrainResult
 from qlora_kit.training.trainer import KitTrainer
@@ -238,6 +241,31 @@ def typed(workshop):
         "trainer.batch_size=2",
         "optim.learning_rate=1e9",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["rng_state.pth", MARK])
+def test_of_a_checkpoint_that_a_full_disk_cut_nothing_is_left(workshop, tmp_path, monkeypatch, file):
+    run = RunDirectory(tmp_path / "run")
+    number, save, mark = f"checkpoint-{2 * SAVED - 1}", torch.save, checkpoint_module.write_json
+
+    def full(path):
+        if Path(path).parent.name == number and Path(path).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def saving(what, path, *rest):
+        full(path)
+        save(what, path, *rest)
+
+    def marking(path, what):
+        full(path)
+        mark(path, what)
+
+    monkeypatch.setattr(torch, "save", saving)
+    monkeypatch.setattr(checkpoint_module, "write_json", marking)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe_for(workshop, eval_every_steps=None), run, None)
+    assert [folder.name for folder in run.checkpoints.iterdir()] == [f"checkpoint-{SAVED}"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A checkpoint counts only when it is whole; a damaged one is named, and the one before is taken."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.training.checkpoint import MARK, keep_newest, last_complete, mark_complete, step_of
+from qlora_kit.training.checkpoint import MARK, keep_newest, last_complete, mark_complete, step_of, whole_or_none
 
 FILES = (
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"),
@@ -114,6 +115,9 @@ def test_the_newest_whole_one_wins_and_half_written_ones_go(tmp_path, capsys):
     assert found == tmp_path / "checkpoint-10"
     assert step_of(found) == 10
     assert not (tmp_path / "checkpoint-100").exists()
+    said = f"{tmp_path / 'checkpoint-100'} was not written to its end, so it is passed over and removed"
+    assert capsys.readouterr().err == f"{said}; going on from checkpoint-10\n"
+    assert last_complete(tmp_path) == found
     assert capsys.readouterr().err == ""
 
 
@@ -136,9 +140,21 @@ def test_one_of_an_older_kit_is_taken_with_a_word(tmp_path, capsys):
         last_complete(tmp_path)
 
 
-def test_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_one_that_cannot_be_written_to_its_end_is_removed(tmp_path, error):
+    before = whole(tmp_path, 2)
+    with pytest.raises(type(error)), whole_or_none(tmp_path / "checkpoint-4"):
+        written(tmp_path, 4)
+        raise error
+    with pytest.raises(type(error)), whole_or_none(tmp_path / "checkpoint-4"):
+        raise error  # before there is a folder
+    assert list(tmp_path.iterdir()) == [before]
+
+
+def test_no_checkpoint(tmp_path, capsys):
     written(tmp_path, 3)
     assert last_complete(tmp_path) is None
+    assert "checkpoint-3 was not written to its end" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert last_complete(tmp_path / "absent") is None
 
