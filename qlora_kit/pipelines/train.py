@@ -33,6 +33,7 @@ from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
 from qlora_kit.pipelines.inspect import gate
+from qlora_kit.pipelines.next_line import line_to_export
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.pipelines.same_base import note_base, refuse_other_base
@@ -74,10 +75,6 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
 
 def _line_to_go_on(run: RunDirectory) -> str:
     return shell_line(["qlora-kit", "train", override("resume", run.path)])
-
-
-def _line_to_export(run: RunDirectory) -> str:
-    return shell_line(["qlora-kit", "export", override("run", run.path), "export=gguf_q4_k_m"])
 
 
 def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, stop: StopOnSignal) -> TrainResult:
@@ -136,7 +133,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             resumed_from=step or None,
         )
         write_json(run.result, result.record())
-    _tell(result, recipe, run)
+    _tell(result, recipe, run, base_folder)
     return result
 
 
@@ -218,12 +215,12 @@ def _result(
     )
 
 
-def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory) -> None:
+def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory, base_folder: Path) -> None:
     if result.eval_loss is not None:
         say(f"held-out loss {result.eval_loss:.4f}")
     device = "GPU memory" if torch.cuda.is_available() else "memory"
     say(f"{result.tokens_per_second:.0f} tokens/s, peak {device} {human_bytes(result.peak_memory_bytes)}")
     say(f"done: {run.path}")
-    say(f"next: {_line_to_export(run)}")
+    say(f"next: {line_to_export(run, base_folder)}")
     for warning in result.warnings:
         say(f"warning: {warning}\n  try      {less_learning(recipe, run)}")

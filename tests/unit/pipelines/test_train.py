@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 
-from qlora_kit.cli.line import parse_line
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.engine.fast import FastLayer
+from qlora_kit.pipelines.next_line import line_to_export
 from qlora_kit.pipelines.train import _tell, train
-from qlora_kit.schema.compose import compose_recipe, compose_unchecked
+from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.data import Batching, DataConfig, LongRows
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
@@ -376,14 +376,12 @@ def test_a_training_that_diverged_says_so(workshop, tmp_path, typed, capsys):
     assert result["optimizer"] == "adamw"  # without a GPU, whatever the recipe says
 
 
-def test_the_end_names_the_line_that_comes_next(workshop, tmp_path, monkeypatch, capsys):
+def test_the_end_names_the_line_that_comes_next(workshop, tmp_path, capsys):
     run = RunDirectory(tmp_path / "it's mine")
     counts = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)
     measures = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "final_loss"), 1.0)
-    _tell(TrainResult(**counts, **measures, optimizer="adamw", eval_loss=None), recipe_for(workshop), run)
+    result = TrainResult(**counts, **measures, optimizer="adamw", eval_loss=None)
+    _tell(result, recipe_for(workshop), run, workshop / "base")
     *_, done, following = capsys.readouterr().err.splitlines()
     assert done == f"done: {run.path}"
-    qlora_kit, verb, *words = shlex.split(following.removeprefix("next: "))
-    assert (qlora_kit, verb) == ("qlora-kit", "export")
-    assert parse_line(words).value("run") == str(run.path)
-    assert compose_unchecked(verb, words).run == str(run.path)
+    assert following == f"next: {line_to_export(run, workshop / 'base')}"

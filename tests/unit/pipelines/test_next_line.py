@@ -1,0 +1,37 @@
+"""A training ends with a line that exports it, and that works."""
+
+import shlex
+
+import pytest
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from qlora_kit.cli.line import parse_line
+from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.pipelines.next_line import line_to_export
+from qlora_kit.schema.compose import compose_recipe
+from tests.tiny_models import build_tiny_model
+
+
+@pytest.fixture
+def base(tmp_path):
+    return build_tiny_model("llama", tmp_path / "base")
+
+
+def test_the_run_and_a_format_that_its_family_has_are_named(base, tmp_path):
+    run = RunDirectory(tmp_path / "it's mine")
+    qlora_kit, verb, *words = shlex.split(line_to_export(run, base))
+    assert (qlora_kit, verb) == ("qlora-kit", "export")
+    assert parse_line(words).value("run") == str(run.path)
+    assert compose_recipe(verb, words).recipe.run == str(run.path)
+    assert words[1] == "export=gguf_q4_k_m"
+
+
+def test_a_family_without_gguf_is_exported_as_it_can_be(base, tmp_path):
+    shapes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
+    AutoModelForCausalLM.from_config(OPTConfig(**shapes, word_embed_proj_dim=64)).save_pretrained(base)
+    assert line_to_export(RunDirectory(tmp_path), base).endswith(" export=merged_16bit")
+
+
+def test_an_extra_that_is_missing_is_not_asked_for(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.schema.check.is_present", lambda module: False)
+    assert line_to_export(RunDirectory(tmp_path), base).endswith(" export=merged_16bit")
