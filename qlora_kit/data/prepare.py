@@ -12,7 +12,7 @@ from qlora_kit.core.say import say
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.lengths import fit, told
-from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, told_once
+from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, several_shapes, told_once
 from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.data.tokenized import NamedSource, Tokenized, tokenized
@@ -141,15 +141,18 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
     """Bad rows stop the run, or are skipped, counted and shown as far as the recipe allows."""
     store, bad = split.store, sum(split.store.bad_row_counts.values())
     problems = [Problem(row.why, f"{row.file}:{row.line}", row.fix) for row in store.bad_rows]
+    told = several_shapes(
+        told_once(problems, store.bad_row_sorts), store.bad_row_sorts, {file.format for file in store.files}, len(store)
+    )
     if bad and config.on_bad_row is OnBadRow.error:
-        raise RecipeError(told_once(problems, store.bad_row_sorts))
+        raise RecipeError(told)
     share = bad / max(1, bad + len(store))
     if share > config.max_bad_share:
         what = f"{bad} of {bad + len(store)} rows cannot be read ({share:.1%}), more than data.max_bad_share allows"
         raise RecipeError(
             [
                 Problem(what, "data.max_bad_share", f"data.max_bad_share={share:.3f}"),
-                *told_once(problems, store.bad_row_sorts),
+                *told,
             ]
         )
     for name, count in store.bad_row_counts.items():

@@ -1,12 +1,13 @@
 """The same problem of many rows told once: how many rows have it, and where the first few are."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.data.audit.finding import MOST_PLACES
 
 MOST_PROBLEMS_SHOWN = 20
+FORMAT = "data.format="
 _NUMBER = re.compile(r"\d+")
 _ROWS_OWN_TEXT = re.compile(r": (['\"]).*", re.DOTALL)
 
@@ -39,3 +40,31 @@ def _as_one(group: Sequence[Problem], size: int, among: str) -> Problem:
     places = ", ".join(problem.where for problem in group[:MOST_PLACES])
     more = f" and {rest:,} more row{'s' if rest > 1 else ''} {among}".rstrip() if rest > 0 else ""
     return Problem(group[0].what, places + more, group[0].fix)
+
+
+def several_shapes(
+    told: Sequence[Problem], counts: Mapping[str, int], formats: Collection[str], read: int
+) -> list[Problem]:
+    """Where rows are of several shapes, that, in the place of fixes of which each would break the other rows.
+
+    Args:
+        told: problems as `told_once` has them.
+        counts: rows that have each `sort_of` problem.
+        formats: that rows were read by.
+        read: rows that could be read.
+    """
+    others: dict[str, list[Problem]] = {}
+    for problem in told:
+        if problem.fix.startswith(FORMAT):
+            others.setdefault(problem.fix, []).append(problem)
+    if not others or (len(others) == 1 and not read):
+        return list(told)
+    shapes = [f"{read:,} read as {' or '.join(sorted(formats))}"] if read else []
+    for fix, problems in others.items():
+        size = sum(count for sort, count in counts.items() if sort.endswith(f"\n{fix}")) or len(problems)
+        name = fix.removeprefix(FORMAT).split()[0]
+        shapes.append(f"{size:,} of the shape {name} ({problems[0].where})")
+    what = f"the rows are of several shapes, and no one data.format reads them all: {', '.join(shapes)}"
+    fix = "one file a shape, each an entry of data.sources with a format of its own"
+    rest = [problem for problem in told if not problem.fix.startswith(FORMAT)]
+    return [Problem(what, fix=fix), *rest]

@@ -10,7 +10,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.tokens import REASONING_DROPPED
-from qlora_kit.schema.data import DataConfig, TrainOn
+from qlora_kit.schema.data import DataConfig, RowFormat, TrainOn
 from tests.prepared_rows import TOKENIZER, chat_file, refusal, texts, write
 from tests.tiny_models import smollm_tokenizer
 
@@ -177,3 +177,32 @@ def test_what_a_template_leaves_out_is_marked_on_the_row(tmp_path):
     )
     data = prepare(DataConfig(train_file=str(path), max_tokens=64), tokenizer)
     assert ((data.train.store.table.oddities & REASONING_DROPPED) > 0).tolist() == [True, False]
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize("rows", [[CHAT, {"text": "c"}, PAIR, PAIR], [{"text": "c"}, PAIR, CHAT, CHAT]])
+def test_a_file_of_several_shapes_is_called_so_and_no_one_format_is_proposed(tmp_path, rows):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecipeError) as raised:
+        prepare(DataConfig(train_file=str(path), max_tokens=64), TOKENIZER)
+    (problem,) = raised.value.problems
+    assert problem.what.startswith("the rows are of several shapes, and no one data.format reads them all: 1 read as ")
+    second, third = ("text", "prompt_completion") if rows[0] is CHAT else ("prompt_completion", "messages")
+    assert f"1 of the shape {second} ({path}:2), 2 of the shape {third} ({path}:3" in problem.what
+    assert "data.format=" not in problem.fix and "  do       " in str(problem)
+
+
+def test_a_format_that_no_row_has_is_mended_by_the_one_that_all_have(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n")
+    with pytest.raises(RecipeError) as raised:
+        prepare(
+            DataConfig(train_file=str(path), max_tokens=64, format=RowFormat.text, train_on=TrainOn.everything),
+            TOKENIZER,
+        )
+    (problem,) = raised.value.problems
+    assert problem.fix == "data.format=prompt_completion"
