@@ -9,7 +9,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora_kit.core.bounds import OutOfTimeError, Timed, bounded_memory
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.model.skeleton import attention_problem
 from qlora_kit.model.stored_tensors import FLOATS, StoredTensor
 from qlora_kit.model.structure import Weights, transposed_modules
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
@@ -30,10 +29,8 @@ def base_problems(
         model: the base without its weights.
         tensors: of the checkpoint; empty where only its config.json is at hand.
     """
-    attention = attention_problem(model, recipe.model.attention)
     return [
         *_transposed(recipe, model),
-        *([attention] if attention else []),
         *_experts(recipe, weights),
         *_kept_nowhere(recipe, model),
         *_other_shapes(weights, tensors),

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
-from qlora_kit.model.skeleton import skeleton, told_plainly
-from qlora_kit.model.stored_tensors import read_headers
+from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
+from qlora_kit.model.stored_tensors import StoredTensor, read_headers
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
 from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few, unmatched_patterns
 from qlora_kit.schema.lora import LoraConfig, LoraInit
@@ -143,6 +143,26 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         raise RecipeError(problems)
     check_storage(folder, recipe.quant)
     model = skeleton(folder)
+    attention = attention_problem(model, recipe.model.attention)
+    try:
+        reach = _reach_in(recipe, folder, config, model, tensors)
+    except RecipeError as error:
+        needs_other_base = any(problem.where == "model.source" for problem in error.problems)
+        if attention is None or needs_other_base:  # which no other attention would help
+            raise
+        raise RecipeError([attention, *error.problems]) from error
+    if attention is not None:
+        raise RecipeError([attention])
+    return reach
+
+
+def _reach_in(
+    recipe: TrainRecipe,
+    folder: Path,
+    config: Mapping[str, object],
+    model: PreTrainedModel,
+    tensors: Mapping[str, StoredTensor],
+) -> Reach:
     weights, whole = weights_of(model), kept_whole(model)
     rounded = rounded_names(model, recipe.quant)
     if problems := base_problems(recipe, model, weights, tensors):

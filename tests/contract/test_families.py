@@ -122,7 +122,7 @@ def test_it_is_refused_before_a_weight_is_loaded(kind, folder_of, tmp_path):
     shutil.copytree(folder_of(kind), folder)
     message = refusal(recipe_for(folder), folder)
     assert REFUSED[kind] in message
-    assert "Traceback" not in message and len(message.splitlines()[0]) < 400
+    assert "Traceback" not in message and len(message.splitlines()[0]) < 500
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
@@ -187,6 +187,19 @@ def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
     recipe = recipe_for(folder, attention=Attention.eager, **explicit)
     check_reached(loaded(recipe, folder), reach_of(recipe, folder))
     assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
+
+
+def test_of_a_base_that_cannot_be_trained_no_setting_is_told_that_would_not_help(folder_of):
+    folder = folder_of("mamba2")
+    message = refusal(recipe_for(folder), folder)
+    assert "Module 'out_proj' is incompatible with Mamba-based models" in message
+    assert "model.attention" not in message and "fix " not in message
+
+
+def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
+    message = refusal(recipe_for(folder_of("gpt_oss")), folder_of("gpt_oss"))
+    assert "fix      model.attention=eager" in message
+    assert "keeps its experts in one tensor a layer" in message
 
 
 @pytest.mark.parametrize(
