@@ -65,13 +65,13 @@ def audit_of(
         nothing_held_out(recipe.data, data.train),
     )
     findings = [*found.findings, *filter(None, extra)]
-    size = _embedding_rows(read_json(base_folder / "config.json"))
+    size = embedding_rows(read_json(base_folder / "config.json"))
     if size is not None:
         findings += beyond_embedding({"training": data.train, "held-out": data.held_out}, tokenizer, size)
     return replace(found, findings=by_level(findings))
 
 
-def _embedding_rows(config: object) -> int | None:
+def embedding_rows(config: object) -> int | None:
     """Rows of the token embedding, as config.json says."""
     text = config.get("text_config") or config if isinstance(config, dict) else {}
     size = text.get("vocab_size") if isinstance(text, dict) else None

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from qlora_kit.core.environment import capture_environment
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, read_json, remove, typed_path, write_json, write_text
 from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
@@ -16,6 +16,8 @@ from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.data.audit.embedding import beyond_embedding
+from qlora_kit.data.audit.finding import Level
 from qlora_kit.evaluation.scores import Scorer
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.read_base import read_headers
@@ -26,6 +28,7 @@ from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.base_rows import rows_of_data, rows_of_general_text
 from qlora_kit.pipelines.exportable import MERGED, Exportable, ExportRows
 from qlora_kit.pipelines.named_base import NamedBase, in_words_of_base
+from qlora_kit.pipelines.rows import embedding_rows
 from qlora_kit.schema.check_exported import names_rows
 from qlora_kit.schema.compose import load_recipe, recipe_yaml
 from qlora_kit.schema.export import ExportConfig, MergeBase
@@ -145,6 +148,7 @@ def base_in(
     _refuse_unknown(named.folder, recipe)
     with in_words_of_base(recipe):
         tokenizer = load_tokenizer(named.folder, named.model.chat_template)
+    _refuse_beyond_embedding(named.folder, tokenizer, recipe)
     name = base.shown.rpartition("/")[2]
     return UntrainedBase(directory, base, tokenizer, name, recipe.data.seed, recipe, tuple(overrides))
 
@@ -183,6 +187,20 @@ def _refuse_unknown(folder: Path, recipe: ExportRecipe) -> None:
     if kind not in CONFIG_MAPPING_NAMES:
         what = f"{folder} is a model of type '{kind}', which transformers {__version__} does not know"
         raise RecipeError(what, f"base={recipe.base}", "pip install --upgrade transformers, or base=<another model>")
+
+
+def _refuse_beyond_embedding(folder: Path, tokenizer: Any, recipe: ExportRecipe) -> None:
+    """Refuse a base whose answers, batches or prompts need tokens that it has no embedding for."""
+    size = embedding_rows(read_json(folder / "config.json"))
+    if size is None:
+        return
+    problems = [
+        Problem(found.what, f"base={recipe.base}", found.fix)
+        for found in beyond_embedding({}, tokenizer, size)
+        if found.level is Level.error
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:

@@ -1,6 +1,7 @@
 """A base opened for export: where its files go, what is refused, what killed exports leave."""
 
 import fcntl
+import json
 
 import pytest
 import torch
@@ -137,3 +138,17 @@ def test_left_overs_of_killed_exports_go_and_those_at_work_stay(tmp_path):
         clear_killed(tmp_path / "3")
     assert not killed.exists()
     assert at_work.exists() and mine.exists() and run.exists()
+
+
+def test_a_base_without_an_embedding_for_its_own_end_of_text_is_refused_at_once(recipe, tmp_path):
+    path = tmp_path / "models" / "mine" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = load_tokenizer(path.parent).get_vocab()
+    end = load_tokenizer(path.parent).eos_token
+    path.write_text(json.dumps(config | {"vocab_size": vocabulary[end]}), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        opened(recipe())
+    assert caught.value.exit_code == 2
+    problem = caught.value.problems[0]
+    assert problem.what.startswith(f"the end-of-text token {end} has the id {vocabulary[end]}, which the base has no")
+    assert problem.where == f"base={recipe().base}"
