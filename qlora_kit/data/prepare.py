@@ -1,6 +1,7 @@
 """Recipe group `data` -> token rows ready to train and to score, with the numbers that data.json records."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,11 +12,12 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.say import say
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
+from qlora_kit.data.formats.absent import COLUMNS
 from qlora_kit.data.lengths import fit, told
 from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, several_shapes, told_once
 from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
-from qlora_kit.data.tokenized import NamedSource, Tokenized, tokenized
+from qlora_kit.data.tokenized import EVAL_FILE, NamedSource, Tokenized, tokenized
 from qlora_kit.data.tokens import Ints, TokenRow, TokenRows, TokenStore
 from qlora_kit.schema.data import AUTO, DataConfig, LaterRows, OnBadRow, SourceConfig, Task
 
@@ -101,9 +103,12 @@ def later_rows(
         RecipeError: the rows cannot be used, or some of them were trained on.
     """
     encoder = Encoder.of(tokenizer, config.train_on)
-    named = NamedSource(HELD_OUT, SourceConfig(path=later.eval_file or ""), "data.eval_file", later.eval_rows)
-    source = tokenized([named], config, encoder)
-    _judge_bad_rows(source, config)
+    named = NamedSource(HELD_OUT, SourceConfig(path=later.eval_file or ""), EVAL_FILE, later.eval_rows)
+    try:
+        source = tokenized([named], config, encoder)
+        _judge_bad_rows(source, config)
+    except RecipeError as error:
+        raise RecipeError([_for_eval_file(problem, named.config.path) for problem in error.problems]) from error
     _tell(source)
     _tell_of_eval_file(replace(config, eval_file=later.eval_file, eval_share=None, eval_rows=later.eval_rows), source)
     if train is not None:
@@ -120,7 +125,7 @@ def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokeniz
     ] or [NamedSource(TRAIN, SourceConfig(path=config.train_file or ""), "data.train_file", config.train_rows)]
     wanted = [train]
     if config.eval_file is not None:
-        wanted.append([NamedSource(HELD_OUT, SourceConfig(path=config.eval_file), "data.eval_file", config.eval_rows)])
+        wanted.append([NamedSource(HELD_OUT, SourceConfig(path=config.eval_file), EVAL_FILE, config.eval_rows)])
     read: list[Tokenized] = []
     problems: list[Problem] = []
     for sources in wanted:
@@ -129,12 +134,20 @@ def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokeniz
             _judge_bad_rows(split, config)
             read.append(split)
         except RecipeError as error:
-            problems.extend(error.problems)
+            told = error.problems
+            problems.extend(_for_eval_file(one, config.eval_file or "") if read else one for one in told)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     for split in read:
         _tell(split)
     return read[0], read[1] if len(read) > 1 else None
+
+
+def _for_eval_file(problem: Problem, file: str) -> Problem:
+    """A problem of held-out rows where training rows have none: what holds for both must not be set for these alone."""
+    if problem.where != COLUMNS and not re.search(r"\bdata\.(columns|format)=", problem.fix):
+        return problem
+    return replace(problem, fix=f"give the rows of {file} the columns that the training rows have")
 
 
 def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
@@ -214,7 +227,7 @@ def _refuse_overlap(train: TokenStore, rows: Ints, other: Tokenized) -> None:
     raise RecipeError(
         f"{len(shared)} held-out rows are also training rows, so their score would say nothing: "
         f"{', '.join(named[:MOST_PROBLEMS_SHOWN])}{more}",
-        where="data.eval_file",
+        where=EVAL_FILE,
         fix="take those rows out of the training file, or data.eval_file=<other rows>",
     )
 

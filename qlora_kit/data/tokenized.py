@@ -1,19 +1,22 @@
 """Named sources -> one store of tokenized rows, from the cache where it was made before."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
+from qlora_kit.data.formats.absent import absent, absent_problem
 from qlora_kit.data.formats.bad_rows import BadRowError
+from qlora_kit.data.formats.columns import REQUIRED
 from qlora_kit.data.formats.reader import RowReader, recognise
 from qlora_kit.data.pieces import EncodedPiece, Reading, encoded_pieces
 from qlora_kit.data.problems import told_once
@@ -24,6 +27,10 @@ from qlora_kit.schema.data import DataConfig, RowFormat, SourceConfig, TrainOn
 
 VERSION = 3  # raised when the same rows would come out as other tokens or masks
 ROWS_IN_A_PIECE = 512
+EVAL_FILE = "data.eval_file"
+ALWAYS_THERE = frozenset(field for fields in REQUIRED.values() for field in fields)
+T = TypeVar("T")
+R = TypeVar("R")
 WITHOUT_TURNS = (TrainOn.last, TrainOn.chosen, TrainOn.completion)
 
 
@@ -98,20 +105,51 @@ def tokenized(sources: list[NamedSource], config: DataConfig, encoder: Encoder) 
 
 
 def _opened(sources: list[NamedSource], config: DataConfig, encoder: Encoder) -> list[_Opened]:
-    opened: list[_Opened] = []
+    found = _each(sources, lambda named: (named, open_source(named.name, named.config, named.setting)))
+    _refuse_absent_columns(found, config)
+    return _each(found, lambda one: _open(*one, config, encoder))
+
+
+def _each(things: Iterable[T], do: Callable[[T], R]) -> list[R]:
+    """What becomes of each; the problems of all of them together."""
+    done: list[R] = []
     problems: list[Problem] = []
-    for named in sources:
+    for thing in things:
         try:
-            opened.append(_open(named, config, encoder))
+            done.append(do(thing))
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
         raise RecipeError(problems)
-    return opened
+    return done
 
 
-def _open(named: NamedSource, config: DataConfig, encoder: Encoder) -> _Opened:
-    source = open_source(named.name, named.config, named.setting)
+def _refuse_absent_columns(found: Sequence[tuple[NamedSource, Source]], config: DataConfig) -> None:
+    """Refuse names in `data.columns` that match no column of a split, before the rows are read as something else."""
+    firsts: dict[str, object] = {}
+
+    def rows() -> Iterator[Mapping[str, object]]:
+        for named, source in found:
+            is_first = True
+            for piece in _limited(source.pieces(ROWS_IN_A_PIECE), named.limit):
+                for record in piece.records:
+                    with suppress(BadRowError):
+                        row = parse(record)
+                        firsts.update(row if is_first else {})
+                        is_first = False
+                        yield row
+
+    columns = config.columns
+    if all(named.setting == EVAL_FILE for named, _ in found):
+        # a mix has sources of several shapes, and held-out rows may do without what is optional in training rows
+        columns = {} if config.sources else {field: name for field, name in columns.items() if field in ALWAYS_THERE}
+    missing = absent(rows(), columns)
+    if missing and firsts:
+        files = ", ".join(file for _, source in found for file in source.files)
+        raise RecipeError([absent_problem(missing, config.columns, files, firsts)])
+
+
+def _open(named: NamedSource, source: Source, config: DataConfig, encoder: Encoder) -> _Opened:
     wanted = named.config.format if named.config.format is not RowFormat.auto else config.format
     known = _recognised(source, named.limit, config.columns) if wanted is RowFormat.auto else wanted
     if known is RowFormat.text and config.train_on in WITHOUT_TURNS:

@@ -68,7 +68,7 @@ class Columns:
         Raises:
             BadRowError: naming what is missing, what is there, and a line that may mend it.
         """
-        missing = [field for field in REQUIRED[self.format] if not _has(row, self.name(row, field))]
+        missing = [field for field in REQUIRED[self.format] if not has_column(row, self.name(row, field))]
         if missing:
             said = [
                 f"no {field}" + (f" (data.columns says '{self.renamed[field]}')" if field in self.renamed else "")
@@ -122,7 +122,7 @@ def recognise(row: Mapping[str, object], renamed: Mapping[str, str] | None = Non
     if found:
         return found[0]
     for row_format, fields in REQUIRED.items():
-        if any(_has(row, Columns(row_format, columns).name(row, field)) for field in fields):
+        if any(has_column(row, Columns(row_format, columns).name(row, field)) for field in fields):
             return row_format
     if is_one_turn(row):
         raise BadRowError(
@@ -148,12 +148,13 @@ def _fits(row: Mapping[str, object], row_format: RowFormat, renamed: Mapping[str
     return speaks_sharegpt is (row_format is RowFormat.sharegpt)
 
 
-def _has(row: Mapping[str, object], name: str) -> bool:
+def has_column(row: Mapping[str, object], name: str) -> bool:
+    """Whether a row has a column; a dotted path reaches into nested objects."""
     if name in row or "." not in name:
         return name in row
     first, _, rest = name.partition(".")
     inner = row.get(first)
-    return isinstance(inner, dict) and _has(inner, rest)
+    return isinstance(inner, dict) and has_column(inner, rest)
 
 
 def _at(row: Mapping[str, object], name: str) -> object:

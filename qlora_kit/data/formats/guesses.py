@@ -1,6 +1,6 @@
 """What columns of other names probably hold, as the line to paste; and preference rows, which are not trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qlora_kit.core.shell import hydra_text, shell_line
 from qlora_kit.data.formats.bad_rows import BadRowError, listed
@@ -51,6 +51,12 @@ def guessed_columns(row: Mapping[str, object], fields: Sequence[str]) -> str:
             return ""
         guessed[field] = free[0]
     return columns_line(guessed)
+
+
+def likely_column(field: str, names: Iterable[str]) -> str:
+    """The column that probably holds a field, by its name alone; empty where none is called as others call it."""
+    by_word = {_word(name): name for name in names}
+    return next((by_word[word] for word in OTHER_NAMES.get(field, ()) if word in by_word), "")
 
 
 def refuse_preference(row: Mapping[str, object], renamed: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.encode import Encoder
+from qlora_kit.data.formats.guesses import columns_line
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.tokens import REASONING_DROPPED
 from qlora_kit.schema.data import DataConfig, RowFormat, TrainOn
@@ -117,6 +118,77 @@ def test_columns_of_other_names_are_told_once(tmp_path, rows):
     more = "147 more rows" if rows == 150 else "509 more rows of the first 512"
     assert problem.where == f"{path}:2, {path}:3, {path}:4 and {more}"
     assert problem.fix == "'data.columns={prompt: Question, completion: Answer}'"
+
+
+def rows_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+ASKED = {"question": "a", "answer": "b", "rules": "short"}
+TABLE = {"prompt": "question", "completion": "answer"}
+DIALOG = {"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": "a note"}
+NAMED_WRONG = [
+    (ASKED, {**TABLE, "prompt": "qestion"}, "'qestion' for prompt", TABLE),
+    (ASKED, {"prompt": "Qestion", "completion": "anwser"}, "'Qestion' for prompt and 'anwser' for completion", TABLE),
+    ({"prompt": "a", "completion": "b"}, {"prompt": "promt"}, "'promt' for prompt", {"prompt": "prompt"}),
+    (ASKED, {"prompt": "x", "completion": "y"}, "'x' for prompt and 'y' for completion", TABLE),
+    (ASKED, {**TABLE, "system": "ruels"}, "'ruels' for system", {**TABLE, "system": "rules"}),
+    (DIALOG, {"messages": "dialogue"}, "'dialogue' for messages", {"messages": "dialog"}),
+    ({"row": ASKED}, {"prompt": "row.qestion", "completion": "row.answer"}, "'row.qestion' for prompt", None),
+    ({"x1": "a", "text": "b"}, {"prompt": "foo"}, "'foo' for prompt", {}),
+]
+
+
+@pytest.mark.parametrize("row_format", [RowFormat.auto, RowFormat.prompt_completion])
+@pytest.mark.parametrize(("row", "columns", "said", "meant"), NAMED_WRONG)
+def test_a_column_that_no_row_has_is_named_with_the_columns_that_were_meant(
+    tmp_path, row_format, row, columns, said, meant
+):
+    train = rows_file(tmp_path / "a.jsonl", row, row)
+    with pytest.raises(RecipeError) as caught:
+        prepare(DataConfig(train_file=train, columns=columns, format=row_format, max_tokens=64), TOKENIZER)
+    (problem,) = caught.value.problems
+    names = ", ".join(sorted(row))
+    assert problem.what == f"data.columns says {said}, which no row of {train} has; they have {names}"
+    assert problem.where == "data.columns"
+    if meant is None:
+        meant = {"prompt": "row.question", "completion": "row.answer"}
+    assert problem.fix == (columns_line(meant) if meant else "")
+
+
+def test_a_column_that_only_a_later_row_has_is_no_mistake(tmp_path, cache):
+    train = rows_file(tmp_path / "a.jsonl", {"question": "a", "answer": "b"}, ASKED)
+    data = prepare(DataConfig(train_file=train, columns={**TABLE, "system": "rules"}, max_tokens=64), TOKENIZER)
+    assert [text.count("short") for text in texts(data.train)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "held_out", "said"),
+    [
+        ({"prompt": "a", "completion": "b"}, {}, {"question": "c", "answer": "d"}, "the row has answer, question"),
+        (ASKED, TABLE, {"prompt": "c", "completion": "d"}, "they have completion, prompt"),
+        (ASKED, TABLE, {"question": "c", "reply": "d"}, "'answer' for completion, which no row of"),
+        (DIALOG, {"messages": "dialog"}, {"text": "c"}, "'dialog' for messages, which no row of"),
+    ],
+)
+def test_held_out_rows_of_other_columns_are_told_what_the_training_rows_have(tmp_path, row, columns, held_out, said):
+    train = rows_file(tmp_path / "a.jsonl", row)
+    other = rows_file(tmp_path / "b.jsonl", held_out)
+    with pytest.raises(RecipeError) as caught:
+        prepare(DataConfig(train_file=train, eval_file=other, columns=columns, max_tokens=64), TOKENIZER)
+    (problem,) = caught.value.problems
+    assert said in problem.what
+    assert "b.jsonl" in problem.what + problem.where
+    assert problem.fix == f"give the rows of {other} the columns that the training rows have"
+
+
+def test_held_out_rows_may_do_without_an_optional_column(tmp_path):
+    train = rows_file(tmp_path / "a.jsonl", ASKED)
+    other = rows_file(tmp_path / "b.jsonl", {"question": "c", "answer": "d"})
+    columns = {**TABLE, "system": "rules"}
+    data = prepare(DataConfig(train_file=train, eval_file=other, columns=columns, max_tokens=64), TOKENIZER)
+    assert len(data.held_out) == 1
 
 
 def test_tokens_are_the_same_from_processes_and_from_the_cache(tmp_path, cache):
