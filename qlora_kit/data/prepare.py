@@ -201,8 +201,16 @@ def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Int
     if config.eval_share is None and config.eval_rows is None:
         return rows, np.zeros(0, dtype=np.int64)
     train, out, copies = held_out(source.store, rows, config.eval_share, config.eval_rows, config.seed)
-    say(f"held out {len(out)} of {len(rows)} rows" + (f"; left out {copies} copies of them" if copies else ""))
+    left_out = f"; left out {copies} copies of them" if copies else ""
+    say(f"held out {len(out)} of {len(rows)} rows{left_out}{_about_the_share(config, len(out), len(rows))}")
     return train, out
+
+
+def _about_the_share(config: DataConfig, count: int, rows: int) -> str:
+    """Why the share of the rows is not exactly what was asked for; empty where it is, or where `eval_rows` was less."""
+    if config.eval_share is None or count in (max(1, round(config.eval_share * rows)), config.eval_rows):
+        return ""
+    return f"; data.eval_share={config.eval_share:g} picks rows by their content, so it holds out about that share"
 
 
 def _fitted(

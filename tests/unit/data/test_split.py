@@ -130,3 +130,22 @@ def test_bad_rows_are_skipped_counted_and_said_up_to_a_share(tmp_path, capsys):
     assert "1 of 10 rows cannot be read (10.0%), more than data.max_bad_share allows" in message
     assert "data.max_bad_share=0.100" in message
     assert f"{path}:10" in message
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "is_told"),
+    [
+        (200, {"eval_share": 0.1}, True),
+        (10, {"eval_share": 0.01}, False),
+        (200, {"eval_share": 0.1, "eval_rows": 5}, False),
+        (200, {"eval_rows": 5}, False),
+    ],
+)
+def test_a_share_is_told_to_be_about_that_share(tmp_path, capsys, count, settings, is_told):
+    pairs = [(f"question {number}", "yes") for number in range(count)]
+    config = DataConfig(train_file=write(tmp_path / "a.jsonl", *pairs), max_tokens=64, cache=False, **settings)
+    data = prepare(config, TOKENIZER)
+    said = capsys.readouterr().err
+    why = "picks rows by their content, so it holds out about that share"
+    assert (f"held out {len(data.held_out)} of {count} rows" in said, why in said) == (True, is_told)
+    assert is_told is (len(data.held_out) not in (max(1, round(settings.get("eval_share", 0) * count)), 5))
