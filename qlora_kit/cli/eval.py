@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
 
     subject: Evaluated
     if recipe.base is None:
-        subject = open_evaluated_run(recipe.run or "latest", recipe.data)
+        subject = open_evaluated_run("latest" if recipe.run is None else recipe.run, recipe.data)
     else:
         subject = open_evaluated_base(recipe.base)
     rows = evaluate(subject, recipe.eval)

@@ -55,7 +55,7 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     from qlora_kit.schema.data import LaterRows
     from qlora_kit.schema.root import TrainRecipe
 
-    name = recipe.run or "latest"
+    name = "latest" if recipe.run is None else recipe.run
     found = find_run(name, finished=True)
     refuse_at_work(found)
     trained = cast(TrainRecipe, load_recipe("train", found.recipe))

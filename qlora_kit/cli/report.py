@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> int:
 
     from qlora_kit.pipelines.report import report, report_base
 
-    show(f"page: {report(name or 'latest', out) if base is None else report_base(base or 'latest', out)}")
+    page = report("latest" if name is None else name, out) if base is None else report_base(base, out)
+    show(f"page: {page}")
     return EXIT_OK
 
 

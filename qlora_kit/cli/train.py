@@ -53,7 +53,7 @@ def _resume(line: Line) -> int:
     from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import Composed, load_recipe
 
-    name = line.value("resume") or "latest"
+    name = line.value("resume") or ""
     found = find_run(name, finished=False)  # first: of a finished run no line without the other words would work
     others = [override for override in line.overrides if not override.startswith(("resume=", "debug="))]
     if others or line.is_multirun:

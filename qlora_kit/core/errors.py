@@ -1,6 +1,6 @@
 """Errors that a user reads: the problem, where it was set, and the line to paste."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.core.shell import is_line
@@ -74,3 +74,13 @@ class FidelityError(KitError):
 def is_panic(error: BaseException) -> bool:
     """Whether a library's compiled part stopped in the middle of its work; PyO3's error for that is no Exception."""
     return type(error).__name__ == "PanicException"
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came of, the newest first; an error that was raised from itself comes once."""
+    seen = set[int]()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__

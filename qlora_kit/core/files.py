@@ -13,7 +13,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from qlora_kit.core.errors import UnreadableFileError
+from qlora_kit.core.errors import UnreadableFileError, chain
 
 LARGEST = 1e300  # of the numbers in a record
 LONGEST_JSON = 100_000_000  # bytes of a file of settings
@@ -203,11 +203,9 @@ def is_disk_full(error: BaseException, place: Path) -> bool:
     Args:
         place: on the disk that was written to, for errors that tell of a failed write and not why it failed.
     """
-    one: BaseException | None = error
-    while one is not None:
+    for one in chain(error):
         if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if _FULL.search(str(one)):
             return True
-        one = one.__cause__ or one.__context__
     return bool(_FAILED_WRITE.search(str(error))) and shutil.disk_usage(place).free < ROOM_OF_A_FULL_DISK

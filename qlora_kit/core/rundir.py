@@ -203,6 +203,17 @@ def _all_runs() -> list[RunDirectory]:
     return [RunDirectory(recipe.parent) for recipe in newest_first]
 
 
+def refuse_empty(key: str, name: str) -> None:
+    """Refuse a name of nothing, which would be the working folder or the newest run.
+
+    Raises:
+        RecipeError: it is empty.
+    """
+    if not name.strip():
+        what = f"{key}= names nothing; a variable that the shell does not know looks like that"
+        raise RecipeError(what, f"{key}=", f"{key}=latest")
+
+
 def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) -> None:
     """Refuse a folder that `run=<name>` cannot mean.
 
@@ -211,9 +222,10 @@ def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) ->
     Raises:
         RecipeError: it holds no recipe of a training run; with the runs that there are.
     """
+    key = "resume" if finished is False else "run"
+    refuse_empty(key, name)
     if run.recipe.is_file():
         return
-    key = "resume" if finished is False else "run"
     if run.export_recipe.is_file():
         what = f"{name} is not a run directory: it holds exports of a base that was never trained"
         raise RecipeError(what, f"{key}={name}", f"qlora-kit eval base={name}, or qlora-kit report base={name}")

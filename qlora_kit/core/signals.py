@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qlora_kit.core.errors import chain
+
 # Slurm sends USR1 or TERM before the end of a job's time, the kernel XCPU at the end of a limit on CPU time.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
 
@@ -59,12 +61,7 @@ class Interrupt:
 
 def came_of_interrupt(error: BaseException) -> bool:
     """Whether an error is Ctrl-C, or was raised while Ctrl-C was on its way up."""
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, KeyboardInterrupt):
-            return True
-        one = one.__cause__ or one.__context__
-    return False
+    return any(isinstance(one, KeyboardInterrupt) for one in chain(error))
 
 
 def tell_at_once(line: str) -> None:

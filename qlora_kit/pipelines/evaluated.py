@@ -170,7 +170,9 @@ def open_evaluated_run(name: str, later: LaterRows | None = None) -> EvaluatedRu
     try:
         refuse_at_work(find_run(name, finished=True))
     except RecipeError as error:
-        raise (no_run_but_exports(error) if name == "latest" and not isinstance(error, BusyError) else error) from error
+        if name == "latest" and not isinstance(error, BusyError):
+            raise no_run_but_exports(error) from error
+        raise
     return EvaluatedRun(open_run(name, later))
 
 

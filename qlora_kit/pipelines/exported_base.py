@@ -10,7 +10,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no ty
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory, refuse_empty
 from qlora_kit.core.shell import override, shell_line
 
 
@@ -30,6 +30,7 @@ def find_exported_base(name: str) -> RunDirectory:
 
 
 def _find(name: str) -> RunDirectory:
+    refuse_empty("base", name)
     named = RunDirectory(typed_path(name))
     if named.export_recipe.is_file():
         return named

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.lock import BusyError, holder
 from qlora_kit.core.rundir import RunDirectory, find_run, make_run_folder, new_run, newest_run, refuse_at_work
@@ -173,3 +174,16 @@ def test_a_name_that_is_no_run_is_told_with_the_runs_that_there_are(outputs, mon
     assert what in problem.what and problem.fix.startswith(fix)
     key, _, named = problem.fix.partition("=")
     assert find_run(named, finished=finished).path.is_dir() and problem.where == f"{key}={name}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export run= export=gguf_q8_0", "eval run=", "train resume=", "report run=", "report base="],
+)
+def test_a_name_of_nothing_is_not_the_newest_run(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split(" ")) == 2
+    key = line.split(" ")[1]
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {key} names nothing; a variable that the shell does not know looks like that\n")
+    assert said.endswith(f"  fix      {key}latest\n")
