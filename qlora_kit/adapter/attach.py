@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
+from qlora_kit.core.units import counted
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 
 WEIGHTS = "adapter_model.safetensors"
@@ -140,7 +141,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         held = {_FACTOR.split(name)[0].replace(".base_layer", "") for name in file.keys() if _FACTOR.search(name)}  # noqa: SIM118  # not a mapping
     if odd := sorted(placed ^ held):
-        what = f"{len(odd)} modules of the adapter and of this base do not match, such as {odd[0]}"
+        modules = counted(
+            len(odd), "module of the adapter and of this base does", "modules of the adapter and of this base do"
+        )
+        what = f"{modules} not match, such as {odd[0]}"
         raise RunError(f"{what}, so the adapter would not be used as it was trained", str(folder))
     return loaded
 

@@ -15,6 +15,7 @@ from qlora_kit.core.rundir import new_run
 from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.units import counted
 from qlora_kit.schema.root import TrainRecipe
 
 PLACE = "hydra.sweep.dir"
@@ -31,7 +32,7 @@ def run_sweep(line: Line) -> int:
     first, jobs = _check_jobs(overrides)
     reach_services(first.tracker)
     with _folder(line, first.name) as sweep:
-        say(f"sweep of {jobs} jobs into {sweep}")
+        say(f"sweep of {counted(jobs, 'job')} into {sweep}")
         place = [] if line.value(PLACE) else [override(PLACE, sweep)]
         stop = SweepStop(sweep)
         stop.withdraw()

@@ -39,3 +39,12 @@ def kept_share(value: float) -> str:
         return "not a number"
     percent = round(value, 2) + 0.0  # takes the sign off -0
     return "less than none" if percent < 0 else "more than all" if percent > 1 else f"{percent:.0%}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A count with the words that fit it: 1 row begins, 1,200 rows begin.
+
+    Args:
+        many: the words of any other count; those of one with an s where it is left out.
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"

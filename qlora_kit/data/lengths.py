@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.units import counted
 from qlora_kit.data.summary import LongRowCounts
 from qlora_kit.data.tokens import Ints, TokenRows
 from qlora_kit.schema.data import LongRows
@@ -54,14 +55,16 @@ def told(counts: LongRowCounts, name: str, policy: LongRows, max_tokens: int) ->
     """Lines for the user: one for each thing that happened to the rows of a split."""
     lines = []
     if counts.dropped:
-        lines.append(f"{name}: dropped {counts.dropped} rows longer than data.max_tokens={max_tokens}")
+        lines.append(f"{name}: dropped {counted(counts.dropped, 'row')} longer than data.max_tokens={max_tokens}")
     if counts.cut and policy is LongRows.split_turns:
-        lines.append(f"{name}: split {counts.cut} rows longer than data.max_tokens={max_tokens} into {counts.pieces}")
+        lines.append(
+            f"{name}: split {counted(counts.cut, 'row')} longer than data.max_tokens={max_tokens} into {counts.pieces}"
+        )
     elif counts.cut:
         part = "end" if policy is LongRows.cut_end else "prompt"
-        lines.append(f"{name}: cut the {part} of {counts.cut} rows to data.max_tokens={max_tokens}")
+        lines.append(f"{name}: cut the {part} of {counted(counts.cut, 'row')} to data.max_tokens={max_tokens}")
     if counts.untrained:
-        lines.append(f"{name}: dropped {counts.untrained} rows that had no trained token left")
+        lines.append(f"{name}: dropped {counted(counts.untrained, 'row')} that had no trained token left")
     return lines
 
 
@@ -119,7 +122,8 @@ def _too_long(rows: TokenRows, long: Ints, max_tokens: int) -> RecipeError:
     files = sorted({rows.place(int(index)).rpartition(":")[0] for index in long[:MOST_LINES_NAMED]})
     lines = (int(rows.store.table.lines[rows.rows[index]]) for index in long)
     return RecipeError(
-        f"{len(long)} of {len(rows)} rows are longer than data.max_tokens={max_tokens}; "
+        f"{len(long):,} of {counted(len(rows), 'row')} {'is' if len(long) == 1 else 'are'} longer than "
+        f"data.max_tokens={max_tokens}; "
         f"the longest has {longest} tokens",
         where=f"{', '.join(files)}, {named_lines(lines, len(long))}",
         fix=f"data.max_tokens={longest} or data.on_long_row=drop (or cut_end, cut_prompt, split_turns)",

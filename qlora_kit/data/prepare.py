@@ -10,6 +10,7 @@ import numpy as np
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.say import say
+from qlora_kit.core.units import counted
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.formats.absent import COLUMNS
@@ -161,7 +162,8 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
         raise RecipeError(told)
     share = bad / max(1, bad + len(store))
     if share > config.max_bad_share:
-        what = f"{bad} of {bad + len(store)} rows cannot be read ({share:.1%}), more than data.max_bad_share allows"
+        rows = f"{bad:,} of {counted(bad + len(store), 'row')}"
+        what = f"{rows} cannot be read ({share:.1%}), more than data.max_bad_share allows"
         raise RecipeError(
             [
                 Problem(what, "data.max_bad_share", f"data.max_bad_share={share:.3f}"),
@@ -170,7 +172,10 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
         )
     for name, count in store.bad_row_counts.items():
         if count:
-            say(f"{name}: skipped {count} rows that cannot be read, the first: {problems[0].where}: {problems[0].what}")
+            say(
+                f"{name}: skipped {counted(count, 'row')} that cannot be read, the first: {problems[0].where}: "
+                f"{problems[0].what}"
+            )
     if not len(store):
         raise RecipeError(
             f"{', '.join(file.path for file in store.files)} holds no rows",
@@ -194,15 +199,19 @@ def _tell_of_eval_file(config: DataConfig, source: Tokenized) -> None:
     if config.eval_share is not None:
         say(f"held-out rows come from data.eval_file, so data.eval_share={config.eval_share:g} holds out none")
     if len(source.store) == config.eval_rows:
-        say(f"held out: the first {config.eval_rows} rows of {config.eval_file}; data.eval_rows=null takes all of them")
+        say(
+            f"held out: the first {counted(config.eval_rows, 'row')} of {config.eval_file}; data.eval_rows=null takes "
+            "all of them"
+        )
 
 
 def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Ints]:
     if config.eval_share is None and config.eval_rows is None:
         return rows, np.zeros(0, dtype=np.int64)
     train, out, copies = held_out(source.store, rows, config.eval_share, config.eval_rows, config.seed)
-    left_out = f"; left out {copies} copies of them" if copies else ""
-    say(f"held out {len(out)} of {len(rows)} rows{left_out}{_about_the_share(config, len(out), len(rows))}")
+    left_out = f"; left out {counted(copies, 'copy', 'copies')} of them" if copies else ""
+    about = _about_the_share(config, len(out), len(rows))
+    say(f"held out {len(out):,} of {counted(len(rows), 'row')}{left_out}{about}")
     return train, out
 
 
@@ -233,8 +242,8 @@ def _refuse_overlap(train: TokenStore, rows: Ints, other: Tokenized) -> None:
     named = [f"{other.store.place(mine)} (training {train.place(theirs)})" for mine, theirs in shared]
     more = f" and {len(shared) - MOST_PROBLEMS_SHOWN} more" if len(shared) > MOST_PROBLEMS_SHOWN else ""
     raise RecipeError(
-        f"{len(shared)} held-out rows are also training rows, so their score would say nothing: "
-        f"{', '.join(named[:MOST_PROBLEMS_SHOWN])}{more}",
+        f"{counted(len(shared), 'held-out row is also a training row', 'held-out rows are also training rows')}, so "
+        f"their score would say nothing: {', '.join(named[:MOST_PROBLEMS_SHOWN])}{more}",
         where=EVAL_FILE,
         fix="take those rows out of the training file, or data.eval_file=<other rows>",
     )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from qlora_kit.core.errors import Problem
+from qlora_kit.core.units import counted
 from qlora_kit.data.audit.finding import MOST_PLACES
 
 MOST_PROBLEMS_SHOWN = 20
@@ -32,13 +33,13 @@ def told_once(problems: Sequence[Problem], counts: Mapping[str, int] | None = No
     told = [_as_one(group, sizes[sort], among) for sort, group in list(groups.items())[:MOST_PROBLEMS_SHOWN]]
     total = sum(counts.values()) if counts else len(problems)
     rest = total - sum(list(sizes.values())[:MOST_PROBLEMS_SHOWN])
-    return [*told, Problem(f"and {rest:,} more row{'s' if rest > 1 else ''} with other problems")] if rest > 0 else told
+    return [*told, Problem(f"and {counted(rest, 'more row')} with other problems")] if rest > 0 else told
 
 
 def _as_one(group: Sequence[Problem], size: int, among: str) -> Problem:
     rest = size - min(len(group), MOST_PLACES)
     places = ", ".join(problem.where for problem in group[:MOST_PLACES])
-    more = f" and {rest:,} more row{'s' if rest > 1 else ''} {among}".rstrip() if rest > 0 else ""
+    more = f" and {counted(rest, 'more row')} {among}".rstrip() if rest > 0 else ""
     return Problem(group[0].what, places + more, group[0].fix)
 
 

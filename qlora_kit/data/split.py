@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.units import counted
 from qlora_kit.data.tokens import Ints, TokenStore
 from qlora_kit.schema.data import SourceConfig
 
@@ -39,7 +40,8 @@ def _wanted(available: Mapping[str, int], sources: Mapping[str, SourceConfig]) -
     for name, source in sources.items():
         if source.rows is not None and source.rows > available[name]:
             raise RecipeError(
-                f"source {name} has {available[name]} rows, fewer than the {source.rows} that the mix asks for",
+                f"source {name} has {counted(available[name], 'row')}, fewer than the {source.rows} that the "
+                "mix asks for",
                 where=f"data.sources.{name}.rows",
                 fix=f"data.sources.{name}.rows={available[name]}",
             )
@@ -72,8 +74,8 @@ def held_out(
     if len(chosen) == len(values):
         what = "data.eval_share" if share is not None else "data.eval_rows"
         raise RecipeError(
-            f"{what}={share if share is not None else count} of {len(values)} different "
-            f"row{'s' if len(values) > 1 else ''} leaves no row to train on",
+            f"{what}={share if share is not None else count} of "
+            f"{counted(len(values), 'different row')} leaves no row to train on",
             where=what,
             fix="data.eval_share=null data.eval_rows=null",
         )

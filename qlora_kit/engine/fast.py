@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kit.core.units import counted
 from qlora_kit.engine.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
 from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
@@ -234,7 +235,10 @@ def speed_up(
             reasons[str(reason)] += 1
             parts = None
         found.append(FastLayer(layer, parts, dtype))
-    said = [f"{count} of {len(found)} layers run plain, because {why}" for why, count in reasons.items()]
+    said = [
+        f"{count} of {counted(len(found), 'layer runs', 'layers run')} plain, because {why}"
+        for why, count in reasons.items()
+    ]
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
     engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said, graphs)

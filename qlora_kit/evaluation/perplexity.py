@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.units import counted
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.intervals import Interval, mean_by_row
 from qlora_kit.evaluation.scores import Scorer, perplexity_of
@@ -55,7 +56,7 @@ def text_windows(
     tokens = _first_tokens(path, tokenizer, needed)
     rows = [row for row in _cut(tokens, front, room, step, str(path)) if any(row.trained[1:])][:most]
     if not rows:
-        raise RecipeError(f"{path} holds {len(tokens)} tokens, too few to predict one", "eval.text_file")
+        raise RecipeError(f"{path} holds {counted(len(tokens), 'token')}, too few to predict one", "eval.text_file")
     return rows
 
 

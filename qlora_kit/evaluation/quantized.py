@@ -11,6 +11,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.core.gptqmodel import set_up_gptqmodel
+from qlora_kit.core.units import counted
 from qlora_kit.evaluation.gemm_twin import gemm_twin, is_gemv
 from qlora_kit.model.weight_names import tensor_shapes
 
@@ -95,7 +96,9 @@ def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
     """transformers fills what a file lacks with random numbers, and says so in a table at most."""
     if missing:
         some = ", ".join(sorted(missing)[:3])
-        raise RunError(f"transformers finds {len(missing)} tensors of the model not in {folder}, such as {some}")
+        raise RunError(
+            f"transformers finds {counted(len(missing), 'tensor')} of the model not in {folder}, such as {some}"
+        )
 
 
 def _layers_differ(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.units import kept_share
+from qlora_kit.core.units import counted, kept_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,8 @@ class DeltaSurvival:
         return "\n".join(
             [
                 f"{artifact} keeps {kept_share(self.kept)} of what was learned; "
-                f"{len(lost)} of {len(self.layers)} weights keep less than {least_kept:.0%}: {named}",
+                f"{len(lost)} of {counted(len(self.layers), 'weight keeps', 'weights keep')} less than "
+                f"{least_kept:.0%}: {named}",
                 "  the steps of the format are wider than the update, and the base lies on them",
                 f"  try      {first}",
                 *(f"  or       {other}" for other in others),

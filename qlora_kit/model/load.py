@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.units import counted
 from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.skeleton import skeleton, told_plainly
@@ -66,7 +67,7 @@ def load_base(
         )
     if missing := sorted(found["missing_keys"]):
         # transformers fills them with random numbers and only warns.
-        what = f"{folder} lacks {len(missing)} weights of its model: {', '.join(missing[:3])}"
+        what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
         raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
     if stored is not None:
         _set_compute_dtype(model, dtype)

@@ -8,6 +8,7 @@ import numpy as np
 
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
+from qlora_kit.core.units import counted
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.export.calibration import calibration_rows
@@ -45,7 +46,10 @@ def rows_of_data(
         seed=data.seed,
     )
     scored = prepared.scored(config.score_rows)
-    say(f"calibrating on {len(calibration)} rows of data, with export.calibration_general of them general text")
+    say(
+        f"calibrating on {counted(len(calibration), 'row')} of data, with export.calibration_general of them general "
+        "text"
+    )
     return ExportRows(calibration, scored, {"calibration": "rows of data", **asdict(prepared.summary)})
 
 
@@ -71,8 +75,9 @@ def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFa
     places = np.linspace(0, len(usable) - 1, min(config.calibration_rows, len(usable))).round().astype(int)
     calibration = [usable[place] for place in places.tolist()]
     say(
-        f"no data is given: calibrating on {len(calibration)} rows of the general text that the kit ships, and scoring "
-        f"on {len(scored)} others, {GENERAL_TOKENS} tokens each; data=<option> data.train_file=<rows like those that "
+        f"no data is given: calibrating on {counted(len(calibration), 'row')} of the general text that the kit ships, "
+        f"and scoring on {counted(len(scored), 'other')}, {GENERAL_TOKENS} tokens each; data=<option> "
+        "data.train_file=<rows like those that "
         "it will see> serves a model with a task better"
     )
     origin = {"calibration": GENERAL_TEXT, "rows": len(calibration), "scored": len(scored), "tokens": GENERAL_TOKENS}

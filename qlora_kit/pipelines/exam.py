@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
+from qlora_kit.core.units import counted
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.harness import HarnessTasks, harness_tasks, require_harness
@@ -54,7 +55,8 @@ def set_exam(subject: Evaluated, config: EvalConfig) -> Exam:
     conversations = held_out.conversations
     prompts = [(ids, row) for row in conversations if (ids := encoder.prompt_ids(row))]
     if len(prompts) < len(conversations):
-        say(f"{len(conversations) - len(prompts)} held-out rows are texts without a prompt, so nothing answers them")
+        texts = counted(len(conversations) - len(prompts), "held-out row is a text", "held-out rows are texts")
+        say(f"{texts} without a prompt, so nothing answers them")
     return Exam(
         rows=held_out.scored,
         prompts=[ids for ids, _ in prompts],

@@ -15,7 +15,7 @@ from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import no_empty_folder_left
 from qlora_kit.core.say import say
-from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.evaluation.judge import Yardstick
@@ -116,7 +116,7 @@ def _alone(subject: Exportable) -> Iterator[None]:
 
 
 def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:
-    say(f"scoring {subject.reference} on {len(rows)} held-out rows")
+    say(f"scoring {subject.reference} on {counted(len(rows), 'held-out row')}")
     scorer, before = subject.open_reference()
     scores = scorer.score(rows, None, TOP_TOKENS)
     untrained = before.score(rows, None, 1) if before else None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
-from qlora_kit.core.units import human_bytes, human_seconds
+from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import open_trained
 from qlora_kit.evaluation.scores import Scorer
@@ -183,7 +183,8 @@ class TrainedRun(Exportable):
         report = merge(self.base.folder, self.directory.adapter, self.quant, merge_base, self.tokenizer, out)
         seconds = human_seconds(time.perf_counter() - began)
         before = f", {human_bytes(report.resumed)} of it written before" if report.resumed else ""
-        say(f"merged {report.merged} of {report.adapted} modules into the {report.base} base in {seconds}{before}")
+        modules = f"{report.merged:,} of {counted(report.adapted, 'module')}"
+        say(f"merged {modules} into the {report.base} base in {seconds}{before}")
         return report
 
     def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import is_line
-from qlora_kit.core.units import human_count
+from qlora_kit.core.units import counted, human_count
 from qlora_kit.data.audit.audit import Audit, stop_on_errors
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.audit.shown_tokens import shown_row
@@ -92,7 +92,12 @@ def marked_text(row: TokenRow, tokenizer: "PreTrainedTokenizerFast", *, with_bra
 def _print_rows(rows: Sequence[TokenRow], tokenizer: "PreTrainedTokenizerFast", console: Console) -> None:
     for row in rows:
         trained = sum(row.trained)
-        console.print(Text(f"{row.file}:{row.line}  {len(row.input_ids)} tokens, {trained} trained", style="bold"))
+        console.print(
+            Text(
+                f"{row.file}:{row.line}  {counted(len(row.input_ids), 'token')}, {trained:,} trained",
+                style="bold",
+            )
+        )
         console.print(marked_text(row, tokenizer, with_brackets=not console.is_terminal), soft_wrap=True)
         console.print()
     how = TRAINED_STYLE if console.is_terminal else f"{OPENING} {CLOSING}"

@@ -11,7 +11,7 @@ from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
-from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
@@ -158,13 +158,20 @@ def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tupl
     trainer = recipe.trainer
     batch = trainer.batch_size * trainer.gradient_accumulation
     tokens = batch * longest
-    found = [("tokens a step", human_count(tokens), f"at most: {batch} rows of {longest} tokens")]
+    found = [
+        (
+            "tokens a step",
+            human_count(tokens),
+            f"at most: {counted(batch, 'row')} of {counted(longest, 'token')}",
+        )
+    ]
     file, most = recipe.data.train_file, recipe.data.train_rows
     rows = rows_of(Path(file), most) if read is None and file is not None else read
     if rows:
         steps = trainer.steps(rows)
         passes = trainer.epochs if trainer.max_steps is None else steps * batch / rows
-        return [*found, ("steps", str(steps), f"{human_count(rows)} rows, {passes:.3g} passes over them")]
+        over = f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over {'it' if rows == 1 else 'them'}"
+        return [*found, ("steps", str(steps), f"{human_count(rows)} {'row' if rows == 1 else 'rows'}, {over}")]
     if trainer.max_steps is not None:
         return [*found, ("steps", str(trainer.max_steps), "trainer.max_steps")]
     if file is None:

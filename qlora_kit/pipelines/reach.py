@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.adapter.attach import adapted_names, linear_names, peft_config, resolve_targets
 from qlora_kit.core.errors import RecipeError, RunError
-from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
@@ -125,7 +125,9 @@ class Reach:
     def _by_name(self, parts: list[Weights]) -> str:
         found = Counter(part.last for part in parts)
         every = all(count % max(1, self.layers) == 0 for count in found.values())
-        told = [name if every else f"{name} in {count} of {self.layers} layers" for name, count in found.items()]
+        told = [
+            name if every else f"{name} in {count} of {counted(self.layers, 'layer')}" for name, count in found.items()
+        ]
         return ", ".join(told)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.say import say
-from qlora_kit.core.units import human_bytes
+from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.data.audit.audit import Audit, audit
 from qlora_kit.data.audit.embedding import beyond_embedding
 from qlora_kit.data.audit.finding import by_level
@@ -105,7 +105,8 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
             "trainer.batch_size=1, or see qlora-kit plan for what needs the memory",
         )
     why = "the model's context" if fits == context else "the longest row" if fits == most else "what fits"
-    say(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, the longest row has {longest} tokens)")
+    row = f"the longest row has {counted(longest, 'token')}"
+    say(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, {row})")
     return fits
 
 

@@ -17,7 +17,7 @@ from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.signals import came_of_interrupt
-from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.export.serving.adapter_card import write_adapter_card
@@ -175,7 +175,8 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: in
     with told_plainly(base_folder, config, "run"):
         try_forward(model)
     size = adapter_size(model)
-    say(f"training {human_count(size.parameters)} weights in {size.modules} modules on {rows} rows")
+    modules = counted(size.modules, "module")
+    say(f"training {human_count(size.parameters)} weights in {modules} on {counted(rows, 'row')}")
     return model
 
 
@@ -219,7 +220,8 @@ def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory, base_fold
     if result.eval_loss is not None:
         say(f"held-out loss {result.eval_loss:.4f}")
     device = "GPU memory" if torch.cuda.is_available() else "memory"
-    say(f"{result.tokens_per_second:.0f} tokens/s, peak {device} {human_bytes(result.peak_memory_bytes)}")
+    speed = counted(round(result.tokens_per_second), "token/s", "tokens/s")
+    say(f"{speed}, peak {device} {human_bytes(result.peak_memory_bytes)}")
     say(f"done: {run.path}")
     say(f"next: {line_to_export(run, base_folder)}")
     for warning in result.warnings:

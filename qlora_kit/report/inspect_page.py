@@ -6,9 +6,9 @@ from itertools import pairwise
 
 from qlora_kit import __version__
 from qlora_kit.core.shell import is_line
-from qlora_kit.core.units import human_count
+from qlora_kit.core.units import counted, human_count
 from qlora_kit.data.audit.audit import Audit, PackedBins
-from qlora_kit.data.audit.finding import Finding, Level, counted
+from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.audit.length_counts import QUANTILES, LengthCounts
 from qlora_kit.data.audit.shown_tokens import ShownRow, ShownToken
 from qlora_kit.data.summary import DataSummary, SourceSummary
@@ -115,7 +115,7 @@ def _lengths(lengths: LengthCounts, capacity: int | None) -> str:
     bars = []
     for index, (count, (first, end)) in enumerate(zip(lengths.counts, pairwise(lengths.edges), strict=True)):
         height = max(2.0, count / max(1, most) * (HEIGHT - 4)) if count else 0.0
-        title = f"{first} to {end - 1} tokens: {counted(count, 'row', 'rows')}"
+        title = f"{first} to {end - 1} tokens: {counted(count, 'row')}"
         bars.append(
             f'<rect class="bar" x="{(index + 0.06) * step:.1f}" y="{HEIGHT - height:.1f}" '
             f'width="{step * 0.88:.1f}" height="{height:.1f}"><title>{text(title)}</title></rect>'
@@ -182,7 +182,7 @@ def _batches(audit: Audit) -> str:
     elif audit.padding is not None:
         waste = audit.padding
         parts.append(
-            f"<p>In batches of {counted(waste.batch_size, 'row', 'rows')}, {waste.random:.1%} of the tokens would be "
+            f"<p>In batches of {counted(waste.batch_size, 'row')}, {waste.random:.1%} of the tokens would be "
             f"padding with rows in random order, {waste.by_length:.1%} with rows grouped by length.</p>"
         )
     return "\n".join(parts)
@@ -201,11 +201,11 @@ def _packing(packing: PackedBins) -> str:
             drawn.append(
                 f'<rect class="row-{"ab"[number % 2]}" x="{at:.2f}" y="{y:.2f}" '
                 f'width="{width:.2f}" height="{tall:.2f}">'
-                f"<title>{length:,} tokens</title></rect>"
+                f"<title>{counted(length, 'token')}</title></rect>"
             )
             at += width
     return (
-        f"<p>Packing fills {packing.efficiency:.1%} of {counted(packing.bins, 'bin', 'bins')} of "
+        f"<p>Packing fills {packing.efficiency:.1%} of {counted(packing.bins, 'bin')} of "
         f'{packing.capacity:,} tokens.</p>\n<figure class="bins"><svg viewBox="0 0 {WIDTH} 100" '
         f'preserveAspectRatio="none" role="img" aria-label="Bins and the rows in them">{"".join(drawn)}</svg>'
         f"<figcaption>{shown:,} of the bins, one a line, fullest first; each block is a row, the rest is empty."
@@ -228,8 +228,8 @@ def _rows(rows: Sequence[ShownRow]) -> str:
 def _row(row: ShownRow) -> str:
     spans = "".join(_token(token, index) for index, token in enumerate(row.tokens))
     rest = row.length - len(row.tokens)
-    more = f'<p class="soft">… and {counted(rest, "token", "tokens")} more</p>' if rest else ""
-    head = f"{text(row.place)} <small>{row.length:,} tokens, {row.trained:,} trained</small>"
+    more = f'<p class="soft">… and {counted(rest, "token")} more</p>' if rest else ""
+    head = f"{text(row.place)} <small>{counted(row.length, 'token')}, {row.trained:,} trained</small>"
     return f'<article class="row"><h3>{head}</h3><div class="tokens">{spans}</div>{more}</article>'
 
 

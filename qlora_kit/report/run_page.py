@@ -6,8 +6,7 @@ from statistics import median
 
 from qlora_kit import __version__
 from qlora_kit.core.shell import is_line
-from qlora_kit.core.units import human_bytes, human_count, human_seconds
-from qlora_kit.data.audit.finding import counted
+from qlora_kit.core.units import counted, human_bytes, human_count, human_seconds
 from qlora_kit.report.page import page, text
 from qlora_kit.report.run_page_base import base_headline, base_rows, base_setup, base_verdict
 from qlora_kit.report.run_page_curves import curves, series
@@ -82,7 +81,7 @@ def verdict(run: RunPage) -> str:
     if not exports:
         return "Trained; no file to serve yet."
     rejected = sum(export.rejected for export in exports)
-    files = counted(len(exports), "file", "files")
+    files = counted(len(exports), "file")
     if not rejected:
         return f"Trained; {files} to serve."
     return f"Trained; {files}, of which {rejected} {'is' if rejected == 1 else 'are'} rejected."

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from qlora_kit.core.shell import override, shell_line
-from qlora_kit.core.units import human_bytes
-from qlora_kit.data.audit.finding import counted
+from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.report.page import text
 from qlora_kit.report.run_page_facts import Missing, RunPage, Untrained
 from qlora_kit.report.run_page_fidelity import decimals
@@ -23,7 +22,7 @@ def base_verdict(page: RunPage) -> str:
     if not files:
         return "A base that was never trained; no file to serve yet."
     rejected = sum(one.rejected for one in files)
-    said = f"A base that was never trained; {counted(len(files), 'file', 'files')}"
+    said = f"A base that was never trained; {counted(len(files), 'file')}"
     return (
         f"{said}, of which {rejected} {'is' if rejected == 1 else 'are'} rejected." if rejected else f"{said} to serve."
     )
@@ -67,8 +66,9 @@ def base_rows(page: RunPage, untrained: Untrained) -> str:
     others = "" if untrained.scored_rows is None else f", and scored on {untrained.scored_rows:,} others"
     long = "" if untrained.row_tokens is None else f", {untrained.row_tokens:,} tokens each"
     return (
-        f"<p>Calibrated on {untrained.calibration_rows:,} rows of {text(untrained.calibration)}{others}{long}. Rows "
-        "like those that the model will see tell more of it: data=&lt;option&gt; data.train_file=&lt;file&gt;.</p>"
+        f"<p>Calibrated on {counted(untrained.calibration_rows, 'row')} of {text(untrained.calibration)}{others}{long}"
+        ". Rows like those that the model will see tell more of it: "
+        "data=&lt;option&gt; data.train_file=&lt;file&gt;.</p>"
     )
 
 

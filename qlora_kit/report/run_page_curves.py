@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from qlora_kit.core.units import human_bytes
-from qlora_kit.data.audit.finding import counted
+from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.report.charts import LOG_RANGE, MOST_POINTS, Axis, Point, line_chart, scientific, tick_text
 from qlora_kit.report.page import text
 

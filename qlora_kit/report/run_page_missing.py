@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_kit.data.audit.finding import counted
+from qlora_kit.core.units import counted
 from qlora_kit.report.run_page_base import base_missing
 from qlora_kit.report.run_page_facts import Missing, RunPage
 

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qlora_kit.core.shell import shell_line
-from qlora_kit.core.units import human_count
-from qlora_kit.data.audit.finding import counted
+from qlora_kit.core.units import counted, human_count
 from qlora_kit.report.page import table, text
 from qlora_kit.report.run_page_facts import Environment, RunPage, Split
 from qlora_kit.schema.quant import QuantKind
@@ -41,7 +40,7 @@ def hardware_of(environment: Environment) -> str:
     devices = [f"{count} x {name}" for name, count in Counter(environment.gpus).items()]
     if devices:
         return ", ".join([*devices, *([f"CUDA {environment.cuda}"] if environment.cuda else [])])
-    return counted(environment.cpu_count, "CPU core", "CPU cores") if environment.cpu_count else ""
+    return counted(environment.cpu_count, "CPU core") if environment.cpu_count else ""
 
 
 def _of_recipe(recipe: TrainRecipe, parameters: float | None, ran: str) -> list[tuple[str, str]]:
@@ -60,7 +59,7 @@ def _of_recipe(recipe: TrainRecipe, parameters: float | None, ran: str) -> list[
         ("Stored as", f"{stored}{double}, computed in {quant.compute_dtype.name}"),
         ("Adapter", f"{', '.join(kinds)}: r {lora.r}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{size}"),
         ("Optimizer", f"{optimizer}, peak learning rate {optim.learning_rate:g}, {optim.schedule.name}"),
-        ("Step", f"{counted(rows, 'row', 'rows')} a device, {recipe.data.batching.name} batches"),
+        ("Step", f"{counted(rows, 'row')} a device, {recipe.data.batching.name} batches"),
         ("Engine", f"{recipe.engine.mode.name}, seed {trainer.seed}"),
     ]
 

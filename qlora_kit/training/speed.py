@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
-from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
 from qlora_kit.engine.recompute import LAYER_AGAIN, LAYER_FROM_HOST, LayerExtras, kept_bytes
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
@@ -41,8 +41,8 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
     if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, levels, _free())):
         say(f"engine: weights are kept unpacked too, {human_bytes(copies)} (engine.weight_copies=none gives it back)")
     say(
-        f"engine: fast, {config.compute.name}, {engine.fast_layers} layers; for {human_count(tokens)} tokens "
-        + again(levels)
+        f"engine: fast, {config.compute.name}, {counted(engine.fast_layers, 'layer')}; for {human_count(tokens)} "
+        f"tokens {again(levels)}"
     )
     return engine
 

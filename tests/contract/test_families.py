@@ -240,7 +240,7 @@ def test_weights_that_are_not_there_are_not_made_up(folder_of, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.post_attention_layernorm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"lacks 1 weights of its model: model\.layers\.1\.post") as raised:
+    with pytest.raises(RunError, match=r"lacks 1 weight of its model: model\.layers\.1\.post") as raised:
         load_base(folder, QuantConfig())
     assert raised.value.exit_code == EXIT_BAD_RECIPE
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.units import counted
 from qlora_kit.data.audit.finding import Finding, Level, by_level
 from qlora_kit.data.audit.length_counts import LengthCounts, Padding, count_lengths, padding
 from qlora_kit.data.audit.near_duplicates import near_duplicates
@@ -169,7 +170,7 @@ def _row_findings(turns: Turns, held_out: TokenRows | None, summary: SplitSummar
     yield from noted(train)
     yield from scripts(train)
     if len(turns.scan.indices) < len(train):
-        what = f"tokens were read in {len(turns.scan.indices):,} of {len(train):,} rows, evenly spread"
+        what = f"tokens were read in {len(turns.scan.indices):,} of {counted(len(train), 'row')}, evenly spread"
         yield Finding(Level.note, "sampled", what)
 
 
@@ -195,12 +196,13 @@ def _held_out_findings(data: Prepared, turns: Turns, of_train: Sequence[Finding]
 
 def _batch_findings(packing: Packing | None, batch: Padding | None) -> Iterator[Finding]:
     if packing is not None:
-        what = f"packing fills {packing.efficiency:.1%} of {len(packing):,} bins of {packing.capacity:,} tokens"
+        bins = f"{counted(len(packing), 'bin')} of {counted(packing.capacity, 'token')}"
+        what = f"packing fills {packing.efficiency:.1%} of {bins}"
         yield Finding(Level.note, "packing", what)
     elif batch is not None and batch.random > MUCH_PADDING:
         what = (
-            f"batches of {batch.batch_size} rows in random order are {batch.random:.0%} padding, grouped by length "
-            f"{batch.by_length:.0%}"
+            f"batches of {counted(batch.batch_size, 'row')} in random order are {batch.random:.0%} padding, grouped by "
+            f"length {batch.by_length:.0%}"
         )
         yield Finding(Level.note, "padding", what, (), 0, "data.batching=packed or by_length, unless it is set already")
 
@@ -215,7 +217,7 @@ def _bins(rows: TokenRows, packing: Packing) -> PackedBins:
 def _facts(special: SpecialTokens, found: Scan) -> tuple[TokenFact, ...]:
     rows, runs = len(found.indices), found.runs
     wrong = sum(len(part) for part in found.missing_bos)
-    begins = f"put first by the tokenizer; {rows - wrong:,} of {rows:,} rows begin with it"
+    begins = f"put first by the tokenizer; {rows - wrong:,} of {counted(rows, 'row')} begin with it"
     closing = found.closed.commonest
     ends = found.closed.counts.get(closing, 0) if closing is not None else 0
     stops = "ends generation" if closing in special.stops else "does not end generation"
@@ -231,7 +233,7 @@ def _facts(special: SpecialTokens, found: Scan) -> tuple[TokenFact, ...]:
             "end of turn",
             special.name(closing),
             closing,
-            f"trained; closes {ends:,} of {runs:,} answers; {stops}"
+            f"trained; closes {ends:,} of {counted(runs, 'answer')}; {stops}"
             if closing is not None
             else "no answer ends with one",
         ),

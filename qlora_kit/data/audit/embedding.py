@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_kit.data.audit.finding import Finding, Level, counted, places
+from qlora_kit.core.units import counted
+from qlora_kit.data.audit.finding import Finding, Level, places
 from qlora_kit.data.tokens import Ints, TokenRows
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def beyond_embedding(
     if not is_used:
         named = ", ".join(list(names.values())[:_MOST_NAMED])
         what = (
-            f"the tokenizer has {counted(len(names), 'token', 'tokens')} that the base has no embedding for ({named}); "
+            f"the tokenizer has {counted(len(names), 'token')} that the base has no embedding for ({named}); "
             "these rows use none, but a prompt with one would fail"
         )
         yield Finding(Level.warning, "tokenizer_beyond_embedding", what, fix=_OWN)

@@ -48,8 +48,3 @@ def places(rows: Iterable[int], place: Callable[[int], str]) -> tuple[str, ...]:
         if len(named) == MOST_PLACES:
             break
     return tuple(named)
-
-
-def counted(count: int, one: str, many: str) -> str:
-    """A count with the words that fit it: 1 row begins, 1,200 rows begin."""
-    return f"{count:,} {one if count == 1 else many}"

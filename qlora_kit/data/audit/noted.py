@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from qlora_kit.core.terminal import one_line
-from qlora_kit.data.audit.finding import Finding, Level, counted
+from qlora_kit.core.units import counted
+from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.tokens import TokenRows
 
 _TAKE_OUT = "take {} out of the rows' text"

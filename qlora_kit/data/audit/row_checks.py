@@ -5,7 +5,8 @@ from itertools import islice
 
 import numpy as np
 
-from qlora_kit.data.audit.finding import MOST_PLACES, Finding, Level, counted, places
+from qlora_kit.core.units import counted
+from qlora_kit.data.audit.finding import MOST_PLACES, Finding, Level, places
 from qlora_kit.data.audit.near_duplicates import LEAST_OVERLAP, NearDuplicates, content_keys
 from qlora_kit.data.audit.oddities import FLAWS, SCRIPTS, WORDS, Oddity
 from qlora_kit.data.audit.special_tokens import SpecialTokens
@@ -144,9 +145,7 @@ def skipped(rows: TokenRows) -> Iterator[Finding]:
     if count:
         bad = rows.store.bad_rows[:MOST_PLACES]
         reason = f": {bad[0].why}" if bad else ""
-        what = (
-            f"{counted(count, 'row', 'rows')} could not be read and {'was' if count == 1 else 'were'} skipped{reason}"
-        )
+        what = f"{counted(count, 'row')} could not be read and {'was' if count == 1 else 'were'} skipped{reason}"
         where = tuple(f"{row.file}:{row.line}" for row in bad)
         yield Finding(Level.warning, "rows_skipped", what, where, count, "mend them; data.on_bad_row=error names each")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_kit.data.audit.finding import Finding, Level, counted, places
+from qlora_kit.core.units import counted
+from qlora_kit.data.audit.finding import Finding, Level, places
 from qlora_kit.data.audit.special_tokens import SpecialTokens
 from qlora_kit.data.audit.token_scan import Scan, Tally
 from qlora_kit.data.tokens import Ints, TokenRows
@@ -108,7 +109,8 @@ def _stops(turns: Turns) -> Iterator[Finding]:
     for token, count in sorted(scan.closed.counts.items()):
         if token not in special.stops and count >= RARE * scan.runs:
             what = (
-                f"{count:,} of {scan.runs:,} answers end with {special.name(token)}, which does not end generation "
+                f"{count:,} of {counted(scan.runs, 'answer ends', 'answers end')} with {special.name(token)}, which "
+                f"does not end generation "
                 f"(what does: {known}), so servers would write on"
             )
             fix = f"add {token} to eos_token_id in the base's generation_config.json"
@@ -124,7 +126,7 @@ def _inside(turns: Turns, *, is_noted: bool) -> Iterator[Finding]:
                 continue
             if _is_foreign(turns, token, count):
                 name = special.name(token)
-                often = counted(count, "time", "times")
+                often = counted(count, "time")
                 what = (
                     f"{name} stands inside an answer, before its end, {often}: the model would learn to write it there"
                 )
@@ -162,7 +164,7 @@ def _padding_token(turns: Turns) -> Iterator[Finding]:
         yield Finding(Level.note, "pad_is_eos", what)
     elif count := scan.inside.counts.get(special.pad, 0):
         where = turns.first(scan.inside, special.pad)
-        what = f"the pad token {name} stands inside an answer {counted(count, 'time', 'times')}"
+        what = f"the pad token {name} stands inside an answer {counted(count, 'time')}"
         yield Finding(Level.warning, "pad_inside_answer", what, where, count, f"take {name} out of the rows' text")
 
 

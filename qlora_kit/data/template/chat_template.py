@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_kit.core.bounds import OutOfTimeError, Timed, bounded_memory
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
-from qlora_kit.core.units import human_bytes
+from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.data.conversation import Message
 
 LONGEST_RENDERING = 4.0  # seconds of processor time; a conversation of 40,000 turns takes about one
@@ -122,13 +122,13 @@ class ChatTemplate:
         except OutOfTimeError:
             raise TemplateTooCostlyError(
                 f"the chat template was still at work after {self.seconds:g} seconds on a conversation of "
-                f"{len(turns):,} turn{'s' if len(turns) > 1 else ''}",
+                f"{counted(len(turns), 'turn')}",
                 "model.chat_template",
             ) from None
         except MemoryError:
             raise TemplateTooCostlyError(
                 f"the chat template needs more than {human_bytes(MOST_MEMORY)} for a conversation of "
-                f"{len(turns):,} turn{'s' if len(turns) > 1 else ''}",
+                f"{counted(len(turns), 'turn')}",
                 "model.chat_template",
             ) from None
         # A template is a stranger's program: whatever it raises is its own doing.

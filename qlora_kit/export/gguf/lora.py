@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.units import counted
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields, find_architecture
 from qlora_kit.export.gguf.metadata import read_config
 from qlora_kit.export.gguf.tensors import gguf_names, paired_order, rotated_heads_of
@@ -150,7 +151,8 @@ def _adapted_modules(stored: Mapping[str, "npt.NDArray[np.float32]"]) -> list[st
     strange = [name for name in stored if not name.endswith(ends)]
     if strange:
         raise RecipeError(
-            f"llama.cpp's adapter files have no place for {len(strange)} tensors, first {strange[0]}", fix=_ELSEWHERE
+            f"llama.cpp's adapter files have no place for {counted(len(strange), 'tensor')}, first {strange[0]}",
+            fix=_ELSEWHERE,
         )
     return sorted(
         {name.removeprefix(_PREFIX).removesuffix(end) for name in stored for end in ends if name.endswith(end)}

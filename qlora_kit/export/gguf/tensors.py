@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.units import counted
 from qlora_kit.export.gguf.architectures import Architecture, ConfigFields
 from qlora_kit.export.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
 from qlora_kit.export.gguf.overrides import overridden_types
@@ -179,7 +180,8 @@ def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) 
     unnamed = [source for source, name in names.items() if name is None]
     if unnamed:
         raise RecipeError(
-            f"{len(unnamed)} tensors have no place in llama.cpp's {architecture.gguf_name}, first {unnamed[0]}",
+            f"{counted(len(unnamed), 'tensor has', 'tensors have')} no place in llama.cpp's "
+            f"{architecture.gguf_name}, first {unnamed[0]}",
             fix="give a merged model without adapter or quantization tensors",
         )
     return names

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.say import say
+from qlora_kit.core.units import counted
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.export.gguf.pre_tokenizers import name_of_pre_tokenizer
@@ -131,7 +132,10 @@ def _tell_beyond(
         )
     if beyond:
         named = ", ".join(list(beyond.values())[:3])
-        say(f"{len(beyond):,} tokens of the tokenizer are beyond the {rows:,} rows of the embedding; left out: {named}")
+        say(
+            f"{counted(len(beyond), 'token of the tokenizer is', 'tokens of the tokenizer are')} beyond the "
+            f"{rows:,} rows of the embedding; left out: {named}"
+        )
 
 
 def _served_template(template: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RunError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.units import counted
 from qlora_kit.export.merging.carry import carried, says_tied, vocabulary_size
 from qlora_kit.export.merging.plan import EMBEDDING, HEAD
 from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_headers
@@ -39,7 +40,9 @@ def audit_changes(written: Iterable[Written], expected: Collection[str], optiona
             f"the merge left {len(left_out)} of {len(expected)} adapted tensors unchanged: {_some(left_out)}"
         )
     if surplus:
-        raise RunError(f"the merge changed {len(surplus)} tensors that the adapter does not touch: {_some(surplus)}")
+        raise RunError(
+            f"the merge changed {counted(len(surplus), 'tensor')} that the adapter does not touch: {_some(surplus)}"
+        )
 
 
 def changes_hash(written: Iterable[Written]) -> str:
@@ -76,9 +79,9 @@ def _names(tensors: Mapping[str, StoredTensor], base_names: Iterable[str], tied:
     embedded = any(name.endswith(EMBEDDING) for name in expected)
     missing, unexpected = expected - set(tensors) - heads, set(tensors) - expected - heads
     if missing:
-        yield f"{len(missing)} tensors are missing: {_some(missing)}"
+        yield f"{counted(len(missing), 'tensor is', 'tensors are')} missing: {_some(missing)}"
     if unexpected:
-        yield f"{len(unexpected)} tensors are unexpected: {_some(unexpected)}"
+        yield f"{counted(len(unexpected), 'tensor is', 'tensors are')} unexpected: {_some(unexpected)}"
     stored = [name for name in heads if name in tensors]
     if tied and embedded and stored:
         yield f"the head is untied: config.json says tie_word_embeddings, but {stored[0]} is stored too"
@@ -89,7 +92,7 @@ def _names(tensors: Mapping[str, StoredTensor], base_names: Iterable[str], tied:
 def _kinds(tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
     other = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.dtype != "BF16"}
     if other:
-        yield f"{len(other)} tensors are not bfloat16: {_some(other)}"
+        yield f"{counted(len(other), 'tensor is', 'tensors are')} not bfloat16: {_some(other)}"
 
 
 def _vocabulary(tensors: Mapping[str, StoredTensor], rows: int | None, tokens: int | None) -> Iterable[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.units import counted
 from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_header, read_whole
 from qlora_kit.model.stored_tensors import broken
 
@@ -141,7 +142,7 @@ def refuse_unlearned(adapter: Adapter) -> set[str]:
     zero = {module for module, update in adapter.updates.items() if not update.learned()}
     if len(zero) == len(adapter.updates) and not adapter.replaced:
         raise RunError(
-            f"the adapter learned nothing: the update of each of its {len(zero)} modules is zero, "
+            f"the adapter learned nothing: the update of each of its {counted(len(zero), 'module')} is zero, "
             "as before the first step of training",
             where=str(adapter.folder / WEIGHTS),
             fix="train it first, or export the base itself",

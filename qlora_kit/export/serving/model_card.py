@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.licence import Licence, licence_files, read_licence
 from qlora_kit.export.serving.commands import Served, serve_commands
@@ -158,7 +159,10 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
     if run.result.is_file():
         result = read_json(run.result)
         if isinstance(result.get("steps"), int | float) and isinstance(result.get("final_loss"), int | float):
-            yield from ("", f"{result['steps']:.0f} steps, training loss {result['final_loss']:.4f} at the end.")
+            yield from (
+                "",
+                f"{counted(round(result['steps']), 'step')}, training loss {result['final_loss']:.4f} at the end.",
+            )
 
 
 def served_of(facts: ServingFacts, folder: str = ".") -> Served:

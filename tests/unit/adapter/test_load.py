@@ -45,5 +45,5 @@ def test_an_adapter_that_lacks_a_module_is_refused(base, tmp_path):
     attach_lora(load_base(base, PLAIN), LoraConfig(r=4)).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if "layers.1.mlp.up_proj" not in name}, file)
-    with pytest.raises(RunError, match=r"1 modules of the adapter and of this base do not match, such as .*up_proj"):
+    with pytest.raises(RunError, match=r"1 module of the adapter and of this base does not match, such as .*up_proj"):
         load_adapter(load_base(base, PLAIN), tmp_path)

@@ -26,7 +26,7 @@ def test_dropped_rows_are_counted_said_and_gone(tmp_path, capsys):
     data = prepare(DataConfig(train_file=train, max_tokens=30, on_long_row=LongRows.drop), TOKENIZER)
     assert [row.line for row in data.train] == [1, 3]
     assert (data.summary.train.rows, data.summary.train.long_rows.dropped) == (2, 1)
-    assert "train: dropped 1 rows longer than data.max_tokens=30" in capsys.readouterr().err
+    assert "train: dropped 1 row longer than data.max_tokens=30" in capsys.readouterr().err
 
 
 def test_dropping_every_row_is_an_error(tmp_path):
@@ -47,7 +47,7 @@ def test_the_end_is_cut_where_the_recipe_says_so(tmp_path, capsys):
     assert data.train[0].input_ids == whole.input_ids[:40]
     assert data.train[0].trained == whole.trained[:40]
     assert data.summary.train.long_rows.cut == 1
-    assert "train: cut the end of 1 rows to data.max_tokens=40" in capsys.readouterr().err
+    assert "train: cut the end of 1 row to data.max_tokens=40" in capsys.readouterr().err
 
 
 def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, capsys):
     data = prepare(DataConfig(train_file=train, max_tokens=40, on_long_row=LongRows.cut_end), TOKENIZER)
     assert [row.line for row in data.train] == [2]
     assert data.summary.train.long_rows.untrained == 1
-    assert "train: dropped 1 rows that had no trained token left" in capsys.readouterr().err
+    assert "train: dropped 1 row that had no trained token left" in capsys.readouterr().err
 
 
 def test_the_prompt_is_cut_from_the_left_and_the_answer_stays_whole(tmp_path):
@@ -86,7 +86,7 @@ def test_long_conversations_are_split_between_turns_and_keep_the_system_text(tmp
     data = prepare(DataConfig(**settings, max_tokens=len(whole.input_ids) - 1), TOKENIZER)
     assert texts(data.train) == [head + turn("a") + turn("b") + turn("c"), head + turn("d")]
     assert sum(map(sum, (row.trained for row in data.train))) == sum(whole.trained)
-    assert "split 1 rows longer than data.max_tokens=" in capsys.readouterr().err
+    assert "split 1 row longer than data.max_tokens=" in capsys.readouterr().err
     assert (data.summary.train.long_rows.cut, data.summary.train.long_rows.pieces) == (1, 2)
 
 

@@ -20,7 +20,7 @@ def test_a_held_out_row_that_is_also_trained_on_is_refused_by_line(tmp_path):
     train = write(tmp_path / "train.jsonl", ("a", "b"), ("c", "d"))
     held_out = write(tmp_path / "held_out.jsonl", ("a", "d"), ("c", "d"))
     message = refusal(DataConfig(train_file=train, eval_file=held_out, max_tokens=64))
-    assert "1 held-out rows are also training rows" in message
+    assert "1 held-out row is also a training row" in message
     assert f"{held_out}:2 (training {train}:2)" in message
 
 
@@ -125,7 +125,7 @@ def test_bad_rows_are_skipped_counted_and_said_up_to_a_share(tmp_path, capsys):
     (skipped,) = data.summary.train.skipped
     assert (skipped.file, skipped.line) == (str(path), 10)
     assert skipped.why.startswith("not JSON")
-    assert f"train: skipped 1 rows that cannot be read, the first: {path}:10: not JSON" in capsys.readouterr().err
+    assert f"train: skipped 1 row that cannot be read, the first: {path}:10: not JSON" in capsys.readouterr().err
     message = refusal(DataConfig(**skip, max_bad_share=0.05))
     assert "1 of 10 rows cannot be read (10.0%), more than data.max_bad_share allows" in message
     assert "data.max_bad_share=0.100" in message

@@ -97,7 +97,7 @@ def test_a_text_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(RecipeError, match="not UTF-8 text: byte 3 of what was read is 0xe9"):
         text_windows(tmp_path / "latin", Letters(), None, 4)
     (tmp_path / "short").write_text("a")
-    with pytest.raises(RecipeError, match="holds 1 tokens, too few to predict one"):
+    with pytest.raises(RecipeError, match="holds 1 token, too few to predict one"):
         text_windows(tmp_path / "short", Letters(), None, 4)
 
 

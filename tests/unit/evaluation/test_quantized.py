@@ -78,7 +78,7 @@ def test_tensors_that_a_file_lacks_are_not_made_up(tmp_path: Path) -> None:
         {name: value for name, value in tensors.items() if "layers.1.input" not in name}, out / "model.safetensors"
     )
     with pytest.raises(
-        RunError, match=r"finds 1 tensors of the model not in .*, such as model.layers.1.input_layernorm"
+        RunError, match=r"finds 1 tensor of the model not in .*, such as model.layers.1.input_layernorm"
     ):
         load_quantized(out)
 

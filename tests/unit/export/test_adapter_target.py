@@ -188,7 +188,7 @@ def adapted_head(base: Path, adapter: Path) -> None:
         (saved_module, r"no place for modules trained in full \(embed_tokens\)"),
         (biased, "no place for biases of an adapter"),
         (trained_rows, r"no place for trained rows of the embedding \(3\)"),
-        (unknown_tensor, r"no place for 1 tensors, first base_model\.model\.model\.layers\.0\.x\.magnitude"),
+        (unknown_tensor, r"no place for 1 tensor, first base_model\.model\.model\.layers\.0\.x\.magnitude"),
         (adapted_head, "output head shares the embedding's weights"),
         (pissa, "lora.init=pissa_niter_4 changed the base's weights"),
     ],

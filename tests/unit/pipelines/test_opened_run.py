@@ -102,13 +102,13 @@ def test_rows_that_are_given_later_take_the_place_of_the_runs_own(run, own):
 
 def test_rows_that_are_given_later_may_be_capped(run, capsys):
     assert len(run([("new", "row"), ("other", "row")], most=1).held_out().held_out) == 1
-    assert "held out: the first 1 rows of" in capsys.readouterr().err
+    assert "held out: the first 1 row of" in capsys.readouterr().err
 
 
 def test_a_row_that_was_trained_on_is_refused_by_line(run):
     opened = run([("new", "row"), PAIRS[3]])
     for read in (opened.rows, opened.held_out):
-        with pytest.raises(RecipeError, match="1 held-out rows are also training rows") as caught:
+        with pytest.raises(RecipeError, match="1 held-out row is also a training row") as caught:
             read()
         assert f"later.jsonl:2 (training {opened.recipe.data.train_file}:4)" in str(caught.value)
 

@@ -52,6 +52,14 @@ def test_parts_total_and_steps(rows):
     assert table["steps"].startswith("14 | 100 rows")  # 13 batches of 8, 7 steps of 2, twice
 
 
+def test_counts_of_one_are_told_as_one(tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"row": 1}\n', encoding="utf-8")
+    table = printed(recipe(one, batch_size=1, gradient_accumulation=1, epochs=1))
+    assert table["tokens a step"] == "2.0 k | at most: 1 row of 2,048 tokens"
+    assert table["steps"] == "1 | 1 row, 1 pass over it"
+
+
 def test_without_the_file_the_steps_are_unknown(tmp_path):
     assert printed(recipe(tmp_path / "none.jsonl"))["steps"].startswith("unknown")
 

@@ -5,7 +5,7 @@ import pytest
 
 from qlora_kit.data.audit import token_scan
 from qlora_kit.data.audit.audit import audit, stop_on_errors
-from qlora_kit.data.audit.finding import Finding, Level, by_level, counted, places
+from qlora_kit.data.audit.finding import Finding, Level, by_level, places
 from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRows
 from tests.marked_rows import LLAMA3, MISTRAL, SMOLLM, chat, found, good, llama, row
@@ -112,4 +112,3 @@ def test_the_gravest_come_first_and_places_are_few():
     findings = [Finding(Level.note, "a", ""), Finding(Level.error, "b", ""), Finding(Level.warning, "c", "")]
     assert [finding.name for finding in by_level(findings)] == ["b", "c", "a"]
     assert places([3, 3, 1, 5, 9], lambda index: f"f:{index}") == ("f:3", "f:1", "f:5")
-    assert (counted(1, "row is", "rows are"), counted(1200, "row is", "rows are")) == ("1 row is", "1,200 rows are")

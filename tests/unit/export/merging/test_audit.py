@@ -50,8 +50,8 @@ def test_planted_missing_and_unexpected_tensors(merged: tuple[Path, Path]) -> No
     rewrite(shard(merged[0]), lambda found: {n.replace("1.mlp.up_proj", "1.mlp.up"): t for n, t in found.items()})
     with pytest.raises(RunError) as caught:
         check(merged)
-    assert "1 tensors are missing: model.layers.1.mlp.up_proj.weight" in str(caught.value)
-    assert "1 tensors are unexpected: model.layers.1.mlp.up.weight" in str(caught.value)
+    assert "1 tensor is missing: model.layers.1.mlp.up_proj.weight" in str(caught.value)
+    assert "1 tensor is unexpected: model.layers.1.mlp.up.weight" in str(caught.value)
 
 
 def test_planted_dtype_quantization_and_lost_files(merged: tuple[Path, Path]) -> None:
@@ -60,7 +60,7 @@ def test_planted_dtype_quantization_and_lost_files(merged: tuple[Path, Path]) ->
     (merged[0] / "generation_config.json").unlink()
     with pytest.raises(RunError) as caught:
         check(merged)
-    assert "1 tensors are not bfloat16: model.norm.weight" in str(caught.value)
+    assert "1 tensor is not bfloat16: model.norm.weight" in str(caught.value)
     assert "config.json says that these 16-bit weights are quantized" in str(caught.value)
     assert "generation_config.json of the base is missing" in str(caught.value)
 

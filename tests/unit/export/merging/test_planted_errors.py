@@ -105,7 +105,7 @@ def test_merge_that_forgets_a_tensor(pair: Pair, tmp_path: Path, monkeypatch: py
 
 def test_change_that_is_not_the_adapters() -> None:
     written = [Written("a.weight", True, 1), Written("b.weight", True, 2), Written("c.weight", True, 3)]
-    with pytest.raises(RunError, match=r"changed 1 tensors that the adapter does not touch: b.weight"):
+    with pytest.raises(RunError, match=r"changed 1 tensor that the adapter does not touch: b.weight"):
         audit_changes(written, {"a.weight"}, {"c.weight"})
 
 
