@@ -14,7 +14,7 @@ from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.words import Word
 
 # What OmegaConf raises of a value that does not fit its field, its assertions included
-VALUE_ERRORS = (OmegaConfBaseException, ValueError, OverflowError, AssertionError)
+VALUE_ERRORS = (OmegaConfBaseException, ValueError, OverflowError, AssertionError, AttributeError)
 
 
 def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> list[Problem]:
@@ -46,13 +46,8 @@ def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem 
     entry = path.removeprefix(word.mapping).removeprefix(".")
     kind = walk.group_class(walk.type_at(root, word.mapping))
     name, _, field = entry.partition(".")
-    if (
-        field
-        and kind is not None
-        and word.mapping != "data.sources"
-        and name not in OmegaConf.select(tree, word.mapping)
-    ):
-        known = [str(one) for one in OmegaConf.select(tree, word.mapping)]
+    known = _names_in(tree, word.mapping)
+    if field and kind is not None and word.mapping != "data.sources" and name not in known:
         near = nearest(name, known)
         what = f"{word.mapping} holds nothing named '{name}'" + (f"; it holds {', '.join(known)}" if known else "")
         fix = f"{word.mapping}.{near}.{field}={hydra_value(value)}" if near else ""
@@ -67,6 +62,14 @@ def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem 
     except VALUE_ERRORS as error:
         return _value_problem(tree, root, word, error)
     return None
+
+
+def _names_in(tree: DictConfig, mapping: str) -> list[str]:
+    try:
+        held = OmegaConf.select(tree, mapping)
+    except VALUE_ERRORS:
+        return []
+    return [str(name) for name in held] if isinstance(held, DictConfig) else []
 
 
 def _nested(path: str, value: object) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def _example(tree: DictConfig, path: str, declared: Any, given: object) -> str:
         return f"{path}={near}"
     try:
         value = OmegaConf.select(tree, path)
-    except OmegaConfBaseException:  # a reference set before to a value that does not fit
+    except VALUE_ERRORS:  # a reference set before to a value that does not fit
         return ""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)

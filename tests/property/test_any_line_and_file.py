@@ -172,6 +172,12 @@ def test_a_wrong_value_after_a_wrong_reference_is_refused():
         compose_recipe("train", [*LINE, "++tracker.mode=${name}", "tracker.mode=x"])
 
 
+@pytest.mark.parametrize("words", [["data.sources=???", "data.sources.a.format=0x10"], ["lora.rank_pattern=???"]])
+def test_a_mapping_that_is_to_be_given_is_refused(words):
+    with pytest.raises(RecipeError, match=words[0].partition("=")[0]):
+        compose_recipe("train", [*LINE, *words])
+
+
 def test_what_follows_a_wrong_group_is_refused_with_it():
     with pytest.raises(RecipeError, match="model"):
         compose_recipe("train", [*LINE, "+model.shape=${", "++data.roles=é", "++model.shape.hidden_size=-inf"])
