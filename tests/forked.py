@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -90,8 +91,11 @@ def _be_the_child(words: Sequence[str], folder: Path, changes: Mapping[str, str]
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115, PTH123  # for the life of the process
+        from tqdm import tqdm
+
         from qlora_kit.cli.verbs import main
 
+        tqdm.set_lock(threading.RLock())  # its own is one of all forks, and one that was killed may hold it for ever
         code = main(list(words))
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else ENDED_RAW
