@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
@@ -18,9 +18,11 @@ from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.pipelines.rows import packing_of, rows_that_fit
+from qlora_kit.schema.check_data import missing_file
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
+from qlora_kit.training.optimizer import effective_optimizer
 
 OF_THE_TEXT_PART = (
     "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "
@@ -56,8 +58,11 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     """The recipe's rows, read and tokenized as training would; None where rows or tokenizer are not at hand.
 
     Raises:
-        RecipeError: the rows cannot be used.
+        RecipeError: a file that the recipe names is not there, or the rows cannot be used.
     """
+    named = (("train_file", recipe.data.train_file), ("eval_file", recipe.data.eval_file))
+    if absent := [finding for field, file in named for finding in missing_file(f"data.{field}", file)]:
+        raise RecipeError([Problem(finding.what, finding.path, finding.fix) for finding in absent])
     folder = typed_path(recipe.model.source)
     has_rows = recipe.data.train_file is not None and typed_path(recipe.data.train_file).is_file()
     if not has_rows or not (folder / "tokenizer_config.json").is_file():
@@ -88,8 +93,9 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    longest = _longest(recipe, base) if data is None else data.summary.train.max_tokens
-    found = forecast(recipe, base, _at_once(recipe, longest, data), _free_bytes())
+    running = _as_run_here(recipe)
+    longest = _longest(running, base) if data is None else data.summary.train.max_tokens
+    found = forecast(running, base, _at_once(recipe, longest, data), _free_bytes())
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
     table.columns[1].justify = "right"
     for part, amount, how in _memory_rows(recipe, found):
@@ -100,6 +106,14 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
     for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
         table.add_row(part, text, how)
     return table
+
+
+def _as_run_here(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with the optimizer that training would use on this machine."""
+    if recipe.optim.strict:  # which allows no other
+        return recipe
+    name, _ = effective_optimizer(recipe.optim, has_gpu=has_nvidia_gpu())
+    return replace(recipe, optim=replace(recipe.optim, name=name))
 
 
 def _free_bytes() -> float | None:

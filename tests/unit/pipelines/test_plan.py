@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import known_base, known_rows, plan, rows_of
 from qlora_kit.schema.data import DataConfig
@@ -43,7 +44,9 @@ def rows(tmp_path):
     return path
 
 
-def test_parts_total_and_steps(rows):
+def test_parts_total_and_steps(rows, monkeypatch):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: None)
     table = printed(recipe(rows, batch_size=8, gradient_accumulation=2, epochs=2))
     assert table["weights"].startswith("5.7 GB | 8.0 B weights, nf4 + double quantization")
     assert "41.9 M trained weights" in table["adapter"]
@@ -125,6 +128,7 @@ def fast(**engine) -> TrainRecipe:
 
 
 def on_a_card_of(monkeypatch, free, **engine):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(module, "_free_bytes", lambda: free)
     return printed(fast(**engine))
 
@@ -153,3 +157,15 @@ def test_layers_that_the_engine_does_not_know_are_planned_plain():
     assert plan(planned, KnownBase(LLAMA_8B, "opt")) == plan(recipe(None), KnownBase(LLAMA_8B, "opt"))
     planned.lora.dropout = 0.1
     assert "recomputed in the backward pass" in printed(planned)["activations"]
+
+
+def test_the_optimizer_s_bytes_are_those_of_the_one_that_runs_here(monkeypatch):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
+    assert printed(recipe(None))["optimizer"].startswith("335.5 MB")  # 41.9 M weights of 8 bytes
+
+
+def test_rows_that_are_not_there_are_refused_and_none_at_all_are_not(tmp_path):
+    with pytest.raises(RecipeError, match=r"no such file: .*none\.jsonl") as caught:
+        known_rows(recipe(tmp_path / "none.jsonl"))
+    assert caught.value.problems[0].where == "data.train_file"
+    assert known_rows(recipe(None)) is None
