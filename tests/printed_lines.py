@@ -54,6 +54,7 @@ WHOLE = {
     "check.py:f'{path}=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "check.py:f'{path}={knob.minimum:g}'": "lora.r=1",
     "check.py:f'{path}={knob.maximum:g}'": "lora.dropout=1",
+    "rundir.py:f'{key}=latest'": "run=latest",
     "gguf.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "compose.py:f'{key}={EXAMPLES.get(key, '<value>')}'": "data.max_tokens=auto",
     "compose.py:f\"{key}={EXAMPLES.get(key, '<value>')}\"": "data.max_tokens=auto",
