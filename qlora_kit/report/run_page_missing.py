@@ -22,7 +22,8 @@ def _training(page: RunPage) -> Iterator[Missing]:
         yield Missing(what, page.line("train", "resume"))
     elif not steps:
         yield Missing("metrics.jsonl holds no step, so there are no curves.")
-    if steps and not any("eval_loss" in row for row in page.metrics):
+    was_scored = any(artifact.loss is not None for artifact in page.artifacts)  # on rows given after training too
+    if steps and not was_scored and not any("eval_loss" in row for row in page.metrics):
         if page.splits and all(split.name != "held out" for split in page.splits):
             fix = page.line("eval", "run", "data.eval_file=held_out.jsonl")
             yield Missing("No rows are held out, so nothing tells how well the model does on rows it never saw.", fix)

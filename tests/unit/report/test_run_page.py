@@ -199,6 +199,12 @@ def test_no_held_out_rows_is_said(killed):
     assert "No rows are held out" in text_of(run_page(read_run(killed)))
 
 
+def test_rows_given_after_training_are_held_out_rows(finished):
+    put(finished.data, {"train": SPLIT, "held_out": None})
+    finished.metrics.write_text('{"step": 3, "loss": 1.0}\n', encoding="utf-8")
+    assert "No rows are held out" not in text_of(run_page(read_run(finished)))
+
+
 @pytest.mark.parametrize("broken", ["{", "[1]", "null", "\udcff"])
 def test_damaged_files_are_named(finished, broken):
     for path in (finished.evaluation, finished.data, finished.exports / "gguf_q2_k" / "manifest.json"):
