@@ -1,7 +1,5 @@
 """Puts a LoRA adapter on a base, and says how many modules it touches."""
 
-import contextlib
-import io
 import re
 import warnings
 from collections.abc import Collection
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
+from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 
@@ -84,7 +83,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str]
     Args:
         whole: names of linear modules that carry none whatever the targets say: an output head, routers.
     """
-    return get_peft_model(model, peft_config(model, lora, whole))
+    with no_banners():  # peft looks whether a layer is one of gptqmodel's
+        return get_peft_model(model, peft_config(model, lora, whole))
 
 
 def peft_config(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftLoraConfig:
@@ -133,8 +133,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     if not (folder / WEIGHTS).is_file():
         raise DamagedFileError(f"{folder} is no adapter: it has no {WEIGHTS}", str(folder))
-    # peft imports gptqmodel, if it is there, to see whether a layer is one of its own; the import prints a banner.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with no_banners(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=False)
     placed = {name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}

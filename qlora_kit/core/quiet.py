@@ -1,6 +1,9 @@
 """Silences notices of libraries that a user of the kit can do nothing about."""
 
+import contextlib
+import io
 import logging
+from collections.abc import Iterator
 
 # bitsandbytes asks for a kernel that lives on a hub; torchao tries builds for other GPUs, and torch deprecates what
 # torchao calls.
@@ -11,3 +14,10 @@ def quiet_loggers() -> None:
     """Raise the level of noisy loggers to errors; called once, before the libraries are imported."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def no_banners() -> Iterator[None]:
+    """Leave out what libraries print while the block runs, as gptqmodel's banner where peft imports it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.adapter.attach import adapted_names, linear_names, peft_config, resolve_targets
 from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
@@ -173,7 +174,7 @@ def _reach_in(
     if problems := list(unmatched_patterns(recipe, promised)):
         raise RecipeError(problems)
     layers = layers_of(model)[1]
-    with told_plainly(folder, config, "adapt"), warnings.catch_warnings(action="ignore"):
+    with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):
         put_4bit_linears(model)  # of which peft asks no other library
         adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
     _check_promise(recipe, adapted_names(adapted_model), promised)

@@ -55,6 +55,7 @@ def test_wandb_without_a_key_stays_in_the_run_directory(trained):
 
 
 def test_a_run_directory_is_complete(trained):
+    assert trained[1].stdout == ""  # no banner of a library
     run = only_run(trained[0])
     names = {"recipe.yaml", "overrides.txt", "environment.json", "base.json", "data.json"}
     names |= {"metrics.jsonl", "result.json", "adapter"}
