@@ -41,5 +41,5 @@ def run(arguments: list[str]) -> int:
     rows = evaluate(subject, recipe.eval)
     table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
-    raise_what_was_rejected(rows)
+    raise_what_was_rejected(rows, subject.directory.exports)
     return EXIT_OK

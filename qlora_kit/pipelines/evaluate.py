@@ -208,13 +208,18 @@ def _judged(
     return verdict_on(is_measured=True, max_mean_kl=bound, faults=faults), faults
 
 
-def raise_what_was_rejected(table: Sequence[Row]) -> None:
+def raise_what_was_rejected(table: Sequence[Row], exports: Path) -> None:
     """End as the worst of the scores did.
+
+    Args:
+        exports: the folder of the files' folders.
 
     Raises:
         FidelityError: a file is rejected, by these scores or before, or scores of a model are not finite.
     """
-    faults = {row.name: row.faults or ("see its manifest.json",) for row in table if row.rejected or row.faults}
+    faults = {
+        exports / row.name: row.faults or ("see its manifest.json",) for row in table if row.rejected or row.faults
+    }
     if faults:
         raise FidelityError(rejection(faults))
 

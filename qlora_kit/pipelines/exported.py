@@ -4,13 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.core.errors import FidelityError, RunError
+from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.export.manifest import MANIFEST, read_manifest
+from qlora_kit.pipelines.survival import remedies
 from qlora_kit.report.table import print_table
 
+CALIBRATED = ("gptq", "awq", "awq_gemv")  # what rows are read for, whatever the settings
 COLUMNS = ["artifact", "size", "loss", "change", "perplexity", "mean KL", "p99 KL", "same top", "written in", "verdict"]
 
 
@@ -52,15 +55,28 @@ def raise_what_went_wrong(done: Sequence[Exported]) -> None:
     if failed:
         raise RunError("\n".join(f"{export.name} was not written: {export.error}" for export in failed))
     if rejected:
-        raise FidelityError(rejection({export.name: export.faults for export in rejected}))
+        raise FidelityError(rejection({export.folder: export.faults for export in rejected}))
 
 
-def rejection(faults: Mapping[str, Sequence[str]]) -> str:
-    """What an error says of rejected files, by name, with what brings a file closer."""
-    lines = [f"{name} is rejected: {fault}" for name, found in faults.items() for fault in found]
-    if any("mean KL" in line for line in lines):
-        lines.append("more bits, smaller groups or more export.calibration_rows bring a file closer")
+def rejection(faults: Mapping[Path, Sequence[str]]) -> str:
+    """What an error says of rejected files, by folder, with what brings each closer."""
+    lines = []
+    for folder, found in faults.items():
+        lines += [f"{folder.name} is rejected: {fault}" for fault in found]
+        closer = _closer(folder) if any("mean KL" in fault for fault in found) else ()
+        lines += [f"  closer is {'; or '.join(closer)}"] if closer else []
     return "\n".join(lines)
+
+
+def _closer(folder: Path) -> tuple[str, ...]:
+    """What comes closer than a file, in the words of its own format."""
+    try:
+        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    except RecipeError:  # its fault is told elsewhere
+        manifest = {}
+    name = str(manifest.get("format", ""))
+    rows = ("more rows to calibrate on (export.calibration_rows)",) if name in CALIBRATED else ()
+    return (*remedies(name, dict(manifest.get("settings") or {})), *rows) if name else ()
 
 
 def _cells(one: Exported) -> Iterator[str]:

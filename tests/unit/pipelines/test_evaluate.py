@@ -229,7 +229,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     adapter, merged = evaluate(with_task_none(opened), config)
     assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
     with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
-        raise_what_was_rejected([adapter, merged])
+        raise_what_was_rejected([adapter, merged], opened.directory.exports)
     assert read_json(folder / "manifest.json")["verdict"] == "rejected"
     assert "**Rejected**, do not serve this file" in (folder / "README.md").read_text(encoding="utf-8")
     for path in (folder / "manifest.json", opened.directory.evaluation):
@@ -238,7 +238,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     # The fault was of that scoring, so the next one is judged by itself.
     (again,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"]))
     assert (again.verdict, read_json(folder / "manifest.json")["faults"]) == ("measured", [])
-    raise_what_was_rejected([again])
+    raise_what_was_rejected([again], opened.directory.exports)
     write_json(folder / "manifest.json", before)
 
 

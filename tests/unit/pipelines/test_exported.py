@@ -3,6 +3,7 @@
 import pytest
 
 from qlora_kit.core.errors import FidelityError, RunError
+from qlora_kit.core.files import write_json
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
@@ -50,5 +51,25 @@ def test_a_failure_comes_before_a_rejection(tmp_path):
     raise_what_went_wrong([good])
     with pytest.raises(RunError, match="lost was not written: no room"):
         raise_what_went_wrong([rejected, failed])
-    with pytest.raises(FidelityError, match="far is rejected: too far"):
+    with pytest.raises(FidelityError, match=f"{tmp_path.name} is rejected: too far"):
         raise_what_went_wrong([good, rejected])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        ({"format": "gguf", "settings": {"imatrix": True}}, "more bits (gguf_q6_k, gguf_q8_0)"),
+        (
+            {"format": "gptq", "settings": {"group_size": 128, "bits": 4}},
+            "smaller groups (group_size: 32); or 8 bits (gptq_8bit); or more rows to calibrate on "
+            "(export.calibration_rows)",
+        ),
+        ({"format": "bnb", "settings": {"kind": "nf4"}}, "int8 (bnb_int8)"),
+    ],
+)
+def test_what_comes_closer_is_told_by_format(manifest, told, tmp_path):
+    write_json(tmp_path / "far" / "manifest.json", {**manifest, "file": "x"})
+    far = Exported("far", tmp_path / "far", 1.0, verdict=Verdict.rejected, faults=("mean KL 0.5 is above 0.1",))
+    with pytest.raises(FidelityError) as caught:
+        raise_what_went_wrong([far])
+    assert str(caught.value) == f"far is rejected: mean KL 0.5 is above 0.1\n  closer is {told}"
