@@ -37,7 +37,7 @@ def test_one_failed_job_is_a_row_and_the_others_go_on(swept):
     (path,) = folder.glob("outputs/run/sweep_*/sweep.json")
     rows = json.loads(path.read_text())["rows"]
     assert [row["error"] == "" for row in rows] == [True, True, True, False]
-    assert "are longer than data.max_tokens=" in rows[3]["error"]
+    assert "longer than data.max_tokens=" in rows[3]["error"]
     assert rows[3]["objective"] is None
     objectives = [row["objective"] for row in rows[:3]]
     assert objectives == sorted(objectives)
