@@ -58,6 +58,7 @@ CASES = (
     _shipped("llama3_1_8b_chat_24gb", "llama_8b", 23.5),
     _shipped("llama3_1_8b_chat_24gb", "llama_8b", 23.5, "engine=fast"),
     _shipped("llama3_2_1b_chat_8gb", "llama_1b", 7.6),
+    _shipped("llama3_2_1b_chat_8gb", "llama_1b", 7.6, "engine=fast"),
     _shipped("gemma3_4b_chat_12gb", "gemma_4b", 11.6),
     _shipped("qwen3_8b_chat_24gb", "qwen_8b", 23.5),
     _shipped("qwen3_8b_chat_24gb", "qwen_8b", 23.5, "engine=fast"),
