@@ -14,9 +14,8 @@ from qlora_kit.core.device import runs_triton
 from qlora_kit.engine import elementwise
 from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank, plus
+from qlora_kit.engine.recompute import FUSED_RANK
 from qlora_kit.engine.summed import Sum, parts_over_tokens
-
-LARGEST_SUM = 64  # rank whose sums fit into the registers of a program
 
 
 class Sums(NamedTuple):
@@ -48,7 +47,7 @@ def gated(
         return elementwise.gated(plus(gate, more[0]), plus(up, more[1]), activation), None
     from qlora_kit.engine import gated_triton
 
-    factor = down if down is not None and len(down) <= LARGEST_SUM and down.dtype is gate.dtype else None
+    factor = down if down is not None and len(down) <= FUSED_RANK and down.dtype is gate.dtype else None
     product, parts = gated_triton.gated(gate, up, more, factor, activation is Activation.silu)
     return product, None if parts is None else parts.sum(dim=0).to(product.dtype)
 
@@ -68,7 +67,7 @@ def gated_backward(
         more: belongs to gate, up and grad in this order; its left factors are those of the sums.
         through: of one stride.
     """
-    if _in_one_kernel(gate, *more, most=LARGEST_SUM):
+    if _in_one_kernel(gate, *more, most=FUSED_RANK):
         from qlora_kit.engine import gated_triton
 
         parts = gated_triton.gated_backward(gate, up, grad, more, activation is Activation.silu, through)

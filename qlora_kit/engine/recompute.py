@@ -17,6 +17,7 @@ KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST, IN_PIECES = range(5)
 LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
+FUSED_RANK = 64  # of an MLP's adapters, whose sums fit into the registers of the kernel of its gated product
 LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
 
@@ -29,11 +30,13 @@ class LayerExtras:
         ranks: of all its adapters together; one thin product is kept for each.
         head_norms: q and k are kept as they were before their norms too.
         sandwich: outputs of attention and MLP are kept as they were before their norms too.
+        beside: tensors of the MLP's width that its backward makes beside gate and up: see `beside_gate_and_up`.
     """
 
     ranks: int = 0
     head_norms: bool = False
     sandwich: bool = False
+    beside: int = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class Workspace:
 
     logits: float = 0.0
     trained: float = 0.0
+
+
+def beside_gate_and_up(ranks: Sequence[int]) -> int:
+    """Tensors of the MLP's width that its backward makes on a GPU, beside gate and up, which were kept.
+
+    The gradient of the product and those of gate and up, where one kernel does it all. Else the product too, both
+    gradients before they are put in their place, and gate, up and the product's gradient with what adapters add.
+
+    Args:
+        ranks: of the adapters of gate, up and down.
+    """
+    if not ranks:
+        return 6
+    return 3 if max(ranks) <= FUSED_RANK else 9
 
 
 def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras | None = None) -> int:
@@ -116,6 +133,7 @@ def auto_budget(
     wide: int = 2,
     *,
     in_pieces: bool = False,
+    beside: int = 3,
 ) -> float:
     """Bytes for activations, once the workspace of a step is set aside from what is free after loading.
 
@@ -123,10 +141,11 @@ def auto_budget(
         free_bytes: on the device, with the model and its adapter loaded.
         tokens: of one forward pass.
         in_pieces: whether all layers are at level 4.
+        beside: see `LayerExtras`.
     """
     workspace = workspace or Workspace()
     spared = free_bytes / _SPARED_PARTS
-    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces)
+    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces, beside=beside)
     return max(0.0, free_bytes - spared - needed - workspace.logits - workspace.trained)
 
 
@@ -136,11 +155,11 @@ def unpacked_bytes(shape: ModelShape, wide: int = 2) -> int:
     return wide * shape.hidden_size * widest
 
 
-def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False) -> int:
+def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False, beside: int = 3) -> int:
     """Bytes that the backward pass of one layer holds beside what was kept for it.
 
-    The MLP's backward holds the product, its gradient, and those of gate and up; beside them gradients of the hidden
-    width: of the layer's output and of its input, in the parts that are summed.
+    The MLP's backward makes tensors of its own width (`beside`, see `LayerExtras`), and gradients of the hidden width:
+    of the layer's output and of its input, in the parts that are summed.
     """
     at_once = min(tokens, PIECE) if in_pieces else tokens
-    return wide * (at_once * 4 * shape.intermediate_size + tokens * 4 * shape.hidden_size)
+    return wide * (at_once * beside * shape.intermediate_size + tokens * 4 * shape.hidden_size)

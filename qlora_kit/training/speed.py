@@ -11,11 +11,17 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.engine.fast import FastEngine, speed_up
-from qlora_kit.engine.recompute import LAYER_AGAIN, LAYER_FROM_HOST, LayerExtras, kept_bytes
+from qlora_kit.engine.recompute import (
+    LAYER_AGAIN,
+    LAYER_FROM_HOST,
+    LayerExtras,
+    beside_gate_and_up,
+    kept_bytes,
+)
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
-from qlora_kit.training.step_memory import StepMemory, again
+from qlora_kit.training.step_memory import MLP, StepMemory, again
 
 
 def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
@@ -61,12 +67,13 @@ def step_memory_of(model: PeftModel, tokens: int) -> StepMemory:
     base: Any = model.get_base_model()
     shape = shape_of_config(base.config.to_dict())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ranks = sum(parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name)
+    ranks = {name: parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name}
     names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
     extras = LayerExtras(
-        ranks=ranks // shape.num_layers,
+        ranks=sum(ranks.values()) // shape.num_layers,
         head_norms="q_norm" in names,
         sandwich="pre_feedforward_layernorm" in names,
+        beside=beside_gate_and_up([rank for name, rank in ranks.items() if any(part in name for part in MLP)]),
     )
     return StepMemory(shape, tokens, extras, trained)
 

@@ -18,6 +18,8 @@ from qlora_kit.engine.recompute import (
     LayerExtras,
     Workspace,
     auto_budget,
+    beside_gate_and_up,
+    kept_bytes,
     parse_amount,
     peak_bytes,
     plan_levels,
@@ -44,6 +46,7 @@ AGAIN = {
 }
 COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
 COPY_BYTES = {Compute.bf16: 2, Compute.fp8_backward: 1, Compute.fp8: 2}  # of a weight that is kept unpacked
+MLP = ("gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # kept together
 
 
@@ -69,10 +72,17 @@ class StepMemory:
     def budget(self, free_bytes: float, *, in_pieces: bool = False) -> float:
         """Bytes that layers may keep, from what is free once model and adapter are loaded."""
         workspace = Workspace(logits=self.head, trained=float(TRAINED_BYTES * self.trained))
-        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces)
+        beside = self.extras.beside
+        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, beside=beside)
+
+    def backward(self, levels: Sequence[int]) -> float:
+        """Bytes of the layers' backward pass, with what they keep."""
+        in_pieces = IN_PIECES in levels
+        made = temporary_bytes(self.shape, self.tokens, in_pieces=in_pieces, beside=self.extras.beside)
+        return self.needed(levels) + unpacked_bytes(self.shape) + made
 
     def needed(self, levels: Sequence[int]) -> float:
-        """Bytes that layers keep at these levels."""
+        """Bytes that layers keep at these levels, and make again, at the most at once."""
         return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
 
     def room_for_copies(self, weight_copies: str, levels: Sequence[int], free_bytes: float) -> float:
@@ -116,13 +126,13 @@ def fast_estimate(
         engine = replace(engine, recompute=least, weight_copies=no_copies)
     left = math.inf if free_bytes is None else max(0.0, free_bytes - plain.weights - plain.adapter)
     levels, _ = step.levels(engine.recompute, left)
-    in_backward = unpacked_bytes(step.shape) + temporary_bytes(step.shape, step.tokens, in_pieces=IN_PIECES in levels)
+    kept = float(step.tokens * sum(kept_bytes(step.shape, level, extras=step.extras) for level in levels))
     room = step.room_for_copies(engine.weight_copies, levels, left)
     found = replace(
         plain,
-        activations=step.needed(levels),
+        activations=kept,
         loss=step.head,
-        workspace=max(0.0, in_backward - step.head),  # the head is done when the layers' backward begins
+        workspace=max(0.0, step.backward(levels) - kept - step.head),  # the head is done when that begins
         copies=_copies(step.shape, lora, engine.compute, room),
     )
     return found, levels
@@ -136,8 +146,10 @@ def again(levels: Sequence[int]) -> str:
 
 def extras_of_recipe(shape: ModelShape, lora: LoraConfig, *, head_norms: bool, sandwich: bool) -> LayerExtras:
     """What a layer keeps beside what its sizes say, before there is a model."""
-    adapted = [linear for linear in frozen_linears(shape, layers=1) if linear.name in target_names(lora)]
-    return LayerExtras(ranks=lora.r * len(adapted), head_norms=head_norms, sandwich=sandwich)
+    adapted = {linear.name for linear in frozen_linears(shape, layers=1)} & target_names(lora)
+    largest = max([lora.r, *lora.rank_pattern.values()])
+    beside = beside_gate_and_up([largest for name in MLP if name in adapted])
+    return LayerExtras(lora.r * len(adapted), head_norms, sandwich, beside)
 
 
 def _copies(shape: ModelShape, lora: LoraConfig, compute: Compute, room: float) -> float:

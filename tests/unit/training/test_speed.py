@@ -22,6 +22,7 @@ from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
+from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -30,7 +31,7 @@ from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training import speed as module
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.sft import build_trainer, fit
-from qlora_kit.training.speed import layer_levels, put_engine
+from qlora_kit.training.speed import layer_levels, put_engine, step_memory_of
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -218,3 +219,12 @@ def test_loss_accuracy_and_tokens_are_those_of_trl(base, rows, tmp_path):
     assert logged["mean_token_accuracy"] == pytest.approx(
         float((torch.tensor(expected) * trained_tokens).sum() / trained_tokens.sum())
     )
+
+
+@pytest.mark.parametrize(
+    ("lora", "tensors"),
+    [(LoraConfig(), 3), (LoraConfig(r=65), 9), (LoraConfig(targets=["attention"]), 6)],
+    ids=["default", "large rank", "attention"],
+)
+def test_a_model_tells_how_its_layers_are_computed(base, lora, tensors):
+    assert step_memory_of(attach_lora(load_base(base, QuantConfig()), lora), 8).extras.beside == tensors
