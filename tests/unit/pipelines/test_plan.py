@@ -55,6 +55,20 @@ def test_parts_total_and_steps(rows, monkeypatch):
     assert table["steps"].startswith("14 | 100 rows")  # 13 batches of 8, 7 steps of 2, twice
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "more"),
+    [
+        (True, "on one device; CUDA's context comes on top"),
+        (False, "on one GPU, beside CUDA's context; on a CPU the process takes 800.0 MB more"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_what_the_total_leaves_out_is_said(rows, monkeypatch, has_gpu, more):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: None)
+    assert printed(recipe(rows))["total"].endswith(f" | {more}")
+
+
 def test_counts_of_one_are_told_as_one(tmp_path):
     one = tmp_path / "one.jsonl"
     one.write_text('{"row": 1}\n', encoding="utf-8")
