@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterable
+from pathlib import PurePath
 
 # A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
 _PLAIN_VALUE = re.compile(
@@ -14,8 +15,17 @@ _OTHER_COMMANDS = ("pip", "python", "hf", "rm", "jq", "iconv", "cd")
 
 
 def shell_line(words: Iterable[object]) -> str:
-    """The words as one line to paste, each quoted where a shell would read it as anything else."""
-    return " ".join(_shell_word(str(word)) for word in words)
+    """The words as one line to paste, each quoted where a shell would read it as anything else.
+
+    Args:
+        words: of these a path is never read as a flag: one that begins with a dash begins with `./` in the line.
+    """
+    return " ".join(_shell_word(_text(word)) for word in words)
+
+
+def _text(word: object) -> str:
+    is_like_a_flag = isinstance(word, PurePath) and str(word).startswith("-")
+    return f"./{word}" if is_like_a_flag else str(word)
 
 
 def override(key: str, value: object) -> str:

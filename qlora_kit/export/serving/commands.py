@@ -1,6 +1,7 @@
 """How each kind of artifact is served: a table of formats, servers and the lines to paste."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,7 +29,7 @@ class Served:
         name: the model's name for clients.
         folder: of the artifact, as the reader of the lines sees it.
         file: the GGUF file's name, or the adapter's; `.` for a folder.
-        base: hub id or folder of the base, for adapters.
+        base: hub id of the base, or a path of its folder, for adapters.
         rank: of the adapter.
         fp8_cache: whether scales for an fp8 key-value cache are stored.
     """
@@ -84,24 +85,39 @@ def _peft(served: Served) -> tuple[str, ...]:
 
 def _vllm(served: Served) -> tuple[str, ...]:
     cache = ["--kv-cache-dtype", "fp8"] if served.fp8_cache else []
-    return (shell_line(["vllm", "serve", served.root, "--served-model-name", served.name, *cache]),)
+    return (shell_line(["vllm", "serve", served.root, *_named(served), *cache]),)
 
 
 def _vllm_lora(served: Served) -> tuple[str, ...]:
     allowed = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= served.rank), served.rank)
-    modules = ["--enable-lora", "--lora-modules", f"{served.name}={served.root}", "--max-lora-rank", allowed]
+    lora = _pair(served, ("name", "path"))
+    modules = ["--enable-lora", "--lora-modules", lora, "--max-lora-rank", allowed]
     return (shell_line(["vllm", "serve", served.base, *modules]),)
 
 
 def _sglang(served: Served) -> tuple[str, ...]:
     cache = ["--kv-cache-dtype", "fp8_e4m3"] if served.fp8_cache else []
-    where = ["--model-path", served.root, "--served-model-name", served.name]
+    where = ["--model-path", served.root, *_named(served)]
     return (shell_line([*_SGLANG_SERVER, *where, "--port", 30000, *cache]),)
 
 
 def _sglang_lora(served: Served) -> tuple[str, ...]:
-    lora = ["--enable-lora", "--lora-paths", f"{served.name}={served.root}"]
+    lora = ["--enable-lora", "--lora-paths", _pair(served, ("lora_name", "lora_path"))]
     return (shell_line([*_SGLANG_SERVER, "--model-path", served.base, *lora, "--port", 30000]),)
+
+
+def _named(served: Served) -> list[str]:
+    """The served name as argparse takes it: one that begins with a dash only behind an equals sign."""
+    flag = "--served-model-name"
+    return [f"{flag}={served.name}"] if served.name.startswith("-") else [flag, served.name]
+
+
+def _pair(served: Served, keys: tuple[str, str]) -> str:
+    """Name and folder of an adapter: `name=folder`, or JSON where that would be cut elsewhere or read as a flag."""
+    values = (served.name, served.root)
+    if served.name.startswith("-") or any(set(value) & set("=,") for value in values):
+        return json.dumps(dict(zip(keys, values, strict=True)), ensure_ascii=False)
+    return "=".join(values)
 
 
 def _llama_cpp(served: Served) -> tuple[str, ...]:
@@ -118,8 +134,13 @@ def _alias(served: Served) -> list[str]:
 
 def _ollama(served: Served) -> tuple[str, ...]:
     modelfile = PurePosixPath(served.folder) / "Modelfile"
-    create = shell_line(["ollama", "create", served.name, "-f", modelfile])
-    return (create, shell_line(["ollama", "run", served.name, PROMPT]))
+    name = ollama_name(served.name)
+    return (shell_line(["ollama", "create", name, "-f", modelfile]), shell_line(["ollama", "run", name, PROMPT]))
+
+
+def ollama_name(name: str) -> str:
+    """The nearest name that Ollama takes (types/model/name.go): letters, digits, _ - and single dots, 80 at most."""
+    return re.sub(r"[^A-Za-z0-9_-]+", lambda found: "." if found[0] == "." else "_", name).lstrip("-.")[:80] or "model"
 
 
 def _lm_studio(served: Served) -> tuple[str, ...]:

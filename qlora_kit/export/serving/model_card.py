@@ -171,7 +171,7 @@ def served_of(facts: ServingFacts, folder: str = ".") -> Served:
         name=facts.name,
         folder=folder,
         file=facts.file,
-        base=facts.base.hub_id or facts.base.shown,
+        base=facts.base.hub_id or f"./{facts.base.shown}",
         rank=_rank(facts),
         fp8_cache=facts.settings.get("kv_cache_fp8") is True,
     )
@@ -180,9 +180,19 @@ def served_of(facts: ServingFacts, folder: str = ".") -> Served:
 def _serving(facts: ServingFacts) -> Iterator[str]:
     commands = serve_commands(facts.kind, served_of(facts))
     if commands:
-        yield from ("", "## Serve", "", "Run these in this folder.")
+        yield from ("", "## Serve", "", f"Run these in this folder.{_beside(facts)}")
     for command in commands:
         yield from ("", f"**{command.server}** ({command.install})", "", *block(command.lines, "bash"))
+
+
+def _beside(facts: ServingFacts) -> str:
+    """What the commands look for beside the files; empty for nothing."""
+    if facts.kind == "adapter_gguf":
+        return " The base as a GGUF file, `base.gguf`, is looked for here too: put it here, or change its path."
+    if facts.kind == "adapter" and not facts.base.hub_id:
+        shown = code(facts.base.shown)
+        return f" vLLM and SGLang look for the base's folder, {shown}, here too: put it here, or change its path."
+    return ""
 
 
 def _rank(facts: ServingFacts) -> int:

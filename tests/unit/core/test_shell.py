@@ -1,6 +1,7 @@
 """A line that is pasted says to a program what was meant, whatever is in a name."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -38,6 +39,17 @@ def test_a_shell_reads_back_the_word(name, tmp_path):
     assert out.decode() == name
     assert "\n" not in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_never_read_as_a_flag(tmp_path):
+    assert shell_line(["rm", "-r", Path("-x/checkpoints"), Path("--help"), "--force"]) == (
+        "rm -r ./-x/checkpoints ./--help --force"
+    )
+    line = shell_line(["rm", Path("-a b")])
+    (tmp_path / "-a b").write_text("")
+    subprocess.run(["bash", "-c", line], check=True, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert shell_line([Path("a"), Path("/-x"), Path("./-x")]) == "a /-x ./-x"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "", " ", "a(b)", "{a}", "\\", "a\\\\'b"])

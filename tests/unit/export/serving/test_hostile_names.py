@@ -13,7 +13,7 @@ from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 
 from qlora_kit.data.template.ollama import MODELFILE, Modelfile
-from qlora_kit.export.serving.commands import FORMATS, Served, serve_commands
+from qlora_kit.export.serving.commands import FORMATS, Served, ollama_name, serve_commands
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import write_model_card
 from qlora_kit.export.serving.modelfile import write_modelfile
@@ -65,6 +65,7 @@ def test_a_shell_hands_names_over_as_they_are(name: str, kind: str, stubs: Path,
     assert not list(work.iterdir())
     said = (tmp_path / "said").read_text().split("\0")
     given = {served.path, served.root, name, f"o/{name}", f"{name}={served.root}", f"/x/{name}/Modelfile"}
+    given.add(ollama_name(name))
     read = tmp_path / "read"
     tree = ast.parse(read.read_text() if read.exists() else "")
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}

@@ -106,6 +106,15 @@ def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> 
     assert "vllm serve owner/Tiny-1B --enable-lora --lora-modules tiny_q4=. --max-lora-rank 64" in card
 
 
+def test_what_the_commands_look_for_beside_an_adapter_is_told(facts: Made, base: Path) -> None:
+    card = model_card(facts(format="adapter", file="."))
+    assert "vllm serve ./Tiny-1B --enable-lora" in card
+    assert "look for the base's folder, `Tiny-1B`, here too" in card
+    assert "The base as a GGUF file, `base.gguf`" in model_card(facts(format="adapter", file="a.gguf"))
+    of_hub = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    assert "Run these in this folder.\n" in of_hub
+
+
 def test_the_commands_hold_the_adapters_largest_rank_and_where_it_lies(facts: Made) -> None:
     served = served_of(facts(format="adapter", file="."), "/runs/tiny")
     assert (served.rank, served.folder, served.name) == (48, "/runs/tiny", "tiny_q4")

@@ -1,13 +1,15 @@
 """Every line to serve an artifact is a known command with flags of a table, or Python that compiles."""
 
+import argparse
 import ast
 import importlib.util
+import json
 import shlex
 from collections import Counter
 
 import pytest
 
-from qlora_kit.export.serving.commands import FORMATS, Served, serve_commands
+from qlora_kit.export.serving.commands import FORMATS, Served, ollama_name, serve_commands
 
 # Program -> the flags of it that cards may hold; beside each, where they were looked up.
 FLAGS = {
@@ -27,7 +29,7 @@ FLAGS = {
     "pip": set(),
 }
 VERBS = {"vllm": {"serve"}, "ollama": {"create", "run"}, "lms": {"import", "load"}, "pip": {"install"}}
-NAMES = ("plain", "a b", "it's", 'say "x"', "$(touch x)", "`x`", "é 漢", "-x")
+NAMES = ("plain", "a b", "it's", 'say "x"', "$(touch x)", "`x`", "é 漢", "-x", "--help", "a=b,c")
 
 
 def fault_of(line: str) -> str:
@@ -37,8 +39,32 @@ def fault_of(line: str) -> str:
         return f"the program {program} is in no table"
     if program in VERBS and rest[:1] and rest[0] not in VERBS[program]:
         return f"{program} has no {rest[0]}"
-    unknown = [word for word in rest if word.startswith("--") and word not in FLAGS[program]]
+    # llama.cpp takes what follows a name's flag as it is (common/arg.cpp)
+    words = [word for before, word in zip([program, *rest], rest, strict=False) if before != "--alias"]
+    flags = {word.split("=")[0] for word in words if word.startswith("-")}
+    unknown = sorted(flags - FLAGS[program])
     return f"{program} has no {unknown}" if unknown else ""
+
+
+def name_of(words: list[str]) -> str:
+    """The served name, as the program of a line reads it."""
+    lora = argparse.ArgumentParser(prefix_chars="-", allow_abbrev=False)
+    lora.add_argument("--served-model-name", nargs="?")
+    lora.add_argument("--lora-modules", "--lora-paths", nargs="+")
+    if words[0] == "ollama":
+        assert not words[2].startswith("-")
+        return words[2]
+    if words[0] == "llama-server":  # takes the next word as it is
+        return words[words.index("--alias") + 1]
+    found, _ = lora.parse_known_args(words)
+    if found.lora_modules is None:
+        return str(found.served_model_name)
+    (pair,) = found.lora_modules
+    if pair.startswith("{"):
+        read = json.loads(pair)
+        return str(read.get("name", read.get("lora_name")))
+    name, _ = pair.split("=")
+    return str(name)
 
 
 def python_fault_of(lines: list[str]) -> str:
@@ -78,12 +104,46 @@ def test_lines_of_cards(capsys: pytest.CaptureFixture[str]) -> None:
                     counts["compiled"] += 1
                 wrong += [f"{kind}, {command.server}: {fault}" for fault in faults if fault]
                 words = [word for line in shell for word in shlex.split(line)]
-                given = {name, f"{name}=.", served.path, f"o/{name}"}
-                assert python or given & set(words) or command.server == "LM Studio", words
+                assert python or command.server == "LM Studio" or name_of(words) in (name, ollama_name(name)), words
     with capsys.disabled():
         print("\nlines of cards: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     assert not wrong, "\n".join(wrong)
     assert counts["compiled"] > 30
+
+
+def test_a_folder_and_a_base_that_begin_with_a_dash_are_no_flags() -> None:
+    served = Served("m", "-x", "-m.gguf", base="./-base")
+    found = {
+        f"{kind}, {command.server}": command.lines
+        for kind in ("gguf", "adapter")
+        for command in serve_commands(kind, served)
+    }
+    assert found["gguf, llama.cpp"][0].startswith("llama-server -m ./-x/-m.gguf ")
+    assert found["gguf, Ollama"][0] == "ollama create m -f ./-x/Modelfile"
+    assert found["gguf, LM Studio"][0] == "lms import --copy ./-x/-m.gguf"
+    assert found["adapter, vLLM"][0].startswith("vllm serve ./-base --enable-lora --lora-modules m=./-x ")
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("gguf_q4_k_m", "gguf_q4_k_m"),
+        ("a.b-c", "a.b-c"),
+        ("a b", "a_b"),
+        ("-x", "x"),
+        ("--help", "help"),
+        ("..a..b", "_a_b"),
+        ("a:b/c", "a_b_c"),
+        ("é 漢", "_"),
+        ("---", "model"),
+        ("x" * 100, "x" * 80),
+    ],
+)
+def test_ollama_is_given_a_name_that_it_takes(name: str, taken: str) -> None:
+    assert ollama_name(name) == taken
+    create, run = serve_commands("gguf", Served(name))[1].lines
+    assert create == f"ollama create {taken} -f Modelfile"
+    assert run == f"ollama run {taken} Hello"
 
 
 @pytest.mark.parametrize(
