@@ -1,10 +1,13 @@
-"""Collects the lines that the project prints for its readers to paste, from documents, recipes, help and errors."""
+"""Collects the lines that the project prints for its readers to paste, from all that it writes."""
 
 import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
+
+from markdown_it import MarkdownIt
 
 TOP = Path(__file__).resolve().parent.parent
 DOCUMENTS = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md")), *TOP.glob("SECURITY.md")]
@@ -96,8 +99,76 @@ def _of_markdown(name: str, text: str) -> Iterator[Printed]:
 
 def begins_as_a_line(text: str) -> bool:
     """Whether a text of a document is meant as a command, or as an override of one."""
-    command = r"(\$ )?(qlora-kit( |$)|pip |python |python3 |scripts/\w|\.venv/|hf |ollama |vllm |llama-|git )"
-    return bool(re.match(command, text) or re.match(r"'?[a-z_]+(\.[\w*<>]+)*=", text))
+    command = r"(\$ )?(qlora-kit( |$)|pip |python |python3 |scripts/\w|\.venv/|hf |ollama |vllm |llama-|lms |git )"
+    return bool(re.match(command, text) or re.match(r"\$?'?[a-z_]+(\.[\w*<>]+)*=", text))
+
+
+def of_card(where: str, text: str) -> Iterator[Printed]:
+    """Lines of a card as CommonMark shows them: its blocks, its spans and what it says to install."""
+    for token in MarkdownIt("commonmark").parse(text.removeprefix("---\n").partition("\n---\n")[2]):
+        if token.type == "fence":
+            yield from of_block(where, token.content)
+        for part in token.children or ():
+            if part.type == "code_inline" and begins_as_a_line(part.content):
+                yield Printed(where, part.content)
+            elif part.type == "text":
+                yield from (Printed(where, line) for line in re.findall(r"\((pip install [^)]+)\)", part.content))
+
+
+def of_block(where: str, text: str) -> Iterator[Printed]:
+    """Lines of a block, of which what a program reads from the block itself is one with the line that starts it."""
+    lines = text.rstrip("\n").split("\n")
+    while lines:
+        line = lines.pop(0)
+        while line.startswith("python - <<'EOF'") and lines and not line.endswith("\nEOF"):
+            line += "\n" + lines.pop(0)
+        if begins_as_a_line(line):
+            yield Printed(where, line)
+
+
+class _Page(HTMLParser):
+    """The texts of `pre` and `code` as a browser gives them to who copies them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[int] = []
+        self.found: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag in ("pre", "code", "p"):
+            self.open.append(len(self.found))
+            self.found.append((tag, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.found[self.open[-1]][0] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            tag, text = self.found[self.open[-1]]
+            self.found[self.open[-1]] = tag, text + data
+
+
+def of_page(where: str, html: str) -> Iterator[Printed]:
+    """Lines of a page of HTML; white space outside of `pre` is one blank unless its style keeps it."""
+    keeps_blanks = re.search(r"^code \{[^}]*white-space: pre", html, re.MULTILINE) is not None
+    reader = _Page()
+    reader.feed(html)
+    reader.close()
+    for tag, text in reader.found:
+        if tag == "pre":
+            yield from of_block(where, text)
+        elif tag == "code" and begins_as_a_line(shown := text if keeps_blanks else " ".join(text.split())):
+            yield Printed(where, shown)
+        elif tag == "p":
+            yield from (Printed(where, line) for line in re.findall(r"\((pip install [^)]+)\)", text))
+
+
+def of_said(where: str, text: str) -> Iterator[Printed]:
+    """What is told on the terminal to be pasted next."""
+    for line in text.splitlines():
+        if found := re.search(r"(?:^|; )\s*(?:fix:?|next:|to go on|try) +(.+)$", line):
+            yield Printed(where, found[1])
 
 
 def of_recipes() -> Iterator[Printed]:

@@ -2,6 +2,7 @@
 
 from qlora_kit.cli.line import Line
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.shell import override
 from qlora_kit.schema.folders import recipe_file
 from qlora_kit.schema.recipe_text import read_recipe_text
 
@@ -11,7 +12,7 @@ def named(line: Line) -> list[str]:
     experiment = line.value("experiment")
     if line.value("name") is not None or experiment is None or "," in experiment or _has_a_name(experiment):
         return line.overrides
-    return [*line.overrides, f"name={experiment}"]
+    return [*line.overrides, override("name", experiment)]
 
 
 def _has_a_name(experiment: str) -> bool:

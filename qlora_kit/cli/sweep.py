@@ -33,7 +33,7 @@ def run_sweep(line: Line) -> int:
     reach_services(first.tracker)
     with _folder(line, first.name) as sweep:
         say(f"sweep of {counted(jobs, 'job')} into {sweep}")
-        place = [] if line.value(PLACE) else [override(PLACE, sweep)]
+        place = _place(line, sweep)
         stop = SweepStop(sweep)
         stop.withdraw()
         try:
@@ -43,10 +43,19 @@ def run_sweep(line: Line) -> int:
         finally:
             code = _conclude(sweep, first)
             if stop.asked:
-                words = ["qlora-kit", "train", "-m", *line.overrides, *place]
-                say(f"stopped: the table has the jobs that were begun\n  to go on  {shell_line(words)}")
+                say(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
             stop.withdraw()
     return EXIT_RUN_FAILED if stop.heard else code
+
+
+def line_to_go_on(line: Line, sweep: Path) -> str:
+    """The line that goes on with a sweep in its folder."""
+    return shell_line(["qlora-kit", "train", "-m", *line.overrides, *_place(line, sweep)])
+
+
+def _place(line: Line, sweep: Path) -> list[str]:
+    """The override for the folder, where the line does not name it itself."""
+    return [] if line.value(PLACE) else [override(PLACE, sweep)]
 
 
 @contextmanager

@@ -228,7 +228,8 @@ def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) ->
         return
     if run.export_recipe.is_file():
         what = f"{name} is not a run directory: it holds exports of a base that was never trained"
-        raise RecipeError(what, f"{key}={name}", f"qlora-kit eval base={name}, or qlora-kit report base={name}")
+        lines = (shell_line(["qlora-kit", verb, override("base", name)]) for verb in ("eval", "report"))
+        raise RecipeError(what, f"{key}={name}", ", or ".join(lines))
     known = [found.path for found in _all_runs() if finished in (None, found.is_finished)]
     meant = [path for path in known if fnmatch(str(path), name) or run.path.absolute() in path.absolute().parents]
     what = f"{name} is not a run directory: it holds no recipe.yaml"

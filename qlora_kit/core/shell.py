@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from qlora_kit.core.terminal import one_line
+
 # A part of what Hydra's grammar reads as one unquoted text (hydra/grammar/OverrideLexer.g4): no number, no truth value
 _PLAIN_VALUE = re.compile(
     r"(?!(?:null|true|false|nan|inf)\b)[A-Za-z_./][A-Za-z0-9_./\-+%@*?]*", re.IGNORECASE | re.ASCII
@@ -75,6 +77,7 @@ def read_hydra_text(value: str) -> str:
 
 def is_line(text: str) -> bool:
     """Whether a text can be pasted: commands, or the overrides to add to one, with nothing left to fill in."""
+    text = text.replace("$'", "'")
     try:
         lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -85,7 +88,7 @@ def is_line(text: str) -> bool:
             else:
                 parts[-1].append(word)
     except ValueError:  # an open quote, which `$'..'` may leave to this parser
-        return text.startswith("qlora-kit ")
+        return text.startswith("qlora-kit ") or bool(_OVERRIDE.match(text.lstrip("'")))
     return all(map(_is_command, parts))
 
 
@@ -100,8 +103,26 @@ def _is_command(words: list[str]) -> bool:
 
 
 def _shell_word(word: str) -> str:
-    if any(ord(char) < 0x20 or ord(char) == 0x7F for char in word):
-        # $'..' (bash, zsh, ksh): a line feed within plain quotes would be run as typed where a line is pasted
+    if any(map(_is_hidden, word)):
+        # $'..' (bash, zsh, ksh): a line feed within plain quotes would be run as typed where a line is pasted, and
+        # neither a terminal nor a page shows the others as they are
         escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-        return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda char: f"\\x{ord(char[0]):02x}", escaped) + "'"
+        return "$'" + "".join(_bytes_of(char) if _is_hidden(char) else char for char in escaped) + "'"
     return shlex.quote(word)
+
+
+def _is_hidden(char: str) -> bool:
+    """Whether a terminal or a page shows it as another character, or as none."""
+    return one_line(char) != char or _is_half_a_pair(char)
+
+
+def _is_half_a_pair(char: str) -> bool:
+    return "\ud800" <= char <= "\udfff"
+
+
+def _bytes_of(char: str) -> str:
+    # A name that is no UTF-8 has its bytes as such halves (PEP 383)
+    is_a_byte = "\udc80" <= char <= "\udcff"
+    return "".join(
+        f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape" if is_a_byte else "surrogatepass")
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.files import read_json, write_json, write_text
+from qlora_kit.core.overrides import write_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.data.prepare import PreparedData, prepare
@@ -45,7 +46,7 @@ def describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None
     if not run.recipe.exists():
         write_text(run.recipe, recipe_yaml(recipe))
     if overrides is not None:
-        write_text(run.overrides, "".join(f"{override}\n" for override in overrides))
+        write_overrides(run.overrides, overrides)
     if not run.environment.exists():
         write_json(run.environment, capture_environment())
     if _recorded(run.data) is None:

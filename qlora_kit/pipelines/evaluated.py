@@ -10,6 +10,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.lock import BusyError
 from qlora_kit.core.rundir import RunDirectory, find_run, refuse_at_work
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import open_trained
@@ -185,9 +186,8 @@ def open_evaluated_base(name: str) -> EvaluatedBase:
     directory = find_exported_base(name)
     if not any(directory.exports.glob(f"[!.]*/{MANIFEST}")):
         what = f"{directory.path} holds no finished export that could be scored"
-        raise RecipeError(
-            what, f"base={name}", f"qlora-kit export base=<model> out={directory.path} export=gguf_q4_k_m"
-        )
+        out = shell_line([override("out", directory.path)])
+        raise RecipeError(what, f"base={name}", f"qlora-kit export base=<model> {out} export=gguf_q4_k_m")
     recipe = cast(ExportRecipe, load_recipe("export", directory.export_recipe))
     try:
         return EvaluatedBase(base_in(directory, recipe, named_base(recipe)))

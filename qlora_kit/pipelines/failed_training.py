@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_kit.core.errors import Problem, RunError
+from qlora_kit.core.overrides import read_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes
@@ -28,6 +29,8 @@ Needs = Callable[[TrainRecipe], float | None]  # bytes that a recipe's largest s
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LESS_LEARNING = 10
+# By its field, which beats a choice of the group and one of the experiment.
+IN_4_BIT: "Changes" = {"quant": None, "quant.kind": QuantKind.nf4.name}
 SPARES = 0.75  # of what a step needs: what fewer rows at once bring it to, at the most
 OTHERS_HOLD = 1e9  # bytes of a GPU that are worth a word where another process has them
 
@@ -65,7 +68,7 @@ def base_fits(recipe: TrainRecipe, run: RunDirectory) -> Iterator[None]:
             raise
         on_gpu = torch.cuda.is_available() and not isinstance(error, MemoryError)
         what = f"the base does not fit into the memory of {_place(on_gpu=on_gpu)}: {_held(on_gpu=on_gpu)}"
-        fix = "choose a smaller model" if recipe.quant.kind.is_4bit else again_with(run, {"quant": "nf4_double"})
+        fix = "choose a smaller model" if recipe.quant.kind.is_4bit else again_with(run, IN_4_BIT)
         raise RunError(what, f"model.source={recipe.model.source}, quant.kind={recipe.quant.kind.name}", fix) from error
 
 
@@ -103,10 +106,10 @@ def first_step_told(trainer: KitTrainer, base_folder: Path, *, goes_on: bool) ->
 
 
 def again_with(run: RunDirectory, changes: Changes) -> str:
-    """The line that a run was started with, with other values of some keys."""
-    typed = run.overrides.read_text(encoding="utf-8").splitlines() if run.overrides.is_file() else []
-    kept = [line for line in typed if line.split("=", 1)[0].lstrip("+") not in changes]
-    return shell_line(["qlora-kit", "train", *kept, *(f"{key}={value}" for key, value in changes.items())])
+    """The line that a run was started with, with other values of some keys, or without them where that is None."""
+    kept = [line for line in read_overrides(run.overrides) if line.split("=", 1)[0].lstrip("+") not in changes]
+    changed = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    return shell_line(["qlora-kit", "train", *kept, *changed])
 
 
 def less_learning(recipe: TrainRecipe, run: RunDirectory) -> str:
@@ -172,7 +175,7 @@ def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> tuple[Changes, 
         same["trainer.batch_size"] = rows
         same["trainer.gradient_accumulation"] = trainer.gradient_accumulation * trainer.batch_size // rows
     if recipe.quant.kind is QuantKind.none:
-        same["quant"] = "nf4_double"
+        same |= IN_4_BIT
     policy = recipe.data.on_long_row
     shorter = {
         "data.max_tokens": max(longest // 2, 1),

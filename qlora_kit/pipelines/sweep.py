@@ -10,6 +10,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
+from qlora_kit.core.overrides import write_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.pipelines.job_process import SweepStop, run_process
@@ -109,7 +110,7 @@ def _begin(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     with hold(job.folder, "sweep"):
         if not run.recipe.is_file():
-            write_text(run.overrides, "".join(f"{override}\n" for override in job.overrides))
+            write_overrides(run.overrides, job.overrides)
             write_text(run.recipe, recipe)
         elif run.recipe.read_text(encoding="utf-8") != recipe:
             raise RunError(f"{job.folder} holds a run of another recipe", str(run.recipe), "leave hydra.sweep.dir out")

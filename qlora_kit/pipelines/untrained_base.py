@@ -12,6 +12,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, read_json, remove, typed_path, write_json, write_text
 from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
+from qlora_kit.core.overrides import write_overrides
 from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
@@ -72,7 +73,7 @@ class UntrainedBase(Exportable):
     def begin(self, rows: ExportRows) -> None:
         """Write the recipe, the line, environment.json, data.json and tokenizer/; clear what killed exports left."""
         write_text(self.directory.export_recipe, recipe_yaml(self.recipe))
-        write_text(self.directory.overrides, "".join(f"{line}\n" for line in self.overrides))
+        write_overrides(self.directory.overrides, self.overrides)
         write_json(self.directory.environment, capture_environment())
         write_json(self.directory.data, dict(rows.origin))
         # A GGUF file holds no tokenizer that transformers reads; `chat` turns its token ids into text with this one.
@@ -209,7 +210,11 @@ def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:
         raise RecipeError(f"{path} is a file, and out names a folder", f"out={recipe.out}", fix)
     if (path / "recipe.yaml").is_file():
         what = f"{path} is the directory of a training run"
-        raise RecipeError(what, f"out={recipe.out}", f"run={path} to export that run, or out=<another folder>")
+        raise RecipeError(
+            what,
+            f"out={recipe.out}",
+            f"{shell_line([override('run', path)])} to export that run, or out=<another folder>",
+        )
     before = RunDirectory(path).export_recipe
     if before.is_file() and (other := cast(ExportRecipe, load_recipe("export", before)).base) != recipe.base:
         what = f"{path} holds exports of another base, {other}"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, size_on_disk
+from qlora_kit.core.overrides import read_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, trained
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
@@ -67,7 +68,7 @@ def read_run(run: RunDirectory) -> RunPage:
         is_finished=run.is_finished,
         recipe=recipe,
         recipe_yaml=reader.text(run.recipe),
-        overrides=[line for line in reader.text(run.overrides).splitlines() if line],
+        overrides=read_overrides(run.overrides),
         environment=_environment(reader.json(run.environment)),
         metrics=metrics,
         result=numbers_of(result),
@@ -96,7 +97,7 @@ def read_exported_base(directory: RunDirectory) -> RunPage:
         is_finished=True,
         recipe=None,
         recipe_yaml=reader.text(directory.export_recipe),
-        overrides=[line for line in reader.text(directory.overrides).splitlines() if line],
+        overrides=read_overrides(directory.overrides),
         environment=_environment(reader.json(directory.environment)),
         metrics=(),
         result={},

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -127,9 +128,17 @@ def check_shell(words):
     return ""
 
 
+def shell_words(text):
+    """The words of a line, by bash where they hold escapes of its own; a word that would run something is not one."""
+    if "$'" not in text:
+        return shlex.split(text)
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, check=True).stdout
+    return said.decode(errors="surrogateescape").split("\0")[:-1]
+
+
 def check_line(text):
     """What was done with a line, and what is wrong with it."""
-    words = shlex.split(text)
+    words = shell_words(text)
     if words[0] == "qlora-kit":
         return check_kit(words[1:])
     if "=" in words[0]:

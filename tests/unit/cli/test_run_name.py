@@ -4,6 +4,7 @@ import pytest
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.cli.run_name import named
+from qlora_kit.core.shell import override
 
 
 @pytest.fixture
@@ -32,3 +33,10 @@ def test_the_name_on_the_line_is_kept(experiment):
 def test_a_file_that_cannot_be_read_is_left_to_composing(experiment):
     experiment.write_text("name: [", encoding="utf-8")
     assert named(parse_line(["experiment=mine"])) == ["experiment=mine", "name=mine"]
+
+
+def test_a_name_is_text_whatever_is_in_it(experiment):
+    file = experiment.with_name("it's (1).yaml")
+    file.write_text("# @package _global_\n", encoding="utf-8")
+    (_, name) = named(parse_line([override("experiment", "it's (1)")]))
+    assert name == override("name", "it's (1)")

@@ -1,5 +1,6 @@
 """A line that is pasted says to a program what was meant, whatever is in a name."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def test_a_shell_reads_back_the_word(name, tmp_path):
     assert out.decode() == name
     assert "\n" not in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\x85b", "a\u202eb", "a\u2028b", "\x9b'x'\\", "\udcff.jsonl"])
+def test_what_a_terminal_does_not_show_is_written_out(name, tmp_path):
+    line = shell_line(["printf", "%s", name])
+    assert line.isprintable()
+    out = subprocess.run(["bash", "-c", line], capture_output=True, check=True, cwd=tmp_path).stdout
+    assert os.fsdecode(out) == name
+    assert is_line(shell_line([override("data.train_file", name)]))
+
+
+def test_letters_of_any_script_stay_as_they_are():
+    assert shell_line(["क\u200dष", "漢", "👩\u200d🚀"]) == "'क\u200dष' '漢' '👩\u200d🚀'"
 
 
 def test_a_path_is_never_read_as_a_flag(tmp_path):

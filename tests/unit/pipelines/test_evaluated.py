@@ -8,6 +8,7 @@ import pytest
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.pipelines.evaluate import evaluate
 from qlora_kit.pipelines.evaluated import EvaluatedRun, open_evaluated_base
@@ -132,10 +133,11 @@ def test_an_unknown_file(exported):
 def test_a_folder_without_a_finished_file(exported):
     base, _ = exported()
     (base.directory.exports / "gguf_q8_0").rename(base.directory.exports / ".gguf_q8_0.partial")
-    assert refused(lambda: open_evaluated_base("there")) == (
-        "there holds no finished export that could be scored",
-        "base=there",
-        "qlora-kit export base=<model> out=there export=gguf_q4_k_m",
+    base.directory.path.rename("over there")
+    assert refused(lambda: open_evaluated_base("over there")) == (
+        "over there holds no finished export that could be scored",
+        "base=over there",
+        f"qlora-kit export base=<model> {shell_line([override('out', 'over there')])} export=gguf_q4_k_m",
     )
 
 

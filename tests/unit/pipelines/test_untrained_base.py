@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 
 import pytest
 import torch
@@ -76,13 +77,13 @@ def test_what_is_exported_is_noted(recipe):
 def test_a_place_that_is_taken(recipe, tmp_path):
     here = tmp_path / "here"
     (here / "file").write_text("")
-    (here / "run").mkdir()
-    (here / "run" / "recipe.yaml").write_text("")
+    (here / "a run").mkdir()
+    (here / "a run" / "recipe.yaml").write_text("")
     opened(recipe(out="other")).begin(ExportRows([], []))
     build_tiny_model("llama", tmp_path / "models" / "second")
     cases = {
         "file": "file is a file, and out names a folder",
-        "run": "run is the directory of a training run",
+        "a run": "a run is the directory of a training run",
         "other": f"other holds exports of another base, {recipe().base}",
     }
     for place, what in cases.items():
@@ -91,6 +92,8 @@ def test_a_place_that_is_taken(recipe, tmp_path):
         (problem,) = caught.value.problems
         assert (problem.what, problem.where) == (what, f"out={place}")
         assert problem.fix
+        if place == "a run":
+            assert shlex.split(problem.fix)[0] == "run='a run'"
 
 
 def test_a_tokenizer_that_cannot_be_read_is_the_bases(recipe, tmp_path):
