@@ -94,6 +94,7 @@ def _run_speaker(name: str) -> Any:
     from qlora_kit.model.load import load_base
 
     opened = open_run(name)
+    say(f"loading {opened.directory.path}")
     model = load_adapter(load_base(opened.base_folder, opened.recipe.quant), opened.directory.adapter)
     return _torch_speaker(model.eval(), opened.tokenizer)
 
@@ -101,6 +102,7 @@ def _run_speaker(name: str) -> Any:
 def _export_speaker(format_name: str, path: Path) -> Any:
     from qlora_kit.evaluation.artifacts import load_exported
 
+    say(f"loading {path}")
     return _torch_speaker(load_exported(format_name, path).eval(), load_tokenizer(path))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.say import say
+from qlora_kit.core.units import counted
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.pipelines.exam import Exam
 
@@ -64,10 +65,21 @@ def write_record(path: Path, now: Record, current: Sequence[str]) -> None:
         write_json(path, _joined(before, now, current))
         return
     names = ", ".join(str(row.get("name")) for row in before["rows"])
-    say(f"{path}: the scores of {names} there are of other rows or settings; they are kept apart, under earlier")
+    say(
+        f"{path}: the scores of {names} there are of other rows or settings ({_scope(before)}; now {_scope(now)}): "
+        "they are kept in this file, as `earlier`; the page shows the new ones"
+    )
     earlier = before.get("earlier")
     kept = [{key: value for key, value in before.items() if key != "earlier"}]
     write_json(path, {**now, "earlier": [*kept, *(earlier if isinstance(earlier, list) else [])][:MOST_EARLIER]})
+
+
+def _scope(record: Record) -> str:
+    """In words, on how many rows the scores of a record are."""
+    part = record.get("asked")
+    scored = part.get("scored_on") if isinstance(part, Mapping) else None
+    rows = scored.get("rows") if isinstance(scored, Mapping) else None
+    return counted(rows, "row") if isinstance(rows, int) else "rows that it does not name"
 
 
 def _before(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import hydra_value, shell_line
+from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
@@ -138,6 +139,7 @@ def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) ->
 
 
 def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
+    say(f"eval: scoring {exam.reference}, which the others are held against, on {counted(len(exam.rows), 'row')}")
     reference = models[exam.reference].score(exam.rows, None, exam.config.top_tokens)
     before = next((scorer for name, scorer in models.items() if name != exam.reference), None)
     return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
@@ -160,6 +162,7 @@ def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: 
 
 def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
     config, reference = exam.config, yardstick.reference
+    say(f"eval: {one.name} ...")
     scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
     fidelity = compare(reference, scores)
     answers = Answers([], 0.0)
@@ -248,7 +251,7 @@ def _told(row: Row, reference: str) -> str:
         parts.append(f"text perplexity {row.text_perplexity:.3f}")
     # Noise aside: an artifact whose loss is above the reference's on these very rows.
     is_worse = row.name not in ("base", reference) and row.fidelity.is_worse
-    worse = f" (loss is worse than the {reference}'s)" if is_worse else ""
+    worse = f" (loss {row.fidelity.loss_change:+.4f} against the {reference}'s)" if is_worse else ""
     return f"{row.name}: {', '.join(parts)}{worse}"
 
 

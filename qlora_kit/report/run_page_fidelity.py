@@ -143,9 +143,9 @@ def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -
         elif one.verdict is Verdict.not_measured:
             said.append(f"{one.name} is not measured: nothing tells how close it is to {reference.said}.")
         elif one.intervals.get("loss_change", (0.0, 0.0))[0] > 0:
-            said.append(
-                f"{one.name}: its loss is above the {reference.name}'s by more than the choice of rows explains."
-            )
+            by = "" if one.loss_change is None else f" by {decimals(4)(one.loss_change)}"
+            above = f"its loss is above the {reference.name}'s{by}"
+            said.append(f"{one.name}: {above}, by more than the choice of rows explains.")
     return said
 
 

@@ -94,7 +94,8 @@ def front_matter(facts: Mapping[str, object]) -> list[str]:
 
 
 def _what(facts: ServingFacts) -> str:
-    settings = ", ".join(plain(f"{key} {value}") for key, value in facts.settings.items())
+    asked = {key: value for key, value in facts.settings.items() if value not in (None, {}, [])}
+    settings = ", ".join(plain(f"{key} {value}") for key, value in asked.items())
     form = f"`{facts.kind}`" + (f" ({settings})" if settings else "")
     at = f" at revision {code(facts.base.revision)}" if facts.base.revision else ""
     done = "fine-tuned with QLoRA" if facts.run is not None else "quantized, not fine-tuned"

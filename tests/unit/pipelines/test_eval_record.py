@@ -60,9 +60,9 @@ def test_scores_of_other_rows_or_settings_are_kept_apart_and_said(path, capsys, 
     assert names(path) == ["gguf"]
     (earlier,) = read_json(path)["earlier"]
     assert [one["name"] for one in earlier["rows"]] == ["base", "gguf"]
-    assert (
-        "the scores of base, gguf there are of other rows or settings; they are kept apart" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "the scores of base, gguf there are of other rows or settings (5 rows; now " in said
+    assert "they are kept in this file, as `earlier`; the page shows the new ones" in said
     write_record(path, record(row("gptq", 2.0), **other), CURRENT)
     assert names(path) == ["gguf", "gptq"] and len(read_json(path)["earlier"]) == 1
 

@@ -267,6 +267,15 @@ def test_a_part_that_is_scored_again_joins_the_others_in_eval_json(opened):
     assert len(record["earlier"][0]["rows"]) == 4
 
 
+def test_each_artifact_is_named_before_it_is_scored(opened, capsys):
+    config = EvalConfig(artifacts=["base", "merged_16bit"], task_rows=1, max_new_tokens=NEW_TOKENS)
+    evaluate(EvaluatedRun(opened), config)
+    lines = [line.partition(" loss ")[0] for line in capsys.readouterr().err.splitlines()]
+    told = [line for line in lines if line.startswith(("eval: ", "base:", "merged_16bit:"))]
+    first = "eval: scoring adapter, which the others are held against, on 5 rows"
+    assert told == [first, "eval: base ...", "base:", "eval: merged_16bit ...", "merged_16bit:"]
+
+
 def test_a_damaged_manifest_is_left_out_and_said(opened, capsys):
     broken = opened.directory.exports / "broken"
     broken.mkdir()

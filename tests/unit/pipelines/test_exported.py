@@ -42,6 +42,18 @@ def test_a_file_that_was_not_measured_is_listed_as_such(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[2].endswith("NOT MEASURED")
 
 
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (Verdict.measured, "measured: scored, and held against no bound; export.max_mean_kl sets one\n"),
+        (Verdict.accepted, ""),
+    ],
+)
+def test_what_measured_means_is_said_where_it_stands(tmp_path, capsys, verdict, said):
+    print_exported("the title", [Exported("good", tmp_path, 3.0, FIT, verdict)])
+    assert capsys.readouterr().err == said
+
+
 def test_a_failure_comes_before_a_rejection(tmp_path):
     good = Exported("good", tmp_path, 3.0, verdict=Verdict.measured)
     failed, rejected = (

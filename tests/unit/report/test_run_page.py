@@ -272,7 +272,9 @@ def test_intervals_stand_below_their_numbers_and_a_worse_loss_is_said():
     html = fidelity_table([worse, chance])
     assert "0.01000<small>0.00800..0.01200</small>" in html
     assert "+0.0200<small>-0.0100..+0.0500</small>" in html
-    assert remarks([worse, chance]) == ["a: its loss is above the adapter's by more than the choice of rows explains."]
+    assert remarks([worse, chance]) == [
+        "a: its loss is above the adapter's by 0.0200, by more than the choice of rows explains."
+    ]
 
 
 def test_an_exported_adapter_is_a_file_to_serve(finished):

@@ -72,7 +72,7 @@ def test_the_scores_of_eval_are_against_the_base(exports):
     said = text_of(page_of(exports))
     assert "base reference 9.0 MB 0 " in said
     assert "to base nats" in said and "to adapter" not in said
-    assert "gguf_q8_0: its loss is above the base's by more than the choice of rows explains." in said
+    assert "gguf_q8_0: its loss is above the base's by 0.0200, by more than the choice of rows explains." in said
     assert "hi reference yes" in said
     assert "Missing" not in said
 

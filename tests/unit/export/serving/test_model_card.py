@@ -118,3 +118,8 @@ def test_what_the_commands_look_for_beside_an_adapter_is_told(facts: Made, base:
 def test_the_commands_hold_the_adapters_largest_rank_and_where_it_lies(facts: Made) -> None:
     served = served_of(facts(format="adapter", file="."), "/runs/tiny")
     assert (served.rank, served.folder, served.name) == (48, "/runs/tiny", "tiny_q4")
+
+
+def test_settings_that_were_left_open_are_not_listed(facts):
+    card = model_card(facts(settings={"mix": "Q4_K_M", "imatrix": False, "overrides": {}, "bits_budget": None}))
+    assert "as `gguf` (mix Q4_K_M, imatrix False)." in card
