@@ -26,13 +26,19 @@ from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, recipe_file
 from qlora_kit.schema.growth import refuse_growth
 from qlora_kit.schema.hydra_words import hydra_problem, missing_plugin
-from qlora_kit.schema.meant import meant, nearest_option
+from qlora_kit.schema.meant import beside, meant, nearest_option
 from qlora_kit.schema.recipe_text import read_recipe_text
 from qlora_kit.schema.renamed import with_todays_names
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.store import register
 from qlora_kit.schema.trust import refusals, unsafe_references
-from qlora_kit.schema.value_problems import first_line, set_in_mapping, value_problems
+from qlora_kit.schema.value_problems import (
+    GROUPS_OF_SEVERAL,
+    first_line,
+    set_in_mapping,
+    several_values,
+    value_problems,
+)
 from qlora_kit.schema.words import Word, read_words
 
 MOST_SWEEP_JOBS_CHECKED = 200
@@ -242,7 +248,7 @@ def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
     if key.split(".")[0].split("/")[0] == "hydra":
         return hydra_problem(word)
     if key in groups():
-        return _option_problem(key, word)
+        return _option_problem(key, word) or (several_values(root, word) if override.is_sweep_override() else None)
     if override.is_delete():
         return Problem(
             f"'{printable(word.typed)}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
@@ -251,19 +257,25 @@ def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
         if outside := unsafe_references(str(override.value())):
             what = f"{key} looks up '{printable(outside[0])}'; a recipe may look up its own fields only"
             return Problem(f"{what}, such as ${{lora.r}}", line)
-        return None
+        return several_values(root, word) if override.is_sweep_override() else None
     found = meant(root, key, override.value())
     what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
-    return Problem(what + (f"; {found.hint}" if found.hint else ""), line, found.line or help_line(root))
+    if found.hint:
+        what += f"; {found.hint}"
+    elif not found.name:
+        what += f"\n  known    {', '.join(beside(root, key))}"
+    return Problem(what, line, found.line or help_line(root))
 
 
 def _option_problem(group: str, word: Word) -> Problem | None:
     override = word.override
     value = override.value()
+    if override.is_sweep_override():
+        value = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
     wanted = [str(option) for option in (value if isinstance(value, list) else [value]) if option is not None]
     known = groups()[group]
     wrong = [option for option in wanted if option not in known]
-    if not wrong or override.is_sweep_override():
+    if not wrong:
         return None
     likely = {option: nearest_option(group, option) for option in wrong}
     near = [option for option in likely.values() if option]
@@ -271,7 +283,8 @@ def _option_problem(group: str, word: Word) -> Problem | None:
     what += f"\n  known    {', '.join(known)}"
     # The rest of a list stays as it is.
     right = [likely.get(option, option) or _common_option(group) for option in wanted]
-    fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if isinstance(value, list) else f"{group}={right[0]}"
+    is_list = isinstance(value, list) and (group in GROUPS_OF_SEVERAL or not override.is_sweep_override())
+    fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if is_list else f"{group}={right[0]}"
     return Problem(what, word.where, fix)
 
 

@@ -120,6 +120,13 @@ def nearest_option(group: str, option: str) -> str | None:
     return close[0] if close else None
 
 
+def beside(root: type[Sealed], path: str) -> list[str]:
+    """Fields of the group that a dotted path would be in; of the recipe where there is no such group."""
+    parent = path.rpartition(".")[0]
+    group = walk.group_class(walk.type_at(root, parent)) if parent else root
+    return list(walk.fields_of(group or root))
+
+
 def _is_known(root: type[Sealed], path: str) -> bool:
     return walk.find_path(root, path)
 

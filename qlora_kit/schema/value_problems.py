@@ -8,13 +8,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.core.shell import hydra_value
+from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.words import Word
 
 # What OmegaConf raises of a value that does not fit its field, its assertions included
 VALUE_ERRORS = (OmegaConfBaseException, ValueError, OverflowError, AssertionError, AttributeError)
+
+GROUPS_OF_SEVERAL = ("export", "tracker")  # of which a recipe may choose several options
 
 
 def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> list[Problem]:
@@ -26,15 +29,25 @@ def value_problems(tree: DictConfig, root: type[Sealed], words: list[Word]) -> l
             found = set_in_mapping(tree, root, word)
             problems += [found] if found else []
             continue
-        if override.is_sweep_override():
-            what = f"{override.key_or_group} is given several values, which is for a sweep"
-            problems.append(Problem(what, word.where, ""))
-            continue
         try:
             OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         except VALUE_ERRORS as error:
             problems.append(_value_problem(tree, root, word, error))
     return problems
+
+
+def several_values(root: type[Sealed], word: Word) -> Problem:
+    """What is wrong with `a,b`, which Hydra reads as the values of a sweep, where one recipe is composed."""
+    override = word.override
+    key = override.key_or_group
+    values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    if key in GROUPS_OF_SEVERAL or walk.is_list(walk.type_at(root, key)):
+        what, fixed = f"several values of {key} stand in brackets", f"{key}=[{','.join(values)}]"
+    else:
+        what, fixed = f"{key} is given several values, and takes one", f"{key}={values[0]}" if values else ""
+    if root is RECIPE_OF_VERB["train"]:
+        what += "; to try each of them in a sweep, add -m to qlora-kit train"
+    return Problem(what, word.where, shell_line([fixed]) if values else "")
 
 
 def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem | None:

@@ -37,6 +37,12 @@ def is_dict(annotation: Any) -> bool:
     return typing.get_origin(annotation) is dict
 
 
+def is_list(annotation: Any) -> bool:
+    """Whether a field holds a list, or may."""
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(part) is list for part in parts)
+
+
 def type_name(annotation: Any) -> str:
     """A type as a user reads it."""
     if isinstance(annotation, types.UnionType):

@@ -98,6 +98,23 @@ def test_a_guess_is_not_made(wrong):
     assert "did you mean" not in problem.what
 
 
+@pytest.mark.parametrize(
+    ("wrong", "known"),
+    [
+        ("lora.rnak=8", "r, alpha, "),
+        ("data.sources.a.foo=8", "path, "),
+        ("zzz=8", "name, "),
+        ("foo.bar=8", "name, "),
+    ],
+)
+def test_where_nothing_is_near_the_fields_of_the_group_are_listed(wrong, known):
+    problem = told(wrong)
+    what, fields = problem.what.split("\n  known    ")
+    assert what == f"there is no field '{wrong.split('=')[0]}'"
+    assert fields.startswith(known)
+    assert problem.fix == "qlora-kit train --help"
+
+
 def test_what_has_no_field_is_told_what_there_is_instead():
     assert told("warmup_steps=10").what == (
         "there is no field 'warmup_steps'; warming up is a share of all steps here, optim.warmup_fraction"

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.shell import shell_line
-from qlora_kit.schema.compose import compose_unchecked, sweep_jobs, sweep_lines
+from qlora_kit.schema.compose import compose_recipe, compose_unchecked, sweep_jobs, sweep_lines
 
 LINE = ("model=demo", "data=rows", "data.max_tokens=64")
 ROWS = (*LINE, "data.train_file=rows.jsonl")
@@ -173,10 +173,43 @@ def test_a_number_that_hydra_cannot_read_is_told_as_any_other(word):
     assert what.endswith(": it is int") and fix == "lora.r=16"
 
 
-def test_several_values_without_a_sweep():
-    ((what, where, fix),) = told(*ROWS, "lora.r=4,8")
-    assert what == "lora.r is given several values, which is for a sweep"
-    assert (where, fix) == ("command line: lora.r=4,8", "")
+SWEEP = "; to try each of them in a sweep, add -m to qlora-kit train"
+
+
+@pytest.mark.parametrize(
+    ("word", "what", "fix"),
+    [
+        ("lora.r=4,8", f"lora.r is given several values, and takes one{SWEEP}", "lora.r=4"),
+        ("lora.r=range(4,8)", f"lora.r is given several values, and takes one{SWEEP}", "lora.r=4"),
+        (
+            "lora.targets=q_proj,v_proj",
+            f"several values of lora.targets stand in brackets{SWEEP}",
+            "'lora.targets=[q_proj,v_proj]'",
+        ),
+        ("optim=adamw,paged_lion_8bit", f"optim is given several values, and takes one{SWEEP}", "optim=adamw"),
+        (
+            "tracker=mlflow,wandb",
+            f"several values of tracker stand in brackets{SWEEP}",
+            "'tracker=[mlflow,wandb]'",
+        ),
+        ("lora.r=interval(4,8)", f"lora.r is given several values, and takes one{SWEEP}", ""),
+    ],
+)
+def test_several_values_without_a_sweep(word, what, fix):
+    assert told(*ROWS, word) == [(what, f"command line: {word}", fix)]
+
+
+def test_several_exports_without_brackets():
+    with pytest.raises(RecipeError) as caught:
+        compose_recipe("export", ["run=latest", "export=gguf_q4_k_m,gguf_q8_0"])
+    (problem,) = caught.value.problems
+    assert problem.what == "several values of export stand in brackets"
+    assert problem.fix == "'export=[gguf_q4_k_m,gguf_q8_0]'"
+    with pytest.raises(RecipeError) as caught:
+        compose_recipe("export", ["run=latest", "export=gptq4bit,gguf_q8_0"])
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("there is no export named 'gptq4bit'; did you mean 'gptq_4bit'?")
+    assert problem.fix == "export=[gptq_4bit,gguf_q8_0]"
 
 
 def test_in_a_sweep_commas_are_choices_and_mappings_stay_whole():
