@@ -45,7 +45,16 @@ def run_sweep(line: Line) -> int:
             if stop.asked:
                 say(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
             stop.withdraw()
+        if not stop.heard:
+            _tell_next(sweep)
     return EXIT_RUN_FAILED if stop.heard else code
+
+
+def _tell_next(sweep: Path) -> None:
+    from qlora_kit.pipelines.next_line import line_to_export_best
+
+    if line := line_to_export_best(sweep):
+        say(f"next: {line}")
 
 
 def line_to_go_on(line: Line, sweep: Path) -> str:

@@ -9,6 +9,7 @@ from glob import has_magic
 from itertools import count
 from pathlib import Path
 
+from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
@@ -230,7 +231,12 @@ def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) ->
         what = f"{name} is not a run directory: it holds exports of a base that was never trained"
         lines = (shell_line(["qlora-kit", verb, override("base", name)]) for verb in ("eval", "report"))
         raise RecipeError(what, f"{key}={name}", ", or ".join(lines))
+    if finished is not False and (best := best_job(run.path)):
+        what = f"{name} is a sweep, not a run; its best job is {best}"
+        raise RecipeError(what, f"{key}={name}", shell_line([override(key, best)]))
     known = [found.path for found in _all_runs() if finished in (None, found.is_finished)]
+    if finished is not False:  # of the newest sweep the best job comes first
+        known = _best_of_sweep_first(known)
     meant = [path for path in known if fnmatch(str(path), name) or run.path.absolute() in path.absolute().parents]
     what = f"{name} is not a run directory: it holds no recipe.yaml"
     if has_magic(name):
@@ -240,6 +246,15 @@ def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) ->
         what += f"; {told} {_first_of(meant or known)}"
     fix = override(key, (meant or known)[0]) if known else "qlora-kit train experiment=<name>"
     raise RecipeError(what, f"{key}={name}", shell_line([fix]) if known else fix)
+
+
+def _best_of_sweep_first(newest_first: list[Path]) -> list[Path]:
+    """The paths of runs, each job of a sweep behind the best one of its sweep."""
+    ordered: dict[Path, None] = {}
+    for path in newest_first:
+        best = best_job(path.parent)
+        ordered |= dict.fromkeys([best, path] if best in newest_first else [path])
+    return list(ordered)
 
 
 def _first_of(paths: Sequence[Path]) -> str:

@@ -1,14 +1,16 @@
-"""The line that comes after a training."""
+"""The lines that come after a training, a sweep, an export and an evaluation."""
 
 from pathlib import Path
 from typing import cast
 
+from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.export.fit.whole import fit_of
-from qlora_kit.schema.compose import compose_recipe
-from qlora_kit.schema.root import ExportRecipe
+from qlora_kit.model.source import locate_base
+from qlora_kit.schema.compose import compose_recipe, load_recipe
+from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
 def line_to_export(run: RunDirectory, base_folder: Path) -> str:
@@ -20,3 +22,16 @@ def line_to_export(run: RunDirectory, base_folder: Path) -> str:
     except KitError:
         can = False
     return shell_line(["qlora-kit", "export", words[0], words[1] if can else "export=merged_16bit"])
+
+
+def line_to_export_best(sweep: Path) -> str:
+    """The line that exports the best job of a sweep; empty where no job finished, or its base is not there any more."""
+    best = best_job(sweep)
+    if best is None:
+        return ""
+    run = RunDirectory(best)
+    try:
+        base_folder = locate_base(cast(TrainRecipe, load_recipe("train", run.recipe)).model)
+    except KitError:
+        return ""
+    return line_to_export(run, base_folder)

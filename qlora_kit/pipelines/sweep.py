@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qlora_kit.core.best_job import SWEEP_RECORD
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
@@ -97,7 +98,7 @@ def ranked(sweep: Path, direction: Direction) -> list[JobRow]:
 
 def write_sweep(sweep: Path, objective: str, rows: list[JobRow]) -> None:
     """Write sweep.json: the objective and the ranked rows."""
-    write_json(sweep / "sweep.json", {"objective": objective, "rows": [asdict(row) for row in rows]})
+    write_json(sweep / SWEEP_RECORD, {"objective": objective, "rows": [asdict(row) for row in rows]})
 
 
 def _worst(job: Job) -> float:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,9 @@ def test_one_failed_job_is_a_row_and_the_others_go_on(swept):
     assert objectives == sorted(objectives)
     assert "failed" in done.stdout
     assert done.stdout.count("data.on_long_row=") == 4
+    (line,) = [one for one in done.stderr.splitlines() if one.startswith("next: ")]
+    best = path.parent.relative_to(folder) / Path(rows[0]["folder"]).name
+    assert line.startswith(f"next: qlora-kit export run={best} export=")
 
 
 def test_each_job_has_a_run_directory_of_its_own(swept):
@@ -89,6 +93,7 @@ def test_a_stopped_sweep_keeps_its_checkpoint_and_table_and_goes_on(workshop, tm
     assert row["error"].startswith("stopped at step ")
     assert row["status"] == "stopped"
     (line,) = [one for one in said.splitlines() if one.startswith("  to go on  ")]
+    assert "next:" not in said
     assert f"hydra.sweep.dir={folder.relative_to(tmp_path)}" in line
     first = json.loads((folder / "0" / "metrics.jsonl").read_text().splitlines()[0])
     # So that the rest is short: both jobs end where the first one stands.

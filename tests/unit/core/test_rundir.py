@@ -1,6 +1,7 @@
 """Runs are found again by path or as the latest, in the state that the verb needs."""
 
 import fcntl
+import json
 import os
 import time
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.lock import BusyError, holder
 from qlora_kit.core.rundir import RunDirectory, find_run, make_run_folder, new_run, newest_run, refuse_at_work
+from qlora_kit.pipelines.report import any_run
 
 
 def make_run(path, *, finished, age):
@@ -110,6 +112,35 @@ def test_latest_passes_over_a_job_that_a_sweep_at_work_has_not_begun(outputs):
 def test_a_run_in_the_wrong_state(outputs, name, finished, message):
     with pytest.raises(RecipeError, match=message):
         find_run(name, finished=finished)
+
+
+def make_sweep(folder, objectives):
+    """A sweep whose later jobs are newer, with the record that ranks them lowest first."""
+    for job, objective in enumerate(objectives):
+        make_run(folder / str(job), finished=objective is not None, age=9 - job)
+    ranked = sorted(range(len(objectives)), key=lambda job: (objectives[job] is None, objectives[job] or 0.0))
+    rows = [{"job": job, "objective": objectives[job], "folder": f"/elsewhere/{job}"} for job in ranked]
+    (folder / "sweep.json").write_text(json.dumps({"objective": "eval_loss", "rows": rows}))
+
+
+@pytest.mark.parametrize("find", [lambda name: find_run(name, finished=True), any_run])
+def test_of_a_sweep_the_best_job_is_named_and_not_the_newest(outputs, find):
+    make_sweep(outputs / "c/sweep_1", [0.7, 0.2, 0.9, None])
+    for name in ("outputs/c/sweep_1", "outputs/c/sweep_1/", "outputs/c"):
+        with pytest.raises(RecipeError) as caught:
+            find(name)
+        assert caught.value.problems[0].fix == "run=outputs/c/sweep_1/1"
+    assert find("latest").path.name == ("2" if find is not any_run else "3")
+
+
+def test_a_sweep_without_a_job_that_finished_has_no_best_one(outputs):
+    make_sweep(outputs / "c/sweep_1", [None, None])
+    (outputs / "c/broken").mkdir()
+    (outputs / "c/broken/sweep.json").write_text('{"rows": [7, {"objective": 0.1}')
+    for name in ("outputs/c/sweep_1", "outputs/c/broken"):
+        with pytest.raises(RecipeError, match="it holds no recipe") as caught:
+            any_run(name)
+        assert caught.value.problems[0].fix == "run=outputs/c/sweep_1/1"
 
 
 def test_exports_of_a_base_are_no_run_and_the_message_says_what_they_are(tmp_path):

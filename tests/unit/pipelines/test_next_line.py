@@ -1,14 +1,19 @@
 """A training ends with a line that exports it, and that works."""
 
 import shlex
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from qlora_kit.cli.line import parse_line
+from qlora_kit.core.files import write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.pipelines.next_line import line_to_export
-from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.pipelines.next_line import line_to_export, line_to_export_best
+from qlora_kit.schema.compose import compose_recipe, recipe_yaml
+from qlora_kit.schema.data import DataConfig
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.root import TrainRecipe
 from tests.tiny_models import build_tiny_model
 
 
@@ -30,6 +35,20 @@ def test_a_family_without_gguf_is_exported_as_it_can_be(base, tmp_path):
     shapes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
     AutoModelForCausalLM.from_config(OPTConfig(**shapes, word_embed_proj_dim=64)).save_pretrained(base)
     assert line_to_export(RunDirectory(tmp_path), base).endswith(" export=merged_16bit")
+
+
+def test_of_a_sweep_the_best_job_is_exported(base, tmp_path):
+    rows = [{"objective": 0.2, "folder": "1"}, {"objective": 0.5, "folder": "2"}, {"objective": None, "folder": "0"}]
+    write_json(tmp_path / "sweep.json", {"rows": rows})
+    data = DataConfig(train_file="rows.jsonl", max_tokens=64)
+    recipe = TrainRecipe(model=ModelConfig(source=str(base)), data=data)
+    for job in ("0", "1", "2"):
+        write_text(tmp_path / job / "recipe.yaml", recipe_yaml(recipe))
+    assert line_to_export_best(tmp_path) == line_to_export(RunDirectory(tmp_path / "1"), base)
+    shutil.rmtree(base)
+    assert line_to_export_best(tmp_path) == ""
+    write_json(tmp_path / "sweep.json", {"rows": rows[2:]})
+    assert line_to_export_best(tmp_path) == ""
 
 
 def test_an_extra_that_is_missing_is_not_asked_for(base, tmp_path, monkeypatch):
