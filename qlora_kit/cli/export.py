@@ -65,7 +65,7 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     from qlora_kit.pipelines.opened_run import open_run
 
     later = LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows)
-    return TrainedRun.of(open_run(name, later))
+    return TrainedRun.of(open_run(str(found.path), later))
 
 
 def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":

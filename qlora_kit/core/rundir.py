@@ -176,20 +176,31 @@ def refuse_at_work(run: RunDirectory) -> None:
         raise busy(run.path, who)
 
 
+def tell_latest(taken: Path, passed_over: Sequence[str] = ()) -> None:
+    """Say what `latest` was taken for.
+
+    Args:
+        passed_over: newer ones, each with the reason.
+    """
+    say(f"latest is {taken}" + (f"; passed over {_first_of(passed_over)}" if passed_over else ""))
+
+
 def _latest(*, finished: bool) -> RunDirectory:
     """The newest run; of unfinished ones, the newest that nobody is at work on."""
     what = "finished run" if finished else "unfinished run"
     passed: list[str] = []
+    busy_ones: list[str] = []
     runs = _all_runs()
     for run in runs:
         if run.is_finished != finished:
-            continue
-        if finished or not (who := at_work(run)):
-            for line in passed:
-                say(line)
+            passed.append(f"{run.path}: {'not finished' if finished else 'finished'}")
+        elif finished or not (who := at_work(run)):
+            tell_latest(run.path, passed)
             return run
-        passed.append(f"passing over {run.path}: {who}")
-    more = "".join(f"\n  {line}" for line in passed)
+        else:
+            busy_ones.append(f"{run.path}: {who}")
+            passed.append(busy_ones[-1])
+    more = "".join(f"\n  passed over {line}" for line in busy_ones)
     where, fix = "run=latest" if finished else "resume=latest", "qlora-kit train experiment=<name>"
     if finished and runs:
         more = f"; {runs[0].path} was not trained to its end"
@@ -257,7 +268,7 @@ def _best_of_sweep_first(newest_first: list[Path]) -> list[Path]:
     return list(ordered)
 
 
-def _first_of(paths: Sequence[Path]) -> str:
+def _first_of(paths: Sequence[Path | str]) -> str:
     rest = len(paths) - MOST_NAMED
     return ", ".join(map(str, paths[:MOST_NAMED])) + (f" and {rest:,} more" if rest > 0 else "")
 

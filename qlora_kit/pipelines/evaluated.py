@@ -169,12 +169,13 @@ def open_evaluated_run(name: str, later: LaterRows | None = None) -> EvaluatedRu
         RecipeError: there is none.
     """
     try:
-        refuse_at_work(find_run(name, finished=True))
+        found = find_run(name, finished=True)
+        refuse_at_work(found)
     except RecipeError as error:
         if name == "latest" and not isinstance(error, BusyError):
             raise no_run_but_exports(error) from error
         raise
-    return EvaluatedRun(open_run(name, later))
+    return EvaluatedRun(open_run(str(found.path), later))
 
 
 def open_evaluated_base(name: str) -> EvaluatedBase:

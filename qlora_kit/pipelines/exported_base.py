@@ -10,7 +10,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no ty
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, refuse_empty
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory, refuse_empty, tell_latest
 from qlora_kit.core.shell import override, shell_line
 
 
@@ -37,6 +37,7 @@ def _find(name: str) -> RunDirectory:
     known = _newest_first()
     if name == "latest":
         if known:
+            tell_latest(known[0].path)
             return known[0]
         fix = "qlora-kit export base=<folder> export=gguf_q4_k_m"
         raise RecipeError(f"there are no exports of a base below {OUTPUTS}/", "base=latest", fix)

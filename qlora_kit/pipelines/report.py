@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run
+from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run, tell_latest
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.report.page import check_place, write_page
@@ -72,5 +72,6 @@ def any_run(name: str) -> RunDirectory:
     if newest is None:
         fix = "qlora-kit train experiment=<name>"
         raise no_run_but_exports(RecipeError(f"there is no run below {OUTPUTS}/", "run=latest", fix))
+    tell_latest(newest.path)
     refuse_links_outside(newest.path)
     return newest

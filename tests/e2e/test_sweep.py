@@ -72,6 +72,7 @@ def test_a_job_is_a_run_like_any_other(swept, capsys, monkeypatch):
         assert main(["report", f"run={job.relative_to(folder)}"]) == 0
     done = kit(folder, "export", "run=latest", "export=merged_16bit", "export.score_rows=2")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("latest is outputs/run/sweep_") == 1
 
 
 def test_a_stopped_sweep_keeps_its_checkpoint_and_table_and_goes_on(workshop, tmp_path):

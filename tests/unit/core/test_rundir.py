@@ -33,9 +33,18 @@ def outputs(tmp_path, monkeypatch):
     return tmp_path / "outputs"
 
 
-def test_latest_is_the_newest_in_the_wanted_state(outputs):
+def test_latest_is_the_newest_in_the_wanted_state_and_what_was_passed_over_is_told(outputs, capsys):
     assert find_run("latest", finished=True).path.parts[-3:] == ("b", "sweep_1", "0")
+    assert capsys.readouterr().err == "latest is outputs/b/sweep_1/0; passed over outputs/a/2: not finished\n"
     assert find_run("latest", finished=False).path.parts[-2:] == ("a", "2")
+    assert any_run("latest").path.parts[-2:] == ("a", "2")
+    assert capsys.readouterr().err == "latest is outputs/a/2\n" * 2
+    for run in range(3, 8):
+        make_run(outputs / "a" / str(run), finished=True, age=9 - run)
+    find_run("latest", finished=False)
+    told = capsys.readouterr().err
+    assert told.startswith("latest is outputs/a/2; passed over outputs/a/7: finished, outputs/a/6: finished, ")
+    assert told.endswith("outputs/a/5: finished and 2 more\n")
 
 
 def test_runs_begun_in_the_same_second_get_folders_of_their_own(outputs, monkeypatch):
@@ -84,10 +93,10 @@ def test_latest_passes_over_a_run_at_work_and_says_so(outputs, capsys):
     with held_elsewhere(outputs / "a/3"):
         assert find_run("latest", finished=False).path.name == "2"
         told = capsys.readouterr().err
-        assert "passing over outputs/a/3: train is at work there (process 7, since 2026-01-31 12:00:00)" in told
+        assert "passed over outputs/a/3: train is at work there (process 7, since 2026-01-31 12:00:00)" in told
         with held_elsewhere(outputs / "a/2"), pytest.raises(RecipeError, match="there is no unfinished run") as caught:
             find_run("latest", finished=False)
-        assert "passing over outputs/a/2: train is at work" in str(caught.value)
+        assert "passed over outputs/a/2: train is at work" in str(caught.value)
         assert newest_run().path.name == "3"  # to look at
         with pytest.raises(BusyError, match="process 7"):
             refuse_at_work(RunDirectory(outputs / "a/3"))

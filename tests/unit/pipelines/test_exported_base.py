@@ -34,7 +34,7 @@ def refused(name):
     return problem.what, problem.fix
 
 
-def test_a_folder_a_base_or_the_newest(make, tmp_path):
+def test_a_folder_a_base_or_the_newest(make, tmp_path, capsys):
     (tmp_path / "models" / "b").mkdir(parents=True)
     make("outputs/b/1", "models/b")
     second = make("outputs/b/2", "models/b")
@@ -46,6 +46,7 @@ def test_a_folder_a_base_or_the_newest(make, tmp_path):
     assert find_exported_base(str(tmp_path / "models" / "b")).path.resolve() == second
     assert find_exported_base("smollm2_360m").path.resolve() == other
     assert find_exported_base("latest").path.resolve() == other
+    assert capsys.readouterr().err == "latest is outputs/c/1\n"
 
 
 def test_exports_whose_note_is_damaged_are_passed_over_by_name(make):
