@@ -116,12 +116,16 @@ def _told(error: BaseException, *, is_stopped: bool) -> int:
         say("stopped")
         return EXIT_RUN_FAILED
     if isinstance(error, KitError):
-        kind = "" if isinstance(error, StoppedError) else "error: "
         for problem in error.problems:
-            say(f"{kind}{problem}")
+            say(_stop(problem) if isinstance(error, StoppedError) else f"error: {problem}")
         return error.exit_code
     say(f"error: {_unforeseen(error)}")
     return EXIT_RUN_FAILED
+
+
+def _stop(problem: Problem) -> str:
+    """A stop that was asked for: nothing is to be mended, and the line goes on."""
+    return f"{problem.what}\n  to go on  {problem.fix}" if problem.fix else problem.what
 
 
 def _unforeseen(error: BaseException) -> Problem:
