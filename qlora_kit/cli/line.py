@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.shell import read_hydra_text, shell_line
 from qlora_kit.core.terminal import printable
-from qlora_kit.schema.folders import groups
+from qlora_kit.schema.folders import meant_choice
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -64,8 +64,15 @@ def _no_override(word: str) -> Problem:
         if file.is_file():
             commands = [["mkdir", "-p", "recipes/experiment"], ["cp", word, "recipes/experiment/"], *commands]
         return Problem(what, where, " && ".join(map(shell_line, commands)))
-    chosen = [group for group, options in groups().items() if word in options]
-    return Problem(what, where, shell_line([f"{chosen[0]}={word}"]) if len(chosen) == 1 else "")
+    return Problem(what, where, meant_choice(word))
+
+
+def looking_verb_help(page: str) -> str:
+    """Help of a verb that looks at a training recipe: its own page, then what the recipe takes."""
+    from qlora_kit.schema.explain import explain
+    from qlora_kit.schema.root import TrainRecipe
+
+    return f"{page}\n\n{explain(TrainRecipe)}"
 
 
 def run_verb_help(verb: str, summary: str, examples: list[str]) -> str:

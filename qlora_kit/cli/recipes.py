@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import re
+from itertools import takewhile
 from pathlib import Path
 
 from qlora_kit.core.errors import EXIT_OK, RecipeError
@@ -53,9 +55,11 @@ def _list(group: str | None) -> int:
 
 
 def _headline(file: Path | None) -> str:
+    """The first sentence of a recipe's comment."""
     lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
-    return comments[0] if comments else ""
+    comments = takewhile(lambda line: line.startswith("#"), [line for line in lines if "@package" not in line])
+    text = " ".join(line.lstrip("# ") for line in comments)
+    return re.split(r"(?<=\.)\s+(?=[A-Z]|memory:|launch:)", text, maxsplit=1)[0]
 
 
 def _show(verb: str, overrides: list[str], *, shows: bool) -> int:

@@ -1,6 +1,8 @@
 """Where recipes are found: the user's ./recipes first, then the packaged ones."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
+
+from qlora_kit.core.shell import override, shell_line
 
 _INSTALLED = Path(__file__).resolve().parent.parent / "recipes"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent / "recipes"
@@ -34,6 +36,14 @@ def groups() -> dict[str, list[str]]:
         for path in folder.glob("*/*.yaml"):
             found.setdefault(path.parent.name, set()).add(path.stem)
     return {group: sorted(found[group]) for group in sorted(found)}
+
+
+def meant_choice(word: str) -> str:
+    """The override that chooses a recipe, from its name, `group/option` or file; empty where it is none, or several."""
+    path = PurePath(word)
+    option = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    chosen = [group for group, options in groups().items() if option in options and path.parent.name in ("", group)]
+    return shell_line([override(chosen[0], option)]) if len(chosen) == 1 else ""
 
 
 def recipe_file(group: str, option: str) -> Path | None:

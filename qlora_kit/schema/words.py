@@ -16,6 +16,7 @@ from qlora_kit.core.shell import hydra_quoted, hydra_text, hydra_value
 from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.folders import meant_choice
 
 _KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w/-]*(?:\.[\w*-]+)*)")
 
@@ -61,7 +62,7 @@ def read_words(root: type[Sealed], lines: list[str], *, sweeps: bool = False) ->
             words.append(word)
         else:
             what = f"cannot read '{printable(typed)}'; an override is group=option or path=value"
-            problems.append(Problem(what, "the command line"))
+            problems.append(Problem(what, "the command line", meant_choice(typed)))
     return words, problems
 
 

@@ -38,6 +38,24 @@ def test_list_names_every_group(capsys):
     assert all(f"\n{group}\n" in shown for group in groups())
 
 
+def test_list_shows_whole_sentences(capsys):
+    assert main(["recipes", "list"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == sum(map(len, groups().values()))
+    assert not [line for line in lines if not line.endswith(".")]
+    assert "  messages                             Your conversations, one {" in "\n".join(lines)
+    assert not [line for line in lines if " Give data." in line]
+
+
+@pytest.mark.parametrize("action", ["show", "validate"])
+def test_a_name_as_copy_takes_it_is_told_with_its_override(capsys, action):
+    for word in ("experiment/qwen3_8b_chat_24gb", "recipes/experiment/qwen3_8b_chat_24gb.yaml", "qwen3_8b_chat_24gb"):
+        assert main(["recipes", action, word]) == 2
+        assert "\n  fix      experiment=qwen3_8b_chat_24gb\n" in capsys.readouterr().err
+    assert main(["recipes", action, "experiment/nothing"]) == 2
+    assert "fix" not in capsys.readouterr().err
+
+
 def test_list_of_an_unknown_group(capsys):
     assert main(["recipes", "list", "quants"]) == 2
     assert "there is no group 'quants'" in capsys.readouterr().err

@@ -26,8 +26,10 @@ def test_a_recipe_file_is_put_where_recipes_lie_and_chosen_by_name(tmp_path, mon
 
 
 def test_an_option_without_its_group_and_words_like_no_other_are_told_together():
-    assert told("nf4", "zzz", "lora.r=3") == [
+    assert told("nf4", "quant/int8", "lora/int8", "zzz", "lora.r=3") == [
         ("'nf4' is not an override", "quant=nf4"),
+        ("'quant/int8' is not an override", "quant=int8"),
+        ("'lora/int8' is not an override", ""),
         ("'zzz' is not an override", ""),
     ]
 
