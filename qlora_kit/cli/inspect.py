@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from qlora_kit.cli.line import parse_line
+from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.say import say
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     """Print the rows and the findings; returns the exit code."""
     line = parse_line(arguments)
     if line.wants_help:
-        print(HELP)
+        print(looking_verb_help(HELP))
         return EXIT_OK
     count, page = _count(line.value("rows")), _page(line.value("page"))
     if page is not None:

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from qlora_kit.cli.line import parse_line
+from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_OK
 from qlora_kit.schema.root import TrainRecipe
 
@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     """Print the plan; returns the exit code."""
     line = parse_line(arguments)
     if line.wants_help:
-        print(HELP)
+        print(looking_verb_help(HELP))
         return EXIT_OK
     from qlora_kit.core.console import SafeConsole
     from qlora_kit.pipelines.plan import known_base, known_rows, plan

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from qlora_kit.cli.verbs import VERBS, main
+from qlora_kit.schema.store import RECIPE_OF_VERB
+from qlora_kit.schema.walk import schema_paths
 
 RUN_VERBS = ["train", "export", "eval"]
 
@@ -68,6 +70,17 @@ def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(capsys, monk
     assert main([*verb, *line]) == 2
     assert what in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "inspect", "export", "eval"])
+def test_help_of_a_verb_that_takes_a_recipe_has_its_groups_and_fields(capsys, verb):
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    recipe = RECIPE_OF_VERB[verb if verb in RUN_VERBS else "train"]
+    paths = [path for path, _, _ in schema_paths(recipe)]
+    assert len(paths) > 10
+    assert not [path for path in paths if path.rsplit(".", 1)[-1].replace("<name>", "") not in shown]
+    assert f"usage: qlora-kit {verb} " in shown and "\nExamples:\n" in shown
 
 
 def test_every_verb_has_a_run():
