@@ -4,6 +4,7 @@ from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
 from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.say import say
 
 SUMMARY = "Score every export of a run beside base and adapter, or of an untrained base beside the base itself."
 EXAMPLES = [
@@ -31,6 +32,7 @@ def run(arguments: list[str]) -> int:
 
     from qlora_kit.pipelines.evaluate import evaluate, raise_what_was_rejected
     from qlora_kit.pipelines.evaluated import Evaluated, open_evaluated_base, open_evaluated_run
+    from qlora_kit.pipelines.next_line import line_to_report
     from qlora_kit.report.scores import print_scores
 
     subject: Evaluated
@@ -41,5 +43,6 @@ def run(arguments: list[str]) -> int:
     rows = evaluate(subject, recipe.eval)
     table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
+    say(f"next: {line_to_report(subject.directory)}")
     raise_what_was_rejected(rows, subject.directory.exports)
     return EXIT_OK

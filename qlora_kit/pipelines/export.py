@@ -16,6 +16,7 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.rundir import no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
+from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.evaluation.judge import Yardstick
@@ -28,6 +29,7 @@ from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish
+from qlora_kit.pipelines.next_line import lines_after_export
 from qlora_kit.pipelines.opened_run import EVAL_FILE
 from qlora_kit.pipelines.reference import Reference
 from qlora_kit.schema.export import ExportConfig, MergeBase
@@ -49,8 +51,19 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
     print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
     if not subject.holds_out:
         say(f"NOT MEASURED: {Problem(subject.unmeasured, fix=EVAL_FILE)}")
+    _tell_next(subject, done)
     raise_what_went_wrong(done)
     return done
+
+
+def _tell_next(subject: Exportable, done: Sequence[Exported]) -> None:
+    """Say what to do with the files that are there; of a rejected one its page tells more than its error."""
+    if all(one.error for one in done):
+        return
+    # A file that was not scored was not opened here either, and may not open: fp8 without a GPU, say
+    opened = [one.folder for one in done if one.fidelity and one.verdict is not Verdict.rejected]
+    for line in lines_after_export(subject.directory, opened if subject.tokenizer.chat_template else []):
+        say(f"next: {line}")
 
 
 def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:

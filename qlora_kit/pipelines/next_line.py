@@ -1,5 +1,6 @@
 """The lines that come after a training, a sweep, an export and an evaluation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -7,10 +8,14 @@ from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.evaluation.artifacts import MODELS
 from qlora_kit.export.fit.whole import fit_of
+from qlora_kit.export.manifest import read_manifest
 from qlora_kit.model.source import locate_base
 from qlora_kit.schema.compose import compose_recipe, load_recipe
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
+
+TALKING = ("gguf", *MODELS)  # formats that `chat` opens; an adapter is talked to as its run
 
 
 def line_to_export(run: RunDirectory, base_folder: Path) -> str:
@@ -22,6 +27,22 @@ def line_to_export(run: RunDirectory, base_folder: Path) -> str:
     except KitError:
         can = False
     return shell_line(["qlora-kit", "export", words[0], words[1] if can else "export=merged_16bit"])
+
+
+def line_to_report(directory: RunDirectory) -> str:
+    """The line that writes the page of a run, or of the exports of a base."""
+    key = "run" if directory.recipe.is_file() else "base"
+    return shell_line(["qlora-kit", "report", override(key, directory.path)])
+
+
+def lines_after_export(directory: RunDirectory, files: Sequence[Path]) -> list[str]:
+    """The lines that talk to the first file that `chat` opens by itself, and that write the page.
+
+    Args:
+        files: folders of files that were not rejected and whose model can be talked to.
+    """
+    talks = [folder for folder in files if read_manifest(folder)["format"] in TALKING]
+    return [*(shell_line(["qlora-kit", "chat", folder]) for folder in talks[:1]), line_to_report(directory)]
 
 
 def line_to_export_best(sweep: Path) -> str:

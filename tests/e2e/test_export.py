@@ -74,6 +74,10 @@ def test_every_export_is_written_and_measured(exported):
     assert done.returncode == 0, done.stderr
     exports = only_run(folder) / "exports"
     assert sorted(path.name for path in exports.iterdir()) == sorted([*EXPORTS, *ADAPTERS])
+    run = only_run(folder).relative_to(folder)
+    following = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    assert following[1:] == [f"next: qlora-kit report run={run}"]
+    assert following[0].removeprefix(f"next: qlora-kit chat {run}/exports/") in EXPORTS
     for name in ADAPTERS:
         manifest = read_json(exports / name / "manifest.json")
         # On the 16-bit base, not on the rounded one that it was trained on; measured: 0.04
@@ -120,6 +124,7 @@ def test_the_files_are_close_to_the_trained_model(exported):
 def test_eval_prints_one_row_an_artifact(scored):
     folder, done = scored
     assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith(f"next: qlora-kit report run={only_run(folder).relative_to(folder)}\n")
     rows = read_json(only_run(folder) / "eval.json")["rows"]
     assert [row["name"] for row in rows] == [
         "base",

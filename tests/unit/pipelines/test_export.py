@@ -9,13 +9,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import FidelityError
-from qlora_kit.core.files import read_json, write_json
+from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.export import export
 from qlora_kit.pipelines.exportable import TrainedRun
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.export import BnbTarget, ExportConfig, MergedTarget
 from qlora_kit.schema.model import ModelConfig
@@ -49,7 +50,12 @@ def opened(tmp_path_factory):
     )
     directory = RunDirectory(folder / "run")
     write_json(directory.data, asdict(prepare(recipe.data, tokenizer, 64).summary))
+    write_text(directory.recipe, recipe_yaml(recipe))
     return OpenedRun(directory, recipe, base, tokenizer)
+
+
+def following(said):
+    return [line for line in said.splitlines() if line.startswith("next: ")]
 
 
 def test_a_file_that_nobody_measured_is_called_so_everywhere(opened, capsys):
@@ -58,6 +64,8 @@ def test_a_file_that_nobody_measured_is_called_so_everywhere(opened, capsys):
     assert said.out.splitlines()[-1].endswith("NOT MEASURED")
     assert "NOT MEASURED: this run has no held-out rows" in said.err
     assert "\n  do       data.eval_file=<rows that were not trained on>" in said.err
+    # Nothing has opened it, so it is not said that it can be talked to
+    assert following(said.err) == [f"next: qlora-kit report run={opened.directory.path}"]
     manifest = read_json(done.folder / "manifest.json")
     assert (manifest["verdict"], manifest["rejected"], manifest["scored_on"]) == ("not measured", False, {})
     assert "**Not measured**: without held-out rows" in (done.folder / "README.md").read_text(encoding="utf-8")
@@ -68,6 +76,11 @@ def test_rows_that_are_given_later_measure_each_file(opened, tmp_path, capsys):
     config = ExportConfig(merged=MERGED, bnb={"bnb_nf4": BnbTarget()}, max_mean_kl=0.01)
     with pytest.raises(FidelityError, match="bnb_nf4 is rejected: mean KL"):
         export(TrainedRun.of(replace(opened, later=later)), config)
+    said = capsys.readouterr()
+    assert following(said.err) == [
+        f"next: qlora-kit chat {opened.directory.exports / 'merged_16bit'}",
+        f"next: qlora-kit report run={opened.directory.path}",
+    ]
     found = {name: read_json(opened.directory.exports / name / "manifest.json") for name in ("merged_16bit", "bnb_nf4")}
     assert {name: one["verdict"] for name, one in found.items()} == {
         "merged_16bit": "accepted",
@@ -82,4 +95,4 @@ def test_rows_that_are_given_later_measure_each_file(opened, tmp_path, capsys):
     assert found["merged_16bit"]["scored_on"]["rows"] == 4
     assert found["merged_16bit"]["scored_on"]["files"] == [later.eval_file]
     assert "**Accepted**" in (opened.directory.exports / "merged_16bit" / "README.md").read_text(encoding="utf-8")
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["accepted", "REJECTED"]
+    assert [line.split()[-1] for line in said.out.splitlines()[2:]] == ["accepted", "REJECTED"]

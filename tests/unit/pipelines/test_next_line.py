@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.files import write_json, write_text
 from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.pipelines.next_line import line_to_export, line_to_export_best
+from qlora_kit.pipelines.next_line import line_to_export, line_to_export_best, line_to_report, lines_after_export
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.model import ModelConfig
@@ -49,6 +49,27 @@ def test_of_a_sweep_the_best_job_is_exported(base, tmp_path):
     assert line_to_export_best(tmp_path) == ""
     write_json(tmp_path / "sweep.json", {"rows": rows[2:]})
     assert line_to_export_best(tmp_path) == ""
+
+
+@pytest.mark.parametrize("name", ["it's", "a b", "-run", "${x}"])
+def test_the_page_is_of_a_run_or_of_the_exports_of_a_base(tmp_path, name):
+    for kept, key in (("recipe.yaml", "run"), ("export.yaml", "base")):
+        directory = RunDirectory(tmp_path / key / name)
+        write_text(directory.path / kept, "")
+        qlora_kit, verb, *words = shlex.split(line_to_report(directory))
+        assert (qlora_kit, verb, len(words)) == ("qlora-kit", "report", 1)
+        assert parse_line(words).value(key) == str(directory.path)
+
+
+def test_the_first_file_that_chat_opens_is_talked_to_and_an_adapter_is_none(tmp_path):
+    run = RunDirectory(tmp_path)
+    files = {name: run.exports / name for name in ("adapter_gguf", "adapter_peft", "gptq_4bit", "gguf_q4_k_m")}
+    for folder, kind in zip(files.values(), ("adapter_gguf", "adapter", "gptq", "gguf"), strict=True):
+        write_json(folder / "manifest.json", {"format": kind, "file": "."})
+    page = line_to_report(run)
+    assert lines_after_export(run, list(files.values())) == [f"qlora-kit chat {files['gptq_4bit']}", page]
+    assert lines_after_export(run, [files["gguf_q4_k_m"]]) == [f"qlora-kit chat {files['gguf_q4_k_m']}", page]
+    assert lines_after_export(run, [files["adapter_peft"]]) == lines_after_export(run, []) == [page]
 
 
 def test_an_extra_that_is_missing_is_not_asked_for(base, tmp_path, monkeypatch):
