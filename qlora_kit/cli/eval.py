@@ -17,7 +17,7 @@ EXAMPLES = [
 
 def run(arguments: list[str]) -> int:
     """Score as the line says; returns the exit code."""
-    line = parse_line(arguments)
+    line = parse_line(arguments, "run")
     if line.wants_help:
         print(run_verb_help("eval", SUMMARY, EXAMPLES))
         return EXIT_OK

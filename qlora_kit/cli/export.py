@@ -27,7 +27,7 @@ LARGEST_USUAL = 128  # a group that every kernel takes
 
 def run(arguments: list[str]) -> int:
     """Export as the line says; returns the exit code."""
-    line = parse_line(arguments)
+    line = parse_line(arguments, "run")
     if line.wants_help:
         print(run_verb_help("export", SUMMARY, EXAMPLES))
         return EXIT_OK

@@ -1,10 +1,13 @@
 """A command line taken apart: flags, overrides, and the kit's own words."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.core.shell import read_hydra_text, shell_line
+from qlora_kit.core.files import typed_path
+from qlora_kit.core.rundir import meant_run
+from qlora_kit.core.shell import override, read_hydra_text, shell_line
 from qlora_kit.core.terminal import printable
 from qlora_kit.schema.folders import meant_choice
 
@@ -37,14 +40,18 @@ class Line:
         return read_hydra_text(values[-1]) if values else None
 
 
-def parse_line(arguments: list[str]) -> Line:
-    """Split arguments into flags and overrides."""
+def parse_line(arguments: list[str], takes: str = "") -> Line:
+    """Split arguments into flags and overrides.
+
+    Args:
+        takes: the key by which the verb takes a run, `run` or `resume`; a run that is named without it is told with it.
+    """
     flags = [word for word in arguments if word.startswith("-")]
     overrides = [word for word in arguments if not word.startswith("-")]
     own = [word for word in overrides if "=" not in word and not word.startswith("~")]
     unknown = [flag for flag in flags if flag not in HELP + MULTIRUN]
     if unknown or own:
-        raise RecipeError([*map(_no_flag, unknown), *map(_no_override, own)])
+        raise RecipeError([*map(_no_flag, unknown), *(_no_override(word, takes) for word in own)])
     return Line(flags, overrides)
 
 
@@ -54,7 +61,28 @@ def _no_flag(flag: str) -> Problem:
     return Problem(what, "the command line", fixes.get(flag.split("=")[0], ""))
 
 
-def _no_override(word: str) -> Problem:
+def meant_place(word: str, takes: str, *, finished: bool | None) -> str:
+    """The override, or line, that was meant with the name of a run, or of a base, alone; empty where it names none.
+
+    Args:
+        takes: the key by which the verb takes a run.
+        finished: the state that the verb wants a run in, None for either.
+    """
+    if word == "latest":
+        return f"{takes}=latest"
+    place = typed_path(word)
+    if not os.path.lexists(place):  # of a name that no disk takes as well
+        return ""
+    if run := meant_run(word, finished=finished):
+        return shell_line([override(takes, run)])
+    if takes == "run" and ((place / "export.yaml").is_file() or (place / "config.json").is_file()):
+        return shell_line([override("base", word)])
+    if takes == "run" and (place / "recipe.yaml").is_file():  # it was begun, and has nothing yet that the verb needs
+        return shell_line(["qlora-kit", "train", override("resume", word)])
+    return ""
+
+
+def _no_override(word: str, takes: str) -> Problem:
     """A word without a value: a recipe's file or option where its group is wanted too, or a slip."""
     what, where = f"'{printable(word)}' is not an override", "the command line"
     file = Path(word)
@@ -64,7 +92,11 @@ def _no_override(word: str) -> Problem:
         if file.is_file():
             commands = [["mkdir", "-p", "recipes/experiment"], ["cp", word, "recipes/experiment/"], *commands]
         return Problem(what, where, " && ".join(map(shell_line, commands)))
-    return Problem(what, where, meant_choice(word))
+    fix = meant_choice(word)
+    if not fix and takes:
+        fix = meant_place(word, takes, finished=takes == "run")
+        what += " (that run has no trained adapter yet)" if " resume=" in fix else ""
+    return Problem(what, where, fix)
 
 
 def looking_verb_help(page: str) -> str:

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from qlora_kit.cli.line import parse_line
+from qlora_kit.cli.line import meant_place, parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.say import show
@@ -32,9 +32,12 @@ def run(arguments: list[str]) -> int:
         if not word.startswith("-") and ("=" not in word or key not in OWN):
             near = difflib.get_close_matches(key, OWN, n=1)
             rest = word.partition("=")[2]
-            meant = override("run", word) if "=" not in word else override(near[0], rest) if near else ""
-            fix = shell_line([meant]) if meant else "qlora-kit report --help"
-            raise RecipeError(f"report knows run=, base= and out=, but not '{word}'", "the command line", fix)
+            if "=" not in word:
+                meant = meant_place(word, "run", finished=None)
+            else:
+                meant = shell_line([override(near[0], rest)]) if near else ""
+            what = f"report knows run=, base= and out=, but not '{word}'"
+            raise RecipeError(what, "the command line", meant or "qlora-kit report --help")
     line = parse_line(arguments)
     if line.wants_help:
         print(HELP)

@@ -19,7 +19,7 @@ EXAMPLES = [
 
 def run(arguments: list[str]) -> int:
     """Train as the line says; returns the exit code."""
-    line = parse_line(arguments)
+    line = parse_line(arguments, "resume")
     if line.wants_help:
         print(run_verb_help("train", "Fine-tune a quantized base with LoRA.", EXAMPLES))
         return EXIT_OK

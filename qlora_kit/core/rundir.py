@@ -268,6 +268,22 @@ def _best_of_sweep_first(newest_first: list[Path]) -> list[Path]:
     return list(ordered)
 
 
+def meant_run(name: str, *, finished: bool | None) -> Path | None:
+    """The run that a folder stands for: itself, the best job of a sweep, or the newest run below it.
+
+    Args:
+        finished: the state that is wanted, None for either.
+    """
+    run = RunDirectory(typed_path(name))
+    if run.recipe.is_file():
+        return run.path if finished in (None, run.is_finished) else None
+    if finished is not False and (best := best_job(run.path)):
+        return best
+    below = [one.path for one in _all_runs() if run.path.absolute() in one.path.absolute().parents]
+    known = [path for path in below if finished in (None, RunDirectory(path).is_finished)]
+    return next(iter(known if finished is False else _best_of_sweep_first(known)), None)
+
+
 def _first_of(paths: Sequence[Path | str]) -> str:
     rest = len(paths) - MOST_NAMED
     return ", ".join(map(str, paths[:MOST_NAMED])) + (f" and {rest:,} more" if rest > 0 else "")

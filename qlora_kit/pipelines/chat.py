@@ -6,7 +6,7 @@ from threading import Thread
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory, newest_run
+from qlora_kit.core.rundir import RunDirectory, meant_run, newest_run
 from qlora_kit.core.say import say, show
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict
@@ -76,7 +76,10 @@ def _open(place: str) -> Any:
         return _gguf_speaker(path) if manifest["format"] == "gguf" else _export_speaker(manifest["format"], path)
     if place == "latest" or RunDirectory(folder).recipe.is_file():
         return _run_speaker(place)
-    raise RecipeError(f"{place} is neither a run directory nor an export", place, "qlora-kit chat latest")
+    meant = meant_run(place, finished=True) or "latest"
+    raise RecipeError(
+        f"{place} is neither a run directory nor an export", place, shell_line(["qlora-kit", "chat", meant])
+    )
 
 
 def _tell_verdict(manifest: Mapping[str, Any]) -> None:

@@ -75,7 +75,9 @@ def test_a_file_that_should_not_be_served_is_called_so_before_it_answers(tmp_pat
     [
         (["latest", "gguf_q4_k_m"], "qlora-kit chat outputs/a/1/exports/gguf_q4_k_m"),
         (["outputs/a/1", "gguf_q4_k_m"], "qlora-kit chat outputs/a/1/exports/gguf_q4_k_m"),
+        (["run=latest", "gguf_q4_k_m"], "qlora-kit chat outputs/a/1/exports/gguf_q4_k_m"),
         (["latest", "hello"], "qlora-kit chat latest --message hello"),
+        (["run=latest", "hello"], "qlora-kit chat latest --message hello"),
         (["latest", "turn", "on", "it"], "qlora-kit chat latest --message 'turn on it'"),
         (["latest", "--max-new-tokens", "many"], "qlora-kit chat --help"),
         (["--model", "x"], "qlora-kit chat --help"),
@@ -96,3 +98,41 @@ def test_a_line_that_chat_does_not_take_is_told_with_the_one_that_it_does(tmp_pa
 def test_what_is_loaded_is_said_before_the_silence(folder, capsys):
     _export_speaker("merged", folder)
     assert capsys.readouterr().err.startswith(f"loading {folder}\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "place"),
+    [
+        ("run=latest", "latest"),
+        ("run=outputs/a/1", "outputs/a/1"),
+        ("run='it\\'s'", "it's"),
+        ("outputs/a/1", "outputs/a/1"),
+        ("run=here", "run=here"),
+    ],
+)
+def test_a_run_may_be_named_as_for_other_verbs(tmp_path, monkeypatch, word, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run=here").mkdir()
+    asked = []
+    monkeypatch.setattr("qlora_kit.pipelines.chat.chat", lambda *words: asked.append(words))
+    assert chat_verb([word, "--message", "a"]) == 0
+    assert asked == [(place, "a", 256)]
+
+
+def test_run_of_nothing_is_refused():
+    with pytest.raises(RecipeError, match="run= names nothing"):
+        chat_verb(["run="])
+
+
+def test_what_is_no_place_is_told_with_the_run_that_it_stands_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for job in "10":
+        run = tmp_path / "outputs/a/sweep_1" / job
+        (run / "adapter").mkdir(parents=True)
+        write_json(run / "result.json", {})
+        write_json(run / "recipe.yaml", {})
+    write_json(run.parent / "sweep.json", {"rows": [{"objective": 0.1, "folder": "1"}]})
+    for place, fix in (("outputs/a/sweep_1", "outputs/a/sweep_1/1"), ("outputs/b", "latest")):
+        with pytest.raises(RecipeError, match="is neither a run directory nor an export") as caught:
+            chat(place, "a", 4)
+        assert caught.value.problems[0].fix == f"qlora-kit chat {fix}"
