@@ -1,13 +1,12 @@
 """Why a base cannot be trained as a recipe says, by what it is made of; found without its weights."""
 
-import re
 from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_kit.core.bounds import OutOfTimeError, Timed, bounded_memory
 from qlora_kit.core.errors import Problem
+from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.stored_tensors import FLOATS, StoredTensor
 from qlora_kit.model.structure import Weights, transposed_modules
@@ -16,8 +15,6 @@ from qlora_kit.schema.root import TrainRecipe
 
 ATTENTION_ONLY = "lora.targets=[attention]"
 _NAMED = 5  # names in a line
-_LONGEST_MATCH = 2.0  # seconds of processor time of one pattern over all names; an honest one takes milliseconds
-_MEMORY_OF_A_MATCH = 1 << 28  # bytes
 
 
 def base_problems(
@@ -44,19 +41,13 @@ def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Prob
         promised: full names of the modules that the targets mean.
     """
     for key, patterns in (("rank_pattern", recipe.lora.rank_pattern), ("alpha_pattern", recipe.lora.alpha_pattern)):
-        for pattern in patterns:
-            # as peft matches it (get_pattern_key in its utils/other.py)
-            try:
-                with bounded_memory(_MEMORY_OF_A_MATCH), Timed(_LONGEST_MATCH):
-                    fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in promised)
-            except OutOfTimeError:
-                what = f"which takes over {_LONGEST_MATCH:.0f} s to match {len(promised)} names"
-                yield Problem(f"lora.{key} names {pattern}, {what}", f"lora.{key}")
-                continue
-            except (re.error, OverflowError, RecursionError, MemoryError) as error:
-                yield Problem(f"lora.{key} names {pattern}, which is no pattern: {error}", f"lora.{key}")
-                continue
-            if not fits:
+        expressions = {pattern: whole_or_end(pattern) for pattern in patterns}
+        found = matched(expressions.values(), sorted(promised))
+        for pattern, expression in expressions.items():
+            names = found[expression]
+            if isinstance(names, str):
+                yield Problem(f"lora.{key} names {pattern}, {names}", f"lora.{key}")
+            elif not names:
                 yield Problem(f"lora.{key} names {pattern}, and no adapted module is named so", f"lora.{key}")
 
 

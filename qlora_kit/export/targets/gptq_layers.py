@@ -1,12 +1,13 @@
 """Which linear layers a GPTQ file quantises, and how: the target's settings and what patterns change in them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.patterns import matched
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.export.targets.gptq_layout import BITS
 from qlora_kit.schema.export import GptqOverride, GptqTarget
@@ -61,12 +62,14 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
             read as one matrix differ, or nothing is left to quantise.
     """
     base = LayerSettings(target.bits, target.group_size)
-    taken_by = _first_matches(shapes, list(target.overrides))
+    taken = _taken(shapes, target.overrides)
+    taken_by = {name: pattern for pattern in reversed(taken) for name in taken[pattern]}
     plan = {}
     for name in shapes:
         pattern = taken_by.get(name)
         plan[name] = _changed(base, target.overrides[pattern]) if pattern is not None else base
-    problems = [*_unused(shapes, taken_by, target.overrides), *_bad_sizes(shapes, plan), *_torn_apart(plan)]
+    used = set(taken_by.values())
+    problems = [*_unused(shapes, taken, used, target.overrides), *_bad_sizes(shapes, plan), *_torn_apart(plan)]
     if not problems and not any(settings.quantised for settings in plan.values()):
         problems.append(Problem("the overrides skip every layer, so nothing would be quantized", "overrides"))
     if problems:
@@ -105,35 +108,39 @@ def _changed(base: LayerSettings, override: GptqOverride) -> LayerSettings:
     return LayerSettings(bits, base.group_size if override.group_size is None else override.group_size)
 
 
-def _first_matches(names: Iterable[str], patterns: list[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        for pattern in patterns:
-            if _matches(pattern, name):
-                found[name] = pattern
-                break
-    return found
+def _taken(names: Collection[str], patterns: Iterable[str]) -> dict[str, set[str]]:
+    """The layers that each pattern matches.
 
-
-def _matches(pattern: str, name: str) -> bool:
-    if not pattern.startswith(REGULAR_EXPRESSION):
-        return fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern.removeprefix(REGULAR_EXPRESSION), name) is not None
-    except re.error as error:
-        what = f"'{pattern}' is not a regular expression: {error}"
-        raise RecipeError(what, where="overrides", fix="overrides: {'*.down_proj': {bits: 8}}") from error
+    Raises:
+        RecipeError: one is no regular expression, or takes too long.
+    """
+    expressions = {
+        pattern: pattern.removeprefix(REGULAR_EXPRESSION)
+        if pattern.startswith(REGULAR_EXPRESSION)
+        else translate(pattern)
+        for pattern in patterns
+    }
+    found = matched(expressions.values(), names)
+    taken: dict[str, set[str]] = {}
+    problems: list[Problem] = []
+    for pattern, expression in expressions.items():
+        layers = found[expression]
+        if isinstance(layers, str):
+            problems.append(Problem(f"overrides name '{pattern}', {layers}", "overrides", "'*.down_proj' is one"))
+        else:
+            taken[pattern] = set(layers)
+    if problems:
+        raise RecipeError(problems)
+    return taken
 
 
 def _unused(
-    names: Iterable[str], taken_by: Mapping[str, str], overrides: Mapping[str, GptqOverride]
+    names: Iterable[str], taken: Mapping[str, set[str]], used: set[str], overrides: Mapping[str, GptqOverride]
 ) -> Iterator[Problem]:
-    used = set(taken_by.values())
     kinds = sorted({name.rpartition(".")[2] for name in names})
     for pattern, override in overrides.items():
         if pattern not in used:
-            hidden = any(_matches(pattern, name) for name in names)
-            what = "matches only layers that a pattern before it takes" if hidden else "matches no linear layer"
+            what = "matches only layers that a pattern before it takes" if taken[pattern] else "matches no linear layer"
             fix = f"overrides: {{{', '.join(repr('*.' + kind) for kind in kinds)}}} are there, for example"
             yield Problem(f"the pattern '{pattern}' {what}", "overrides", fix)
         if override.bits is not None and override.bits not in BITS:

@@ -93,7 +93,8 @@ def test_entries_name_exactly_the_layers_and_what_servers_make_of_them() -> None
             {DOWN: GptqOverride(bits=8), "*.3.mlp.down_proj": GptqOverride(skip=True)},
             "'.*3.mlp.down_proj' matches only layers that a pattern before it takes",
         ),
-        ({"re:(": GptqOverride(bits=8)}, r"'re:\(' is not a regular expression"),
+        ({"re:(": GptqOverride(bits=8)}, r"'re:\(', which is no pattern: missing \)"),
+        ({"re:(.*)*zz": GptqOverride(bits=8)}, r"'re:\(\.\*\)\*zz', which takes over 2 s to match 84 names"),
         ({DOWN: GptqOverride(bits=5)}, "2 | 3 | 4 | 8 bits, not 5"),
         ({DOWN: GptqOverride(group_size=128)}, "group_size=128 does not divide in_features=576 of 'model.layers.0.mlp"),
         (
