@@ -4,6 +4,7 @@ import difflib
 from enum import EnumMeta
 from typing import Any
 
+from hydra.core.override_parser.types import ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,7 +41,9 @@ def several_values(root: type[Sealed], word: Word) -> Problem:
     """What is wrong with `a,b`, which Hydra reads as the values of a sweep, where one recipe is composed."""
     override = word.override
     key = override.key_or_group
-    values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    # A glob names no values by itself, and an interval has no end of them
+    is_listed = override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP
+    values = list(override.sweep_string_iterator()) if is_listed else []
     if key in GROUPS_OF_SEVERAL or walk.is_list(walk.type_at(root, key)):
         what, fixed = f"several values of {key} stand in brackets", f"{key}=[{','.join(values)}]"
     else:

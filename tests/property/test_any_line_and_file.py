@@ -178,6 +178,11 @@ def test_a_mapping_that_is_to_be_given_is_refused(words):
         compose_recipe("train", [*LINE, *words])
 
 
+def test_a_glob_is_refused_as_several_values():
+    with pytest.raises(RecipeError, match=r"data\.processes is given several values, and takes one"):
+        compose_recipe("train", [*LINE, "data.processes=glob(*)"])
+
+
 def test_what_follows_a_wrong_group_is_refused_with_it():
     with pytest.raises(RecipeError, match="model"):
         compose_recipe("train", [*LINE, "+model.shape=${", "++data.roles=é", "++model.shape.hidden_size=-inf"])
