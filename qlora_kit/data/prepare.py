@@ -107,7 +107,7 @@ def later_rows(
     named = NamedSource(HELD_OUT, SourceConfig(path=later.eval_file or ""), EVAL_FILE, later.eval_rows)
     try:
         source = tokenized([named], config, encoder)
-        _judge_bad_rows(source, config)
+        _judge_bad_rows(source, config, may_skip=False)
     except RecipeError as error:
         raise RecipeError([_for_eval_file(problem, named.config.path) for problem in error.problems]) from error
     _tell(source)
@@ -151,16 +151,26 @@ def _for_eval_file(problem: Problem, file: str) -> Problem:
     return replace(problem, fix=f"give the rows of {file} the columns that the training rows have")
 
 
-def _judge_bad_rows(split: Tokenized, config: DataConfig) -> None:
-    """Bad rows stop the run, or are skipped, counted and shown as far as the recipe allows."""
+def _or_skip(problem: Problem) -> Problem:
+    """A problem of few rows, whose fix is to leave them out where it has none of its own."""
+    return problem if problem.fix or not problem.where else replace(problem, fix="data.on_bad_row=skip")
+
+
+def _judge_bad_rows(split: Tokenized, config: DataConfig, *, may_skip: bool = True) -> None:
+    """Bad rows stop the run, or are skipped, counted and shown as far as the recipe allows.
+
+    Args:
+        may_skip: whether the command line may still set `data.on_bad_row`.
+    """
     store, bad = split.store, sum(split.store.bad_row_counts.values())
     problems = [Problem(row.why, f"{row.file}:{row.line}", row.fix) for row in store.bad_rows]
     told = several_shapes(
         told_once(problems, store.bad_row_sorts), store.bad_row_sorts, {file.format for file in store.files}, len(store)
     )
-    if bad and config.on_bad_row is OnBadRow.error:
-        raise RecipeError(told)
     share = bad / max(1, bad + len(store))
+    if bad and config.on_bad_row is OnBadRow.error:
+        is_few = may_skip and share <= config.max_bad_share
+        raise RecipeError([_or_skip(problem) if is_few else problem for problem in told])
     if share > config.max_bad_share:
         rows = f"{bad:,} of {counted(bad + len(store), 'row')}"
         what = f"{rows} cannot be read ({share:.1%}), more than data.max_bad_share allows"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TRAINED_STYLE = "bold green"
 LEVEL_STYLES = {Level.error: "bold red", Level.warning: "yellow", Level.note: "dim"}
 OPENING, CLOSING = "[[", "]]"
+TOLD_BY_READING = "rows_skipped"  # a finding that was said when the rows were read
 MOST_TOKENS_ON_PAGE = 1500  # of one row
 
 
@@ -70,7 +71,7 @@ def gate(audit: Audit) -> None:
         RecipeError: with one problem for each finding that is an error.
     """
     for finding in audit.findings:
-        if finding.level is Level.warning:
+        if finding.level is Level.warning and finding.name != TOLD_BY_READING:
             where = f" ({', '.join(finding.places)})" if finding.places else ""
             fix = f"; {_remedy(finding)}: {finding.fix}" if finding.fix else ""
             say(f"warning: {finding.what}{where}{fix}")

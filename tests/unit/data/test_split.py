@@ -132,6 +132,15 @@ def test_bad_rows_are_skipped_counted_and_said_up_to_a_share(tmp_path, capsys):
     assert f"{path}:10" in message
 
 
+def test_few_bad_rows_are_refused_with_the_line_that_skips_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good, empty = (json.dumps({"prompt": "a", "completion": answer}) for answer in ("b", ""))
+    path.write_text("\n".join([good] * 9 + [empty]), encoding="utf-8")
+    message = refusal(DataConfig(train_file=str(path), max_tokens=64, max_bad_share=0.1))
+    assert message.splitlines()[-1] == "  fix      data.on_bad_row=skip"
+    assert "on_bad_row" not in refusal(DataConfig(train_file=str(path), max_tokens=64, max_bad_share=0.05))
+
+
 @pytest.mark.parametrize(
     ("count", "settings", "is_told"),
     [
