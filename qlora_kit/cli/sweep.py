@@ -16,6 +16,7 @@ from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
+from qlora_kit.schema.data import HOLD_OUT
 from qlora_kit.schema.root import TrainRecipe
 
 PLACE = "hydra.sweep.dir"
@@ -112,7 +113,7 @@ def _check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
     first = recipes[0]
     if first.sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
         what = "the sweep ranks by eval_loss, but there are no held-out rows"
-        raise RecipeError(what, "sweep.objective", override("data.eval_share", 0.02))
+        raise RecipeError(what, "sweep.objective", HOLD_OUT)
     return first, len(jobs)
 
 

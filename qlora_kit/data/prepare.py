@@ -20,7 +20,7 @@ from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.data.tokenized import EVAL_FILE, NamedSource, Tokenized, tokenized
 from qlora_kit.data.tokens import Ints, TokenRow, TokenRows, TokenStore
-from qlora_kit.schema.data import AUTO, DataConfig, LaterRows, OnBadRow, SourceConfig, Task
+from qlora_kit.schema.data import AUTO, HOLD_OUT_INSTEAD, DataConfig, LaterRows, OnBadRow, SourceConfig, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -109,7 +109,8 @@ def later_rows(
         source = tokenized([named], config, encoder)
         _judge_bad_rows(source, config, may_skip=False)
     except RecipeError as error:
-        raise RecipeError([_for_eval_file(problem, named.config.path) for problem in error.problems]) from error
+        fix = f"give the rows of {named.config.path} the columns that the training rows have"
+        raise RecipeError([_for_eval_file(problem, fix) for problem in error.problems]) from error
     _tell(source)
     _tell_of_eval_file(replace(config, eval_file=later.eval_file, eval_share=None, eval_rows=later.eval_rows), source)
     if train is not None:
@@ -136,7 +137,7 @@ def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokeniz
             read.append(split)
         except RecipeError as error:
             told = error.problems
-            problems.extend(_for_eval_file(one, config.eval_file or "") if read else one for one in told)
+            problems.extend(_for_eval_file(one, HOLD_OUT_INSTEAD) if read else one for one in told)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     for split in read:
@@ -144,11 +145,11 @@ def _read_both(config: DataConfig, encoder: Encoder) -> tuple[Tokenized, Tokeniz
     return read[0], read[1] if len(read) > 1 else None
 
 
-def _for_eval_file(problem: Problem, file: str) -> Problem:
+def _for_eval_file(problem: Problem, fix: str) -> Problem:
     """A problem of held-out rows where training rows have none: what holds for both must not be set for these alone."""
     if problem.where != COLUMNS and not re.search(r"\bdata\.(columns|format)=", problem.fix):
         return problem
-    return replace(problem, fix=f"give the rows of {file} the columns that the training rows have")
+    return replace(problem, what=f"{problem.what}; held-out rows need the columns of the training rows", fix=fix)
 
 
 def _or_skip(problem: Problem) -> Problem:

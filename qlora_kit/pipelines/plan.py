@@ -18,7 +18,7 @@ from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.pipelines.rows import packing_of, rows_that_fit
-from qlora_kit.schema.check_data import missing_file
+from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
@@ -61,8 +61,7 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     Raises:
         RecipeError: a file that the recipe names is not there, or the rows cannot be used.
     """
-    named = (("train_file", recipe.data.train_file), ("eval_file", recipe.data.eval_file))
-    if absent := [finding for field, file in named for finding in missing_file(f"data.{field}", file)]:
+    if absent := list(missing_files(recipe.data)):
         raise RecipeError([Problem(finding.what, finding.path, finding.fix) for finding in absent])
     folder = typed_path(recipe.model.source)
     has_rows = recipe.data.train_file is not None and typed_path(recipe.data.train_file).is_file()

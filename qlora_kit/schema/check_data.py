@@ -4,11 +4,12 @@ import glob
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.shell import hydra_value, shell_line
-from qlora_kit.schema.data import AUTO, FIELDS, ROLES, Batching, DataConfig, Task
+from qlora_kit.schema.data import AUTO, FIELDS, HOLD_OUT, HOLD_OUT_INSTEAD, ROLES, Batching, DataConfig, Task
 from qlora_kit.schema.finding import Finding
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
@@ -64,8 +65,15 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
             yield Finding(f"{path}.weight", what, f"{path}.weight=1")
         if source.revision is None:
             yield from missing_file(f"{path}.path", source.path)
-    for field in ("train_file", "eval_file"):
-        yield from missing_file(f"data.{field}", getattr(data, field))
+    yield from missing_files(data)
+
+
+def missing_files(data: DataConfig) -> Iterator[Finding]:
+    """Files of rows that are not there; where the training rows lie elsewhere, held-out ones are a recipe's own."""
+    yield from missing_file("data.train_file", data.train_file)
+    for finding in missing_file("data.eval_file", data.eval_file):
+        is_elsewhere = data.train_file is not None and Path(data.train_file).parent != Path(data.eval_file or "").parent
+        yield replace(finding, fix=HOLD_OUT_INSTEAD) if is_elsewhere else finding
 
 
 def missing_file(path: str, name: str | None) -> Iterator[Finding]:
@@ -90,11 +98,11 @@ def _held_out(recipe: TrainRecipe) -> Iterator[Finding]:
         yield Finding(
             "data.task",
             f"data.task={data.task.name} is set, but there are no held-out rows whose answers it could judge",
-            "data.eval_share=0.02",
+            HOLD_OUT,
         )
     if recipe.trainer.eval_every_steps is not None:
         yield Finding(
             "trainer.eval_every_steps",
             "trainer.eval_every_steps is set, but there are no held-out rows",
-            "data.eval_share=0.02",
+            HOLD_OUT,
         )

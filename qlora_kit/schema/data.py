@@ -6,6 +6,8 @@ from enum import Enum
 from qlora_kit.schema.field import MISSING, Sealed, knob
 
 AUTO = "auto"
+HOLD_OUT = "data.eval_share=0.02"  # as in the shipped experiments
+HOLD_OUT_INSTEAD = f"data.eval_file=null {HOLD_OUT}"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What `data.columns` may name: our fields of a row, and of an entry in its list of turns.
 FIELDS = (

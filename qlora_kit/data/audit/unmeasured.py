@@ -2,9 +2,7 @@
 
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.tokens import TokenRows
-from qlora_kit.schema.data import DataConfig
-
-SHARE = 0.02  # as in the shipped experiments
+from qlora_kit.schema.data import HOLD_OUT, DataConfig
 
 
 def nothing_held_out(config: DataConfig, train: TokenRows) -> Finding | None:
@@ -14,5 +12,5 @@ def nothing_held_out(config: DataConfig, train: TokenRows) -> Finding | None:
     what = "no row is held out, by data.eval_share or data.eval_file, so an export of this run could not be measured"
     hashes = train.store.table.hashes[train.rows]
     # rows that all say the same are never split, so a share of them would leave none to train on
-    fix = f"data.eval_share={SHARE}" if (hashes != hashes[0]).any() else "data.eval_file=<other rows>"
+    fix = HOLD_OUT if (hashes != hashes[0]).any() else "data.eval_file=<other rows>"
     return Finding(Level.warning, "nothing_held_out", what, fix=fix)

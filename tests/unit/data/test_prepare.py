@@ -180,7 +180,8 @@ def test_held_out_rows_of_other_columns_are_told_what_the_training_rows_have(tmp
     (problem,) = caught.value.problems
     assert said in problem.what
     assert "b.jsonl" in problem.what + problem.where
-    assert problem.fix == f"give the rows of {other} the columns that the training rows have"
+    assert problem.what.endswith("; held-out rows need the columns of the training rows")
+    assert problem.fix == "data.eval_file=null data.eval_share=0.02"
 
 
 def test_held_out_rows_may_do_without_an_optional_column(tmp_path):

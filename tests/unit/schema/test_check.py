@@ -146,7 +146,7 @@ def test_files_that_are_not_there(rows):
     assert found(train(other)) == {
         "data.eval_file": (
             "no such file: data/home_commands/no.jsonl",
-            "python -m qlora_kit.data.home_commands --out data/home_commands",
+            "data.eval_file=null data.eval_share=0.02",
         )
     }
     recipe = TrainRecipe(model=ModelConfig(source="demo", chat_template="no.jinja"), data=rows)

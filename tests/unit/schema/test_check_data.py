@@ -81,6 +81,12 @@ def cases(file):
             "no such file: ~nobody_of_this_name/a",
             "data.train_file=<a file of rows>",
         ),
+        "held-out rows of a recipe beside rows of one's own": (
+            {"train_file": file, "eval_file": "data/home_commands/held_out.jsonl"},
+            "data.eval_file",
+            "no such file: data/home_commands/held_out.jsonl",
+            "data.eval_file=null data.eval_share=0.02",
+        ),
         "glob of nothing": (
             {"train_file": "none-*.jsonl"},
             "data.train_file",
