@@ -114,6 +114,13 @@ def _on_top() -> str:
     return f"on one GPU, beside CUDA's context; on a CPU the process takes {human_bytes(PROCESS_BYTES)} more"
 
 
+def one_line(found: Forecast, *, on_gpu: bool) -> str:
+    """A plan as training tells it before its first step."""
+    total, at_once = human_bytes(found.memory.total), human_count(found.tokens)
+    beside = "" if on_gpu else f" and {human_bytes(PROCESS_BYTES)} of the process itself"
+    return f"plan: about {total} of memory{beside}, for {at_once} tokens at once (an estimate)"
+
+
 def _as_run_here(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with the optimizer that training would use on this machine."""
     if recipe.optim.strict:  # which allows no other

@@ -34,6 +34,7 @@ from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
 from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.next_line import line_to_export
+from qlora_kit.pipelines.plan import one_line
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.pipelines.same_base import note_base, refuse_other_base
@@ -100,8 +101,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     known = _known_base(base_folder, reach)
     planned = planned_memory(recipe, known, data, free_before)
     if planned is not None:
-        total, at_once = human_bytes(planned.memory.total), human_count(planned.tokens)
-        say(f"plan: about {total} of memory, for {at_once} tokens at once")
+        say(one_line(planned, on_gpu=torch.cuda.is_available()))
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
