@@ -62,11 +62,13 @@ def _resume(line: Line) -> int:
             "the command line",
             shell_line(["qlora-kit", "train", override("resume", name)]),
         )
+    from qlora_kit.pipelines.as_written import refuse_edited
     from qlora_kit.pipelines.job_process import end_with_sweep
 
     end_with_sweep()
     with hold(found.path, "train"):
         find_run(str(found.path), finished=False)  # whoever held it may have finished it
+        refuse_edited(found)
         recipe = check_train(Composed(load_recipe("train", found.recipe), {}, {}))
         from qlora_kit.pipelines.train import train
 

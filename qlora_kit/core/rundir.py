@@ -59,6 +59,11 @@ class RunDirectory:
         return self.path / "base.json"
 
     @property
+    def written(self) -> Path:
+        """Hashes of the recipe and of the saved adapter."""
+        return self.path / "written.json"
+
+    @property
     def reach(self) -> Path:
         """What of the base is adapted, what is left out, and what stays in 16 bit."""
         return self.path / "reach.json"
@@ -97,6 +102,11 @@ class RunDirectory:
     def is_finished(self) -> bool:
         """Whether training ended and left an adapter."""
         return self.result.is_file() and self.adapter.is_dir()
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether it is finished, or has a checkpoint to go on from."""
+        return self.is_finished or any(self.checkpoints.glob("checkpoint-*"))
 
 
 @contextmanager

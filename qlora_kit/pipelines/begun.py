@@ -11,6 +11,7 @@ from qlora_kit.core.overrides import write_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.data.prepare import PreparedData, prepare
+from qlora_kit.pipelines.as_written import note_recipe
 from qlora_kit.pipelines.opened_run import refuse_changed
 from qlora_kit.pipelines.rows import rows_that_fit
 from qlora_kit.schema.compose import recipe_yaml
@@ -45,6 +46,7 @@ def describe(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None
     """
     if not run.recipe.exists():
         write_text(run.recipe, recipe_yaml(recipe))
+    note_recipe(run)
     if overrides is not None:
         write_overrides(run.overrides, overrides)
     if not run.environment.exists():

@@ -13,6 +13,7 @@ from qlora_kit.data.prepare import HeldOutRows, PreparedData, later_rows, prepar
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.as_written import refuse_edited
 from qlora_kit.pipelines.same_base import refuse_other_base
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import DataConfig, LaterRows
@@ -112,6 +113,7 @@ def open_run(name: str, later: LaterRows | None = None) -> OpenedRun:
         later: held-out rows that are given now.
     """
     directory = find_run(name, finished=True)
+    refuse_edited(directory)
     recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
     base_folder = locate_base(recipe.model)
     refuse_other_base(directory, base_folder, is_trained=True)

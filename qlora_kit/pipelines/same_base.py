@@ -26,7 +26,7 @@ def refuse_other_base(run: RunDirectory, folder: Path, *, is_trained: bool) -> N
         RecipeError: a file of the base is another.
     """
     if not run.base.is_file():
-        if run.recipe.is_file():
+        if run.has_steps:
             say(f"{run.path} does not say what its base was, so nothing tells whether {folder} is still the same")
         return
     try:

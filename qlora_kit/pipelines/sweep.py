@@ -14,6 +14,7 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
+from qlora_kit.pipelines.as_written import note_recipe
 from qlora_kit.pipelines.job_process import SweepStop, run_process
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
@@ -113,6 +114,7 @@ def _begin(job: Job) -> None:
         if not run.recipe.is_file():
             write_overrides(run.overrides, job.overrides)
             write_text(run.recipe, recipe)
+            note_recipe(run)
         elif run.recipe.read_text(encoding="utf-8") != recipe:
             raise RunError(f"{job.folder} holds a run of another recipe", str(run.recipe), "leave hydra.sweep.dir out")
 

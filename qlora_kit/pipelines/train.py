@@ -30,6 +30,7 @@ from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.model.source import locate_base, refuse_other_kinds
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.pipelines.as_written import note_adapter
 from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
 from qlora_kit.pipelines.inspect import gate
@@ -128,6 +129,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)
             sync_folder(folder)
+        note_adapter(run)
         result = replace(
             _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned),
             resumed_from=step or None,

@@ -64,7 +64,7 @@ def test_the_recipe_is_written_first_and_nothing_twice(begun, monkeypatch):
     begin(overrides=["a=1"])
     assert written[0] == "recipe.yaml"
     before = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()}
-    assert before.keys() == {"recipe.yaml", "overrides.txt", "environment.json", "data.json"}
+    assert before.keys() == {"recipe.yaml", "written.json", "overrides.txt", "environment.json", "data.json"}
     begin()
     assert {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()} == before
 
