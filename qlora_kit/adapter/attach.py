@@ -83,7 +83,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str]
     Args:
         whole: names of linear modules that carry none whatever the targets say: an output head, routers.
     """
-    with no_banners():  # peft looks whether a layer is one of gptqmodel's
+    with no_banners(), warnings.catch_warnings():  # peft looks whether a layer is one of gptqmodel's
+        _ignore_ties()
         return get_peft_model(model, peft_config(model, lora, whole))
 
 
@@ -135,6 +136,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise DamagedFileError(f"{folder} is no adapter: it has no {WEIGHTS}", str(folder))
     with no_banners(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
+        _ignore_ties()
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=False)
     placed = {name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -146,6 +148,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         what = f"{modules} not match, such as {odd[0]}"
         raise RunError(f"{what}, so the adapter would not be used as it was trained", str(folder))
     return loaded
+
+
+def _ignore_ties() -> None:
+    """Leave out peft's warning of a head or embedding that is trained in full: the merge writes both apart."""
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
 
 
 def adapter_size(model: PeftModel) -> AdapterSize:

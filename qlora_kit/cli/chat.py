@@ -30,6 +30,9 @@ def run(arguments: list[str]) -> int:
         parser.print_help()
         return EXIT_OK
     chosen = parser.parse_args(arguments)
+    if chosen.max_new_tokens < 1:
+        what = f"--max-new-tokens must be at least 1, got {chosen.max_new_tokens}"
+        raise RecipeError(what, "the command line", "--max-new-tokens 256")
 
     from qlora_kit.pipelines.chat import chat, refuse_several_places
 

@@ -51,6 +51,27 @@ def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Prob
                 yield Problem(f"lora.{key} names {pattern}, and no adapted module is named so", f"lora.{key}")
 
 
+def saved_twice(recipe: TrainRecipe, promised: set[str], rounded: set[str]) -> Iterator[Problem]:
+    """Linear modules that cannot be trained in full: they are stored in few bits, or carry LoRA too.
+
+    Args:
+        promised: full names of the modules that the targets mean.
+        rounded: of those that are quantized.
+    """
+    for saved in recipe.lora.modules_to_save:
+        if any(name.endswith(saved) for name in rounded):
+            what = f"which is stored as {recipe.quant.kind.name} and can only be trained in full in 16 bit"
+            kept = sorted({saved, *recipe.quant.keep_16bit})
+            yield Problem(
+                f"lora.modules_to_save names {saved}, {what}",
+                "lora.modules_to_save",
+                f"quant.keep_16bit=[{','.join(kept)}]",
+            )
+        if any(name.endswith(saved) for name in promised):
+            what = "which lora.targets adapts too: leave it out of one of them"
+            yield Problem(f"lora.modules_to_save names {saved}, {what}", "lora.modules_to_save")
+
+
 def few(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

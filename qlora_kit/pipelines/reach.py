@@ -18,7 +18,7 @@ from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_librarie
 from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
 from qlora_kit.model.stored_tensors import StoredTensor, read_headers
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
-from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few, unmatched_patterns
+from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
@@ -171,7 +171,7 @@ def _reach_in(
     if problems := base_problems(recipe, model, weights, tensors):
         raise RecipeError(problems)
     promised = promised_names(model, recipe.lora, whole)
-    if problems := list(unmatched_patterns(recipe, promised)):
+    if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded))]:
         raise RecipeError(problems)
     layers = layers_of(model)[1]
     with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):
@@ -179,6 +179,7 @@ def _reach_in(
         adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
     _check_promise(recipe, adapted_names(adapted_model), promised)
     trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
+    trained += sum(weight.numel() for name, weight in model.named_parameters() if _is_saved(name, recipe.lora))
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
         trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
@@ -198,8 +199,15 @@ def check_reached(model: PeftModel, reach: Reach) -> None:
 
 
 def _on_meta(lora: LoraConfig) -> LoraConfig:
-    """The same modules, with values that need no weights to start from."""
-    return replace(lora, init=LoraInit.default, use_dora=False)
+    """The same modules, with values that need no weights to start from, and without copies of weights."""
+    return replace(lora, init=LoraInit.default, use_dora=False, modules_to_save=[])
+
+
+def _is_saved(parameter: str, lora: LoraConfig) -> bool:
+    """Whether a parameter belongs to a module that is trained in full, as peft matches it: by the end of its name."""
+    parts = parameter.split(".")[:-1]
+    modules = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    return any(module.endswith(name) for module in modules for name in lora.modules_to_save)
 
 
 def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -> set[str]:

@@ -26,7 +26,6 @@ EVAL_NAMES = {"base": "untrained model", "adapter": "trained model"}
 UNMERGEABLE_INITS = {
     LoraInit.pissa: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
     LoraInit.corda: "moves part of the base's weights into the adapter, which a 4-bit base cannot give up",
-    LoraInit.loftq: "starts from the rounding error of a base that is not quantized yet",
     LoraInit.orthogonal: "needs floating-point base weights",
 }
 

@@ -14,7 +14,6 @@ class LoraInit(Enum):
     olora = "olora"
     pissa = "pissa"
     corda = "corda"
-    loftq = "loftq"
     orthogonal = "orthogonal"
 
 

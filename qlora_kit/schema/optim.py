@@ -5,6 +5,8 @@ from enum import Enum
 
 from qlora_kit.schema.field import Sealed, knob
 
+LARGEST_DECAY = 0.999999  # with a decay of 1 a moment never moves, and optimizers refuse it
+
 
 class OptimizerName(Enum):
     """Optimizers, by the field's names."""
@@ -39,6 +41,6 @@ class OptimConfig(Sealed):
     schedule: Schedule = knob(Schedule.cosine, "Learning rate after warmup.")
     warmup_fraction: float = knob(0.03, "Share of all steps spent warming up.", minimum=0, maximum=1)
     weight_decay: float = knob(0.0, "Decoupled weight decay.", minimum=0)
-    beta1: float = knob(0.9, "Decay of the first moment.", minimum=0, maximum=1)
-    beta2: float = knob(0.999, "Decay of the second moment.", minimum=0, maximum=1)
+    beta1: float = knob(0.9, "Decay of the first moment.", minimum=0, maximum=LARGEST_DECAY)
+    beta2: float = knob(0.999, "Decay of the second moment.", minimum=0, maximum=LARGEST_DECAY)
     max_grad_norm: float = knob(1.0, "Clip the gradient's norm to this; 0 turns clipping off.", minimum=0)

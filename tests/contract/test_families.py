@@ -207,6 +207,8 @@ def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
     [
         ({"keep": ["router"]}, "quant.keep_16bit names router"),
         ({"modules_to_save": ["score"]}, "lora.modules_to_save names score"),
+        ({"modules_to_save": ["q_proj"]}, "lora.modules_to_save names q_proj, which is stored as nf4"),
+        ({"modules_to_save": ["q_proj"]}, "lora.modules_to_save names q_proj, which lora.targets adapts too"),
         ({"rank_pattern": {"wqkv": 8}}, "lora.rank_pattern names wqkv"),
         ({"alpha_pattern": {"k_proj(": 8.0}}, "lora.alpha_pattern names k_proj(, which is no pattern"),
         ({"rank_pattern": {r"(\w+\.?)+!": 8}}, "which takes over 2 s to match 14 names"),
@@ -214,6 +216,15 @@ def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
 )
 def test_a_name_that_means_no_module_is_refused(changes, told, folder_of):
     assert told in refusal(recipe_for(folder_of("llama"), **changes), folder_of("llama"))
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["lm_head", "embed_tokens"], ["norm"]], ids=" ".join)
+def test_modules_that_are_trained_in_full_are_counted_and_trained(saved, folder_of):
+    recipe = recipe_for(folder_of("llama"), modules_to_save=saved)
+    reach = reach_of(recipe, folder_of("llama"))
+    model = loaded(recipe, folder_of("llama"))
+    assert reach.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert reach.trained > reach_of(recipe_for(folder_of("llama")), folder_of("llama")).trained
 
 
 def test_a_checkpoint_that_its_config_does_not_describe_is_refused(folder_of, tmp_path):

@@ -80,6 +80,7 @@ def test_a_file_that_should_not_be_served_is_called_so_before_it_answers(tmp_pat
         (["run=latest", "hello"], "qlora-kit chat latest --message hello"),
         (["latest", "turn", "on", "it"], "qlora-kit chat latest --message 'turn on it'"),
         (["latest", "--max-new-tokens", "many"], "qlora-kit chat --help"),
+        (["latest", "--max-new-tokens", "0"], "--max-new-tokens 256"),
         (["--model", "x"], "qlora-kit chat --help"),
     ],
 )

@@ -69,6 +69,12 @@ TRAIN = {
         "optim.learning_rate must be above 0, got 0",
         "optim.learning_rate=0.0002",
     ),
+    "a decay of one": (
+        {"optim": OptimConfig(beta1=1.0)},
+        "optim.beta1",
+        "optim.beta1 must be at most 0.999999, got 1",
+        "optim.beta1=0.9",
+    ),
     "not a number": (
         {"optim": OptimConfig(weight_decay=float("nan"))},
         "optim.weight_decay",
@@ -76,9 +82,9 @@ TRAIN = {
         "optim.weight_decay=0.0",
     ),
     "unmergeable": (
-        {"lora": LoraConfig(init=LoraInit.loftq)},
+        {"lora": LoraConfig(init=LoraInit.orthogonal)},
         "lora.init",
-        "lora.init=loftq cannot be trained and merged on a nf4 base: it starts from the rounding error",
+        "lora.init=orthogonal cannot be trained and merged on a nf4 base: it needs floating-point base weights",
         "lora.init=default",
     ),
     "bias": ({"lora": LoraConfig(lora_bias=True)}, "lora.lora_bias", "cannot be merged", "lora.lora_bias=false"),
