@@ -15,6 +15,7 @@ from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.as_written import refuse_edited
 from qlora_kit.pipelines.same_base import refuse_other_base
+from qlora_kit.pipelines.strange_adapter import refuse_strange_adapter
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.root import TrainRecipe
@@ -111,12 +112,15 @@ def open_run(name: str, later: LaterRows | None = None) -> OpenedRun:
 
     Args:
         later: held-out rows that are given now.
+    Raises:
+        DamagedFileError: its adapter is not one that the kit could have trained.
     """
     directory = find_run(name, finished=True)
     refuse_edited(directory)
     recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
     base_folder = locate_base(recipe.model)
     refuse_other_base(directory, base_folder, is_trained=True)
+    refuse_strange_adapter(directory.adapter, base_folder)
     return OpenedRun(directory, recipe, base_folder, load_tokenizer(directory.adapter), later or LaterRows())
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import DamagedFileError, RunError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.units import counted
 from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_header, read_whole
 from qlora_kit.model.stored_tensors import broken
@@ -108,17 +109,19 @@ class Adapter:
     keeps_tie: bool = False
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
     """Read where everything lies in an adapter's folder; no tensor is loaded.
 
+    Args:
+        merges: whether it is to be merged, which needs its initial values to be known.
     Raises:
-        RunError: a file is missing or broken, or the adapter is of a kind whose update is not a low-rank product.
+        DamagedFileError: a file is missing or broken, or the adapter's update is not a low-rank product.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise RunError(f"{folder} is no adapter: it has no {name}", where=str(folder))
+            raise DamagedFileError(f"{folder} is no adapter: it has no {name}", where=str(folder))
     config = _settings(folder / CONFIG)
-    _refuse(config, folder / CONFIG)
+    _refuse(config, folder / CONFIG, merges=merges)
     parts: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
     for tensor in read_header(folder / WEIGHTS):
@@ -126,7 +129,9 @@ def read_adapter(folder: Path) -> Adapter:
         if match := _FACTOR.fullmatch(name):
             parts.setdefault(match[1], {})[match[2].removeprefix("lora_")] = tensor
         elif "lora_" in name or "trainable_tokens" in name:
-            raise RunError(f"the adapter holds {tensor.name}, which cannot be merged", where=str(folder / WEIGHTS))
+            raise DamagedFileError(
+                f"the adapter holds {tensor.name}, which cannot be merged", where=str(folder / WEIGHTS)
+            )
         else:
             replaced[name] = tensor
     updates = {module: _low_rank(module, found, config, folder) for module, found in sorted(parts.items())}
@@ -157,14 +162,14 @@ def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[st
     magnitude = found.get("magnitude_vector")
     where = str(folder / WEIGHTS)
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise RunError(f"the adapter's tensors for {module} are no pair of factors", where=where)
+        raise DamagedFileError(f"the adapter's tensors for {module} are no pair of factors", where=where)
     if bool(config.get("use_dora")) != (magnitude is not None) or (embedding and magnitude is not None):
-        raise RunError(f"the adapter's use_dora does not fit what it holds for {module}", where=where)
+        raise DamagedFileError(f"the adapter's use_dora does not fit what it holds for {module}", where=where)
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     rank = a.shape[0]
     expected = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
     if rank != expected:
-        raise RunError(f"{CONFIG} gives {module} rank {expected:g}, its factors have {rank}", where=where)
+        raise DamagedFileError(f"{CONFIG} gives {module} rank {expected:g}, its factors have {rank}", where=where)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     init = config.get("init_lora_weights")
     return LowRank(module, a, b, scaling, magnitude, embedding, init if init in SUBTRACTED_INITS else "")
@@ -172,9 +177,13 @@ def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[st
 
 def _by_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
     """peft's rule: the first key that matches the module's whole name or its end from a dot on, as an expression."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    expressions = {key: whole_or_end(key) for key in pattern}
+    found = matched(expressions.values(), [module]) if pattern else {}
+    for key, expression in expressions.items():
+        if isinstance(fits := found[expression], str):
+            raise DamagedFileError(f"{CONFIG} names {key[:80]}, {fits}", CONFIG)
+        if fits:
+            return pattern[key]
     return otherwise
 
 
@@ -207,16 +216,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31
 
 
-def _refuse(config: Mapping[str, Any], path: Path) -> None:
+def _refuse(config: Mapping[str, Any], path: Path, *, merges: bool) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise RunError(f"the adapter is {kind}; only LoRA adapters can be merged", where=str(path))
+        raise DamagedFileError(f"the adapter is {kind}; only LoRA adapters can be merged", where=str(path))
     for field in REFUSED:
         if config.get(field):
-            raise RunError(f"an adapter with {field}={config[field]} cannot be merged", where=str(path))
+            raise DamagedFileError(f"an adapter with {field}={config[field]} cannot be merged", where=str(path))
+    if not merges:
+        return
     init = config.get("init_lora_weights", True)
     if not isinstance(init, (bool, str)) or (init not in PLAIN_INITS and init not in SUBTRACTED_INITS):
-        raise RunError(
+        raise DamagedFileError(
             f"an adapter with init_lora_weights={init} cannot be merged: what it took out of the base is not saved",
             where=str(path),
         )

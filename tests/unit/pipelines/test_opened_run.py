@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
@@ -67,7 +68,7 @@ def run(tmp_path):
     return opened
 
 
-def test_a_run_whose_base_changed_is_not_opened(tmp_path):
+def test_a_run_whose_base_changed_or_whose_adapter_is_strange_is_not_opened(tmp_path):
     base, run = tmp_path / "base", RunDirectory(tmp_path / "run")
     build_tiny_model("llama", base)
     run.adapter.mkdir(parents=True)
@@ -76,6 +77,12 @@ def test_a_run_whose_base_changed_is_not_opened(tmp_path):
     run.result.write_text("{}")
     load_tokenizer(base).save_pretrained(run.adapter)
     note_base(run, base)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    save_file({}, run.adapter / "adapter_model.safetensors")
+    write_json(run.adapter / "adapter_config.json", {**settings, "layer_replication": [[0, 2]]})
+    with pytest.raises(DamagedFileError, match="which no adapter of the kit has"):
+        open_run(str(run.path))
+    write_json(run.adapter / "adapter_config.json", settings)
     assert open_run(str(run.path)).base_folder == base
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
