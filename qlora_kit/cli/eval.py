@@ -1,5 +1,6 @@
 """`qlora-kit eval`: one table over every artifact of a run, or of a base that was never trained."""
 
+from dataclasses import asdict
 from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
     if found := check_evaluated(recipe):
         raise RecipeError([composed.problem(finding) for finding in found])
 
-    from qlora_kit.pipelines.evaluate import evaluate, raise_what_was_rejected
+    from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
     from qlora_kit.pipelines.evaluated import Evaluated, open_evaluated_base, open_evaluated_run
     from qlora_kit.pipelines.next_line import line_to_report
     from qlora_kit.report.scores import print_scores
@@ -41,8 +42,8 @@ def run(arguments: list[str]) -> int:
     else:
         subject = open_evaluated_base(recipe.base)
     rows = evaluate(subject, recipe.eval)
-    table = [vars(row) | {"fidelity": vars(row.fidelity)} for row in rows]
+    table = [asdict(row) for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
     say(f"next: {line_to_report(subject.directory)}")
-    raise_what_was_rejected(rows, subject.directory.exports)
+    raise_what_went_wrong(rows, subject.directory.exports)
     return EXIT_OK

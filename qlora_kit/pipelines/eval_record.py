@@ -109,7 +109,7 @@ def _joined(before: Record, now: Record, current: Sequence[str]) -> dict[str, An
     rows = {str(row.get("name")): row for row in before["rows"]}
     for row in now["rows"]:
         left_out = [name for part, names in FIELDS.items() if now["asked"][part] is None for name in names]
-        was = rows.get(row["name"], {})
+        was = {} if row.get("error") else rows.get(row["name"], {})
         rows[row["name"]] = {**row, **{name: was[name] for name in left_out if name in was}}
     names = {row["name"] for row in now["rows"]}
     order = [name for name in current if name in rows]

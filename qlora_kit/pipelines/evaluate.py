@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.core.errors import FidelityError, RecipeError
+from qlora_kit.core.errors import FidelityError, KitError, Problem, RecipeError, RunError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.lock import hold
 from qlora_kit.core.say import say
@@ -65,6 +65,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Unscored:
+    """A file that its reader could not score, and why."""
+
+    name: str
+    size_bytes: int
+    error: str
+
+
+@dataclass(frozen=True)
 class _Asked:
     """An artifact that is asked."""
 
@@ -73,8 +82,8 @@ class _Asked:
     manifest: Mapping[str, Any] | None = None
 
 
-def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
-    """Score the artifacts that the recipe names and write eval.json and each manifest.
+def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row | Unscored]:
+    """Score the artifacts that the recipe names and write eval.json and each manifest; a file that fails is a row.
 
     Raises:
         RecipeError: an artifact, the text file or a task of the harness is not there.
@@ -83,14 +92,14 @@ def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
         return _evaluate(subject, config)
 
 
-def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
+def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row | Unscored]:
     exports = exported_folders(subject.directory.exports)
     wanted = _wanted(config.artifacts, subject, list(exports))
     exam = set_exam(subject, config)
 
     models = subject.open_models()
     yardstick = _yardstick(models, exam)
-    table = []
+    table: list[Row | Unscored] = []
     for name, scorer in models.items():
         if name in wanted:
             one = _Asked(name, size_on_disk(subject.folder_of(name)))
@@ -100,19 +109,24 @@ def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row]:
 
     for name in wanted:
         if name in exports:
-            table.append(_score_export(subject, exports[name], yardstick, exam))
-    write_record(subject.directory.evaluation, _record(table, exam), _current(subject, exports))
+            table.append(_score_or_say(subject, exports[name], yardstick, exam))
+    write_record(subject.directory.evaluation, _record(table, exam), _current(subject, exports, table))
     return table
 
 
-def _current(subject: Evaluated, exports: Mapping[str, Path]) -> list[str]:
+def _current(subject: Evaluated, exports: Mapping[str, Path], table: Sequence[Row | Unscored]) -> list[str]:
     """Artifacts whose scores in eval.json are still theirs: a file that was written again has none in its manifest."""
-    return [*subject.models, *(name for name, folder in exports.items() if read_manifest(folder).get("evaluation"))]
+    now = {row.name for row in table}
+    held = (name for name, folder in exports.items() if name in now or read_manifest(folder).get("evaluation"))
+    return [*subject.models, *held]
 
 
 def exported_folders(exports: Path) -> dict[str, Path]:
     """Complete artifacts of a run, by name; the 16-bit merge first."""
     formats: dict[Path, str] = {}
+    for folder in sorted(exports.glob("[!.]*/")):
+        if not (folder / MANIFEST).is_file():
+            say(f"{folder.name} is left out: it holds no {MANIFEST}, which says what it is; export it again")
     for path in exports.glob(f"*/{MANIFEST}"):
         if path.parent.name.startswith("."):
             continue
@@ -143,6 +157,17 @@ def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
     reference = models[exam.reference].score(exam.rows, None, exam.config.top_tokens)
     before = next((scorer for name, scorer in models.items() if name != exam.reference), None)
     return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
+
+
+def _score_or_say(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row | Unscored:
+    """Score a file; one that fails keeps its place, and the others go on."""
+    try:
+        return _score_export(subject, folder, yardstick, exam)
+    except Exception as error:
+        exam.said.pop(folder.name, None)
+        kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
+        say(f"{folder.name}: failed: {kind}{error}")
+        return Unscored(folder.name, size_on_disk(folder), f"{kind}{error}")
 
 
 def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
@@ -211,18 +236,23 @@ def _judged(
     return verdict_on(is_measured=True, max_mean_kl=bound, faults=faults), faults
 
 
-def raise_what_was_rejected(table: Sequence[Row], exports: Path) -> None:
+def raise_what_went_wrong(table: Sequence[Row | Unscored], exports: Path) -> None:
     """End as the worst of the scores did.
 
     Args:
         exports: the folder of the files' folders.
 
     Raises:
+        RunError: a file could not be scored; the others are.
         FidelityError: a file is rejected, by these scores or before, or scores of a model are not finite.
     """
-    faults = {
-        exports / row.name: row.faults or ("see its manifest.json",) for row in table if row.rejected or row.faults
-    }
+    fix = "export it again, or move its folder out of exports/"
+    if failed := [row for row in table if isinstance(row, Unscored)]:
+        raise RunError(
+            [Problem(f"{one.name} was not scored: {one.error}", str(exports / one.name), fix) for one in failed]
+        )
+    scored = [row for row in table if isinstance(row, Row) and (row.rejected or row.faults)]
+    faults = {exports / row.name: row.faults or ("see its manifest.json",) for row in scored}
     if faults:
         raise FidelityError(rejection(faults))
 
@@ -255,7 +285,7 @@ def _told(row: Row, reference: str) -> str:
     return f"{row.name}: {', '.join(parts)}{worse}"
 
 
-def _record(table: Sequence[Row], exam: Exam) -> Mapping[str, object]:
+def _record(table: Sequence[Row | Unscored], exam: Exam) -> Mapping[str, object]:
     samples = [
         {"prompt": question, "expected": expected, "answers": {name: said[place] for name, said in exam.said.items()}}
         for place, (question, expected) in enumerate(zip(exam.questions, exam.expected, strict=True))

@@ -39,6 +39,8 @@ def print_scores(title: str, rows: Sequence[Mapping[str, Any]], reference: str, 
 
 def _cells(row: Mapping[str, Any], reference: str, *, with_intervals: bool) -> Cells:
     """Column -> text of one line, columns without a value left out, so that one that no line has disappears."""
+    if row.get("error"):
+        return {"artifact": str(row["name"]), "size": human_bytes(row["size_bytes"]), NOTE: "FAILED"}
     fit = row["fidelity"]
     # Against itself a model is exact, however few the rows.
     exact = ("mean_kl", "same_top") if row["name"] == reference else ()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.core.errors import FidelityError, RecipeError
+from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
@@ -18,10 +19,11 @@ from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
 from qlora_kit.pipelines import evaluated, exam
-from qlora_kit.pipelines.evaluate import evaluate, raise_what_was_rejected
+from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
 from qlora_kit.pipelines.evaluated import EvaluatedRun
 from qlora_kit.pipelines.exam import set_exam
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.report.scores import print_scores
 from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -229,7 +231,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     adapter, merged = evaluate(with_task_none(opened), config)
     assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
     with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
-        raise_what_was_rejected([adapter, merged], opened.directory.exports)
+        raise_what_went_wrong([adapter, merged], opened.directory.exports)
     assert read_json(folder / "manifest.json")["verdict"] == "rejected"
     assert "**Rejected**, do not serve this file" in (folder / "README.md").read_text(encoding="utf-8")
     for path in (folder / "manifest.json", opened.directory.evaluation):
@@ -238,7 +240,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     # The fault was of that scoring, so the next one is judged by itself.
     (again,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"]))
     assert (again.verdict, read_json(folder / "manifest.json")["faults"]) == ("measured", [])
-    raise_what_was_rejected([again], opened.directory.exports)
+    raise_what_went_wrong([again], opened.directory.exports)
     write_json(folder / "manifest.json", before)
 
 
@@ -285,3 +287,32 @@ def test_a_damaged_manifest_is_left_out_and_said(opened, capsys):
     assert f"broken is left out: {broken / 'manifest.json'} does not hold a JSON object" in capsys.readouterr().err
     (broken / "manifest.json").unlink()
     broken.rmdir()
+
+
+def test_a_file_that_cannot_be_read_is_a_row_and_the_others_are_scored(opened, capsys):
+    folder, held = opened.directory.exports / "a_broken_one", opened.directory.evaluation
+    held.unlink(missing_ok=True)
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    export(opened.directory.path, folder.name, "gguf", "m.gguf")
+    (opened.directory.exports / "bare").mkdir()
+    table = evaluate(with_task_none(opened), EvalConfig(stop_prompts=2, max_new_tokens=2))
+    assert [row.name for row in table] == ["base", "adapter", "merged_16bit", "a_broken_one", "gguf_q8_0"]
+    assert "bare is left out: it holds no manifest.json" in capsys.readouterr().err
+    record = read_json(held)
+    assert [row["name"] for row in record["rows"]] == [row.name for row in table]
+    assert "llama.cpp cannot load" in record["rows"][3]["error"] and "fidelity" not in record["rows"][3]
+    assert all("fidelity" in row for row in record["rows"] if row["name"] != "a_broken_one")
+    print_scores("x", [asdict(row) for row in table], "adapter", "the trained model")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "a_broken_one" in line]
+    assert line.endswith("FAILED")
+    with pytest.raises(RunError, match=r"a_broken_one was not scored: llama\.cpp cannot load") as caught:
+        raise_what_went_wrong(table, opened.directory.exports)
+    assert (caught.value.exit_code, caught.value.problems[0].where) == (1, str(folder))
+    assert caught.value.problems[0].fix == "export it again, or move its folder out of exports/"
+    # An answer of the file as it was is not the broken one's.
+    write_json(held, {**record, "rows": [{**row, "answered": 9} for row in record["rows"]]})
+    evaluate(with_task_none(opened), EvalConfig(artifacts=["a_broken_one"]))
+    assert "answered" not in {row["name"]: row for row in read_json(held)["rows"]}["a_broken_one"]
+    shutil.rmtree(folder)
+    (opened.directory.exports / "bare").rmdir()
