@@ -43,6 +43,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete, step_of
+from qlora_kit.training.checkpoint_contents import strange_contents
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizer import effective_optimizer
 from qlora_kit.training.result import TrainResult, curve_of
@@ -93,7 +94,8 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
     note_base(run, base_folder)
     write_json(run.reach, reach.record())
 
-    checkpoint = last_complete(run.checkpoints)
+    last_step = recipe.trainer.steps(len(data.train if packing is None else packing))
+    checkpoint = last_complete(run.checkpoints, partial(strange_contents, last_step=last_step))
     step, logged = step_of(checkpoint) if checkpoint else 0, read_metrics(run.metrics)
     tokens_before = rewind_metrics(run.metrics, step)
     if checkpoint:

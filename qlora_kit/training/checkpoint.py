@@ -1,11 +1,11 @@
 """Checkpoints that are complete or do not count: a mark, written last, names every file with its size and hash."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import DamagedFileError
 from qlora_kit.core.files import quick_hash, read_json, remove, sync, write_json
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
@@ -53,14 +53,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[-1])
 
 
-def last_complete(folder: Path) -> Path | None:
+def last_complete(folder: Path, strange: Callable[[Path], Iterator[str]] | None = None) -> Path | None:
     """The newest whole checkpoint; None for a run that has none yet.
 
     One that is damaged or was not written to its end is told of, and the one before it is taken; both go once a whole
     one is found.
 
+    Args:
+        strange: what is wrong with the contents of one whose files are as the mark says.
     Raises:
-        RunError: every checkpoint is damaged.
+        DamagedFileError: every checkpoint is damaged.
     """
     newest_first = [path for _, path in reversed(_checkpoints(folder))]
     passed, damaged, begun = [], [], []
@@ -68,7 +70,7 @@ def last_complete(folder: Path) -> Path | None:
         if not (checkpoint / MARK).exists() and not (checkpoint / OLD_MARK).exists():
             passed.append(checkpoint)
             begun.append(f"{checkpoint} was not written to its end, so it is passed over and removed")
-        elif faults := list(_faults(checkpoint)):
+        elif faults := list(_faults(checkpoint)) or list(strange(checkpoint) if strange else ()):
             passed.append(checkpoint)
             damaged.append(f"{checkpoint} is damaged: {', '.join(faults)}")
         else:
@@ -81,7 +83,7 @@ def last_complete(folder: Path) -> Path | None:
     if damaged:
         again = ["qlora-kit", "train", override("resume", folder.parent)]
         what = "\n".join(["no checkpoint of this run is whole, so it can only start again from step 0", *damaged])
-        raise RunError(what, str(folder), f"{shell_line(['rm', '-r', folder])} && {shell_line(again)}")
+        raise DamagedFileError(what, str(folder), f"{shell_line(['rm', '-r', folder])} && {shell_line(again)}")
     for line in begun:
         say(f"{line}; there is no other one")
     _remove_all(passed)

@@ -20,6 +20,7 @@ from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.order import Order
 from qlora_kit.engine.fast import FastEngine
 from qlora_kit.training.checkpoint import whole_or_none
+from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.flat_optimizer import flat
 
@@ -100,6 +101,18 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         for undo in reversed(self.undo):
             undo()
         self.undo = ()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with told_as_foreign(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with told_as_foreign(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with told_as_foreign(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def take_up(self, checkpoint: Path) -> None:
         """Stand where a checkpoint does: its trained weights, and what was logged until then.
