@@ -14,7 +14,7 @@ from qlora_kit.export.merging.deltas import Adapter, read_adapter
 from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.targets.table import ExportJob
-from qlora_kit.schema.export import GptqMethod, MergeBase
+from qlora_kit.schema.export import GgufMix, GptqMethod, MergeBase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,13 @@ def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, ada
 def remedies(format_name: str, settings: Mapping[str, object]) -> tuple[str, ...]:
     """What keeps more of an update, from the nearest on: never what the file has already."""
     if format_name == "gguf":
-        more = "more bits (gguf_q6_k, gguf_q8_0)"
+        mixes = [mix.value for mix in GgufMix]  # more bits first
+        mix = str(settings.get("mix"))
+        at = mixes.index(mix) if mix in mixes else len(mixes)
+        larger = [name for name in ("Q6_K", "Q8_0") if mixes.index(name) < at]
+        if not larger:
+            return () if mix in ("F16", "BF16") else ("16 bits (gguf_f16)",)
+        more = f"more bits ({', '.join(f'gguf_{name.lower()}' for name in larger)})"
         return (more,) if settings.get("imatrix") else ("an importance matrix (imatrix: true)", more)
     if format_name == "gptq":
         is_plain = settings.get("method") == GptqMethod.rounding.value

@@ -6,7 +6,16 @@ from qlora_kit.core.units import kept_share
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
 from qlora_kit.export.targets.table import settings_of
 from qlora_kit.pipelines.survival import record, remedies
-from qlora_kit.schema.export import AwqLayout, AwqTarget, BnbKind, BnbTarget, GgufTarget, GptqMethod, GptqTarget
+from qlora_kit.schema.export import (
+    AwqLayout,
+    AwqTarget,
+    BnbKind,
+    BnbTarget,
+    GgufMix,
+    GgufTarget,
+    GptqMethod,
+    GptqTarget,
+)
 
 KEPT = LayerSurvival("layers.0.q_proj.weight", 0.9, 0.1, 0.01, 1.0)
 LOST = LayerSurvival("layers.0.up_proj.weight", 0.2, 2.0, 0.01, 1.0)
@@ -61,3 +70,17 @@ def test_shares_past_their_ends_are_words() -> None:
         "100%",
         "not a number",
     ]
+
+
+@pytest.mark.parametrize(
+    ("mix", "told"),
+    [
+        (GgufMix.Q4_K_M, ("more bits (gguf_q6_k, gguf_q8_0)",)),
+        (GgufMix.Q6_K, ("more bits (gguf_q8_0)",)),
+        (GgufMix.Q8_0, ("16 bits (gguf_f16)",)),
+        (GgufMix.F16, ()),
+        (GgufMix.BF16, ()),
+    ],
+)
+def test_a_gguf_file_is_sent_to_more_bits_than_it_has(mix, told):
+    assert remedies("gguf", settings_of(GgufTarget(mix=mix))) == told
