@@ -31,6 +31,8 @@ def rows_of(
     """
     recorded = _recorded(run.data)
     if recorded is None:
+        if run.has_steps and not run.data.exists():
+            say(f"warning: {run.data} is not there, so nothing tells whether its rows are those that it began with")
         return rows_that_fit(recipe, base_folder, tokenizer)
     # What `data.max_tokens=auto` came to stays, whatever memory is free by now.
     data = prepare(recipe.data, tokenizer, recorded["train"]["max_tokens"])

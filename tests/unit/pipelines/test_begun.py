@@ -69,6 +69,17 @@ def test_the_recipe_is_written_first_and_nothing_twice(begun, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()} == before
 
 
+def test_a_record_of_the_rows_that_is_gone_is_told_of_where_there_are_steps(begun, capsys):
+    run, begin = begun
+    told = f"warning: {run.data} is not there, so nothing tells whether its rows are those that it began with"
+    begin()
+    assert told not in capsys.readouterr().err
+    (run.checkpoints / "checkpoint-6").mkdir(parents=True)
+    run.data.unlink()
+    begin()
+    assert capsys.readouterr().err.count(told) == 1 and run.data.exists()
+
+
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"train": {}}', '{"train": 5, "held_out": null}'])
 def test_a_damaged_record_is_told_of_and_written_again(begun, capsys, damaged):
     run, begin = begun
