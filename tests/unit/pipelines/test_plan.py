@@ -8,7 +8,7 @@ import pytest
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import known_base, known_rows, one_line, plan, rows_of
-from qlora_kit.schema.data import DataConfig
+from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
 from qlora_kit.schema.root import TrainRecipe
@@ -46,7 +46,7 @@ def rows(tmp_path):
 
 def test_parts_total_and_steps(rows, monkeypatch):
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
-    monkeypatch.setattr(module, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e12)
     table = printed(recipe(rows, batch_size=8, gradient_accumulation=2, epochs=2))
     assert table["weights"].startswith("5.7 GB | 8.0 B weights, nf4 + double quantization")
     assert "41.9 M trained weights" in table["adapter"]
@@ -65,7 +65,7 @@ def test_parts_total_and_steps(rows, monkeypatch):
 )
 def test_what_the_total_leaves_out_is_said(rows, monkeypatch, has_gpu, more):
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)
-    monkeypatch.setattr(module, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e12)
     assert printed(recipe(rows))["total"].endswith(f" | {more}")
 
 
@@ -73,7 +73,7 @@ def test_counts_of_one_are_told_as_one(tmp_path):
     one = tmp_path / "one.jsonl"
     one.write_text('{"row": 1}\n', encoding="utf-8")
     table = printed(recipe(one, batch_size=1, gradient_accumulation=1, epochs=1))
-    assert table["tokens a step"] == "2.0 k | at most: 1 row of 2,048 tokens"
+    assert table["tokens a step"] == "2.0 k | at most: 1 row of 2,048 tokens; the rows were not read"
     assert table["steps"] == "1 | 1 row, 1 pass over it"
 
 
@@ -189,3 +189,42 @@ def test_the_line_of_a_run_without_a_gpu_tells_what_the_process_takes_too():
     found = forecast(recipe(None), KnownBase(LLAMA_8B, "llama"), 2048)
     assert " of memory and 800.0 MB of the process itself, for 2.0 k tokens" in one_line(found, on_gpu=False)
     assert " of memory, for 2.0 k tokens at once (an estimate)" in one_line(found, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "free", "said"),
+    [
+        (True, 20e9, "20.0 GB | on the GPU: it fits"),
+        (True, 10e9, "10.0 GB | on the GPU: it does not fit"),
+        (False, 15.5e9, "15.5 GB | in main memory, for want of a GPU: it does not fit"),
+    ],
+)
+def test_whether_it_fits_here_is_said(rows, monkeypatch, has_gpu, free, said):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
+    assert printed(recipe(rows, batch_size=8))["free here"] == said
+
+
+def test_the_demo_in_the_cache_is_planned_with_the_rows_that_training_would_take(tmp_path, monkeypatch):
+    folder = build_tiny_model("llama", tmp_path / "demo")
+    monkeypatch.setattr(module, "demo_place", lambda: folder)
+    row = '{"prompt": "turn on the lamp", "completion": "done"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * 9 + '{"prompt": "a", "completion": ""}\n', encoding="utf-8")
+    data = DataConfig(
+        train_file=str(tmp_path / "rows.jsonl"),
+        max_tokens="auto",
+        on_bad_row=OnBadRow.skip,
+        max_bad_share=0.2,
+        cache=False,
+        processes=1,
+    )
+    planned = TrainRecipe(model=ModelConfig(source="demo"), data=data)
+    text = plan(planned, known_base(planned), known_rows(planned))
+    assert "9 rows, 1 pass over them" in text and "were not read" not in text
+
+
+def test_auto_is_no_longer_than_the_context_where_rows_are_not_at_hand(tmp_path):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    planned = TrainRecipe(model=ModelConfig(source=str(folder)), data=DataConfig(max_tokens="auto"))
+    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    assert f"of {context:,} tokens" in " ".join(plan(planned, known_base(planned)).split())
