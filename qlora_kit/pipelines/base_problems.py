@@ -7,7 +7,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
-from qlora_kit.core.shell import override
+from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.stored_tensors import FLOATS, StoredTensor
 from qlora_kit.model.structure import Weights, transposed_modules
@@ -66,7 +66,7 @@ def saved_twice(recipe: TrainRecipe, promised: set[str], rounded: set[str]) -> I
             yield Problem(
                 f"lora.modules_to_save names {saved}, {what}",
                 "lora.modules_to_save",
-                override("quant.keep_16bit", kept),
+                shell_line([f"quant.keep_16bit={hydra_value(kept)}"]),
             )
         if any(name.endswith(saved) for name in promised):
             what = "which lora.targets adapts too: leave it out of one of them"
