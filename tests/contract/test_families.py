@@ -207,7 +207,7 @@ def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
     [
         ({"keep": ["router"]}, "quant.keep_16bit names router"),
         ({"modules_to_save": ["score"]}, "lora.modules_to_save names score"),
-        ({"modules_to_save": ["q_proj"]}, "  fix      quant.keep_16bit=[q_proj]"),
+        ({"modules_to_save": ["q_proj"]}, "fix      'quant.keep_16bit=[q_proj]'"),
         ({"modules_to_save": ["q_proj"]}, "lora.modules_to_save names q_proj, which lora.targets adapts too"),
         ({"rank_pattern": {"wqkv": 8}}, "lora.rank_pattern names wqkv"),
         ({"alpha_pattern": {"k_proj(": 8.0}}, "lora.alpha_pattern names k_proj(, which is no pattern"),
