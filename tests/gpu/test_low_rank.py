@@ -5,14 +5,15 @@ import torch
 
 from qlora_kit.engine import elementwise, low_rank
 from qlora_kit.engine.elementwise import Activation
-from qlora_kit.engine.gated import LARGEST_SUM, gated, gated_backward
+from qlora_kit.engine.gated import gated, gated_backward
 from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank
+from qlora_kit.engine.recompute import FUSED_RANK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TOKENS, COLUMNS = 70, 200  # no multiples of the kernels' tiles
-SUMMED = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (0, 0, 16), (LARGEST_SUM, 33, 1)]
-GATED_RANKS = [*SUMMED, (LARGEST_SUM + 1, 4, 4), (LARGEST_RANK, 4, 4), (LARGEST_RANK + 1, 4, 4)]
+SUMMED = [(16, 16, 16), (8, 0, 24), (0, 5, 0), (0, 0, 16), (FUSED_RANK, 33, 1)]
+GATED_RANKS = [*SUMMED, (FUSED_RANK + 1, 4, 4), (LARGEST_RANK, 4, 4), (LARGEST_RANK + 1, 4, 4)]
 # Share of a result's norm: one rounding to 8 bits in bfloat16, and sums in another order in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -54,7 +55,7 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
     more = [factors(TOKENS, COLUMNS, rank, dtype) for rank in ranks]
     exact = [whole(part, one) for part, one in zip((gate, up, grad), more, strict=True)]
     # Beyond the kernels' ranks the sums are made first, and rounded: once more.
-    most = TOLERANCE[dtype] * (3 if max(ranks) > LARGEST_SUM else 1)
+    most = TOLERANCE[dtype] * (3 if max(ranks) > FUSED_RANK else 1)
     for activation in Activation:
         is_silu = activation is Activation.silu
         product, *exact_through = elementwise._gated_backward(*exact, is_silu)
@@ -72,7 +73,7 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("rank", [1, 16, LARGEST_SUM, LARGEST_SUM + 1])
+@pytest.mark.parametrize("rank", [1, 16, FUSED_RANK, FUSED_RANK + 1])
 @pytest.mark.parametrize(("tokens", "columns"), [(TOKENS, COLUMNS), (192, 1024)], ids=["ragged", "whole tiles"])
 def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
     torch.manual_seed(0)
@@ -85,7 +86,7 @@ def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
     product, thin = gated(gate, up, Activation.silu, more, down)
     exact = elementwise._gated(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
     assert error(product, exact) < TOLERANCE[dtype]
-    assert (thin is None) == (rank > LARGEST_SUM)
+    assert (thin is None) == (rank > FUSED_RANK)
     if thin is not None:
         assert thin.dtype is dtype
         assert error(thin, product.float() @ down.float().t()) < TOLERANCE[dtype]
