@@ -19,6 +19,7 @@ PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that leve
 _FP32 = 4
 FUSED_RANK = 64  # of an MLP's adapters, whose sums fit into the registers of the kernel of its gated product
 LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time
+_SPARED_BESIDE = 4  # tensors of an MLP's width that a budget leaves room for at the least: one to spare
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
 
 
@@ -145,7 +146,8 @@ def auto_budget(
     """
     workspace = workspace or Workspace()
     spared = free_bytes / _SPARED_PARTS
-    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces, beside=beside)
+    made = max(beside, _SPARED_BESIDE)
+    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces, beside=made)
     return max(0.0, free_bytes - spared - needed - workspace.logits - workspace.trained)
 
 
