@@ -68,19 +68,24 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
         stop = StopOnSignal()
         try:
             with stop.listening():
-                return _train(recipe, run, overrides, stop)
+                result, base_folder = _train(recipe, run, overrides, stop)
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, StoppedError) or not (stop.raised or came_of_interrupt(error)):
                 raise
             what = "stopped; what is in the last checkpoint is kept" if run.checkpoints.exists() else "stopped"
             raise StoppedError(what, fix=_line_to_go_on(run) if run.recipe.exists() else "") from None
+    _tell(result, recipe, run, base_folder)
+    return result
 
 
 def _line_to_go_on(run: RunDirectory) -> str:
     return shell_line(["qlora-kit", "train", override("resume", run.path)])
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, stop: StopOnSignal) -> TrainResult:
+def _train(
+    recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, stop: StopOnSignal
+) -> tuple[TrainResult, Path]:
+    """The result, and the folder of the base."""
     quiet_libraries()
     refuse_other_kinds(recipe.model)
     base_folder = locate_base(recipe.model)
@@ -137,8 +142,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None, 
             resumed_from=step or None,
         )
         write_json(run.result, result.record())
-    _tell(result, recipe, run, base_folder)
-    return result
+    return result, base_folder
 
 
 def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
