@@ -57,8 +57,10 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         yield f"is of an adapter of the kind {_shown(config.get('peft_type'))}; the kit's are LORA"
         return
-    for key, value in config.items():
-        if key not in _SET and value not in _OFF:
+    odd = {key: value for key, value in config.items() if key not in _SET and value not in _OFF}
+    usual = _defaults() if odd else {}
+    for key, value in odd.items():
+        if key not in usual or usual[key] != value:
             yield f"has {key[:_SHOWN]}={_shown(value)}, which no adapter of the kit has"
     for key in ("use_rslora", "use_dora", "ensure_weight_tying", "inference_mode"):
         if not isinstance(config.get(key, False), bool):
@@ -67,6 +69,14 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(key)
         if value is not None and not _are_names(value):
             yield f"has {key}={_shown(value)}, which is no list of names"
+
+
+def _defaults() -> Mapping[str, Any]:
+    """Settings of the installed peft that nobody set, which a release may add with a value of its own."""
+    from peft import LoraConfig
+
+    found: dict[str, Any] = LoraConfig().to_dict()
+    return found
 
 
 def _saved(config: Mapping[str, Any], held: Collection[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, DamagedFileError
+from qlora_kit.pipelines import strange_adapter
 from qlora_kit.pipelines.strange_adapter import refuse_strange_adapter
 
 NAMES = ("q_proj", "v_proj")
@@ -96,3 +97,10 @@ def test_settings_that_cannot_be_read_are_told(folders, damage):
     (adapter / "adapter_config.json").write_text(damage)
     with pytest.raises(DamagedFileError, match=r"adapter_config\.json"):
         refuse_strange_adapter(adapter, base)
+
+
+def test_what_a_release_of_peft_adds_is_no_fault_while_nobody_set_it(monkeypatch):
+    monkeypatch.setattr(strange_adapter, "_defaults", lambda: {"a_new_switch": True})
+    assert list(strange_adapter._settings({"peft_type": "LORA", "a_new_switch": True})) == []
+    (fault,) = strange_adapter._settings({"peft_type": "LORA", "a_new_switch": 7})
+    assert fault == "has a_new_switch=7, which no adapter of the kit has"
