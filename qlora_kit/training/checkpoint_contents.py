@@ -57,11 +57,12 @@ def told_as_foreign(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device's fault: the checkpoint may be good
         raise
     except (*_RAISED, pickle.UnpicklingError) as error:
         again = shell_line(["qlora-kit", "train", override("resume", checkpoint.parent.parent)])
-        what = f"{checkpoint} {_FOREIGN}: what it holds is not of this run's model and optimizer"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        what = f"{checkpoint} {_FOREIGN}: what it holds is not of this run's model and optimizer ({reason})"
         raise DamagedFileError(what, str(checkpoint), f"{shell_line(['rm', '-r', checkpoint])} && {again}") from error
 
 

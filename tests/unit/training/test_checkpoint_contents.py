@@ -97,3 +97,10 @@ def test_what_a_library_cannot_take_up_is_told_by_the_checkpoint_s_name(tmp_path
     with pytest.raises(DamagedFileError, match="checkpoint-6 is damaged or foreign") as caught, told_as_foreign(place):
         raise ValueError("zip() argument 2 is shorter")
     assert caught.value.problems[0].fix == f"rm -r {place} && qlora-kit train resume={tmp_path / 'run'}"
+    assert "(zip() argument 2 is shorter)" in caught.value.problems[0].what
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), torch.AcceleratorError("device-side assert", 1)])
+def test_a_fault_of_the_device_is_not_laid_on_the_checkpoint(tmp_path, error):
+    with pytest.raises(type(error)), told_as_foreign(tmp_path / "checkpoint-6"):
+        raise error
