@@ -65,7 +65,7 @@ def _problems(run: RunDirectory, noted: dict[str, str]) -> Iterator[Problem]:
 
 def _way_out(run: RunDirectory) -> str:
     line = shell_line(["qlora-kit", "train", *read_overrides(run.overrides)])
-    return f"put the file back as it was, or start a run of its own: {line} <what is to be otherwise>"
+    return f"put the file back as it was, or start a run of its own, with your change behind this line: {line}"
 
 
 def _of_adapter(run: RunDirectory) -> dict[str, str]:

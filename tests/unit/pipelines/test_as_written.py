@@ -62,8 +62,8 @@ def test_an_edited_recipe_is_refused_with_both_ways_out(begun):
     assert problem.what.startswith("recipe.yaml changed since the run was begun")
     assert problem.where == str(begun.recipe)
     assert problem.fix == (
-        "put the file back as it was, or start a run of its own: "
-        "qlora-kit train 'model.source=my base' <what is to be otherwise>"
+        "put the file back as it was, or start a run of its own, with your change behind this line: "
+        "qlora-kit train 'model.source=my base'"
     )
     note_recipe(begun)  # a second look is no pardon
     assert len(refused(begun)) == 1
