@@ -1,4 +1,7 @@
-"""The chat templates of every family, verbatim, with the special tokens that they write and what they can say."""
+"""Chat templates of every construct, with the special tokens that they write and what they can say.
+
+What is published is read from the packages that are installed; the rest is written here, in the form of a family.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -8,14 +11,15 @@ from pathlib import Path
 from qlora_kit.data.template.chat_template import ChatTemplate
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
+KIT = Path(__file__).parents[1] / "qlora_kit" / "model" / "templates"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published chat template.
+    """A chat template.
 
     Attributes:
-        source: file in `assets/templates`, or in trl's folder where the licence asks for more than a copy.
+        source: `trl/<file>` or `kit/<file>` as these packages have it, else a file of ours in `assets/templates`.
         system, tools: whether it takes a system turn, and tool calls with their results.
         tools_once: whether it takes tools only in conversations with a single user turn.
     """
@@ -30,7 +34,7 @@ class Family:
     @functools.cached_property
     def template(self) -> ChatTemplate:
         folder, _, name = self.source.rpartition("/")
-        path = (trl_templates() if folder == "trl" else ASSETS) / name
+        path = {"trl": trl_templates(), "kit": KIT}.get(folder, ASSETS) / name
         named = {"bos_token": self.bos, "eos_token": self.eos}
         return ChatTemplate(path.read_text("utf-8"), {key: token for key, token in named.items() if token})
 
@@ -50,17 +54,17 @@ FAMILIES = {
     "llama3_2": Family("trl/llama3_2.jinja", BEGIN, EOT, tools=True),
     "gemma2": Family("trl/gemma.jinja", "<bos>", "<eos>", system=False),
     "gemma3": Family("trl/gemma3.jinja", "<bos>", "<eos>"),
-    "qwen2_5": Family("qwen2_5.jinja", None, "<|im_end|>", tools=True),
-    "qwen3": Family("qwen3.jinja", None, "<|im_end|>", tools=True),
-    "qwen3_5": Family("qwen3_5.jinja", None, "<|im_end|>", tools=True),
-    "mistral_v1": Family("mistral_v1.jinja", "<s>", "</s>"),
-    "mistral_nemo": Family("mistral_nemo.jinja", "<s>", "</s>", system=False, tools=True, tools_once=True),
-    "mistral_small": Family("mistral_small.jinja", "<s>", "</s>", tools=True, tools_once=True),
-    "phi3": Family("phi3.jinja", "<s>", "<|endoftext|>"),
-    "phi4": Family("phi4.jinja", "<|endoftext|>", "<|im_end|>"),
-    "smollm2": Family("smollm2.jinja", "<|im_start|>", "<|im_end|>"),
-    "smollm3": Family("smollm3.jinja", None, "<|im_end|>"),
-    "deepseek_r1": Family("deepseek_r1.jinja", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
-    "gpt_oss": Family("gpt_oss.jinja", "<|startoftext|>", "<|return|>", tools=True),
-    "chatml": Family("chatml.jinja", None, "<|im_end|>"),
+    "qwen2_5": Family("trl/qwen2_5.jinja", None, "<|im_end|>", tools=True),
+    "qwen3": Family("trl/qwen3.jinja", None, "<|im_end|>", tools=True),
+    "qwen3_5": Family("trl/qwen3_5_think.jinja", None, "<|im_end|>", tools=True),
+    "inst_first": Family("inst_first.jinja", "<s>", "</s>"),
+    "inst_last": Family("inst_last.jinja", "<s>", "</s>", system=False, tools=True, tools_once=True),
+    "dated": Family("dated.jinja", "<s>", "</s>", tools=True, tools_once=True),
+    "phi3": Family("trl/phi3.jinja", "<s>", "<|endoftext|>"),
+    "parted_header": Family("parted_header.jinja", "<|endoftext|>", "<|im_end|>"),
+    "default_system": Family("default_system.jinja", "<|im_start|>", "<|im_end|>"),
+    "two_modes": Family("two_modes.jinja", None, "<|im_end|>"),
+    "deepseek_r1": Family("trl/deepseek_r1_distill.jinja", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
+    "gpt_oss": Family("trl/gptoss.jinja", "<|startoftext|>", "<|return|>", tools=True),
+    "chatml": Family("kit/chatml.jinja", None, "<|im_end|>"),
 }

@@ -1,11 +1,14 @@
-"""What is trained of a conversation, written out by hand for the template of every family."""
+"""What is trained of a conversation, written out by hand for every template."""
 # ruff: noqa: RUF001  (DeepSeek writes its tokens with full-width bars)
 
 import pytest
+from transformers import AutoTokenizer
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message, ToolCall
+from qlora_kit.data.template.chat_template import ChatTemplate
 from qlora_kit.data.template.spans import rendered
+from qlora_kit.model.demo import demo_base
 from qlora_kit.schema.data import TrainOn
 from tests.chat_templates import FAMILIES
 
@@ -101,11 +104,11 @@ EXPECTED = {
         "past": (["In Norway.|<|im_end|>", "\n</think>\n\nIn Italy.|<|im_end|>"], 1),
         "inside": (["A capital.\n</think>\n\nIn Norway.|<|im_end|>"], 0),
     },
-    "mistral_v1": {
+    "inst_first": {
         "single": (["In Norway.|</s>"], 0),
         "multi": (["In Norway.|</s>", "In Italy.|</s>"], 0),
         "system": (["In Norway.|</s>"], 0),
-        "tools": Refused("the chat template refuses this row: Only user and assistant roles are supported!"),
+        "tools": Refused("the chat template refuses this row: no place for a tool turn"),
         "reasoning": (["In Norway.|</s>"], 1),
         "past": (["In Norway.|</s>", "In Italy.|</s>"], 1),
         "inside": (["<think>\nA capital.\n</think>\n\nIn Norway.|</s>"], 0),
@@ -166,8 +169,8 @@ EXPECTED["llama3_2"] = alike("llama3", tools=([LLAMA_CALL, "It is sunny.|<|eot_i
 EXPECTED["gemma3"] = alike("gemma2", system=(["In Norway.|<end_of_turn>"], 0))
 QWEN_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>|<|im_end|>'
 EXPECTED["qwen2_5"] = alike("chatml", tools=([QWEN_CALL, "It is sunny.|<|im_end|>"], 0))
-EXPECTED["mistral_nemo"] = alike(
-    "mistral_v1",
+EXPECTED["inst_last"] = alike(
+    "inst_first",
     system=Refused("the chat template leaves a system turn out of the text"),
     tools=(
         [
@@ -177,17 +180,17 @@ EXPECTED["mistral_nemo"] = alike(
         0,
     ),
 )
-EXPECTED["mistral_small"] = alike(
-    "mistral_v1",
+EXPECTED["dated"] = alike(
+    "inst_first",
     tools=(
         ['[TOOL_CALLS]get_weather[CALL_ID]call00001[ARGS]{"city": "Oslo"}|</s>', "It is sunny.|</s>"],
         0,
     ),
 )
 EXPECTED["phi3"] = alike("chatml", "<|end|>")
-EXPECTED["phi4"] = alike("chatml")
-EXPECTED["smollm2"] = alike("chatml")
-EXPECTED["smollm3"] = alike("chatml")
+EXPECTED["parted_header"] = alike("chatml")
+EXPECTED["default_system"] = alike("chatml")
+EXPECTED["two_modes"] = alike("chatml")
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
@@ -226,12 +229,12 @@ FRONTS = {
     ),
     "qwen3": ("", "<|im_start|>user\n"),
     "qwen3_5": ("", "<|im_start|>user\n"),
-    "mistral_v1": ("<s>", "[INST] "),
-    "mistral_nemo": ("<s>", "[INST]"),
+    "inst_first": ("<s>", "[INST] "),
+    "inst_last": ("<s>", "[INST]"),
     "phi3": ("", "<|user|>\n"),
-    "phi4": ("", "<|im_start|>user<|im_sep|>"),
-    "smollm2": (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+    "parted_header": ("", "<|im_start|>user<|im_sep|>"),
+    "default_system": (
+        "<|im_start|>system\nYou answer questions about places<|im_end|>\n",
         "<|im_start|>user\n",
     ),
     "deepseek_r1": ("<｜begin▁of▁sentence｜>", "<｜User｜>"),
@@ -248,10 +251,10 @@ def test_where_a_long_conversation_may_be_split(family):
     assert [row.text[start:].partition("Rome")[0] for start in row.turn_starts] == [f"{header}And "]
 
 
-@pytest.mark.parametrize("family", ["llama3_2", "mistral_small", "smollm3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama3_2", "dated", "two_modes", "gpt_oss"])
 def test_where_it_may_be_split_after_a_long_front(family):
     row = rendered(Conversation(CONVERSATIONS["multi"], "", 0), FAMILIES[family].template, TrainOn.assistant)
-    header = {"llama3_2": "<|start_header_id|>user<|end_header_id|>\n\n", "mistral_small": "[INST]"}.get(
+    header = {"llama3_2": "<|start_header_id|>user<|end_header_id|>\n\n", "dated": "[INST]"}.get(
         family, "<|start|>user<|message|>" if family == "gpt_oss" else "<|im_start|>user\n"
     )
     assert row.head_end > 40
@@ -269,11 +272,11 @@ def test_llama_leaves_out_what_is_said_beside_a_call():
 def test_mistral_shows_its_tools_to_the_last_user_turn_alone():
     conversation = Conversation((*CONVERSATIONS["tools"], NEXT, LAST), "rows.jsonl", 7, tools=(TOOL,))
     with pytest.raises(RecipeError) as caught:
-        rendered(conversation, FAMILIES["mistral_nemo"].template, TrainOn.assistant)
+        rendered(conversation, FAMILIES["inst_last"].template, TrainOn.assistant)
     assert "renders earlier turns differently once an answer follows" in str(caught.value)
     assert "'AVAILABLE_TOOLS][" in str(caught.value)
     assert "data.train_on=last" in str(caught.value)
-    row = rendered(conversation, FAMILIES["mistral_nemo"].template, TrainOn.last)
+    row = rendered(conversation, FAMILIES["inst_last"].template, TrainOn.last)
     assert [row.text[span.start : span.end] for span in row.spans] == ["In Italy."]
     assert [row.text[start:].partition("{")[0] for start in row.turn_starts] == ["[AVAILABLE_TOOLS]["]
 
@@ -289,3 +292,16 @@ def test_a_turn_after_the_tools_and_thoughts_that_are_left_out_of_it(family):
     last = EXPECTED[family]["multi"][0][1].rpartition("|<")[0]
     assert texts == [call, "It is sunny.", last]
     assert row.dropped_reasoning == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["single", "multi", "system", "inside"])
+def test_the_demo_bases_own_template_has_the_form_that_the_tests_use(case):
+    tokenizer = AutoTokenizer.from_pretrained(demo_base())
+    published = ChatTemplate(tokenizer.chat_template, {})
+    of_form = FAMILIES["default_system"].template
+    rendering = published.render(CONVERSATIONS[case], answer_follows=True)
+    default = published.render(CONVERSATIONS["single"]).partition("<|im_start|>user")[0]
+    ours = of_form.render(CONVERSATIONS["single"]).partition("<|im_start|>user")[0]
+    assert default != ours
+    assert rendering == of_form.render(CONVERSATIONS[case], answer_follows=True).replace(ours, default)

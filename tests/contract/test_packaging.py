@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chat_templates import trl_templates
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,7 +33,7 @@ def test_the_wheel_holds_the_package_every_recipe_and_nothing_else(tmp_path):
     metadata = {name for name in names if ".dist-info/" in name}
     assert len(recipes) > 80
     assert names == recipes | modules | files | metadata | {"qlora_kit/py.typed"}
-    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    assert {name.rsplit("/", 1)[1] for name in metadata if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     assert any(name.endswith("entry_points.txt") for name in metadata)
 
 
@@ -40,7 +42,37 @@ def test_the_source_archive_builds_the_same_recipes(tmp_path):
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")} <= names
-    assert {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "scripts/quickstart"} <= names
+    assert {"LICENSE", "NOTICE", "README.md", "constraints.txt", "pyproject.toml", "scripts/quickstart"} <= names
+
+
+def test_whoever_is_named_in_the_notice_has_a_copyright_line_and_a_licence():
+    parts = (ROOT / "NOTICE").read_text(encoding="utf-8").split("\n\n\n")
+    assert [part.strip().splitlines()[0].split(" (")[0] for part in parts] == [
+        "qlora-kit",
+        "Under the MIT License",
+        "Under the Apache License, Version 2.0",
+        "Under other terms",
+        "MIT License",
+    ]
+    works = [work for part in parts[1:4] for work in part.strip().split("\n\n")[1:]]
+    assert len(works) >= 12
+    for work in works:
+        lines = work.splitlines()
+        assert "https://" in lines[0]
+        assert "Copyright" in work
+        assert any(line.startswith("  - ") for line in lines)
+
+
+def test_no_chat_template_in_the_tree_is_a_published_one():
+    published = {
+        line.strip() for path in trl_templates().glob("*.jinja") for line in path.read_text("utf-8").splitlines()
+    }
+    ours = [path for folder in ("tests", "qlora_kit") for path in (ROOT / folder).rglob("*.jinja")]
+    assert len(published) > 1000
+    assert len(ours) >= 11
+    for path in ours:
+        lines = {line.strip() for line in path.read_text("utf-8").splitlines()}
+        assert not {line for line in lines & published if len(line) > 45}, path
 
 
 def test_every_declared_package_is_pinned_inside_its_range():

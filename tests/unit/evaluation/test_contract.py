@@ -13,7 +13,7 @@ from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_compare import TokenContract
 from qlora_kit.export.gguf.writer import write_gguf
-from tests.chat_templates import FAMILIES as PUBLISHED
+from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.tiny_models import build_tiny_model, set_stop_tokens
 
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
@@ -86,12 +86,12 @@ def test_an_artifact_as_the_kit_writes_it_holds_the_contract(
 
 @pytest.mark.parametrize(
     ("family", "published"),
-    [("qwen3", "qwen3"), ("qwen2", "qwen2_5"), ("llama", "smollm2"), ("gemma3", "gemma3")],
+    [("qwen3", "qwen3"), ("qwen2", "qwen2_5"), ("llama", "default_system"), ("gemma3", "gemma3")],
 )
 def test_published_templates_read_alike_in_transformers_and_llama_cpp(
     copy: Make, tmp_path: Path, family: str, published: str
 ) -> None:
-    folder = copy(family, PUBLISHED[published].template.source)
+    folder = copy(family, TEMPLATES[published].template.source)
     tokenizer = tokenizer_of(folder)
     contract = check_token_ids("gguf", gguf(folder, tmp_path / "out"), "m.gguf", tokenizer, {tokenizer.eos_token_id})
     assert contract.holds, told(contract)
@@ -99,7 +99,7 @@ def test_published_templates_read_alike_in_transformers_and_llama_cpp(
 
 
 def test_another_date_than_the_trained_one_is_caught_and_can_be_kept(copy: Make, tmp_path: Path) -> None:
-    published = PUBLISHED["llama3_1"].template.source
+    published = TEMPLATES["llama3_1"].template.source
     folder = copy("llama3", published)
     tokenizer = tokenizer_of(folder)
     stops = {tokenizer.eos_token_id}
@@ -182,7 +182,7 @@ def test_two_beginnings_of_text_are_caught_by_name(copy: Make, tmp_path: Path) -
 
 
 def test_no_beginning_of_text_is_caught_by_name(copy: Make) -> None:
-    folder = copy("llama3", PUBLISHED["chatml"].template.source)
+    folder = copy("llama3", TEMPLATES["chatml"].template.source)
     tokenizer = tokenizer_of(folder)  # puts one in front of every text, which this template does not write
     contract = check_token_ids("merged", folder, ".", tokenizer, {tokenizer.eos_token_id})
     assert contract.failures[0].what == "0 beginning-of-text tokens in front, trained with 1"
@@ -218,9 +218,9 @@ def test_a_wrong_end_in_a_gguf_file_is_caught_by_name(copy: Make, tmp_path: Path
 
 
 def test_a_good_modelfile_holds_the_contract(copy: Make, tmp_path: Path) -> None:
-    folder = copy("llama", PUBLISHED["smollm2"].template.source)
+    folder = copy("llama", TEMPLATES["default_system"].template.source)
     tokenizer = tokenizer_of(folder)
-    system = 'SYSTEM "You are a helpful AI assistant named SmolLM, trained by Hugging Face"\n'
+    system = 'SYSTEM "You answer questions about places"\n'
     out = gguf(folder, tmp_path / "out", modelfile(CHATML, "<|im_end|>", more=system))
     contract = check_token_ids("gguf", out, "m.gguf", tokenizer, {tokenizer.eos_token_id})
     assert contract.holds, told(contract)
@@ -277,7 +277,7 @@ def test_what_is_not_compared_is_a_note(copy: Make, models: Callable[[str], Path
     out = gguf(folder, tmp_path / "out", 'FROM ./m.gguf\nPARAMETER stop "<|im_end|>"\n')
     contract = check_token_ids("gguf", out, "m.gguf", tokenizer, stops)
     assert "Ollama's Modelfile has no TEMPLATE, so Ollama's prompts were not compared" in contract.notes
-    refusing = PUBLISHED["gemma2"].template.source
+    refusing = TEMPLATES["gemma2"].template.source
     tokenizer.chat_template = refusing
     contract = check_token_ids("merged", copy("qwen3", refusing), ".", tokenizer, stops)
     assert (contract.compared, contract.notes) == (

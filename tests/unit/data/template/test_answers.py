@@ -58,11 +58,11 @@ def test_ordinary_answers_are_no_finding(family, content):
     assert "".join(content.split()) in "".join("".join(trained_text(family, said("Hm."), said(content))).split())
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "smollm3", "chatml", "llama3", "deepseek_r1"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "two_modes", "chatml", "llama3", "deepseek_r1"])
 def test_well_formed_thoughts_are_no_finding(family):
     assert trained_text(family, said(THOUGHT))[0].endswith("Four.")
     assert trained_text(family, said(THOUGHT), said(THOUGHT))[1].endswith("Four.")
-    if family != "smollm3":
+    if family != "two_modes":
         assert trained_text(family, said("adding</think>Four."))[0].endswith("Four.")
     assert trained_text(family, said("Four.", reasoning="adding"))[0].endswith("Four.")
 

@@ -139,7 +139,7 @@ def test_the_form_that_worked_is_tried_first_the_next_time():
     assert template.render(messages) == "True"
 
 
-@pytest.mark.parametrize(("name", "today"), [("llama3_2", True), ("mistral_small", True), ("llama3_1", False)])
+@pytest.mark.parametrize(("name", "today"), [("llama3_2", True), ("dated", True), ("llama3_1", False)])
 def test_a_template_that_writes_the_day_says_so(name, today):
     assert FAMILIES[name].template.uses_today is today
 

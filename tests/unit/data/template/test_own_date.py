@@ -17,7 +17,7 @@ def test_a_date_from_outside_no_longer_counts() -> None:
 
 
 def test_other_templates_stay_as_they_are() -> None:
-    for name in ("llama3", "llama3_2", "qwen3", "gemma3", "mistral_small"):
+    for name in ("llama3", "llama3_2", "qwen3", "gemma3", "dated"):
         assert with_own_date(FAMILIES[name].template.source) == FAMILIES[name].template.source
     two = (
         "{% if date_string is not defined %}{% set date_string = 'a' %}{% else %}{% set date_string = 'b' %}{% endif %}"

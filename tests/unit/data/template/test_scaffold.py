@@ -33,7 +33,7 @@ def test_a_plain_row_is_found_by_its_scaffold(family):
     assert [row.text[span.start : span.end].strip().endswith("In Norway.") for span in row.spans] == [True, True]
 
 
-@pytest.mark.parametrize("family", ["llama3", "smollm2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3", "default_system", "qwen3"])
 def test_it_costs_one_rendering(family):
     template = Counting(FAMILIES[family].template.source, FAMILIES[family].template.special)
     rendered(row_of(USER, ANSWER), template, TrainOn.assistant)
@@ -63,7 +63,7 @@ def test_what_is_left_to_the_general_method(conversation):
 
 
 def test_a_text_that_is_not_the_predicted_one_is_left_to_the_general_method():
-    template = FAMILIES["smollm3"].template
+    template = FAMILIES["two_modes"].template
     system = Message("system", "Be brief. /no_think")
     assert found_by_scaffold(row_of(Message("system", "Be brief."), USER, ANSWER), template, (2,)) is not None
     assert found_by_scaffold(row_of(system, USER, ANSWER), template, (2,)) is None
@@ -107,9 +107,9 @@ def test_a_refusal_names_the_row():
 
 
 def test_a_prompt_that_ends_as_a_mark_begins_is_no_part_of_an_answer():
-    header = "{{ '<|im_start|>assistant\n' }}"
+    header = r"{{ '<|im_start|>assistant\n' }}"
     assert header in TEMPLATE.source
-    template = ChatTemplate(TEMPLATE.source.replace(header, "{{ '<|im_start|>assistant\nQ' }}"), {})
+    template = ChatTemplate(TEMPLATE.source.replace(header, header.replace(r"\n", r"\nQ")), {})
     with pytest.raises(RecipeError, match="renders earlier turns differently"):
         rendered(row_of(USER, Message("assistant", "Hello")), template, TrainOn.assistant)
     row = rendered(row_of(USER, Message("assistant", "Quite.")), template, TrainOn.assistant)

@@ -35,10 +35,20 @@ def refusal(conversation, template):
     return str(caught.value)
 
 
+# ChatML with a branch for answers
+BRANCHED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def written(old, new):
     """ChatML with a part of it written otherwise."""
-    assert old in CHATML.source
-    return ChatTemplate(CHATML.source.replace(old, new), {})
+    assert old in BRANCHED
+    return ChatTemplate(BRANCHED.replace(old, new), {})
 
 
 def test_a_row_counts_characters_of_its_own_text():
@@ -181,7 +191,7 @@ def test_a_template_that_changes_an_answer_by_what_it_says_is_refused():
 
 def test_a_template_that_cuts_the_prompt_where_an_answer_is_empty_is_refused():
     template = written(
-        "{{'<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' }}",
+        "{{ '<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' }}",
         "{{ ('<|im_start|>assistant\n' + message['content']) | trim + '\n' }}",
     )
     assert trained_texts(chat("a", "x"), template) == ["x"]

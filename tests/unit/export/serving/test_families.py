@@ -1,4 +1,4 @@
-"""Ollama's templates beside the published chat templates, and never one that renders otherwise."""
+"""Ollama's templates beside the chat templates of every form, and never one that renders otherwise."""
 
 from importlib import resources
 
@@ -8,7 +8,7 @@ from qlora_kit.data.template.chat_template import ChatTemplate
 from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.data.template.probes import PROBES
 from qlora_kit.export.serving.families import OllamaTemplate, default_system, ollama_template
-from tests.chat_templates import FAMILIES as PUBLISHED
+from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.tiny_models import (
     gemma_tokenizer,
     llama3_tokenizer,
@@ -18,7 +18,7 @@ from tests.tiny_models import (
     smollm_tokenizer,
 )
 
-SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+PLACES = "You answer questions about places"
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
@@ -28,21 +28,21 @@ QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
         ("chatml", "chatml", None, False),
         ("qwen2_5", "chatml", QWEN, False),
         ("qwen3", "chatml", None, False),
-        ("smollm2", "chatml", SMOLLM, False),
-        ("smollm3", "smollm3", None, False),
+        ("default_system", "chatml", PLACES, False),
+        ("two_modes", "smollm3", None, False),
         ("llama3", "llama3", None, True),
         ("llama3_1", "llama3.1", None, True),
         ("gemma2", "gemma", None, True),
         ("gemma3", "gemma", None, True),
         ("phi3", "phi3", None, False),
-        ("phi4", "phi4", None, False),
-        ("mistral_v1", "mistral-v1", None, False),
-        ("mistral_nemo", "mistral-nemo", None, False),
+        ("parted_header", "phi4", None, False),
+        ("inst_first", "mistral-v1", None, False),
+        ("inst_last", "mistral-nemo", None, False),
     ],
 )
-def test_published_templates_are_known(published: str, family: str, system: str | None, trims: bool) -> None:
+def test_templates_of_known_forms_are_known(published: str, family: str, system: str | None, trims: bool) -> None:
     tokenizer = qwen_tokenizer()  # adds no beginning of text
-    source = PUBLISHED[published]
+    source = TEMPLATES[published]
     tokenizer.chat_template = source.template.source
     for name, token in source.template.special.items():
         setattr(tokenizer, name, token)
@@ -99,7 +99,7 @@ def test_the_beginning_of_text_is_written_only_where_the_tokenizer_does_not_add_
 def test_a_template_that_differs_anywhere_gets_none(change: str | None, words: str) -> None:
     tokenizer = qwen_tokenizer()
     if change:
-        tokenizer.chat_template = PUBLISHED["chatml"].template.source.replace("<|im_end|>", f"{change} ", 1)
+        tokenizer.chat_template = TEMPLATES["chatml"].template.source.replace("<|im_end|>", f"{change} ", 1)
     else:
         tokenizer.chat_template = None if change is None else tokenizer.chat_template + "{{ strftime_now('%Y') }}"
     found = ollama_template(tokenizer)
@@ -117,10 +117,10 @@ def test_a_template_that_refuses_most_conversations_gets_none() -> None:
 
 
 def test_default_system_texts() -> None:
-    assert default_system(PUBLISHED["smollm2"].template) == SMOLLM
-    assert default_system(PUBLISHED["llama3_1"].template) is None
-    assert default_system(PUBLISHED["gemma3"].template) is None
-    assert default_system(PUBLISHED["gemma2"].template) is None  # refuses system turns
+    assert default_system(TEMPLATES["default_system"].template) == PLACES
+    assert default_system(TEMPLATES["llama3_1"].template) is None
+    assert default_system(TEMPLATES["gemma3"].template) is None
+    assert default_system(TEMPLATES["gemma2"].template) is None  # refuses system turns
     curly = "{% if messages[0]['role'] != 'system' %}S:{{ '{{ x }}' }}.{% endif %}"
     every = "{% for m in messages %}{{ m['role'][0] | upper }}:{{ m['content'] }}.{% endfor %}"
     assert default_system(ChatTemplate(curly + every, {})) is None  # Go would take it for an action

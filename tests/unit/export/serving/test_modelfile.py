@@ -7,7 +7,7 @@ import pytest
 
 from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.export.serving.modelfile import write_modelfile
-from tests.chat_templates import FAMILIES as PUBLISHED
+from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.unit.export.serving.conftest import Made
 
 EXPECTED = '''# tiny_q4: made by qlora-kit from Tiny-1B
@@ -32,11 +32,9 @@ def test_the_whole_file(facts: Made, tmp_path: Path) -> None:
 
 def test_the_system_text_that_the_template_adds(facts: Made, tmp_path: Path) -> None:
     made = facts()
-    made.tokenizer.chat_template = PUBLISHED["smollm2"].template.source
+    made.tokenizer.chat_template = TEMPLATES["default_system"].template.source
     write_modelfile(tmp_path, made)
-    assert Modelfile.read((tmp_path / "Modelfile").read_text("utf-8")).system == (
-        "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    )
+    assert Modelfile.read((tmp_path / "Modelfile").read_text("utf-8")).system == ("You answer questions about places")
 
 
 def test_an_unknown_template_is_left_out_and_the_file_says_so(facts: Made, tmp_path: Path) -> None:
