@@ -10,7 +10,8 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 TOP = Path(__file__).resolve().parent.parent
-DOCUMENTS = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md")), *TOP.glob("SECURITY.md")]
+TEXTS = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS = [*TEXTS, *sorted((TOP / "docs").rglob("*.md"))]
 ERRORS = ("KitError", "RecipeError", "RunError", "StoppedError", "FidelityError", "Problem", "DamagedFileError")
 
 # What stands in a message for a value: the source of the expression -> such a value. A new one is added by its source.
@@ -79,7 +80,7 @@ class Printed:
 def of_documents() -> Iterator[Printed]:
     """Lines of fenced blocks without a language, and spans that begin as a command or an override does."""
     for path in DOCUMENTS:
-        yield from _of_markdown(path.name, path.read_text(encoding="utf-8"))
+        yield from _of_markdown(str(path.relative_to(TOP)), path.read_text(encoding="utf-8"))
 
 
 def _of_markdown(name: str, text: str) -> Iterator[Printed]:

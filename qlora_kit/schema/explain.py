@@ -21,11 +21,12 @@ def explain(recipe: type[Sealed]) -> str:
         knob: Knob = field.metadata["knob"]
         lines.append(f"  {path}")
         lines.append(f"      {knob.help}")
-        lines.append(f"      {'; '.join(_facts(annotation, field, knob))}")
+        lines.append(f"      {'; '.join(facts(annotation, field, knob))}")
     return "\n".join(lines)
 
 
-def _facts(annotation: Any, field: Any, knob: Knob) -> Iterator[str]:
+def facts(annotation: Any, field: Any, knob: Knob) -> Iterator[str]:
+    """A field's type, then its default, then its unit and its bounds where it has them."""
     yield walk.type_name(annotation)
     yield f"default {shown_default(field)}"
     if knob.unit:

@@ -192,6 +192,17 @@ def test_lines_of_documents(capsys):
     assert counts["run"] > 3
 
 
+def test_what_documents_link_to_is_there():
+    made = {TOP / "docs" / "reference" / f"{page}.md" for page in ("groups", *RECIPE_OF_VERB)}
+    links = [
+        (str(path.relative_to(TOP)), (path.parent / target).resolve())
+        for path in printed_lines.DOCUMENTS
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 40
+    assert [link for link in links if not link[1].exists() and link[1] not in made] == []
+
+
 def test_lines_of_recipes(capsys):
     counts: Counter = Counter()
     wrong = judge(list(printed_lines.of_recipes()), counts)
