@@ -1,6 +1,7 @@
 """Registers the recipe classes and folders with Hydra."""
 
 import io
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -76,6 +77,7 @@ class RecipeFolders(SearchPathPlugin):
             search_path.prepend(provider="recipes", path=f"recipes://{folder}")
 
 
+@cache
 def register() -> None:
     """Make the schemas and the recipe folders known to Hydra; calling it again changes nothing."""
     for verb, recipe in RECIPE_OF_VERB.items():

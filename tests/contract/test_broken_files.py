@@ -218,6 +218,7 @@ HARMLESS: list[tuple[str, str, bytes, list[int]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "data", "lines"), [case[1:] for case in HARMLESS], ids=[case[0] for case in HARMLESS])
 def test_what_is_harmless_is_read_whole(tmp_path, name, data, lines):
     path = tmp_path / name

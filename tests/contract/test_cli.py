@@ -10,6 +10,8 @@ from qlora_kit.cli.verbs import VERBS, main
 from qlora_kit.schema.store import RECIPE_OF_VERB
 from qlora_kit.schema.walk import schema_paths
 
+pytestmark = pytest.mark.slow
+
 RUN_VERBS = ["train", "export", "eval"]
 
 

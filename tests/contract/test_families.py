@@ -27,6 +27,8 @@ from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.forecast import forecast
 from tests.families import KINDS, build
 
+pytestmark = [pytest.mark.slow, pytest.mark.libraries]
+
 TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text")
 EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
 REFUSED = {

@@ -22,6 +22,8 @@ from qlora_kit.schema.quant import QuantConfig, QuantKind
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import FAMILIES, build_tiny_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.libraries]
+
 LENGTHS = [41, 7, 1, 30, 19, 2, 24]  # two samples are longer than the window of 16
 WINDOWED = {"mistral": {"sliding_window": 16}, "phi3": {"sliding_window": 16}}
 FP32 = 1e-5  # of the largest entry of all gradients; measured: 5e-7 to 1.3e-6

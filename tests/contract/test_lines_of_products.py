@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from qlora_kit.cli.line import Line, parse_line
 from qlora_kit.cli.sweep import line_to_go_on as line_to_go_on_with_sweep
 from qlora_kit.cli.verbs import _told
@@ -33,6 +35,8 @@ from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import build_tiny_model
 from tests.unit.export.serving.test_serve_lines import FLAGS, fault_of, parts, python_fault_of
 from tests.unit.report.test_inspect_page import content  # noqa: F401
+
+pytestmark = pytest.mark.slow
 
 NAMES = (
     "plain",

@@ -56,6 +56,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_rows_alone(folder, rows):
     alone = [Collator(0)([feature(rows, [index])]) for index in range(len(rows))]
     model = load(folder, Attention.sdpa)
@@ -66,6 +67,7 @@ def test_packed_rows_equal_rows_alone(folder, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 def test_packed_rows_equal_rows_alone_with_flex_attention(folder, rows):
     """torch has no backward of flex attention on a CPU; the gradients are compared in tests/gpu."""
     model = load(folder, Attention.sdpa)
@@ -206,6 +208,7 @@ def test_attention_of_transformers_is_left_alone(llama):
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 def test_flex_attention_has_a_mask_of_blocks(rows, tmp_path):
     model = load(build_tiny_model("llama", tmp_path / "base"), Attention.flex_attention)
     masks = []

@@ -19,6 +19,8 @@ from qlora_kit.schema.walk import find_path, schema_paths
 from tests import printed_lines
 from tests.printed_lines import TOP, Fix, Printed
 
+pytestmark = pytest.mark.slow
+
 # A place to fill in -> what a reader may put there. In documents only; a `fix` has none.
 PLACES = {
     "<folder>": "models/my_base",

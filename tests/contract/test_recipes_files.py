@@ -110,6 +110,7 @@ def test_an_experiment_says_what_for_how_much_memory_and_how_to_launch(path):
     assert "(an estimate" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_composes_and_needs_the_memory_it_says(path, tmp_path):
     recipe = _compose(path, tmp_path)

@@ -7,6 +7,8 @@ from qlora_kit.schema.compose import compose_unchecked
 from qlora_kit.schema.folders import groups
 from qlora_kit.schema.root import TrainRecipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_every_experiment_composes(experiment):

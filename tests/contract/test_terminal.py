@@ -8,6 +8,8 @@ import pytest
 from qlora_kit.cli.verbs import main
 from tests.tiny_models import build_tiny_model
 
+pytestmark = pytest.mark.slow
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 GOOD = ["model.source=base", "data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64}
 RUN = ["run=outputs/done/1", "export=gptq_4bit"]

@@ -132,6 +132,7 @@ def test_an_experiment_goes_the_whole_way(experiment, way, bases, here, capfd):
     follow(run, ["gguf_q8_0", "merged_16bit"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", IMAGE_TEXT)
 def test_an_image_text_model_is_refused_before_a_weight_is_loaded(experiment, here, bases, capsys):
     base = build_tiny_image_text_model(bases / "gemma")

@@ -12,6 +12,8 @@ from qlora_kit.schema.recipe_file import check_recipe_file
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.walk import schema_paths
 
+pytestmark = pytest.mark.slow
+
 LINE = ["model=demo", "data=rows", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 KEYS = [
     *(path.replace("*", "a") for path, _, _ in schema_paths(TrainRecipe)),

@@ -20,6 +20,8 @@ from qlora_kit.tracking.record import read_known
 from qlora_kit.tracking.tracker import read_metrics, rewind_metrics
 from qlora_kit.training.checkpoint import last_complete
 
+pytestmark = pytest.mark.slow
+
 ODD: list[Any] = [
     *(None, True, -1, 0, 2**70, 0.5, float("nan"), float("inf"), "", "x", "../up", "\x1b[2J", "\ud800"),
     *([], [[]], [None], {}, {"a": {}}),

@@ -168,6 +168,7 @@ NAMES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @given(row=ROWS, reader=READERS)
 def test_a_row_is_read_or_refused(row, reader):

@@ -71,6 +71,7 @@ def conversations(draw):
     return Conversation(tuple(messages), "rows.jsonl", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "pieces"), [(chatml, chatml_pieces), (llama3, llama3_pieces)], ids=["chatml", "llama3"]
 )

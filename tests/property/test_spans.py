@@ -14,6 +14,8 @@ from qlora_kit.data.template.turns import found_by_rendering
 from qlora_kit.schema.data import TrainOn
 from tests.chat_templates import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 TOOL = {
     "type": "function",

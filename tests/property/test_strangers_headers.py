@@ -220,6 +220,7 @@ def described(folder: Path, seed: int) -> None:
             assert error.exit_code == EXIT_BAD_RECIPE, (seed, error)
 
 
+@pytest.mark.slow
 def test_a_strangers_config_describes_a_model_or_is_refused(tmp_path):
     for seed in range(120):
         described(tmp_path / str(seed), seed)

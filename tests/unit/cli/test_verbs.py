@@ -190,6 +190,7 @@ def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
     assert capsys.readouterr().err == f"error: a file's name is too long for its disk: {'x' * 300}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 @pytest.mark.parametrize("words", [["experiment=x"], ["resume=latest"], ["-m", "lora.r=4,8"]])
 def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, name, words):

@@ -6,6 +6,8 @@ import pytest
 
 from qlora_kit.core.patterns import matched, whole_or_end
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(4) for name in ("q_proj", "v_proj")]
 
 

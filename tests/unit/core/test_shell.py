@@ -73,6 +73,7 @@ def test_hydra_reads_back_the_value(name):
     assert read_hydra_text(override("data.train_file", name).split("=", 1)[1]) == name
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20))
 def test_hydra_reads_back_any_text(name):
     (parsed,) = OverridesParser.create().parse_overrides([override("name", f"x{name}")])

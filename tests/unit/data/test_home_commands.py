@@ -147,6 +147,7 @@ def test_a_row_count_below_one_is_refused(capsys):
     assert "must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_runs_without_torch(tmp_path):
     code = (
         "import sys\n"

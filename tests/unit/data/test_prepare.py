@@ -192,6 +192,7 @@ def test_held_out_rows_may_do_without_an_optional_column(tmp_path):
     assert len(data.held_out) == 1
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_from_processes_and_from_the_cache(tmp_path, cache):
     train = chat_file(tmp_path / "a.jsonl", *[(f"question {index}", f"answer {index}") for index in range(6000)])
     here = prepare(DataConfig(train_file=train, max_tokens=64, processes=1, cache=False), TOKENIZER)

@@ -107,6 +107,7 @@ def test_a_stride_that_skips_text_is_refused(place):
     assert "eval.text_stride=3" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 16])
 def test_perplexity_is_that_of_transformers_loss(tmp_path, stride):
     folder = build_tiny_model("llama", tmp_path / "tiny")

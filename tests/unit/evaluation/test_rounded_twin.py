@@ -33,6 +33,7 @@ def test_every_matrix_but_the_ends_is_rounded(folder):
     assert changed == {name for name, _ in was.named_parameters() if name.endswith("proj.weight")}
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_away(folder):
     rows = [TokenRow(tuple(range(5 + start, 25 + start)), (True,) * 20, "f", 1) for start in range(4)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

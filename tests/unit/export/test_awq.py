@@ -98,6 +98,7 @@ def test_symmetric_file_is_read_as_such(tmp_path: Path) -> None:
     assert apart(load_quantized(out)(SAMPLE).logits.float(), dequantised_logits(source, out, 64)) < 0.03
 
 
+@pytest.mark.slow
 def test_only_what_was_quantised_differs(tmp_path: Path) -> None:
     source = source_folder("qwen2", tmp_path)
     out = export(source, tmp_path / "out", group_size=128)

@@ -20,6 +20,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model("llama", tmp_path_factory.mktemp("target") / ".merged.x1")
 
 
+@pytest.mark.slow
 def test_every_target_writes_the_file_it_names(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     real = module.mean_squared_inputs

@@ -286,6 +286,7 @@ def test_refusals_leave_nothing_behind(target: GptqTarget, rows: list[list[int]]
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_files_that_the_library_still_writes_do_not_hide_why_it_stopped(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_entries_name_exactly_the_layers_and_what_servers_make_of_them() -> None
     assert dynamic_entries(plan_of({}), target()) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -146,6 +146,7 @@ def locate_with_hub(tmp_path, **environment):
     ).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "down"]
 )
@@ -155,6 +156,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, environment):
     assert "do       model.source=<folder of a model in Hugging Face format>" in said
 
 
+@pytest.mark.slow
 def test_a_repository_in_the_hub_cache_needs_no_network(tmp_path, folder):
     place = tmp_path / "hub" / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
     place.parent.mkdir(parents=True)

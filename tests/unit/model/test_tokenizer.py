@@ -61,6 +61,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_slow_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}', encoding="utf-8")
     with pytest.raises(RecipeError, match=r"(?s)has no fast version.*tokenizer\.json"):
@@ -131,6 +132,7 @@ def test_stop_ids_are_those_of_the_tokenizer_and_of_the_generation_settings(tmp_
     assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     "text",

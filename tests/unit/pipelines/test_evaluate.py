@@ -30,6 +30,8 @@ from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from tests.tiny_models import TRAINING_TEXT, build_tiny_model
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 4
 
 

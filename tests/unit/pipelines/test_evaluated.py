@@ -77,6 +77,7 @@ def test_the_command_is_kept(exported):
     assert base.directory.overrides.read_text() == "base=models/mine\nexport=gguf_q8_0\n"
 
 
+@pytest.mark.slow
 def test_base_and_files_are_in_the_table(exported):
     base, _ = exported()
     reference, file = evaluate(open_evaluated_base("there"), EvalConfig())
@@ -91,6 +92,7 @@ def test_base_and_files_are_in_the_table(exported):
     assert read_json(base.directory.exports / "gguf_q8_0" / "manifest.json")["evaluation"] == record["rows"][1]
 
 
+@pytest.mark.slow
 def test_rows_of_data_are_masked_and_its_task_is_judged(exported, tmp_path):
     _, rows = exported(chats(tmp_path, task=Task.exact_match))
     subject = open_evaluated_base("there")

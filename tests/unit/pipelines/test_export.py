@@ -71,6 +71,7 @@ def test_a_file_that_nobody_measured_is_called_so_everywhere(opened, capsys):
     assert "**Not measured**: without held-out rows" in (done.folder / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_rows_that_are_given_later_measure_each_file(opened, tmp_path, capsys):
     later = LaterRows(write_rows(tmp_path / "later.jsonl", 4, "and"))
     config = ExportConfig(merged=MERGED, bnb={"bnb_nf4": BnbTarget()}, max_mean_kl=0.01)

@@ -80,6 +80,7 @@ def test_a_stop_in_the_sweeps_folder_reaches_the_job_once_and_its_checkpoint_is_
     assert not stop.asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_of_the_sweep_is_passed_on_and_a_second_one_too(tmp_path, number):
     stop = SweepStop(tmp_path)

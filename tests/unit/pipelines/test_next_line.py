@@ -22,6 +22,7 @@ def base(tmp_path):
     return build_tiny_model("llama", tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_the_run_and_a_format_that_its_family_has_are_named(base, tmp_path):
     run = RunDirectory(tmp_path / "it's mine")
     qlora_kit, verb, *words = shlex.split(line_to_export(run, base))
@@ -31,12 +32,14 @@ def test_the_run_and_a_format_that_its_family_has_are_named(base, tmp_path):
     assert words[1] == "export=gguf_q4_k_m"
 
 
+@pytest.mark.slow
 def test_a_family_without_gguf_is_exported_as_it_can_be(base, tmp_path):
     shapes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
     AutoModelForCausalLM.from_config(OPTConfig(**shapes, word_embed_proj_dim=64)).save_pretrained(base)
     assert line_to_export(RunDirectory(tmp_path), base).endswith(" export=merged_16bit")
 
 
+@pytest.mark.slow
 def test_of_a_sweep_the_best_job_is_exported(base, tmp_path):
     rows = [{"objective": 0.2, "folder": "1"}, {"objective": 0.5, "folder": "2"}, {"objective": None, "folder": "0"}]
     write_json(tmp_path / "sweep.json", {"rows": rows})

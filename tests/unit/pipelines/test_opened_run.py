@@ -68,6 +68,7 @@ def run(tmp_path):
     return opened
 
 
+@pytest.mark.slow
 def test_a_run_whose_base_changed_or_whose_adapter_is_strange_is_not_opened(tmp_path):
     base, run = tmp_path / "base", RunDirectory(tmp_path / "run")
     build_tiny_model("llama", base)
@@ -90,6 +91,7 @@ def test_a_run_whose_base_changed_or_whose_adapter_is_strange_is_not_opened(tmp_
         open_run(str(run.path))
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_rows_says_how_to_give_some(run):
     assert not run().holds_out
     with pytest.raises(RecipeError, match="this run has no held-out rows to score on") as caught:
@@ -136,6 +138,7 @@ def test_training_rows_that_are_gone_are_said_and_the_rows_scored_all_the_same(r
         opened.rows()  # an export calibrates on them
 
 
+@pytest.mark.slow
 def test_the_runs_own_settings_read_the_rows(run, tmp_path):
     opened = run([("new", "not JSON")], eval_rows=5)
     opened.recipe.data.task = Task.json_exact_match

@@ -51,6 +51,7 @@ def test_what_the_kit_writes_passes(folders):
     refuse_strange_adapter(*folders())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -320,6 +320,7 @@ def test_memory_that_ran_out_is_told_with_lines_that_need_less(workshop, tmp_pat
     assert shlex.split(resume) == ["qlora-kit", "train", f"resume={run.path}"]
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_fit_is_told_so(workshop, tmp_path, typed, monkeypatch):
     def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -333,6 +334,7 @@ def test_a_base_that_does_not_fit_is_told_so(workshop, tmp_path, typed, monkeypa
         train(recipe_for(workshop), RunDirectory(tmp_path / "other"), typed)
 
 
+@pytest.mark.slow
 def test_a_loss_that_was_never_finite_is_no_fault_of_the_learning_rate(workshop, tmp_path, typed, monkeypatch):
     monkeypatch.setattr(KitTrainer, "compute_loss", lambda trainer, model, inputs, **_: nan_loss(model))
     with pytest.raises(RunError) as told:
@@ -376,6 +378,7 @@ def test_a_training_that_diverged_says_so(workshop, tmp_path, typed, capsys):
     assert result["optimizer"] == "adamw"  # without a GPU, whatever the recipe says
 
 
+@pytest.mark.slow
 def test_the_end_names_the_line_that_comes_next(workshop, tmp_path, capsys):
     run = RunDirectory(tmp_path / "it's mine")
     counts = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)

@@ -16,6 +16,8 @@ from qlora_kit.report.run_page_record import hardware_of
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from tests.html_reader import read
 
+pytestmark = pytest.mark.slow
+
 NASTY = '</style><script>alert("x")</script>&\x00<img src=//evil.example/x onerror=1>'
 SPLIT = {"rows": 100, "tokens": 5000, "trained_tokens": 1250, "longest_row": 71, "max_tokens": 256}
 SOURCE = {

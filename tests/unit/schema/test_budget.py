@@ -34,6 +34,7 @@ def test_a_shared_budget_is_each_targets_that_has_no_own() -> None:
     assert found(config) == {}
 
 
+@pytest.mark.slow
 def test_the_command_line_sets_it() -> None:
     composed = compose_recipe("export", ["export=[gptq_4bit,gguf_q4_k_m]", "export.bits_budget=4.5"])
     assert isinstance(composed.recipe, ExportRecipe)

@@ -113,6 +113,7 @@ def test_a_run_may_be_given_held_out_rows_later(tmp_path):
     assert finding.what == "data belongs to run=<run directory>; files of a base are scored on the rows of their export"
 
 
+@pytest.mark.slow
 def test_the_lines_that_give_rows_later_compose():
     recipe = compose_recipe("eval", ["run=r", "data.eval_file=rows.jsonl", "data.eval_rows=5"]).recipe
     assert recipe.data == LaterRows("rows.jsonl", 5)

@@ -49,6 +49,7 @@ def test_a_misspelt_option_does_not_hide_that_another_group_has_none():
 DATA = ("data=messages", "data.train_file=rows.jsonl", "data.max_tokens=64")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_its_source_alone(tmp_path):
     recipe = compose_unchecked("train", [f"model.source={tmp_path}", *DATA])
     assert recipe.model.source == str(tmp_path)
@@ -79,6 +80,7 @@ def test_a_misspelt_field_of_a_group_without_an_option_is_all_that_is_told():
     ]
 
 
+@pytest.mark.slow
 def test_of_fields_with_one_name_the_nearest_to_the_root_is_meant():
     ((what, _, fix),) = told("train", "model=demo", "run.name=mine", *DATA)
     assert what == "there is no field 'run.name'; did you mean 'name'?" and fix == "name=mine"
@@ -94,6 +96,7 @@ def test_a_file_may_look_up_a_field_that_another_file_sets(tmp_path, monkeypatch
     assert composed.origins["lora.alpha"].endswith("recipes/experiment/mine.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["mine", "yours"])
 def test_a_file_that_builds_on_itself(tmp_path, monkeypatch, other):
     folder = tmp_path / "recipes" / "experiment"

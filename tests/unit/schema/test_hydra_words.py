@@ -19,6 +19,7 @@ def told(*words):
     return problem
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not extras.is_present("hydra_plugins.hydra_joblib_launcher"), reason="needs the extra sweep")
 def test_what_sweeps_need_composes():
     compose_unchecked("train", [*LINE, "launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=x"])
@@ -55,6 +56,7 @@ def test_the_environment_is_set_before_the_command():
     assert told("+hydra.job.env_set.A=b").what.endswith("set it before the command: NAME=value qlora-kit train ..")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["launcher=joblib", "launcher=slurm", "hydra/sweeper=optuna"])
 def test_a_launcher_that_is_not_installed_is_told_with_its_pip_line(monkeypatch, word):
     from hydra.core.config_store import ConfigStore

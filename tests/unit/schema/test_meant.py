@@ -10,6 +10,8 @@ from qlora_kit.schema.meant import HINTS, NAMES_ELSEWHERE, OPTIONS_ELSEWHERE, WO
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.walk import find_path
 
+pytestmark = pytest.mark.slow
+
 ROWS = ["data=rows", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 LINE = ["model=demo", *ROWS]
 

@@ -190,6 +190,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "place"),
     [
@@ -251,6 +252,7 @@ def test_every_packaged_recipe_passes(file):
     check_recipe_file(found, group, ConfigSource._get_header_dict(found.text[:512])["package"])
 
 
+@pytest.mark.slow
 def test_references_that_double_or_lead_back_are_refused(here):
     doubling = "".join(f"    k{n}: '${{data.columns.k{n + 1}}}${{data.columns.k{n + 1}}}'\n" for n in range(60))
     write(here, GLOBAL + f"data:\n  columns:\n{doubling}    k60: xx\n")

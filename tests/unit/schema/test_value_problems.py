@@ -25,6 +25,7 @@ def test_a_misspelt_choice_is_answered_with_the_nearest(given, fix):
     assert "it is one of" in problem.what
 
 
+@pytest.mark.slow
 def test_a_choice_like_no_other_and_a_wrong_type_are_answered_with_the_value_that_holds():
     first, second = problems("data.batching=xyz", "lora.r=many")
     assert first.fix == "data.batching=padded"

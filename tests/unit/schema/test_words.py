@@ -8,6 +8,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.shell import shell_line
 from qlora_kit.schema.compose import compose_recipe, compose_unchecked, sweep_jobs, sweep_lines
 
+pytestmark = pytest.mark.slow
+
 LINE = ("model=demo", "data=rows", "data.max_tokens=64")
 ROWS = (*LINE, "data.train_file=rows.jsonl")
 

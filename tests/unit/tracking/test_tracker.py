@@ -112,6 +112,7 @@ def recipe(tmp_path, monkeypatch):
     return compose_recipe("train", [*line, "tracker=[wandb,mlflow]", "lora.r=24"]).recipe
 
 
+@pytest.mark.slow
 def test_several_services_are_told_the_same(tmp_path, recipe, stubs):
     opened, _ = stubs
     session(RunDirectory(tmp_path), recipe, [1, 2])
@@ -121,6 +122,7 @@ def test_several_services_are_told_the_same(tmp_path, recipe, stubs):
         assert service.endings == [Ending.finished]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "ending"),
     [
@@ -167,6 +169,7 @@ def test_a_service_that_dies_stops_nothing_and_is_named_once(tmp_path, recipe, s
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_fills_the_gaps_of_a_service(tmp_path, recipe, stubs):
     opened, settings = stubs
     settings["mlflow"]["fails_at"] = 3
@@ -197,6 +200,7 @@ def test_a_service_that_failed_to_open_at_first_gets_all_later(tmp_path, recipe,
     assert [step for step, _ in opened["mlflow"][0].told] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_service_that_rewinds_is_told_again_from_the_checkpoint_on(tmp_path, recipe, stubs, monkeypatch):
     monkeypatch.setattr(Stub, "rewinds", True)
     killed(RunDirectory(tmp_path), recipe, [1, 2, 3, 4])

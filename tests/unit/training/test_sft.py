@@ -75,6 +75,8 @@ def built(base, rows, tmp_path):
     return lambda batching=Batching.padded, **loop: trainer_for(base, recipe_for(batching, **loop), *rows, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_checkpoints_name_the_base_as_the_recipe_does_and_hold_no_cards(base, rows, tmp_path):
     recipe = replace(recipe_for(save_every_steps=1), model=ModelConfig(source="owner/model", revision="0a1b"))
     fit(trainer_for(base, recipe, rows[0], None, tmp_path), None)
@@ -90,6 +92,7 @@ def test_rows_reach_the_loss_whole(base, tmp_path):
     assert sorted(batch["attention_mask"].sum(dim=1).tolist()) == [30, LONG]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", Batching)
 def test_trl_prepares_nothing(base, rows, tmp_path, monkeypatch, batching):
     def prepare(*_, **__):
@@ -280,6 +283,7 @@ def test_a_batch_counts_as_many_operations_as_with_transformers(built):
     assert trainer.floating_point_ops(batch) == SFTTrainer.floating_point_ops(trainer, batch) > 0
 
 
+@pytest.mark.slow
 def test_a_weight_that_the_last_update_broke_is_not_saved(built, tmp_path):
     """Loss and gradient of the step were whole, and the checkpoints before it stay."""
 

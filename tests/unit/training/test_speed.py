@@ -69,6 +69,8 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("batching", [Batching.padded, Batching.packed])
 def test_the_fast_engine_trains_as_the_plain_one(base, rows, tmp_path, batching, capsys):
     plain = trained(base, rows, tmp_path / "plain", EngineConfig(), batching)
@@ -126,6 +128,7 @@ def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
     assert layer_levels(model, EngineConfig(mode=FAST, recompute="all"), 1000) == [2, 2]
 
 
+@pytest.mark.slow
 def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsys):
     def engine(free, **settings):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
@@ -145,6 +148,7 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 def test_kept_weights_change_no_number(base, rows, tmp_path):
     losses = []
     for copies in ("none", "all", "0.002GB"):
@@ -162,6 +166,7 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_kept_weights_are_let_go_of_with_the_engine(base):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
     engine = put_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)

@@ -41,6 +41,7 @@ def inspected(folder, tmp_path, capfd, text):
     return code, "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_a_row_with_a_token_beyond_the_embedding_is_an_error(base, tmp_path, capfd):
     code, said = inspected(grown(base, tmp_path), tmp_path, capfd, "a <extra79> b")
     assert code == EXIT_BAD_RECIPE
@@ -58,6 +59,7 @@ def test_the_rows_of_the_embedding_are_those_of_the_text_model(base, tmp_path, c
     assert inspected(folder, tmp_path, capfd, "a <extra79> b")[0] == EXIT_BAD_RECIPE
 
 
+@pytest.mark.slow
 def test_a_padding_token_or_a_template_beyond_the_embedding_is_an_error(base, tmp_path, capfd):
     (tmp_path / "pad").mkdir()
     code, said = inspected(grown(base, tmp_path / "pad", pad=True), tmp_path, capfd, "a")
@@ -68,6 +70,7 @@ def test_a_padding_token_or_a_template_beyond_the_embedding_is_an_error(base, tm
     assert "1 training row holds <extra79>" in said
 
 
+@pytest.mark.slow
 def test_tokens_that_nothing_uses_are_told(base, tmp_path, capfd):
     code, said = inspected(grown(base, tmp_path), tmp_path, capfd, "a")
     assert code == EXIT_OK

@@ -41,6 +41,7 @@ def rows():
     return [TEMPLATE + body for body in bodies]
 
 
+@pytest.mark.slow
 def test_the_pairs_are_those_that_comparing_all_rows_finds(tmp_path, rows):
     counts = {}
     for row in rows:

@@ -133,6 +133,7 @@ def test_utf_16_that_is_cut_short_or_holds_half_a_pair(tmp_path):
     assert "not UTF-8" in second[1]
 
 
+@pytest.mark.slow
 def test_a_row_longer_than_any_model_reads_is_refused_whatever_the_file(tmp_path):
     text = json.dumps({"text": "x" * LONGEST_ROW})
     for name, data in {

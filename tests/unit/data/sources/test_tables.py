@@ -154,6 +154,7 @@ def test_a_value_longer_than_a_row_is_refused(tmp_path, name):
     assert "a row of more than 8.4 MB" in refusal(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("a.parquet", {}), ("a.parquet", {"store_schema": False}), ("a.arrow", {})]
 )

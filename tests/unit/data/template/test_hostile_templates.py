@@ -56,6 +56,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_is_refused_in_little_time_and_memory(source):
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -65,6 +66,7 @@ def test_a_hostile_template_is_refused_in_little_time_and_memory(source):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [LOOP, DOUBLING], ids=["time", "memory"])
 def test_a_costly_template_stops_the_whole_preparation_at_once(source):
     tokenizer = smollm_tokenizer()

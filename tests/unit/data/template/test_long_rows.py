@@ -52,6 +52,7 @@ def test_a_template_that_writes_turns_differently_is_left_to_the_general_method(
     assert found_by_scaffold(row, template, (1, 3, 39)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["chatml", "qwen3", "two_modes", "llama3"])
 def test_two_thousand_turns_take_seconds(family):
     tokenizer = smollm_tokenizer()

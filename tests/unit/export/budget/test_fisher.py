@@ -29,6 +29,7 @@ def whole_model_squares(folder: Path, rows: list[list[int]]) -> dict[str, torch.
 
 
 # tied and untied heads, biases, layers of two kinds of attention, fused projections
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
 def test_each_layer_has_what_autograd_finds(family: str, tmp_path: Path) -> None:
     folder = build_tiny_model(family, tmp_path / family)

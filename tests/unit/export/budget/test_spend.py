@@ -194,6 +194,7 @@ def test_what_cannot_be_spent_is_refused(folder: Path, spend: Callable[[Path], o
     assert caught.value.problems[0].what == what
 
 
+@pytest.mark.slow
 def test_layers_that_are_skipped_stay_out_and_other_group_sizes_stay(folder: Path) -> None:
     own = {"*.o_proj": GptqOverride(skip=True), "*.down_proj": GptqOverride(group_size=32)}
     target, spent = spend_gptq(folder, GptqTarget(group_size=64, overrides=own), 4.5, ROWS)
@@ -203,6 +204,7 @@ def test_layers_that_are_skipped_stay_out_and_other_group_sizes_stay(folder: Pat
     assert not any(name.endswith("o_proj") for name in spent.layers)
 
 
+@pytest.mark.slow
 def test_overrides_outside_the_blocks_stay(folder: Path) -> None:
     own = GgufTarget(mix=GgufMix.Q8_0, imatrix=False, overrides={"token_embd.weight": "F16"})
     target, _ = spend_gguf(folder, own, 6, ImportanceMatrix(folder, ROWS))

@@ -19,7 +19,10 @@ from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig
 from tests.tiny_models import FAMILIES, build_tiny_model
 
-pytestmark = pytest.mark.skipif(not is_present("llmcompressor"), reason="composing its formats needs llmcompressor")
+pytestmark = [
+    pytest.mark.skipif(not is_present("llmcompressor"), reason="composing its formats needs llmcompressor"),
+    pytest.mark.slow,
+]
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ODD = {"hidden_size": 200, "intermediate_size": 400, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -46,6 +46,7 @@ def assert_same_blocks(kind: str, rows: np.ndarray, importance: np.ndarray | Non
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLAIN)
 def test_blocks_are_those_of_llama_cpp(kind: str) -> None:
     assert_same_blocks(kind, np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32), None)

@@ -48,6 +48,7 @@ def of_the_whole_model(folder: Path, rows: list[list[int]]) -> dict[str, torch.T
     return {name: torch.cat(inputs).square().mean(0) for name, inputs in seen.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model(family: str, tmp_path: Path) -> None:
     folder = build_tiny_model(family, tmp_path / family, dtype=torch.bfloat16)
@@ -65,6 +66,7 @@ def test_every_matrix_of_a_layer_has_a_value_for_each_column(llama: Path, measur
     assert {name: len(values) for name, values in measured.means.items()} == widths
 
 
+@pytest.mark.slow
 def test_blocks_of_the_file_are_fitted_to_it(llama: Path, measured: ImportanceMatrix, tmp_path: Path) -> None:
     write_gguf(llama, tmp_path / "model.gguf", "Q4_K_S", imatrix=measured)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")

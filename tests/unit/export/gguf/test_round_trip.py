@@ -74,6 +74,7 @@ def scored(file: Path, ids: list[int]) -> Any:
         return model.log_probabilities(ids, range(len(ids))).astype(np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_transformers_computes(
     family: str, folder_of: Callable[[str], Path], tmp_path: Path

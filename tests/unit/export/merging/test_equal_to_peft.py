@@ -72,6 +72,7 @@ def test_plain_adapter_on_the_original_base(tmp_path: Path) -> None:
     assert not report.untied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "dora", "saved_embedding"])
 @pytest.mark.parametrize("merge_base", [MergeBase.dequantized, MergeBase.original])
 def test_many_small_blocks(
@@ -88,6 +89,7 @@ def test_many_small_blocks(
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_variants_and_families_on_the_original_base(family: str, variant: str, tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_variants_and_families_on_the_original_base(family: str, variant: str, t
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("variant", ["plain", "dora", "saved_head"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_variants_and_families_on_the_rounded_base(family: str, variant: str, tmp_path: Path) -> None:
@@ -109,6 +112,7 @@ def test_variants_and_families_on_the_rounded_base(family: str, variant: str, tm
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_rounding_of_the_base(rounding: str, tmp_path: Path) -> None:
     base, quant = make_base("qwen2", tmp_path), ROUNDINGS[rounding]
@@ -119,6 +123,7 @@ def test_every_rounding_of_the_base(rounding: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("kind", [QuantKind.nf4, QuantKind.fp4, QuantKind.int8])
 @pytest.mark.parametrize("merge_base", [MergeBase.dequantized, MergeBase.original])
 def test_base_that_is_stored_in_few_bits(kind: QuantKind, merge_base: MergeBase, tmp_path: Path) -> None:
@@ -136,6 +141,7 @@ def test_base_that_is_stored_in_few_bits(kind: QuantKind, merge_base: MergeBase,
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("init", [LoraInit.olora, LoraInit.pissa, LoraInit.orthogonal])
 def test_initialisations_that_change_the_base(init: LoraInit, tmp_path: Path) -> None:
     base = make_base("llama", tmp_path)
@@ -145,6 +151,7 @@ def test_initialisations_that_change_the_base(init: LoraInit, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 def test_olora_on_a_rounded_base_is_the_trained_model(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path, torch.bfloat16)
     quant = QuantConfig(kind=QuantKind.nf4, compute_dtype=ComputeDtype.bfloat16)
@@ -171,6 +178,7 @@ def _effective(module: LoraLayer) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
 def test_separately_trained_head_or_embedding_unties_them(saved: str, tmp_path: Path) -> None:
     base = make_base("qwen3", tmp_path)
@@ -190,6 +198,7 @@ def test_separately_trained_head_or_embedding_unties_them(saved: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen3", "gemma3", "phi3", "smollm3"])
 def test_merged_folder_loads_without_missing_or_unexpected_names(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path, torch.bfloat16)
