@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.schema.explain import facts
-from qlora_kit.schema.field import Sealed
+from qlora_kit.schema.field import MISSING, Sealed
 from qlora_kit.schema.folders import groups
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.walk import schema_paths
@@ -25,20 +25,22 @@ def pages() -> dict[str, str]:
 
 def fields_page(verb: str, recipe: type[Sealed]) -> Iterator[str]:
     """Every field of a recipe, a table for each group."""
-    yield f"# Fields of `qlora-kit {verb}`\n"
-    yield f"Set one with `path=value` behind `qlora-kit {verb}`, or in a recipe file. A `*` stands for a name of yours."
-    yield "This page is made from the recipe classes, as `--help` is.\n"
-    group = None
+    tables: dict[str, list[str]] = {}
     for path, annotation, field in schema_paths(recipe):
-        if (found := path.rpartition(".")[0]) != group:
-            group = found
-            yield f"\n## {group or 'The recipe itself'}\n"
-            yield "| field | default | what it is |"
-            yield "|---|---|---|"
+        group, _, name = path.rpartition(".")
         knob = field.metadata["knob"]
         kind, default, *bounds = facts(annotation, field, knob)
+        default = "**required**" if field.default == MISSING else _cell(default.removeprefix("default "))
         told = "; ".join([_cell(kind), *map(_cell, bounds)])
-        yield f"| `{path}` | {_cell(default.removeprefix('default '))} | {_cell(knob.help)}<br>*{told}* |"
+        tables.setdefault(group, []).append(f"| `{name}` | {default} | {_cell(knob.help)}<br>*{told}* |")
+    yield f"# Fields of {verb}\n"
+    yield f"Set a field of a group with `group.field=value` behind `qlora-kit {verb}`, or in a recipe file."
+    yield "A `*` stands for a name of yours. This page is made from the recipe classes, as `--help` is.\n"
+    for group, rows in tables.items():
+        yield f"\n## {group or 'Without a group'}\n"
+        yield "| field | default | what it is |"
+        yield "|---|---|---|"
+        yield from rows
 
 
 def groups_page() -> Iterator[str]:

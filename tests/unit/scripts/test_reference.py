@@ -20,36 +20,43 @@ def reference(monkeypatch):
 
 
 def rows(page):
-    """First cell -> the others, of every table of a page."""
-    lines = [line.replace("\\|", "\0") for line in page.splitlines() if line.startswith("| `")]
-    cells = [[cell.strip().replace("\0", "|") for cell in line.strip("| ").split(" | ")] for line in lines]
-    return {first.strip("`"): rest for first, *rest in cells}
+    """Path, or first cell where no group is named above -> the other cells, of every table of a page."""
+    found, group = {}, ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            group = "" if line == "## Without a group" else f"{line[3:]}."
+        if line.startswith("| `"):
+            cells = [cell.strip().replace("\0", "|") for cell in line.replace("\\|", "\0").strip("| ").split(" | ")]
+            found[group + cells[0].strip("`")] = cells[1:]
+    return found
 
 
 @pytest.mark.parametrize("verb", RECIPE_OF_VERB)
 def test_every_field_has_its_default_help_unit_and_bounds(reference, verb):
     found = rows(reference.pages()[f"reference/{verb}.md"])
     fields = list(schema_paths(RECIPE_OF_VERB[verb]))
-    assert list(found) == [path for path, _, _ in fields]
+    assert set(found) == {path for path, _, _ in fields}
     for path, _, field in fields:
         knob = field.metadata["knob"]
         default, told = (cell.replace("\\", "").replace("&lt;", "<") for cell in found[path])
-        assert default == shown_default(field)
+        assert default == ("**required**" if field.default == "???" else shown_default(field))
         assert told.startswith(knob.help.replace("\\", ""))
         for word, value in (("in", knob.unit), ("at least", knob.minimum), ("above", knob.above)):
             assert not value or f"{word} {value if isinstance(value, str) else format(value, 'g')}" in told, path
 
 
-def test_a_bound_is_written_out(reference):
-    assert rows(reference.pages()["reference/train.md"])["lora.r"] == ["16", "Rank of the update.<br>*int; at least 1*"]
+def test_a_bound_and_a_required_field_are_told(reference):
+    found = rows(reference.pages()["reference/train.md"])
+    assert found["lora.r"] == ["16", "Rank of the update.<br>*int; at least 1*"]
+    assert found["model.source"][0] == "**required**"
 
 
 def test_every_recipe_file_is_on_the_page_of_groups(reference):
     found = rows(reference.pages()["reference/groups.md"])
     files = list((TOP / "recipes").glob("*/*.yaml"))
     assert len(files) > 80
-    assert {path.stem for path in files} == set(found)
-    assert found["adamw_8bit"] != [""]
+    assert {f"{path.parent.name}.{path.stem}" for path in files} == set(found)
+    assert found["optim.adamw_8bit"] != [""]
 
 
 def test_signs_of_markdown_and_html_are_shown_as_they_are(reference):
