@@ -64,7 +64,7 @@ class NormProject(Function):
         rows = h.flatten(0, 1)
         x, angles = parts.norm.forward(rows), _angles(cos, sin)
         raw: list[Tensor] = []
-        if angles is not None and not parts.has_head_norms:
+        if angles is not None and not parts.has_qk_norm:
             outputs, thin = parts.group.forward_apart(x)
             q, k, v = parts.split(outputs)
             of_q, of_k, of_v = parts.low_ranks(thin, x.dtype)

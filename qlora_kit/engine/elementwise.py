@@ -27,31 +27,37 @@ class Activation(Enum):
     gelu_tanh = "gelu_tanh"
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, adds_one: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """RMS norm over the last dimension: x `[T, width]`, weight `[width]`; sums in fp32, result in x's dtype.
 
     Args:
-        adds_one: the weight is an offset from one, and multiplied before rounding to x's dtype (Gemma); else it is
+        unit_offset: the weight is an offset from one, and multiplied before rounding to x's dtype (Gemma); else it is
             multiplied after (Llama).
     """
-    found: Tensor = _run(_rms_norm, x, weight, eps, adds_one)
+    found: Tensor = _run(_rms_norm, x, weight, eps, unit_offset)
     return found
 
 
-def rms_norm_add(x: Tensor, weight: Tensor, eps: float, adds_one: bool, residual: Tensor) -> Tensor:
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, residual: Tensor) -> Tensor:
     """`residual + rms_norm(x)`, all `[T, width]`."""
-    found: Tensor = _run(_rms_norm_add, x, weight, eps, adds_one, residual)
+    found: Tensor = _run(_rms_norm_add, x, weight, eps, unit_offset, residual)
     return found
 
 
-def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor) -> Tensor:
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> Tensor:
     """Gradient of the norm's input `[T, width]` from x and the output's gradient."""
-    found: Tensor = _run(_rms_norm_backward, x, weight, eps, adds_one, grad)
+    found: Tensor = _run(_rms_norm_backward, x, weight, eps, unit_offset, grad)
     return found
 
 
 def rms_norm_backward_add(
-    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor, place: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    grad: Tensor,
+    residual: Tensor,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same plus `residual` `[T, width]`, a gradient that reaches x past the norm; with it `rms_scale` of x.
 
@@ -59,7 +65,7 @@ def rms_norm_backward_add(
         place: memory for the gradient `[T, width]`; without, it is new.
     """
     place = torch.empty_like(x) if place is None else place
-    scale: Tensor = _run(_rms_norm_backward_add, x, weight, eps, adds_one, grad, residual, place)
+    scale: Tensor = _run(_rms_norm_backward_add, x, weight, eps, unit_offset, grad, residual, place)
     return place, scale
 
 
@@ -91,37 +97,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     return found
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, adds_one: bool) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     wide = x.float()
     normed = wide * _rms_scale(x, eps)
-    if adds_one:
+    if unit_offset:
         return (normed * (1.0 + weight.float())).to(x.dtype)
     return (weight * normed.to(x.dtype)).to(x.dtype)
 
 
-def _rms_norm_add(x: Tensor, weight: Tensor, eps: float, adds_one: bool, residual: Tensor) -> Tensor:
-    return residual + _rms_norm(x, weight, eps, adds_one)
+def _rms_norm_add(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, residual: Tensor) -> Tensor:
+    return residual + _rms_norm(x, weight, eps, unit_offset)
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
 
 
-def _input_gradient(x: Tensor, weight: Tensor, adds_one: bool, grad: Tensor, scale: Tensor) -> Tensor:
+def _input_gradient(x: Tensor, weight: Tensor, unit_offset: bool, grad: Tensor, scale: Tensor) -> Tensor:
     normed = x.float() * scale
-    weighted = grad.float() * (1.0 + weight.float() if adds_one else weight.float())
+    weighted = grad.float() * (1.0 + weight.float() if unit_offset else weight.float())
     return scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
 
 
-def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor) -> Tensor:
-    return _input_gradient(x, weight, adds_one, grad, _rms_scale(x, eps)).to(x.dtype)
+def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> Tensor:
+    return _input_gradient(x, weight, unit_offset, grad, _rms_scale(x, eps)).to(x.dtype)
 
 
 def _rms_norm_backward_add(
-    x: Tensor, weight: Tensor, eps: float, adds_one: bool, grad: Tensor, residual: Tensor, place: Tensor
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor, residual: Tensor, place: Tensor
 ) -> Tensor:
     scale = _rms_scale(x, eps)
-    place.copy_(_input_gradient(x, weight, adds_one, grad, scale) + residual.float())
+    place.copy_(_input_gradient(x, weight, unit_offset, grad, scale) + residual.float())
     return scale
 
 

@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
 from qlora_kit.engine.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
-from qlora_kit.engine.families import FAMILIES, LayerParts, take_apart
 from qlora_kit.engine.fp8 import weight_for
 from qlora_kit.engine.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.graphs import LayerGraphs, Recordable
 from qlora_kit.engine.host_memory import SavedOnHost
+from qlora_kit.engine.layer_parts import LayerParts, take_apart
 from qlora_kit.engine.linear_group import LinearGroup, cast_adapters
 from qlora_kit.engine.recompute import GATE_UP_AGAIN, IN_PIECES, KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST, PIECE
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.schema.engine import EngineConfig
 
 NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")

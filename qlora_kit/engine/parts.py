@@ -26,19 +26,19 @@ class Norm:
 
     weight: Tensor
     eps: float
-    adds_one: bool
+    unit_offset: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of each row of `[T, width]`."""
-        return rms_norm(x, self.weight, self.eps, self.adds_one)
+        return rms_norm(x, self.weight, self.eps, self.unit_offset)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual + norm(x)`."""
-        return rms_norm_add(x, self.weight, self.eps, self.adds_one, residual)
+        return rms_norm_add(x, self.weight, self.eps, self.unit_offset, residual)
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of x."""
-        return rms_norm_backward(x, self.weight, self.eps, self.adds_one, grad)
+        return rms_norm_backward(x, self.weight, self.eps, self.unit_offset, grad)
 
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
@@ -49,10 +49,10 @@ class Norm:
             grad: of the norm; None where that of x is not needed.
             place: memory for the gradient of x, like x.
         """
-        factor = 1.0 + self.weight.float() if self.adds_one else self.weight
+        factor = 1.0 + self.weight.float() if self.unit_offset else self.weight
         if grad is None:
             return None, Normed(x, rms_scale(x, self.eps), factor)
-        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.adds_one, grad, residual, place)
+        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, place)
         return found, Normed(x, scale, factor)
 
 
@@ -83,7 +83,7 @@ class Projection:
     place: Place = field(default_factory=Place)
 
     @property
-    def has_head_norms(self) -> bool:
+    def has_qk_norm(self) -> bool:
         """Whether q or k is normed over each head."""
         return self.q_norm is not None or self.k_norm is not None
 

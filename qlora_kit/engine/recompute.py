@@ -29,14 +29,14 @@ class LayerExtras:
 
     Attributes:
         ranks: of all its adapters together; one thin product is kept for each.
-        head_norms: q and k are kept as they were before their norms too.
-        sandwich: outputs of attention and MLP are kept as they were before their norms too.
+        qk_norm: q and k are kept as they were before their norms too.
+        post_norms: outputs of attention and MLP are kept as they were before their norms too.
         beside: tensors of the MLP's width that its backward makes beside gate and up: see `beside_gate_and_up`.
     """
 
     ranks: int = 0
-    head_norms: bool = False
-    sandwich: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
     beside: int = 3
 
 
@@ -79,9 +79,9 @@ def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras
         return wide * shape.hidden_size if level == 2 else 0
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     values = 2 * shape.hidden_size + 2 * queries + 2 * keys + extras.ranks
-    if extras.head_norms:
+    if extras.qk_norm:
         values += queries + keys
-    if extras.sandwich:
+    if extras.post_norms:
         values += 2 * shape.hidden_size
     if level == 0:
         values += 2 * shape.intermediate_size

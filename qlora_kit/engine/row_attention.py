@@ -13,8 +13,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_kit.engine.families import FAMILIES
 from qlora_kit.engine.packed_attention import SDPA_PACKED, Samples, attend_apart, band
+from qlora_kit.families.registry import FAMILIES
 
 SDPA_ROWS = "sdpa_rows"
 

@@ -4,20 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.schema.model import ModelShape
 
-# transformers leaves a value out of config.json where it is the family's default: those that the kit's families rely on
-FAMILY_DEFAULTS: Mapping[str, Mapping[str, int | bool]] = {
-    "gemma3_text": {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262208,
-        "tie_word_embeddings": True,
-    },
-    "smollm3": {"tie_word_embeddings": True},
-}
-# what other families than Llama's call a size
+# what some families call a size
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
@@ -42,7 +32,7 @@ class Linear:
 
 
 def frozen_linears(shape: ModelShape, layers: int | None = None) -> list[Linear]:
-    """The seven linear modules of a decoder layer; Phi's fused ones hold the same weights under two names."""
+    """The seven linear modules of a decoder layer; fused ones hold the same weights under fewer names."""
     hidden, middle = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     sizes = {
@@ -61,7 +51,7 @@ def frozen_linears(shape: ModelShape, layers: int | None = None) -> list[Linear]
 def other_parameters(shape: ModelShape) -> int:
     """Embedding, output head and norms: what stays in 16 bit.
 
-    Two norms a layer and a last one are counted; the further norms of Qwen3 and Gemma 3 are below 0.01% of a model.
+    Two norms a layer and a last one are counted; the further norms that some families have are below 0.01% of a model.
     """
     tables = 1 if shape.tie_embeddings else 2
     return tables * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size
@@ -75,8 +65,9 @@ def shape_of_config(config: Mapping[str, object]) -> ModelShape:
     """
     inner = config.get("text_config")
     text: Mapping[str, object] = inner if isinstance(inner, Mapping) else config
-    family = FAMILY_DEFAULTS.get(str(text.get("model_type")), {})
-    sizes = {**family, **{key: value for key, value in text.items() if value is not None}}
+    family = FAMILIES.get(str(text.get("model_type")))
+    defaults = {} if family is None else family.config_defaults
+    sizes = {**defaults, **{key: value for key, value in text.items() if value is not None}}
     heads, hidden = _size(sizes, "num_attention_heads"), _size(sizes, "hidden_size")
     return ModelShape(
         hidden_size=hidden,

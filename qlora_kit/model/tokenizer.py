@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json, typed_path
-from qlora_kit.schema.model import CHAT_TEMPLATES
+from qlora_kit.families.registry import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

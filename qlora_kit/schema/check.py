@@ -6,6 +6,7 @@ from typing import TypeGuard
 
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import EXTRA_OF_MODULE, install_line, is_present
+from qlora_kit.families.registry import CHAT_TEMPLATES
 from qlora_kit.schema import walk
 from qlora_kit.schema.amount import parse_amount
 from qlora_kit.schema.bounds import out_of_bounds
@@ -17,7 +18,7 @@ from qlora_kit.schema.export import AWQ_GROUP_SIZES, ExportConfig
 from qlora_kit.schema.field import Knob, Sealed
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
-from qlora_kit.schema.model import CHAT_TEMPLATES, Attention
+from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 

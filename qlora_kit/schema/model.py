@@ -5,15 +5,6 @@ from enum import Enum
 
 from qlora_kit.schema.field import MISSING, Sealed, knob
 
-# Chat templates of the kit, and the tokens that they write.
-CHAT_TEMPLATES = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "mistral": (),
-    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
-}
-
 
 class Attention(Enum):
     """Attention implementations of transformers that the kit allows."""

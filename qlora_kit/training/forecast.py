@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.core.files import read_json
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.estimate import STATE_BYTES, MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineMode
@@ -88,11 +89,9 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
     if base.counted is not None:
         plain = _as_counted(plain, base.counted, recipe)
     if recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0:
-        from qlora_kit.engine.families import FAMILIES, Family
-
-        family = FAMILIES.get(base.kind) if base.kind else Family("")
-        if family is not None:
-            extras = extras_of_recipe(base.shape, recipe.lora, head_norms=family.head_norms, sandwich=family.sandwich)
+        family = FAMILIES.get(base.kind)
+        if family is not None or not base.kind:
+            extras = extras_of_recipe(base.shape, recipe.lora, family)
             step = StepMemory(base.shape, tokens, extras, plain.trainable)
             memory, levels = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
             return Forecast(memory, tokens, again(levels))

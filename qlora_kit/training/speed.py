@@ -18,6 +18,7 @@ from qlora_kit.engine.recompute import (
     beside_gate_and_up,
     kept_bytes,
 )
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
@@ -68,11 +69,11 @@ def step_memory_of(model: PeftModel, tokens: int) -> StepMemory:
     shape = shape_of_config(base.config.to_dict())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = {name: parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name}
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+    family = FAMILIES.get(base.config.get_text_config().model_type)
     extras = LayerExtras(
         ranks=sum(ranks.values()) // shape.num_layers,
-        head_norms="q_norm" in names,
-        sandwich="pre_feedforward_layernorm" in names,
+        qk_norm=family is not None and family.qk_norm,
+        post_norms=family is not None and family.post_norms,
         beside=beside_gate_and_up([rank for name, rank in ranks.items() if any(part in name for part in MLP)]),
     )
     return StepMemory(shape, tokens, extras, trained)

@@ -26,6 +26,7 @@ from qlora_kit.engine.recompute import (
     temporary_bytes,
     unpacked_bytes,
 )
+from qlora_kit.families.family import Family
 from qlora_kit.memory.estimate import MemoryEstimate
 from qlora_kit.memory.shapes import frozen_linears
 from qlora_kit.memory.trainable import target_names
@@ -144,12 +145,17 @@ def again(levels: Sequence[int]) -> str:
     return f"computed again in the backward pass: {counts}" if counts else "nothing is computed again"
 
 
-def extras_of_recipe(shape: ModelShape, lora: LoraConfig, *, head_norms: bool, sandwich: bool) -> LayerExtras:
-    """What a layer keeps beside what its sizes say, before there is a model."""
+def extras_of_recipe(shape: ModelShape, lora: LoraConfig, family: Family | None) -> LayerExtras:
+    """What a layer keeps beside what its sizes say, before there is a model; family: None where it is not known."""
     adapted = {linear.name for linear in frozen_linears(shape, layers=1)} & target_names(lora)
     largest = max([lora.r, *lora.rank_pattern.values()])
     beside = beside_gate_and_up([largest for name in MLP if name in adapted])
-    return LayerExtras(lora.r * len(adapted), head_norms, sandwich, beside)
+    ranks = lora.r * len(adapted)
+    return (
+        LayerExtras(ranks, beside=beside)
+        if family is None
+        else LayerExtras(ranks, family.qk_norm, family.post_norms, beside)
+    )
 
 
 def _copies(shape: ModelShape, lora: LoraConfig, compute: Compute, room: float) -> float:

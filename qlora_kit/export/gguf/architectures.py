@@ -2,51 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.families.family import ConfigFields, GgufRules
+from qlora_kit.families.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-ConfigFields = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One llama.cpp architecture: its name there, and what must happen to the tensors on the way.
-
-    `pairs_rotary_halves`: llama.cpp rotates neighbouring values where Hugging Face rotates halves, so the rows of the
-    query and key projections are reordered. `norm_offset`: added to norm weights, which the model stores around zero.
-    """
-
-    gguf_name: str
-    pairs_rotary_halves: bool = False
-    norm_offset: float = 0.0
-
-
-_LLAMA = Architecture("llama", pairs_rotary_halves=True)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "SmolLM3ForCausalLM": Architecture("smollm3", pairs_rotary_halves=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
-    "Gemma3ForCausalLM": Architecture("gemma3", norm_offset=1.0),
-    "Phi3ForCausalLM": Architecture("phi3"),
-}
-
-# what llama.cpp fixes in its code instead of reading it from the file
-_SMOLLM3_LAYERS_PER_NO_ROPE = 4
-_GEMMA3_LAYERS_PER_FULL_ATTENTION = 6
-_GEMMA3_27B_LAYERS = 62
-
-
-def find_architecture(config: ConfigFields) -> Architecture:
-    """The architecture of a configuration, after checking that llama.cpp computes what the configuration says.
+def find_architecture(config: ConfigFields) -> GgufRules:
+    """The rules for a configuration's family, after checking that llama.cpp computes what the configuration says.
 
     Raises:
         RecipeError: not among the supported ones, quantized already, or with settings llama.cpp has no key for.
@@ -65,24 +33,9 @@ def find_architecture(config: ConfigFields) -> Architecture:
             where="config.json, quantization_config",
             fix="export the merged 16-bit model first, and convert that folder",
         )
-    _refuse_fixed_settings(found, config)
-    return found
-
-
-def _refuse_fixed_settings(architecture: Architecture, config: ConfigFields) -> None:
-    if architecture.gguf_name == "smollm3":
-        expected = [int((i + 1) % _SMOLLM3_LAYERS_PER_NO_ROPE != 0) for i in range(config["num_hidden_layers"])]
-        if list(config.get("no_rope_layers") or expected) != expected:
-            raise _fixed("no_rope_layers", f"every {_SMOLLM3_LAYERS_PER_NO_ROPE}th layer without rotary embedding")
-    if architecture.gguf_name == "gemma3":
-        layers, period = config["num_hidden_layers"], _GEMMA3_LAYERS_PER_FULL_ATTENTION
-        kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
-        if list(config.get("layer_types") or kinds) != kinds:
-            raise _fixed("layer_types", f"every {period}th layer with full attention")
-        is_27b = layers == _GEMMA3_27B_LAYERS
-        scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
-        if config.get("query_pre_attn_scalar", scalar) != scalar:
-            raise _fixed("query_pre_attn_scalar", f"{scalar} for this model")
+    for field, expected in found.gguf.fixed(config):
+        raise _fixed(field, expected)
+    return found.gguf
 
 
 def _fixed(field: str, expected: str) -> RecipeError:
@@ -105,7 +58,7 @@ def head_width(config: ConfigFields) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def extra_tensors(architecture: Architecture, config: ConfigFields) -> dict[str, "npt.NDArray[np.float32]"]:
+def extra_tensors(architecture: GgufRules, config: ConfigFields) -> dict[str, "npt.NDArray[np.float32]"]:
     """Tensors that are computed from the configuration: rotary frequency factors, float32 [rotary width / 2].
 
     Raises:
@@ -117,7 +70,7 @@ def extra_tensors(architecture: Architecture, config: ConfigFields) -> dict[str,
     kind = rope.get("rope_type")
     if kind == "llama3":
         return {"rope_freqs.weight": np.array(_llama3_factors(rope, head_width(config)), dtype=np.float32)}
-    if kind == "longrope" and architecture.gguf_name == "phi3":
+    if kind == "longrope" and architecture.long_rope:
         factors = {}
         for length in ("long", "short"):
             values = np.array(rope[f"{length}_factor"], dtype=np.float32)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
-from qlora_kit.export.gguf.architectures import Architecture, ConfigFields, find_architecture
+from qlora_kit.export.gguf.architectures import find_architecture
 from qlora_kit.export.gguf.metadata import read_config
 from qlora_kit.export.gguf.tensors import gguf_names, paired_order, rotated_heads_of
 from qlora_kit.export.gguf.whole_file import whole_gguf
+from qlora_kit.families.family import ConfigFields, GgufRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ def write_lora_gguf(adapter_dir: Path, model_dir: Path, out_file: Path, base_nam
     config = read_config(model_dir)
     architecture = find_architecture(config)
     pairs = lora_pairs(adapter_dir, settings, architecture, config)
-    with whole_gguf(out_file, architecture.gguf_name, "writing a GGUF file") as writer:
+    with whole_gguf(out_file, architecture.name, "writing a GGUF file") as writer:
         _add_keys(writer, f"{base_name} adapter", base_name, float(settings["lora_alpha"]))
         for pair in pairs:
             writer.add_tensor(f"{pair.name}.lora_a", pair.down)
@@ -117,7 +118,7 @@ def refuse_unplaced(settings: Mapping[str, Any]) -> None:
 
 
 def lora_pairs(
-    adapter_dir: Path, settings: Mapping[str, Any], architecture: Architecture, config: ConfigFields
+    adapter_dir: Path, settings: Mapping[str, Any], architecture: GgufRules, config: ConfigFields
 ) -> list[LoraPair]:
     """The adapter's tensors under llama.cpp's names, rows in its order, each layer's own scale in `up`.
 

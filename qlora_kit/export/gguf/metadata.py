@@ -8,13 +8,12 @@ from typing import Any
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.gguf.architectures import (
-    Architecture,
-    ConfigFields,
     head_width,
     rope_settings,
     rotary_width,
 )
 from qlora_kit.export.licence import front_matter
+from qlora_kit.families.family import ConfigFields, GgufRules
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, f
         writer.add_languages([str(entry) for entry in (languages if isinstance(languages, list) else [languages])])
 
 
-def add_hyper_parameters(writer: Any, architecture: Architecture, config: ConfigFields, vocabulary: int) -> None:
+def add_hyper_parameters(writer: Any, architecture: GgufRules, config: ConfigFields, vocabulary: int) -> None:
     """Write the keys llama.cpp needs to build the graph: sizes, heads, rotary embedding, attention window.
 
     Raises:
@@ -88,24 +87,21 @@ def add_hyper_parameters(writer: Any, architecture: Architecture, config: Config
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(vocabulary)
     writer.add_rope_dimension_count(rotary_width(config))
-    if architecture.gguf_name != "phi3":
+    if architecture.says_head_width:
         writer.add_key_length(head_width(config))
         writer.add_value_length(head_width(config))
     _add_rope(writer, architecture, config)
     _add_window(writer, architecture, config)
 
 
-def _add_window(writer: Any, architecture: Architecture, config: ConfigFields) -> None:
-    window = config.get("sliding_window")
-    if architecture.gguf_name == "phi3":
-        writer.add_sliding_window(window or 0)  # llama.cpp tells Phi-4 from Phi-3 by the zero
-    if architecture.gguf_name == "gemma3":
-        writer.add_sliding_window(window)
-        if config.get("final_logit_softcapping"):
-            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+def _add_window(writer: Any, architecture: GgufRules, config: ConfigFields) -> None:
+    if architecture.says_window:
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    if architecture.says_softcap and config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
-def _add_rope(writer: Any, architecture: Architecture, config: ConfigFields) -> None:
+def _add_rope(writer: Any, architecture: GgufRules, config: ConfigFields) -> None:
     import gguf
 
     rope = rope_settings(config)
@@ -119,7 +115,7 @@ def _add_rope(writer: Any, architecture: Architecture, config: ConfigFields) -> 
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
         _add_yarn(writer, rope, config)
-    elif kind == "longrope" and architecture.gguf_name == "phi3":
+    elif kind == "longrope" and architecture.long_rope:
         _add_longrope(writer, rope, config)
     elif kind not in ("default", "llama3"):  # llama3 is a tensor: extra_tensors
         raise RecipeError(
@@ -127,7 +123,7 @@ def _add_rope(writer: Any, architecture: Architecture, config: ConfigFields) -> 
             where="config.json, rope_parameters",
             fix="choose another export target",
         )
-    if architecture.gguf_name == "phi3" and kind != "longrope":
+    if architecture.long_rope and kind != "longrope":
         writer.add_rope_scaling_orig_ctx_len(_original_context(rope, config))
 
 

@@ -44,21 +44,20 @@ _FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 _UNWEIGHTED_TYPES = _FLOAT_TYPES | {"Q8_0"}  # kernels that have no use for an importance matrix
 _TYPES_THAT_NEED_AN_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 
-# architectures whose 80-layer model llama.cpp calls 70B, which gives attn_v more bits
-_SEVENTY_B_ARCHITECTURES = frozenset({"llama", "qwen2"})
+_SEVENTY_B_LAYERS = 80  # of a model that llama.cpp calls 70B, which gives attn_v more bits
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the type rules look at besides the tensor: architecture, layers, heads, tied embeddings, and whether there
-    is an importance matrix."""
+    """What the type rules look at besides the tensor: layers, heads, tied embeddings, whether there is an importance
+    matrix, and the family's rule for a 70B model: see `GgufRules`."""
 
-    architecture: str
     layers: int
     heads: int
     kv_heads: int
     tied_embeddings: bool
     has_imatrix: bool = False
+    seventy_b: str = ""
 
     @property
     def shares_values(self) -> bool:
@@ -67,8 +66,8 @@ class ModelShape:
 
     @property
     def is_seventy_b(self) -> bool:
-        grouped = self.architecture == "qwen2" or self.heads != self.kv_heads
-        return self.layers == 80 and self.architecture in _SEVENTY_B_ARCHITECTURES and grouped
+        is_called_so = self.seventy_b == "always" or (self.seventy_b == "grouped" and self.heads != self.kv_heads)
+        return self.layers == _SEVENTY_B_LAYERS and is_called_so
 
 
 Rule = Callable[[int, ModelShape], str | None]

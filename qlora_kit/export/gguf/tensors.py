@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
-from qlora_kit.export.gguf.architectures import Architecture, ConfigFields
 from qlora_kit.export.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
 from qlora_kit.export.gguf.overrides import overridden_types
 from qlora_kit.export.gguf.safetensors_rows import (
@@ -17,6 +16,7 @@ from qlora_kit.export.gguf.safetensors_rows import (
     read_rows,
     read_stored_rows,
 )
+from qlora_kit.families.family import ConfigFields, GgufRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
 
 def plan_tensors(
     model_dir: Path,
-    architecture: Architecture,
+    architecture: GgufRules,
     config: ConfigFields,
     mix: Mix,
     *,
@@ -104,7 +104,7 @@ def plan_tensors(
 
 def plan_stored(
     found: Mapping[str, StoredTensor],
-    architecture: Architecture,
+    architecture: GgufRules,
     config: ConfigFields,
     mix: Mix,
     *,
@@ -114,11 +114,11 @@ def plan_stored(
     """`plan_tensors` of tensors that were found, or that will be there once the model is merged."""
     stored = _without_unused(found, config)
     model = ModelShape(
-        architecture=architecture.gguf_name,
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         tied_embeddings="lm_head.weight" not in stored,
+        seventy_b=architecture.seventy_b,
         has_imatrix=has_imatrix,
     )
     names = gguf_names(stored, architecture, model.layers)
@@ -166,7 +166,7 @@ def _without_unused(stored: Mapping[str, StoredTensor], config: ConfigFields) ->
     return kept
 
 
-def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) -> dict[str, str]:
+def gguf_names(sources: Iterable[str], architecture: GgufRules, layers: int) -> dict[str, str]:
     """llama.cpp's name of every Hugging Face tensor name.
 
     Raises:
@@ -175,19 +175,19 @@ def gguf_names(sources: Iterable[str], architecture: Architecture, layers: int) 
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[architecture.gguf_name], layers)
+    table = gguf.get_tensor_name_map(kinds[architecture.name], layers)
     names = {source: table.get_name(source, try_suffixes=(".weight", ".bias")) for source in sources}
     unnamed = [source for source, name in names.items() if name is None]
     if unnamed:
         raise RecipeError(
             f"{counted(len(unnamed), 'tensor has', 'tensors have')} no place in llama.cpp's "
-            f"{architecture.gguf_name}, first {unnamed[0]}",
+            f"{architecture.name}, first {unnamed[0]}",
             fix="give a merged model without adapter or quantization tensors",
         )
     return names
 
 
-def rotated_heads_of(source: str, architecture: Architecture, config: ConfigFields) -> int:
+def rotated_heads_of(source: str, architecture: GgufRules, config: ConfigFields) -> int:
     """Heads whose rows llama.cpp wants in `paired_order`; 0 where a tensor stays as it is."""
     if not architecture.pairs_rotary_halves:
         return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
-from qlora_kit.export.gguf.architectures import Architecture, extra_tensors, find_architecture
+from qlora_kit.export.gguf.architectures import extra_tensors, find_architecture
 from qlora_kit.export.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
 from qlora_kit.export.gguf.container import open_container
 from qlora_kit.export.gguf.imatrix import ImportanceMatrix
@@ -18,6 +18,7 @@ from qlora_kit.export.gguf.mixes import find_mix, is_weighted, requires_imatrix
 from qlora_kit.export.gguf.shards import shard_paths, split_tensors, tensor_offsets
 from qlora_kit.export.gguf.tensors import PlannedTensor, plan_tensors
 from qlora_kit.export.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
+from qlora_kit.families.family import GgufRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ class GgufSummary:
 @dataclass(frozen=True)
 class _Plan:
     config: Mapping[str, Any]
-    architecture: Architecture
+    architecture: GgufRules
     extras: "Extras"
     tensors: Sequence[PlannedTensor]
     parts: Sequence[Sequence[str]]
@@ -164,7 +165,7 @@ def _with_importance(
 def _open(file: Path, number: int, plan: _Plan) -> Any:
     import gguf
 
-    writer = open_container(file, plan.architecture.gguf_name)
+    writer = open_container(file, plan.architecture.name)
     if len(plan.parts) > 1:
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(plan.parts))
@@ -172,11 +173,12 @@ def _open(file: Path, number: int, plan: _Plan) -> Any:
     return writer
 
 
-def _title(name: str, architecture: Architecture, vocabulary: Vocabulary) -> str:
-    # llama.cpp has no key for "swallow the space after this token": it does so when the name says phi-3
-    needs_marker = architecture.gguf_name == "phi3" and vocabulary.strips_after_special
-    marked = any(marker in name.lower() for marker in ("phi-3", "phi3"))
-    return f"{name} (phi-3)" if needs_marker and not marked else name
+def _title(name: str, architecture: GgufRules, vocabulary: Vocabulary) -> str:
+    # llama.cpp has no key for "swallow the space after this token": it does so when the name has the marker
+    marker = architecture.marker
+    needs_marker = bool(marker) and vocabulary.strips_after_special
+    marked = any(text in name.lower() for text in (marker, marker.replace("-", "")))
+    return f"{name} ({marker})" if needs_marker and not marked else name
 
 
 def _write_head(writer: Any, file: Path, number: int, plan: _Plan) -> None:

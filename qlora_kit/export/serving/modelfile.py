@@ -7,8 +7,8 @@ from typing import Any
 from qlora_kit.core.files import write_text
 from qlora_kit.data.template.ollama import MODELFILE, Modelfile, can_say
 from qlora_kit.export.serving.facts import ServingFacts
-from qlora_kit.export.serving.families import OllamaTemplate, ollama_template
 from qlora_kit.export.serving.generation_config import base_generation, served_stop_ids
+from qlora_kit.export.serving.ollama_template import OllamaTemplate, ollama_template
 
 # generation_config.json -> Modelfile
 _SAMPLING = {

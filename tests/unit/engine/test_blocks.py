@@ -95,11 +95,11 @@ def assert_same(parts, found, expected, grads, inputs):
         torch.testing.assert_close(one, other, rtol=0, atol=CLOSE * float(other.detach().abs().max()))
 
 
-def plain_project(parts, h, is_fused, has_head_norms, has_rope):
+def plain_project(parts, h, is_fused, has_qk_norm, has_rope):
     x = parts.norm(h)
     wide = parts.qkv(x).split([QUERIES, KEYS, KEYS], dim=-1) if is_fused else (parts.q(x), parts.k(x), parts.v(x))
     q, k, v = (one.view(ROWS, TOKENS, -1, HEAD_DIM).transpose(1, 2) for one in wide)
-    if has_head_norms:
+    if has_qk_norm:
         q, k = parts.q_norm(q), parts.k_norm(k)
     if has_rope:
         q, k = apply_rotary_pos_emb(q, k, *angles())
@@ -107,16 +107,16 @@ def plain_project(parts, h, is_fused, has_head_norms, has_rope):
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["apart", "fused"])
-@pytest.mark.parametrize("has_head_norms", [False, True], ids=["bare", "normed heads"])
+@pytest.mark.parametrize("has_qk_norm", [False, True], ids=["bare", "normed heads"])
 @pytest.mark.parametrize("has_rope", [False, True], ids=["no rope", "rope"])
-def test_project(parts, is_fused, has_head_norms, has_rope):
+def test_project(parts, is_fused, has_qk_norm, has_rope):
     group = group_of(parts, *(["qkv"] if is_fused else "qkv"))
-    norms = [norm_of(parts.q_norm), norm_of(parts.k_norm)] if has_head_norms else []
+    norms = [norm_of(parts.q_norm), norm_of(parts.k_norm)] if has_qk_norm else []
     projection = Projection(norm_of(parts.norm), group, (HEADS, KV_HEADS, KV_HEADS), HEAD_DIM, *norms)
     h = drawn(ROWS, TOKENS, HIDDEN).requires_grad_()
     found = project(h, *(angles() if has_rope else (None, None)), projection)
     grads = [drawn(*one.shape, seed=seed) for seed, one in enumerate(found)]
-    assert_same(parts, found, plain_project(parts, h, is_fused, has_head_norms, has_rope), grads, [h])
+    assert_same(parts, found, plain_project(parts, h, is_fused, has_qk_norm, has_rope), grads, [h])
 
 
 @pytest.mark.parametrize("has_after", [False, True], ids=["bare", "norm after"])
@@ -179,17 +179,17 @@ def test_the_mlp_keeps_its_input_gate_up_and_thin_products(again, has_after, exp
     assert kept_values(lambda: gated_mlp(h, mlp, recompute_gate_up=again)) == expected
 
 
-@pytest.mark.parametrize("has_head_norms", [False, True], ids=["bare", "normed heads"])
-def test_projections_keep_their_input_and_thin_products(has_head_norms):
+@pytest.mark.parametrize("has_qk_norm", [False, True], ids=["bare", "normed heads"])
+def test_projections_keep_their_input_and_thin_products(has_qk_norm):
     parts = made_parts(False).to(torch.bfloat16)
     h, attention = (drawn(ROWS, TOKENS, HIDDEN, seed=seed).bfloat16().requires_grad_() for seed in (1, 2))
-    norms = [norm_of(parts.q_norm), norm_of(parts.k_norm)] if has_head_norms else []
+    norms = [norm_of(parts.q_norm), norm_of(parts.k_norm)] if has_qk_norm else []
     group = group_of(parts, *"qkv", dtype=torch.bfloat16)
     projection = Projection(norm_of(parts.norm), group, (HEADS, KV_HEADS, KV_HEADS), HEAD_DIM, *norms)
     output = Output(group_of(parts, "o", dtype=torch.bfloat16))
     cos, sin = (angle.bfloat16() for angle in angles())
     shared = 2 * cos.numel() / (ROWS * TOKENS)  # rope's angles are the same tensors in every layer
-    raw = QUERIES + KEYS if has_head_norms else 0
+    raw = QUERIES + KEYS if has_qk_norm else 0
     assert math.isclose(kept_values(lambda: project(h, cos, sin, projection)), HIDDEN + 3 * RANK + raw + shared)
     assert kept_values(lambda: project_add(attention, h, output)) == QUERIES + RANK
 

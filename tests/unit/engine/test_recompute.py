@@ -58,7 +58,7 @@ def one_layer(make_config, **settings):
 @pytest.mark.parametrize("level", [0, 1, 2, 3, IN_PIECES])
 @pytest.mark.parametrize(
     ("make_config", "extras"),
-    [(LlamaConfig, LayerExtras(7 * RANK)), (Qwen3Config, LayerExtras(7 * RANK, head_norms=True))],
+    [(LlamaConfig, LayerExtras(7 * RANK)), (Qwen3Config, LayerExtras(7 * RANK, qk_norm=True))],
 )
 def test_a_real_layer_keeps_as_much(make_config, extras, level):
     model = one_layer(make_config)

@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.families.registry import CHAT_TEMPLATES
 from qlora_kit.model.tokenizer import load_tokenizer, stop_ids
-from qlora_kit.schema.model import CHAT_TEMPLATES
 from tests.tiny_models import gemma_tokenizer, llama3_tokenizer, mistral_tokenizer, phi3_tokenizer, smollm_tokenizer
 
 

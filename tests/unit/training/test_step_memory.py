@@ -46,4 +46,4 @@ def test_one_kernel_makes_less_than_many(ranks, tensors):
     ids=["default", "large rank", "one large rank", "attention"],
 )
 def test_a_recipe_tells_how_its_layers_are_computed(lora, tensors):
-    assert extras_of_recipe(SHAPE, lora, head_norms=False, sandwich=False).beside == tensors
+    assert extras_of_recipe(SHAPE, lora, None).beside == tensors

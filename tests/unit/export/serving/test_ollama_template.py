@@ -7,7 +7,7 @@ import pytest
 from qlora_kit.data.template.chat_template import ChatTemplate
 from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.data.template.probes import PROBES
-from qlora_kit.export.serving.families import OllamaTemplate, default_system, ollama_template
+from qlora_kit.export.serving.ollama_template import OllamaTemplate, default_system, ollama_template
 from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.tiny_models import (
     gemma_tokenizer,

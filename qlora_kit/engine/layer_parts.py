@@ -1,9 +1,8 @@
-"""How the decoder layers of each family of transformers (5.17 to 5.23) are wired, as data for the fast engine."""
+"""A decoder layer, taken apart by what its family is known to be, for the fast engine."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -15,47 +14,9 @@ from qlora_kit.engine.elementwise import Activation
 from qlora_kit.engine.frozen_weight import NotFastError
 from qlora_kit.engine.linear_group import LinearGroup
 from qlora_kit.engine.parts import Mlp, Norm, Output, Projection
+from qlora_kit.families.family import Family, Window
 
-
-class Window(Enum):
-    """Where a layer's attention finds its sliding window."""
-
-    absent = "absent"
-    config = "config"
-    attention = "attention"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between families.
-
-    Attributes:
-        layer: name of the decoder layer's class.
-        fused: q, k and v come from `qkv_proj`, gate and up from `gate_up_proj`.
-        head_norms: q and k are normed over each head.
-        norms_add_one: see `elementwise.rms_norm`.
-        sandwich: norms stand before and after both attention and MLP.
-    """
-
-    layer: str
-    window: Window = Window.attention
-    fused: bool = False
-    head_norms: bool = False
-    norms_add_one: bool = False
-    sandwich: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("LlamaDecoderLayer", window=Window.absent),
-    "mistral": Family("MistralDecoderLayer", window=Window.config),
-    "qwen2": Family("Qwen2DecoderLayer"),
-    "qwen3": Family("Qwen3DecoderLayer", head_norms=True),
-    "smollm3": Family("SmolLM3DecoderLayer"),
-    "gemma3_text": Family("Gemma3DecoderLayer", head_norms=True, norms_add_one=True, sandwich=True),
-    "phi3": Family("Phi3DecoderLayer", window=Window.config, fused=True),
-}
-
-AFTER = "post_attention_layernorm", "post_feedforward_layernorm"  # of what is added, in a sandwich
+AFTER = "post_attention_layernorm", "post_feedforward_layernorm"  # of what is added
 ACTIVATIONS = {
     "SiLUActivation": Activation.silu,
     "SiLU": Activation.silu,
@@ -126,16 +87,16 @@ def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerPart
     Raises:
         NotFastError: something in it is not what this family's layers are known to do.
     """
-    attention, mlp, adds_one = layer.self_attn, layer.mlp, family.norms_add_one
+    attention, mlp, unit_offset = layer.self_attn, layer.mlp, family.unit_offset
 
     def group(owner: Any, *names: str) -> LinearGroup:
         return LinearGroup([adapted_linear(name, getattr(owner, name), make_weight) for name in names])
 
     def norm(owner: Any, name: str) -> Norm:
-        return _norm(getattr(owner, name), adds_one)
+        return _norm(getattr(owner, name), unit_offset)
 
-    of_heads = [norm(attention, name) if family.head_norms else None for name in ("q_norm", "k_norm")]
-    after = [norm(layer, name) for name in AFTER] if family.sandwich else [None, None]
+    of_heads = [norm(attention, name) if family.qk_norm else None for name in ("q_norm", "k_norm")]
+    after = [norm(layer, name) for name in AFTER] if family.post_norms else [None, None]
     projection = Projection(
         norm(layer, "input_layernorm"),
         group(attention, *(["qkv_proj"] if family.fused else ["q_proj", "k_proj", "v_proj"])),
@@ -146,7 +107,7 @@ def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerPart
     )
     output = Output(group(attention, "o_proj"), after[0])
     gated = Mlp(
-        norm(layer, "pre_feedforward_layernorm" if family.sandwich else "post_attention_layernorm"),
+        norm(layer, "pre_feedforward_layernorm" if family.post_norms else "post_attention_layernorm"),
         group(mlp, *(["gate_up_proj"] if family.fused else ["gate_proj", "up_proj"])),
         group(mlp, "down_proj"),
         _activation(mlp),
@@ -162,12 +123,12 @@ def _heads(attention: Any) -> tuple[int, int, int]:
     return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
 
 
-def _norm(module: Any, adds_one: bool) -> Norm:
+def _norm(module: Any, unit_offset: bool) -> Norm:
     name = type(module).__name__
     if not name.endswith("RMSNorm"):
         raise NotFastError(f"{name} stands where a frozen RMS norm is known")
     eps = getattr(module, "variance_epsilon", None)
-    return Norm(module.weight, module.eps if eps is None else eps, adds_one)
+    return Norm(module.weight, module.eps if eps is None else eps, unit_offset)
 
 
 def _activation(mlp: Any) -> Activation:

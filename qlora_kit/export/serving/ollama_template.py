@@ -14,68 +14,10 @@ from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 from qlora_kit.data.template.go_template import GoTemplateError
 from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.data.template.probes import PROBES, stripped
+from qlora_kit.families.family import SERVED_DEFAULT, SERVED_EOS
+from qlora_kit.families.registry import SERVED_TEMPLATES
 
-_DEFAULT, _EOS = "@DEFAULT@", "@EOS@"
 _FEWEST = 10  # probes that a template must take before it counts as known
-
-_CHATML_TURNS = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
-_HEADER = "<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>"
-_LLAMA3_PROMPT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-def _mistral(before: str, system: str, after: str, answer: str) -> str:
-    """Turns in [INST]: the system text in front of the first user turn, then a separator."""
-    return (
-        "{{ $open := false }}{{ range .Messages }}"
-        f'{{{{ if eq .Role "system" }}}}{before}{{{{ .Content }}}}{system}{{{{ $open = true }}}}'
-        f'{{{{ else if eq .Role "user" }}}}{{{{ if not $open }}}}{before}{{{{ end }}}}{{{{ .Content }}}}{after}'
-        "{{ $open = false }}"
-        f"{{{{ else }}}}{answer}{{{{ .Content }}}}{_EOS}{{{{ end }}}}{{{{ end }}}}"
-    )
-
-
-def _mistral_last(before: str, after: str, answer: str) -> str:
-    """Turns in [INST]: the system text in front of the last user turn."""
-    return (
-        '{{ range $i, $m := .Messages }}{{ if eq .Role "user" }}'
-        f"{before}{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{{{{ range $.Messages }}}}"
-        '{{ if eq .Role "system" }}{{ .Content }}\n\n{{ end }}{{ end }}{{ end }}{{ .Content }}'
-        f'{after}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{_EOS}{{{{ end }}}}{{{{ end }}}}'
-    )
-
-
-# name -> Go template without a beginning-of-text token
-FAMILIES = {
-    "chatml": f"{_CHATML_TURNS}<|im_start|>assistant\n",
-    "llama3": f"{{{{ range .Messages }}}}{_HEADER}{{{{ end }}}}{_LLAMA3_PROMPT}",
-    "llama3.1": (
-        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 26 Jul 2024\n\n{{ .System }}<|eot_id|>"
-        f'{{{{ range .Messages }}}}{{{{ if ne .Role "system" }}}}{_HEADER}{{{{ end }}}}{{{{ end }}}}{_LLAMA3_PROMPT}'
-    ),
-    "gemma": (
-        '{{ $open := false }}{{ range .Messages }}{{ if eq .Role "system" }}<start_of_turn>user\n{{ .Content }}\n\n'
-        '{{ $open = true }}{{ else if eq .Role "user" }}{{ if not $open }}<start_of_turn>user\n{{ end }}{{ .Content }}'
-        "<end_of_turn>\n{{ $open = false }}{{ else }}<start_of_turn>model\n{{ .Content }}<end_of_turn>\n{{ end }}"
-        "{{ end }}<start_of_turn>model\n"
-    ),
-    "phi3": "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}<|end|>\n{{ end }}<|assistant|>\n",
-    "phi4": (
-        "{{ range .Messages }}<|im_start|>{{ .Role }}<|im_sep|>{{ .Content }}<|im_end|>{{ end }}"
-        "<|im_start|>assistant<|im_sep|>"
-    ),
-    "phi4-mini": "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>",
-    "mistral": _mistral("[INST] ", "\n\n", " [/INST]", " "),
-    "mistral-v1": _mistral("[INST] ", " ", " [/INST]", ""),
-    "mistral-v3": _mistral_last("[INST] ", "[/INST]", " "),
-    "mistral-nemo": _mistral_last("[INST]", "[/INST]", ""),
-    "smollm3": (
-        "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nReasoning Mode: /think\n\n"
-        f"## Custom Instructions\n\n{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{_DEFAULT}{{{{ end }}}}\n\n"
-        '<|im_end|>\n{{ range .Messages }}{{ if ne .Role "system" }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
-        "{{ end }}{{ end }}<|im_start|>assistant\n"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +25,7 @@ class OllamaTemplate:
     """A Go template that renders as the run's chat template does.
 
     Attributes:
-        family: a name of `FAMILIES`.
+        family: a name of `SERVED_TEMPLATES`.
         system: system text that the chat template adds where a conversation brings none.
         trims: whether the chat template cuts blanks around texts, which the Go template does not.
         tried: probes that both rendered alike.
@@ -108,14 +50,14 @@ def ollama_template(tokenizer: Any) -> OllamaTemplate | str:
     # llama.cpp and Ollama put a beginning-of-text token in front of every prompt where the tokenizer does.
     cut = bos if encoder.bos is not None else ""
     default = default_system(chat)
-    for family, written in product(FAMILIES, dict.fromkeys(("", "" if cut else bos))):
-        body = FAMILIES[family]
-        text = written + body.replace(_EOS, str(tokenizer.eos_token or "")).replace(_DEFAULT, default or "")
-        system = None if _DEFAULT in body else default
+    for family, written in product(SERVED_TEMPLATES, dict.fromkeys(("", "" if cut else bos))):
+        body = SERVED_TEMPLATES[family]
+        text = written + body.replace(SERVED_EOS, str(tokenizer.eos_token or "")).replace(SERVED_DEFAULT, default or "")
+        system = None if SERVED_DEFAULT in body else default
         tried, trims = _agreement(chat, Modelfile("./model.gguf", template=text, system=system), cut)
         if tried >= _FEWEST:
             return OllamaTemplate(family, text, system, trims, tried)
-    return "the chat template is none of those that the kit knows in Ollama's language: " + ", ".join(FAMILIES)
+    return "the chat template is none of those that the kit knows in Ollama's language: " + ", ".join(SERVED_TEMPLATES)
 
 
 def default_system(chat: ChatTemplate) -> str | None:

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Con
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_kit.engine.elementwise import Activation
-from qlora_kit.engine.families import FAMILIES, take_apart
 from qlora_kit.engine.frozen_weight import Bf16Weight, NotFastError
+from qlora_kit.engine.layer_parts import take_apart
+from qlora_kit.families.registry import FAMILIES
 from tests.tiny_models import FAMILIES as TINY
 
 SIZES = {
