@@ -96,7 +96,7 @@ def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
     if problems:
         raise RecipeError(problems)
 
-    from qlora_kit.export.fit.whole import fit_of
+    from qlora_kit.formats.fit import fit_of
 
     if unfit := fit_of(base_folder, config).problems:
         raise RecipeError(unfit)

@@ -6,14 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
-from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
-from qlora_kit.evaluation.gguf_keys import whole_numbers
-
-_GGUF_KEYS = {
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.eot_token_id": "eot_token_id",
-    "tokenizer.ggml.eom_token_id": "eom_token_id",
-}
 
 
 @dataclass(frozen=True)
@@ -36,16 +28,6 @@ def transformers_stops(folder: Path, tokenizer: Any) -> Stops:
             ids = stated if isinstance(stated, list) else [stated]
             return Stops(tuple((f"{name}, eos_token_id", int(token)) for token in ids))
     return Stops(())
-
-
-def gguf_stops(file: Path) -> Stops:
-    """What ends an answer in llama.cpp and Ollama.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
-    found = whole_numbers(file, _GGUF_KEYS)
-    return Stops(tuple((_GGUF_KEYS[key], token) for key, token in found.items()), LLAMA_CPP_STOPS)
 
 
 def stop_problems(

@@ -23,10 +23,10 @@ def score_rounded_twin(
     Raises:
         RuntimeError: the 16-bit model does not fit into the device's memory.
     """
-    from qlora_kit.evaluation.artifacts import load_exported
+    from qlora_kit.evaluation.sixteen_bit import load_sixteen_bit
     from qlora_kit.evaluation.torch_scorer import TorchScorer
 
-    model = load_exported("merged", merged)
+    model = load_sixteen_bit(merged)
     round_weights(model, bits)
     scorer = TorchScorer(model, pad_token_id)
     try:

@@ -27,7 +27,7 @@ from qlora_kit.core.units import counted, kept_share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_kit.export.dequantized import WeightReader
+    from qlora_kit.export.stored_weights import WeightReader
 
 # Below this the file is nearer to the base than to what was trained.
 LEAST_KEPT = 0.5
@@ -137,7 +137,7 @@ def survey(
         base_weight: gives the base's weight that a merged one was made from, by the merged name, any float dtype;
             None for weights that the adapter does not touch. Exactly the base that was merged into, dequantized or
             original, or its difference to the other is taken for learning.
-        stored_weight: gives the weight that the file stands for, see `dequantized.dequantized_weights`.
+        stored_weight: gives the weight that the file stands for, as the reader of its format gives it.
         layer_done: called with the name after each weight.
 
     Raises:

@@ -103,7 +103,7 @@ def _run_speaker(name: str) -> Any:
 
 
 def _export_speaker(format_name: str, path: Path) -> Any:
-    from qlora_kit.evaluation.artifacts import load_exported
+    from qlora_kit.formats.artifacts import load_exported
 
     say(f"loading {path}")
     return _torch_speaker(load_exported(format_name, path).eval(), load_tokenizer(path))
@@ -150,7 +150,7 @@ def _gguf_speaker(path: Path) -> Any:
     # exports/<name>/<file>: what lies beside exports/ holds the tokenizer that turns token ids into text.
     home = path.parent.parent.parent
     tokenizer = load_tokenizer(home / "adapter" if (home / "adapter").is_dir() else home / "tokenizer")
-    from qlora_kit.evaluation.llama_cpp import LlamaCppModel
+    from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
 
     model = LlamaCppModel(path)
 

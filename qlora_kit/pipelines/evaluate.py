@@ -12,7 +12,6 @@ from qlora_kit.core.say import say
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.artifacts import open_artifact
 from qlora_kit.evaluation.harness import TaskScores, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
 from qlora_kit.evaluation.judge import Yardstick, faults_of
@@ -22,6 +21,7 @@ from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compa
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from qlora_kit.export.manifest import MANIFEST, faults_of_export, read_manifest, record_scores
+from qlora_kit.formats.artifacts import open_artifact
 from qlora_kit.pipelines.eval_record import asked, write_record
 from qlora_kit.pipelines.evaluated import Evaluated
 from qlora_kit.pipelines.exam import Exam, set_exam

@@ -13,8 +13,8 @@ from qlora_kit.core.rundir import RunDirectory, find_run, refuse_at_work
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import open_trained
 from qlora_kit.evaluation.scores import Scorer
+from qlora_kit.evaluation.trained import open_trained
 from qlora_kit.export.manifest import MANIFEST
 from qlora_kit.pipelines.base_rows import parted_general_text, prepared_rows
 from qlora_kit.pipelines.exportable import Exportable, TrainedRun

@@ -18,14 +18,14 @@ from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import ADAPTERS
 from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.export.fit.fault import LeftOver
-from qlora_kit.export.fit.whole import fit_of
-from qlora_kit.export.gguf.lora import ADAPTER_SETTINGS
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.targets.table import ExportJob, Source, export_jobs
+from qlora_kit.formats.adapter.lora_gguf import ADAPTER_SETTINGS
+from qlora_kit.formats.artifacts import ADAPTERS
+from qlora_kit.formats.fit import fit_of
+from qlora_kit.formats.jobs import ExportJob, Source, export_jobs
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish

@@ -11,12 +11,12 @@ from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.artifacts import open_trained
 from qlora_kit.evaluation.scores import Scorer
+from qlora_kit.evaluation.trained import open_trained
 from qlora_kit.export.calibration import calibration_rows
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.export.serving.facts import BaseFacts
-from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.formats.jobs import ExportJob
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase

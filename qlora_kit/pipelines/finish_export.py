@@ -8,21 +8,21 @@ from typing import Any
 
 from qlora_kit.core.say import say
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.artifacts import AdapterBase, open_artifact
-from qlora_kit.evaluation.contract import check_token_ids
 from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
 from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
-from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.serving.commands import serve_commands
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
-from qlora_kit.export.serving.write import write_serving_files
-from qlora_kit.export.targets.table import READERS, ExportJob
+from qlora_kit.formats.artifacts import AdapterBase, open_artifact
+from qlora_kit.formats.gguf.writer import write_gguf
+from qlora_kit.formats.jobs import READERS, ExportJob
+from qlora_kit.formats.serving_files import write_serving_files
+from qlora_kit.formats.token_contract import check_token_ids
 from qlora_kit.pipelines.exportable import Exportable
 from qlora_kit.pipelines.far_from_rounding import far_from_rounding
 from qlora_kit.pipelines.reference import Reference

@@ -8,9 +8,9 @@ from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
-from qlora_kit.evaluation.artifacts import MODELS
-from qlora_kit.export.fit.whole import fit_of
 from qlora_kit.export.manifest import read_manifest
+from qlora_kit.formats.artifacts import MODELS
+from qlora_kit.formats.fit import fit_of
 from qlora_kit.model.source import locate_base
 from qlora_kit.schema.compose import compose_recipe, load_recipe
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.export.delta_survival import DeltaSurvival, survey
-from qlora_kit.export.dequantized import WeightReader, dequantized_weights, stored_tensors
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.deltas import Adapter, read_adapter
 from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.read_base import read_headers
-from qlora_kit.export.targets.table import ExportJob
+from qlora_kit.export.stored_weights import WeightReader, stored_tensors
+from qlora_kit.formats.dequantized import dequantized_weights
+from qlora_kit.formats.jobs import ExportJob
 from qlora_kit.schema.export import GgufMix, GptqMethod, MergeBase
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def child(work: Path, what: str, peer: Path | None) -> None:
     from tqdm import tqdm  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    from qlora_kit.export.gguf.writer import write_gguf
+    from qlora_kit.formats.gguf.writer import write_gguf
 
     out, file = work / "out", work / "out" / "model.gguf"
     assert gguf.GGUFWriter

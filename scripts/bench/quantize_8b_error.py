@@ -75,8 +75,8 @@ def _dense(own: Tensors) -> Tensors:
 
 
 def _gptq_or_awq(own: Tensors) -> "Tensor":
-    from qlora_kit.export.targets import gptq_layout
-    from qlora_kit.model import awq_layout
+    from qlora_kit.formats.awq import layout as awq_layout
+    from qlora_kit.formats.gptq import layout as gptq_layout
 
     if "g_idx" in own:
         return gptq_layout.unpacked_weight(own)

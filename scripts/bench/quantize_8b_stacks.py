@@ -15,7 +15,7 @@ Run = Callable[[Path, Path, Rows], None]
 
 def kit_gptq(folder: Path, out: Path, rows: Rows) -> None:
     """`export=gptq`, which is gptqmodel and the layout's own writing."""
-    from qlora_kit.export.targets.gptq import write_gptq
+    from qlora_kit.formats.gptq.write import write_gptq
     from qlora_kit.schema.export import GptqTarget
 
     write_gptq(folder, out, GptqTarget(), rows)
@@ -23,7 +23,7 @@ def kit_gptq(folder: Path, out: Path, rows: Rows) -> None:
 
 def kit_awq(folder: Path, out: Path, rows: Rows) -> None:
     """`export=awq`, the kit's own."""
-    from qlora_kit.export.targets.awq import write_awq
+    from qlora_kit.formats.awq.write import write_awq
     from qlora_kit.schema.export import AwqTarget
 
     write_awq(folder, out, AwqTarget(), rows)
@@ -33,7 +33,7 @@ def kit_compressed(scheme: str) -> Run:
     """`export=compressed`, which is llmcompressor and the layout's own writing."""
 
     def run(folder: Path, out: Path, rows: Rows) -> None:
-        from qlora_kit.export.targets.compressed import write_compressed
+        from qlora_kit.formats.compressed.write import write_compressed
         from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 
         write_compressed(folder, out, CompressedTarget(scheme=CompressedScheme[scheme]), rows)
@@ -106,10 +106,10 @@ def import_libraries(stack: str, target: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import LlamaForCausalLM  # noqa: F401
 
-    import qlora_kit.export.awq.walk  # noqa: F401
+    import qlora_kit.formats.awq.walk  # noqa: F401
 
     if stack == "gptqmodel" or (stack, target) == ("qlora_kit", "gptq"):
-        from qlora_kit.export.targets.gptq import _set_up_environment
+        from qlora_kit.formats.gptq.write import _set_up_environment
 
         _set_up_environment()
         import gptqmodel  # noqa: F401

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.evaluation.quantized import load_quantized
-from qlora_kit.export.targets.awq import write_awq
-from qlora_kit.model.awq_layout import KINDS, unpacked_weight
+from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
+from qlora_kit.formats.awq.write import write_awq
+from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 from tests.tiny_models import build_tiny_model
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qlora_kit.export.awq import feedback
-from qlora_kit.export.awq.feedback import BLOCK, compensated_codes
-from qlora_kit.export.awq.grid import decode, nearest, ranges, span
-from qlora_kit.export.awq.search import output_error
+from qlora_kit.export import feedback
+from qlora_kit.export.feedback import BLOCK, compensated_codes
+from qlora_kit.export.grid import decode, nearest, ranges, span
+from qlora_kit.formats.awq.search import output_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

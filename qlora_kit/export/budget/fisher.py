@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qlora_kit.core.say import say
-from qlora_kit.export.awq.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
-from qlora_kit.export.gguf.safetensors_rows import StoredTensor, find_tensors
+from qlora_kit.export.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
+from qlora_kit.export.safetensors_rows import StoredTensor, find_tensors
 from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
 
 MOST_STATE_BYTES = 2 << 30

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
+from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.merging.read_base import read_headers
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -72,7 +73,7 @@ def model_form(folder: Path) -> ModelForm | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_kit.export.awq.observe import decoder_layers
+    from qlora_kit.export.observe import decoder_layers
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -100,3 +101,15 @@ def model_form(folder: Path) -> ModelForm | None:
         head=next((name for name, module in named.items() if module is model.get_output_embeddings()), ""),
         stored=frozenset(read_headers(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
     )
+
+
+def experts_left(form: ModelForm) -> LeftOver | None:
+    """Experts, which no library takes for linear layers."""
+    if not form.experts:
+        return None
+    return LeftOver(form.experts, len(form.blocks) + len(form.experts), "experts lie in one parameter")
+
+
+def no_linear_layers(layout: str, form: ModelForm) -> str:
+    """Why a family has no file in a layout of linear layers."""
+    return f"this family has no {layout} file: its layers are no linear layers ({form.told})"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.evaluation.llama_cpp import LlamaCppModel
 from qlora_kit.evaluation.stopping import ended_early, stop_tokens, until_stop
 from qlora_kit.evaluation.torch_scorer import TorchScorer
-from qlora_kit.export.gguf.writer import write_gguf
+from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
+from qlora_kit.formats.gguf.writer import write_gguf
 from tests.tiny_models import build_tiny_model, set_stop_tokens
 
 PROMPTS = [list(range(3, 20)), list(range(40, 47)), list(range(100, 130, 3))]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival, delta_survival, noise_to_delta, survey
-from qlora_kit.export.dequantized import dequantized_weights, stored_tensors, without_factors
-from qlora_kit.export.targets.gptq import write_gptq
-from qlora_kit.model.awq_layout import unpacked_weight
+from qlora_kit.formats.awq.layout import unpacked_weight
+from qlora_kit.formats.dequantized import dequantized_weights, stored_tensors, without_factors
+from qlora_kit.formats.gptq.write import write_gptq
 from qlora_kit.schema.export import GptqMethod, GptqTarget
 from tests.tiny_models import build_tiny_model
 
@@ -165,7 +165,7 @@ def rounding_file(merged: Path, out: Path, bits: int = 8) -> Path:
 
 def awq_file(layout: str) -> Callable[[Path, Path], Path]:
     def write(merged: Path, out: Path) -> Path:
-        from qlora_kit.export.targets.awq import write_awq
+        from qlora_kit.formats.awq.write import write_awq
         from qlora_kit.schema.export import AwqLayout, AwqTarget
 
         out.mkdir()
@@ -177,7 +177,7 @@ def awq_file(layout: str) -> Callable[[Path, Path], Path]:
 
 def gguf_file(mix: str) -> Callable[[Path, Path], Path]:
     def write(merged: Path, out: Path) -> Path:
-        from qlora_kit.export.gguf.writer import write_gguf
+        from qlora_kit.formats.gguf.writer import write_gguf
 
         write_gguf(merged, out.with_suffix(".gguf"), mix)
         return out.with_suffix(".gguf")

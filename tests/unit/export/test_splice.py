@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.targets.splice import INDEX, splice_checkpoint
+from qlora_kit.export.splice import INDEX, splice_checkpoint
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.evaluation.scores import Fidelity
-from qlora_kit.export.gguf.writer import write_gguf
+from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
 from qlora_kit.pipelines import evaluated, exam

@@ -9,7 +9,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
-from qlora_kit.export.gguf.writer import write_gguf
+from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.pipelines.evaluate import evaluate
 from qlora_kit.pipelines.evaluated import EvaluatedRun, open_evaluated_base
 from qlora_kit.pipelines.named_base import named_base

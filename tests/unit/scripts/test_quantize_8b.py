@@ -72,9 +72,9 @@ def test_the_same_weights_in_each_layout_come_back_dense(tmp_path):
     from quantize_8b_error import dense_weights
     from safetensors.torch import save_file
 
-    from qlora_kit.export.awq.grid import decode, encode, span
-    from qlora_kit.export.targets import gptq_layout
-    from qlora_kit.model.awq_layout import gemm_tensors
+    from qlora_kit.export.grid import decode, encode, span
+    from qlora_kit.formats.awq.layout import gemm_tensors
+    from qlora_kit.formats.gptq import layout as gptq_layout
 
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
     groups = weight.view(64, 2, 128)

@@ -11,7 +11,7 @@ from qlora_kit import __version__
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.lock import lock_of, weights_of, write_lock
-from tests.unit.export.serving.conftest import SECRET, Made
+from tests.served_artifact import SECRET, Made
 
 
 def test_the_lock_names_everything_that_went_in(facts: Made, run: RunDirectory, base: Path) -> None:

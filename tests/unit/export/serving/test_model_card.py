@@ -10,7 +10,7 @@ from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
-from tests.unit.export.serving.conftest import SECRET, Made
+from tests.served_artifact import SECRET, Made
 
 
 def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: Path, base: Path) -> None:

@@ -1,0 +1,29 @@
+"""Weights by name, one at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WeightReader = Callable[[str], "Tensor | None"]
+
+
+def stored_tensors(folder: Path) -> WeightReader:
+    """Tensors of a folder's safetensors files as they are stored, by name; None for a name that is not there."""
+    from safetensors import safe_open
+
+    file_of: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> "Tensor | None":
+        if name not in file_of:
+            return None
+        with safe_open(file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return read

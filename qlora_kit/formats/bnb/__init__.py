@@ -1,0 +1,1 @@
+"""bitsandbytes folders: NF4 and int8, loaded as they are stored."""

@@ -1,0 +1,53 @@
+"""What the schemes of compressed-tensors ask of a model."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.export.fit.fault import Fault, mended
+from qlora_kit.export.fit.form import ModelForm, no_linear_layers
+from qlora_kit.export.group_sizes import check_group_size
+from qlora_kit.formats.compressed.write import FIXED_GROUPS, GROUP_SIZES, smoothed_layers
+from qlora_kit.schema.export import CompressedScheme, CompressedTarget
+
+_PACKED = {CompressedScheme.W4A16: 8, CompressedScheme.W8A16: 4}  # codes in a 32-bit word
+
+
+def compressed_problems(path: str, target: CompressedTarget, form: ModelForm) -> Iterator[Problem]:
+    """What is wrong with a compressed-tensors file of this model."""
+
+    def candidates(fault: Fault) -> Iterator[tuple[str, object, CompressedTarget]]:
+        if fault.field == "group_size":
+            for size in sorted(GROUP_SIZES, reverse=True):
+                yield "group_size", size, replace(target, group_size=size)
+        elif fault.field == "smoothing":
+            yield "smoothing", 0, replace(target, smoothing=0)
+        elif fault.field == "scheme":
+            scheme = CompressedScheme.FP8_DYNAMIC
+            yield "scheme", scheme.value, replace(target, scheme=scheme)
+
+    yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
+
+
+def _faults(target: CompressedTarget, form: ModelForm) -> list[Fault]:
+    if not form.blocks:
+        return [Fault("scheme", no_linear_layers("compressed-tensors", form))]
+    scheme, faults = target.scheme, []
+    widths = {name: width for name, (_, width) in (*form.blocks.items(), *form.outside.items())}
+    if scheme is CompressedScheme.W4A16:
+        if target.group_size not in GROUP_SIZES:
+            choices = ", ".join(map(str, GROUP_SIZES))
+            what = f"readers of W4A16 files take groups of {choices}, not {target.group_size}"
+            faults.append(Fault("group_size", what))
+        elif problem := check_group_size(target.group_size, widths):
+            faults.append(Fault("group_size", problem.what))
+    size = FIXED_GROUPS.get(scheme) or _PACKED.get(scheme)
+    if size and (odd := [name for name, width in widths.items() if width % size]):
+        what = f"{scheme.value} has groups of {size} weights, which do not divide in_features={widths[odd[0]]}"
+        faults.append(Fault("scheme", f"{what} of '{odd[0]}'"))
+    if scheme is CompressedScheme.W8A8 and target.smoothing != 0:
+        try:
+            smoothed_layers(set(form.modules))
+        except RecipeError as error:
+            faults.append(Fault("smoothing", error.problems[0].what))
+    return faults

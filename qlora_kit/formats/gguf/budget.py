@@ -1,0 +1,72 @@
+"""The block types that the layers of a GGUF file may have under a budget, and libgguf's own rounding to them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.extras import require
+from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, is_weighted
+from qlora_kit.schema.export import GgufTarget
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+# Those that every build of llama.cpp multiplies fast; codebook types are slow to try and slow on a CPU.
+_WIDE_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_WIDE_BLOCK, _NARROW_BLOCK = 256, 32
+
+
+@dataclass(frozen=True)
+class GgufFormats:
+    """What a target leaves open in the layers of a model.
+
+    Attributes:
+        names: GGUF name of each layer's weight.
+        shapes: (out_features, in_features) of each layer.
+        importance: what blocks are fitted to, by GGUF name; empty where they are not.
+    """
+
+    target: GgufTarget
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+    importance: "Mapping[str, npt.NDArray[np.float32]]"
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Every layer by itself; those whose width no block divides stay in 16 bits and are in none."""
+        return [(name,) for name, (_, width) in self.shapes.items() if width % _NARROW_BLOCK == 0]
+
+    def bits(self, name: str) -> dict[str, float]:
+        """Bits a weight by format, with the scales of its blocks."""
+        gguf = require("gguf", "writing a GGUF file")
+        types = _NARROW_TYPES if self.shapes[name][1] % _WIDE_BLOCK else _WIDE_TYPES
+        sizes = {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1] for kind in types}
+        return {kind: size * 8 / BLOCK_SIZES[kind] for kind, size in sizes.items()}
+
+    def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor":
+        """Whole rows of a layer's weight as their blocks stand for them, float32."""
+        libgguf, gguf = (require(package, "writing a GGUF file") for package in ("libgguf", "gguf"))
+        import torch
+
+        importance = self.importance.get(self.names[name]) if is_weighted(format) else None
+        blocks = libgguf.quantize_rows(
+            weight.detach().cpu().contiguous().numpy(), libgguf.GGMLQuantizationType[format], imatrix=importance
+        )
+        values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[format])
+        return torch.from_numpy(values.reshape(weight.shape)).to(weight.device)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether what the method leaves of an error depends on the inputs: blocks are rounded by themselves."""
+        return False
+
+    def error_left(self, name: str, weight: "Tensor", format: str, mass: "Tensor", moment: "Tensor | None") -> float:
+        """Share of the error that is left: all of it."""
+        return 1.0
+
+    def chosen(self, formats: Mapping[str, str]) -> GgufTarget:
+        """The target with the formats as overrides, tensor by tensor, behind its own."""
+        found = {self.names[name]: kind for name, kind in formats.items()}
+        return replace(self.target, overrides={**self.target.overrides, **found})

@@ -1,0 +1,222 @@
+"""The whole way from a Hugging Face folder to a GGUF file, or to several that belong together."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.extras import require
+from qlora_kit.families.family import GgufRules
+from qlora_kit.formats.gguf.architectures import extra_tensors, find_architecture
+from qlora_kit.formats.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
+from qlora_kit.formats.gguf.container import open_container
+from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+from qlora_kit.formats.gguf.metadata import add_general, add_hyper_parameters, read_config, stop_token_ids
+from qlora_kit.formats.gguf.mixes import find_mix, is_weighted, requires_imatrix
+from qlora_kit.formats.gguf.shards import shard_paths, split_tensors, tensor_offsets
+from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_tensors
+from qlora_kit.formats.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Extras = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class GgufChoices:
+    """What a file shall be.
+
+    Attributes:
+        mix: a name of `mixes.MIXES`.
+        overrides: glob on GGUF tensor names to the block type that replaces the mix's choice; the last match counts.
+        shard_bytes: most bytes of tensors in one file; None writes a single file.
+    """
+
+    mix: str
+    overrides: Mapping[str, str] | None = None
+    shard_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class GgufSummary:
+    """What was written: the mix, how many tensors have which type, size in bytes, and the files, first one first."""
+
+    mix: str
+    type_counts: Mapping[str, int]
+    bytes: int
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    config: Mapping[str, Any]
+    architecture: GgufRules
+    extras: "Extras"
+    tensors: Sequence[PlannedTensor]
+    parts: Sequence[Sequence[str]]
+
+
+def planned_files(model_dir: Path, out_file: Path, choices: GgufChoices, *, has_imatrix: bool = False) -> list[Path]:
+    """The files that `write_gguf` will write, without writing; llama.cpp is given the first.
+
+    Raises:
+        RecipeError: as `write_gguf`.
+    """
+    return shard_paths(out_file, len(_plan(model_dir, choices, has_imatrix).parts))
+
+
+def write_gguf(
+    model_dir: Path,
+    out_file: Path,
+    mix: str | GgufChoices,
+    *,
+    name: str | None = None,
+    imatrix: ImportanceMatrix | None = None,
+    workers: int | None = None,
+) -> GgufSummary:
+    """Write a merged model as one GGUF file or several, quantized straight from its stored precision.
+
+    Args:
+        model_dir: Hugging Face folder: config.json, safetensors in 16 or 32 bits, tokenizer.
+        out_file: the file to write, or the stem of several; written in a folder beside its place and moved, the first
+            file last, so it is complete or absent.
+        mix: a name of `mixes.MIXES`, or all choices.
+        name: `general.name`; the folder's name by default.
+        imatrix: what the blocks are fitted to; left unused by types that have no use for it.
+        workers: threads that quantize; by default one for every usable core.
+
+    Raises:
+        RecipeError: an architecture, tokenizer, mix, override or weight type that cannot be written, or a type that
+            needs an importance matrix without one; found before writing.
+        RunError: a weight is not finite, or too large for the type.
+    """
+    require("gguf", "writing a GGUF file")
+    require("libgguf", "writing a GGUF file")
+    choices = GgufChoices(mix) if isinstance(mix, str) else mix
+    plan = _plan(model_dir, choices, imatrix is not None)
+    rows = next(tensor.stored.rows for tensor in plan.tensors if tensor.name == "token_embd.weight")
+    vocabulary = read_vocabulary(model_dir, rows, stop_token_ids(model_dir, plan.config), plan.config)
+    is_fitted = imatrix is not None and any(is_weighted(tensor.type) for tensor in plan.tensors)
+    if imatrix is not None and is_fitted:
+        plan = replace(plan, tensors=_with_importance(plan.tensors, imatrix, choices))
+    title = _title(name or model_dir.resolve().name, plan.architecture, vocabulary)
+
+    def describe(writer: Any) -> None:
+        add_general(writer, model_dir, plan.config, title, find_mix(choices.mix).file_type)
+        add_hyper_parameters(writer, plan.architecture, plan.config, rows)
+        add_vocabulary(writer, vocabulary)
+        if imatrix is not None and is_fitted:
+            imatrix.add_metadata(writer)
+
+    places = _write_files(out_file, plan, describe, workers)
+    counts = Counter([tensor.type for tensor in plan.tensors] + ["F32"] * len(plan.extras))
+    size = sum(place.stat().st_size for place in places)
+    return GgufSummary(choices.mix.upper(), dict(counts), size, tuple(places))
+
+
+def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], workers: int | None) -> list[Path]:
+    """Write in a folder beside and move, the first file last: it is the one that readers are given."""
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    places = shard_paths(out_file, len(plan.parts))
+    with TemporaryDirectory(dir=out_file.parent, prefix=f".{out_file.name}.") as folder:
+        staged = [Path(folder) / place.name for place in places]
+        for number, file in enumerate(staged):
+            writer = _open(file, number, plan)
+            try:
+                if number == 0:
+                    describe(writer)
+                _write_head(writer, file, number, plan)
+            finally:
+                writer.close()
+        _write_tensors(staged, plan, workers, out_file.name)
+        for file, place in reversed(list(zip(staged, places, strict=True))):
+            file.replace(place)
+    return places
+
+
+def _plan(model_dir: Path, choices: GgufChoices, has_imatrix: bool) -> _Plan:
+    mix = find_mix(choices.mix)
+    config = read_config(model_dir)
+    architecture = find_architecture(config)
+    tensors, _ = plan_tensors(
+        model_dir, architecture, config, mix, overrides=choices.overrides, has_imatrix=has_imatrix
+    )
+    extras = extra_tensors(architecture, config)
+    sizes = {name: values.nbytes for name, values in extras.items()}
+    sizes |= {tensor.name: tensor_bytes(tensor) for tensor in tensors}
+    return _Plan(config, architecture, extras, tensors, split_tensors(sizes, choices.shard_bytes))
+
+
+def _with_importance(
+    tensors: Sequence[PlannedTensor], imatrix: ImportanceMatrix, choices: GgufChoices
+) -> list[PlannedTensor]:
+    mix, means = find_mix(choices.mix), imatrix.means
+    for tensor in tensors:
+        if tensor.name not in means and requires_imatrix(tensor.name, tensor.type, mix):
+            raise RunError(f"the importance matrix holds nothing for {tensor.name}, which {tensor.type} needs")
+    return [replace(t, importance=means.get(t.name)) if is_weighted(t.type) else t for t in tensors]
+
+
+def _open(file: Path, number: int, plan: _Plan) -> Any:
+    import gguf
+
+    writer = open_container(file, plan.architecture.name)
+    if len(plan.parts) > 1:
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(plan.parts))
+        writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, sum(len(part) for part in plan.parts))
+    return writer
+
+
+def _title(name: str, architecture: GgufRules, vocabulary: Vocabulary) -> str:
+    # llama.cpp has no key for "swallow the space after this token": it does so when the name has the marker
+    marker = architecture.marker
+    needs_marker = bool(marker) and vocabulary.strips_after_special
+    marked = any(text in name.lower() for text in (marker, marker.replace("-", "")))
+    return f"{name} ({marker})" if needs_marker and not marked else name
+
+
+def _write_head(writer: Any, file: Path, number: int, plan: _Plan) -> None:
+    """Everything of a file but its tensors' values: header, metadata, table of tensors."""
+    import gguf
+    import numpy as np
+
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    float32 = np.dtype(np.float32)
+    for name in plan.parts[number]:
+        if name in plan.extras:
+            values = plan.extras[name]
+            writer.add_tensor_info(name, values.shape, float32, values.nbytes)
+        else:
+            tensor = planned[name]
+            kind = gguf.GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(name, tensor.stored.shape, float32, tensor_bytes(tensor), kind)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _write_tensors(files: Sequence[Path], plan: _Plan, workers: int | None, title: str) -> None:
+    from tqdm import tqdm
+
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    placed: list[PlacedTensor] = []
+    for file, part in zip(files, plan.parts, strict=True):
+        sizes = [plan.extras[n].nbytes if n in plan.extras else tensor_bytes(planned[n]) for n in part]
+        offsets = tensor_offsets([*sizes, 0], file.stat().st_size)
+        with file.open("r+b") as stream:
+            stream.truncate(offsets[-1])
+            for name, offset in zip(part, offsets, strict=False):
+                if name in plan.extras:
+                    stream.seek(offset)
+                    stream.write(plan.extras[name].tobytes())
+                else:
+                    placed.append(PlacedTensor(planned[name], file, offset))
+    values = sum(tensor.stored.rows * tensor.stored.width for tensor in plan.tensors)
+    with tqdm(total=values, desc=title, unit=" weights", unit_scale=True, disable=None) as bar:
+        write_blocks(placed, workers, bar.update)

@@ -1,0 +1,1 @@
+"""GPTQ folders, for vLLM, SGLang and transformers."""

@@ -1,0 +1,190 @@
+"""A target with a budget of bits in, the same target with a format for each layer out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.say import say
+from qlora_kit.export.budget.allocate import Layer, Option, allocate, mean_bits
+from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.formats.gguf.budget import GgufFormats
+from qlora_kit.formats.gptq.budget import GptqFormats
+from qlora_kit.formats.reach import gguf_names_of
+from qlora_kit.schema.export import GgufTarget, GptqTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qlora_kit.export.budget.fisher import MeasuredLinear
+    from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+
+_MOST_WEIGHTS_ROUNDED = 1 << 19  # of a layer, in each format
+
+
+class Formats(Protocol):
+    """What a target leaves open in the layers of a model."""
+
+    def groups(self) -> list[tuple[str, ...]]: ...
+    def bits(self, name: str) -> dict[str, float]: ...
+    def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor": ...
+    @property
+    def needs_moments(self) -> bool: ...
+    def error_left(
+        self, name: str, weight: "Tensor", format: str, mass: "Tensor", moment: "Tensor | None"
+    ) -> float: ...
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a budget was spent on.
+
+    Attributes:
+        budget: mean bits of a weight that were allowed, over the layers that are quantized, scales included.
+        bits: those that were reached.
+        rise: predicted rise of the loss, in nats a token.
+        uniform: the best single format within the budget; empty where there is none, as for layers that differ.
+        uniform_rise: what it would have cost.
+        layers: format and predicted rise of each layer.
+    """
+
+    budget: float
+    bits: float
+    rise: float
+    uniform: str
+    uniform_rise: float | None
+    layers: Mapping[str, tuple[str, float]]
+
+    def record(self) -> dict[str, object]:
+        """The manifest's entry."""
+        layers = {name: {"format": kind, "rise": rise} for name, (kind, rise) in self.layers.items()}
+        return {
+            "budget": self.budget,
+            "bits": self.bits,
+            "predicted_rise": self.rise,
+            "uniform": self.uniform,
+            "uniform_rise": self.uniform_rise,
+            "layers": layers,
+        }
+
+    def __str__(self) -> str:
+        kinds = [kind for kind, _ in self.layers.values()]
+        counts = ", ".join(f"{kinds.count(kind)} in {kind}" for kind in sorted(set(kinds)))
+        than = f"; all in {self.uniform}: {self.uniform_rise:.2g}" if self.uniform else ""
+        rise = f"predicted rise of the loss {self.rise:.2g}{than}"
+        return f"{self.bits:.2f} of {self.budget:g} bits a weight: layers {counts} ({rise})"
+
+
+def spend_gptq(
+    model_dir: Path, target: GptqTarget, budget: float, rows: Sequence[Sequence[int]]
+) -> tuple[GptqTarget, Spent]:
+    """Spend a budget on the layers of a GPTQ file.
+
+    Args:
+        model_dir: the merged 16-bit folder.
+        target: skipped layers stay in 16 bits and do not count; group sizes stay.
+        budget: mean bits of a weight, with scales and zero points.
+        rows: token ids of the calibration rows.
+
+    Returns:
+        the target with overrides, and what they are.
+
+    Raises:
+        RecipeError: a budget that no choice meets, or no calibration rows.
+    """
+    formats = GptqFormats.of(target, linear_shapes(model_dir))
+    spent = _spend(model_dir, formats, budget, rows)
+    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
+
+
+def spend_gguf(
+    model_dir: Path, target: GgufTarget, budget: float, imatrix: "ImportanceMatrix"
+) -> tuple[GgufTarget, Spent]:
+    """Spend a budget on the matrices of a GGUF file's blocks; embeddings and output matrix keep the mix's types.
+
+    Args:
+        imatrix: holds the calibration rows, and what blocks are fitted to where the target says so.
+
+    Returns, raises: as `spend_gptq`.
+    """
+    shapes = linear_shapes(model_dir)
+    importance = imatrix.means if target.imatrix else {}
+    formats = GgufFormats(target, gguf_names_of(model_dir, shapes), shapes, importance)
+    spent = _spend(model_dir, formats, budget, imatrix.rows)
+    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
+
+
+def _spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequence[int]]) -> Spent:
+    from qlora_kit.export.budget.fisher import Fisher
+
+    rows = [row for row in rows if len(row)]
+    if not rows:
+        raise RecipeError("bits_budget is spent by what calibration rows say, and there are none", "bits_budget")
+    groups = formats.groups()
+    wanted = {name for names in groups for name in names}
+    rises: dict[str, dict[str, float]] = {}
+    weights: dict[str, int] = {}
+    for linear in Fisher(model_dir, rows, with_moments=formats.needs_moments).linears():
+        if linear.name in wanted:
+            rises[linear.name] = predicted_rises(linear, formats)
+            weights[linear.name] = linear.weight.numel()
+    layers = [_layer(names, formats, rises, weights) for names in groups]
+    chosen = allocate(layers, budget)
+    spent = _spent(budget, layers, chosen, rises)
+    say(str(spent))
+    return spent
+
+
+def predicted_rises(linear: "MeasuredLinear", formats: Formats) -> dict[str, float]:
+    """Rise of the loss in nats a token when one layer is rounded, by format: half the sum of F times squared error.
+
+    For GPTQ that is of plain rounding, times the share of the error at the layer's output that GPTQ leaves of it.
+
+    Of a large layer some rows are rounded, from those that matter least to those that matter most, and what they cost
+    is scaled by the share of the Fisher information that they hold.
+    """
+    import torch
+
+    count = min(len(linear.weight), max(1, _MOST_WEIGHTS_ROUNDED // linear.weight.shape[1]))
+    mass = linear.fisher.sum(1)
+    picked = mass.argsort()[torch.linspace(0, len(mass) - 1, count).round().long()]
+    share = float(mass[picked].sum() / mass.sum()) if mass.sum() > 0 else 1.0
+    weight, fisher = linear.weight.detach()[picked], linear.fisher[picked]
+    found = {}
+    for kind in formats.bits(linear.name):
+        error = formats.rounded(linear.name, weight, kind) - weight
+        left = formats.error_left(linear.name, weight, kind, mass[picked], linear.moment)
+        found[kind] = float((fisher * error.square()).sum(dtype=torch.float64)) / 2 / share * left
+    return found
+
+
+def _layer(
+    names: tuple[str, ...], formats: Formats, rises: Mapping[str, Mapping[str, float]], weights: Mapping[str, int]
+) -> Layer:
+    total = sum(weights[name] for name in names)
+    bits = {name: formats.bits(name) for name in names}
+    options = tuple(
+        Option(kind, sum(weights[n] * bits[n][kind] for n in names) / total, sum(rises[n][kind] for n in names))
+        for kind in bits[names[0]]
+    )
+    return Layer(names, total, options)
+
+
+def _spent(
+    budget: float, layers: Sequence[Layer], chosen: Sequence[Option], rises: Mapping[str, Mapping[str, float]]
+) -> Spent:
+    uniform, cost = "", None
+    for kind in (option.format for option in layers[0].options):
+        same = [next((option for option in layer.options if option.format == kind), None) for layer in layers]
+        found = [option for option in same if option is not None]
+        if len(found) == len(layers) and mean_bits(layers, found) <= budget:
+            rise = sum(option.rise for option in found)
+            uniform, cost = (kind, rise) if cost is None or rise < cost else (uniform, cost)
+    by_layer = {
+        name: (option.format, rises[name][option.format])
+        for layer, option in zip(layers, chosen, strict=True)
+        for name in layer.modules
+    }
+    rise = sum(option.rise for option in chosen)
+    return Spent(budget, round(mean_bits(layers, chosen), 4), rise, uniform, cost, by_layer)

@@ -1,0 +1,87 @@
+"""The row kernels: the same bytes from both wheels, and an error where llama.cpp would end the process."""
+
+from types import SimpleNamespace
+
+import libgguf
+import numpy as np
+import pytest
+
+from qlora_kit.formats.gguf import row_kernels
+from qlora_kit.formats.gguf.row_kernels import _agrees, quantized
+
+ROWS = np.random.default_rng(0).standard_normal((12, 512)).astype(np.float32)
+WEIGHTS = np.random.default_rng(1).gamma(0.5, size=512).astype(np.float32) + np.float32(1e-3)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Types that libgguf was asked for."""
+    kinds = []
+    monkeypatch.setattr(libgguf, "quantize_rows", spied(kinds, libgguf.quantize_rows))
+    return kinds
+
+
+def spied(kinds, quantize_rows):
+    def call(rows, kind, imatrix=None):
+        kinds.append(libgguf.GGMLQuantizationType(kind).name)
+        return quantize_rows(rows, kind, imatrix=imatrix)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No kernel is remembered from one test to the next."""
+    row_kernels._chunk_kernel.cache_clear()
+    yield
+    row_kernels._chunk_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q4_1", "IQ4_XS"])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_blocks_are_those_of_libgguf(kind, weights):
+    number = int(libgguf.GGMLQuantizationType[kind])
+    assert np.array_equal(quantized(ROWS, kind, weights), libgguf.quantize_rows(ROWS, number, imatrix=weights))
+
+
+def test_the_faster_kernel_is_taken(asked):
+    assert row_kernels._chunk_kernel() is not None
+    asked.clear()  # of the trial
+    for kind in ("Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
+        quantized(ROWS, kind)
+    assert asked == ["IQ4_NL", "IQ4_XS"]
+
+
+def test_rows_that_do_not_lie_together(asked):
+    every_other = ROWS[::2]
+    assert np.array_equal(quantized(every_other, "Q4_K"), quantized(every_other.copy(), "Q4_K"))
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None), SimpleNamespace(origin="/no/such/library.so")])
+def test_without_the_wheel_libgguf_serves(monkeypatch, asked, found):
+    monkeypatch.setattr(row_kernels.importlib.util, "find_spec", lambda name: found)
+    expected = libgguf.quantize_rows(ROWS, int(libgguf.GGMLQuantizationType.Q4_K))
+    assert np.array_equal(quantized(ROWS, "Q4_K"), expected)
+    assert asked[-1] == "Q4_K"
+
+
+def test_a_library_without_the_function_is_not_taken(monkeypatch):
+    monkeypatch.setattr(row_kernels.ctypes, "CDLL", lambda path: SimpleNamespace())
+    assert row_kernels._chunk_kernel() is None
+
+
+def test_a_kernel_that_writes_other_blocks_is_not_taken(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(row_kernels, "_agrees", lambda kernel: False)
+        assert row_kernels._chunk_kernel() is None
+    size = 2 * libgguf.row_size(int(libgguf.GGMLQuantizationType.Q4_K), 256)
+    assert not _agrees(lambda *_: size - 1)
+    assert not _agrees(lambda number, rows, blocks, *rest: row_kernels.ctypes.memset(blocks, 0, size) and size)
+
+
+@pytest.mark.slow
+def test_what_would_end_the_process_goes_to_libgguf(asked):
+    quantized(ROWS[:1], "IQ2_XS")  # needs weights
+    assert asked[-1] == "IQ2_XS"
+    with pytest.raises(ValueError, match="imatrix length"):
+        quantized(ROWS, "Q4_K", WEIGHTS[:256])
