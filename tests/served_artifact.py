@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.formats.registry import find_format
 from tests.tiny_models import qwen_tokenizer
 
 README = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\nlanguage: [en]\n---\n# Tiny\n"
@@ -55,7 +57,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def facts(base: Path, run: RunDirectory) -> Made:
     made = ServingFacts(
         name="tiny_q4",
-        format="gguf",
+        format=find_format("gguf"),
         file="tiny.Q4_K_M.gguf",
         base=BaseFacts(str(base), base),
         tokenizer=qwen_tokenizer(),
@@ -64,4 +66,11 @@ def facts(base: Path, run: RunDirectory) -> Made:
         seed=3,
         fidelity={"loss": 0.51234, "mean_kl": 0.004321, "same_top": 0.9876, "positions": 390, "interval": [0.1, 0.2]},
     )
-    return lambda **changes: replace(made, **changes)
+
+    def changed(**changes: Any) -> ServingFacts:
+        """The facts with others; a format may be given by its name."""
+        if "format" in changes:
+            changes["format"] = find_format(changes["format"])
+        return replace(made, **changes)
+
+    return changed

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
-from qlora_kit.core.errors import EXIT_OK, Problem, RecipeError
+from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ EXAMPLES = [
     "qlora-kit export run=latest export=gguf_q4_k_m data.eval_file=held_out.jsonl export.max_mean_kl=0.05",
     "qlora-kit export base=models/my_base 'export=[gguf_q4_k_m,awq_4bit]' data=rows data.train_file=chats.jsonl",
 ]
-
-
-LARGEST_USUAL = 128  # a group that every kernel takes
 
 
 def run(arguments: list[str]) -> int:
@@ -81,22 +78,8 @@ def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":
 
 def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
     """Refuse what the base cannot be written as: group sizes by config.json alone, at once, then all by its layers."""
-    from qlora_kit.core.files import read_json
-    from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
+    from qlora_kit.formats.fit import fit_of, refuse_group_sizes
 
-    widths = linear_input_widths(read_json(base_folder / "config.json"))
-    sizes = {f"export.gptq.{name}.group_size": target.group_size for name, target in config.gptq.items()}
-    sizes |= {f"export.awq.{name}.group_size": target.group_size for name, target in config.awq.items()}
-    problems = []
-    for path, size in sizes.items():
-        if problem := check_group_size(size, widths):
-            fitting = [fit for fit in dividing_group_sizes(widths.values()) if 0 < fit <= LARGEST_USUAL]
-            what = f"{problem.what}; {', '.join(map(str, fitting))} do"
-            problems += [Problem(what, path, f"{path}={fitting[-1]}")] if fitting else []
-    if problems:
-        raise RecipeError(problems)
-
-    from qlora_kit.formats.fit import fit_of
-
+    refuse_group_sizes(base_folder, config)
     if unfit := fit_of(base_folder, config).problems:
         raise RecipeError(unfit)

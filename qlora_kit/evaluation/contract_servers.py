@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from qlora_kit.core.extras import is_present
 from qlora_kit.data.template.ollama import MODELFILE
 from qlora_kit.evaluation.contract_child import ANSWER_MARK
-from qlora_kit.evaluation.contract_static import OLLAMA, SERVERS_OF_FORMAT, SGLANG, VLLM, static_problems
+from qlora_kit.evaluation.contract_static import OLLAMA, SGLANG, VLLM
 
 RAN, STATIC = "ran", "checked statically"
 _MODULES = {VLLM: "vllm", SGLANG: "sglang"}
@@ -57,19 +57,27 @@ class ServerCheck:
         return f"{self.server}: {self.how}{reason}: {'; '.join(self.problems) or 'good'}"
 
 
-def check_servers(format_name: str, folder: Path, file: str = ".", *, timeout: float = 600.0) -> list[ServerCheck]:
-    """Try every server that reads a format.
+def try_servers(
+    servers: Sequence[str],
+    folder: Path,
+    refused: Callable[[str], Iterable[str]],
+    *,
+    is_beside_base: bool = False,
+    timeout: float = 600.0,
+) -> list[ServerCheck]:
+    """Try servers on an artifact, each for its own time.
 
     Args:
-        format_name: merged, gptq, awq, compressed, bnb, adapter or gguf.
+        servers: `VLLM`, `SGLANG` or `OLLAMA`.
         folder: the artifact's.
-        file: the path inside it that a reader opens.
+        refused: what a server would refuse in the artifact's files; it is run only if that is nothing.
+        is_beside_base: whether the artifact is served on top of its base, which is not here.
         timeout: seconds that one server may take.
     """
     checks = []
-    for server in SERVERS_OF_FORMAT.get(format_name, ()) if not _is_gguf_adapter(format_name, file) else ():
-        problems = tuple(static_problems(format_name, server, folder, file))
-        why = "its own files are wrong" if problems else _why_not_run(server, format_name)
+    for server in servers:
+        problems = tuple(refused(server))
+        why = "its own files are wrong" if problems else _why_not_run(server, is_beside_base)
         if why:
             checks.append(ServerCheck(server, STATIC, problems, why))
             continue
@@ -80,16 +88,12 @@ def check_servers(format_name: str, folder: Path, file: str = ".", *, timeout: f
     return checks
 
 
-def _is_gguf_adapter(format_name: str, file: str) -> bool:
-    return format_name == "adapter" and file.endswith(".gguf")
-
-
-def _why_not_run(server: str, format_name: str) -> str:
+def _why_not_run(server: str, is_beside_base: bool) -> str:
     if server == OLLAMA:
         return "" if shutil.which("ollama") else "ollama is not on this machine"
     if not is_present(_MODULES[server]):
         return f"{_MODULES[server]} is not installed"
-    if format_name == "adapter":
+    if is_beside_base:
         return "an adapter is served on top of its base"
     import torch
 

@@ -1,22 +1,22 @@
 """All files of a recipe held against a base's form."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.files import read_json
+from qlora_kit.export.budget.reach import unreachable
 from qlora_kit.export.fit.fault import ELSEWHERE, LeftOver
-from qlora_kit.export.fit.form import ModelForm, experts_left, model_form
-from qlora_kit.formats.adapter.lora_gguf import refuse_changed_base, refuse_unplaced
-from qlora_kit.formats.awq.fit import awq_left, awq_problems
-from qlora_kit.formats.bnb.fit import bnb_problems
-from qlora_kit.formats.compressed.fit import compressed_problems
-from qlora_kit.formats.gguf.architectures import find_architecture
-from qlora_kit.formats.gguf.fit import gguf_left, gguf_problems
-from qlora_kit.formats.gptq.fit import gptq_left, gptq_problems
-from qlora_kit.formats.reach import unreachable_budgets
-from qlora_kit.schema.export import AdapterFormat, AdapterTarget, ExportConfig
+from qlora_kit.export.fit.form import ModelForm, model_form
+from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
+from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.formats.registry import Asked, asked_for
+from qlora_kit.schema.budget import budgets
+from qlora_kit.schema.export import ExportConfig
+
+LARGEST_USUAL = 128  # a group that every kernel takes
 
 
 @dataclass(frozen=True)
@@ -50,53 +50,58 @@ def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None =
 
 def fit_of_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
     """The same of a form, budgets of bits aside."""
-    problems = [*_merge_problems(form, adapter), *_layer_by_layer(form, export)]
-    for name, gguf in export.gguf.items():
-        problems += gguf_problems(f"export.gguf.{name}", gguf, form)
-    for name, gptq in export.gptq.items():
-        problems += gptq_problems(f"export.gptq.{name}", gptq, form)
-    for name, awq in export.awq.items():
-        problems += awq_problems(f"export.awq.{name}", awq, form)
-    for name, compressed in export.compressed.items():
-        problems += compressed_problems(f"export.compressed.{name}", compressed, form)
-    for name, bnb in export.bnb.items():
-        problems += bnb_problems(f"export.bnb.{name}", bnb, form)
-    for name, alone in export.adapter.items():
-        problems += _adapter_problems(f"export.adapter.{name}", alone, form, adapter or {})
-    left = {
-        **{name: gguf_left(target, form) for name, target in export.gguf.items() if not problems},
-        **{name: gptq_left(target, form) for name, target in export.gptq.items()},
-        **{name: awq_left(target, form) for name, target in export.awq.items()},
-        **dict.fromkeys((*export.compressed, *export.bnb), experts_left(form)),
-    }
+    files = list(asked_for(export))
+    problems = [*_merge_problems(form, adapter), *_layer_by_layer(form, files)]
+    for one in files:
+        problems += one.format.problems(one.path, one.target, form, adapter or {})
+    left = {} if problems else {one.name: one.format.left(one.target, form) for one in files}
     return Fit(problems, {name: found for name, found in left.items() if found is not None})
 
 
-def _layer_by_layer(form: ModelForm, export: ExportConfig) -> Iterator[Problem]:
+def unreachable_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
+    """What is wrong with the budgets of bits of an export of this base.
+
+    Raises:
+        RecipeError: patterns of a target's overrides do not fit the model.
+    """
+    wanted = {budget.target_path: budget for budget in budgets(export)}
+    if not wanted:
+        return []
+    shapes = linear_shapes(base_folder)
+    mixing = [one for one in asked_for(export) if one.path in wanted]
+    found = (unreachable(wanted[one.path], one.format.open_choices(one.target, shapes), shapes) for one in mixing)
+    return [problem for problem in found if problem]
+
+
+def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
+    """Refuse group sizes that do not divide the layers' inputs, by config.json alone.
+
+    Raises:
+        RecipeError: with the size to set instead.
+    """
+    widths = linear_input_widths(read_json(base_folder / "config.json"))
+    problems = []
+    for one in asked_for(export):
+        size, path = one.format.group_size(one.target), f"{one.path}.group_size"
+        if size is not None and (problem := check_group_size(size, widths)):
+            fitting = [fit for fit in dividing_group_sizes(widths.values()) if 0 < fit <= LARGEST_USUAL]
+            what = f"{problem.what}; {', '.join(map(str, fitting))} do"
+            problems += [Problem(what, path, f"{path}={fitting[-1]}")] if fitting else []
+    if problems:
+        raise RecipeError(problems)
+
+
+def _layer_by_layer(form: ModelForm, files: list[Asked]) -> Iterator[Problem]:
     """Files that are made layer by layer, of a base whose files name layers otherwise than the model does."""
     if not form.is_stored_otherwise:
         return
-    groups: dict[str, Collection[str]] = {"gptq": export.gptq, "awq": export.awq}
-    groups |= {"compressed": export.compressed, "bnb": export.bnb}
     why = f"its files do not hold the layers under the model's names ({next(iter(form.blocks), 'none')})"
-    for group, names in groups.items():
-        for name in names:
-            yield Problem(f"this family has no {group} export: {why}", f"export.{group}.{name}", ELSEWHERE)
+    for one in files:
+        if one.format.is_made_by_layer:
+            yield Problem(f"this family has no {one.format.group} export: {why}", one.path, ELSEWHERE)
 
 
 def _merge_problems(form: ModelForm, adapter: Mapping[str, Any] | None) -> Iterator[Problem]:
     if adapter is not None and "Conv1D" in form.kinds:
         what = "this family's adapters cannot be merged: its layers (Conv1D) hold their weights the other way round"
         yield Problem(what, "run")
-
-
-def _adapter_problems(
-    path: str, target: AdapterTarget, form: ModelForm, settings: Mapping[str, Any]
-) -> Iterator[Problem]:
-    try:
-        refuse_changed_base(settings)
-        if target.format is AdapterFormat.gguf:
-            find_architecture(form.config)
-            refuse_unplaced(settings)
-    except RecipeError as error:
-        yield from (Problem(problem.what, path, ELSEWHERE) for problem in error.problems)

@@ -2,6 +2,8 @@
 
 import os
 
+READER_PACKAGES = ("gptqmodel", "optimum")  # beside transformers, which loads GPTQ and AWQ with them
+
 
 def set_up_gptqmodel() -> None:
     """Set what suits a small machine, unless the user has."""

@@ -10,20 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.template.probes import as_turns
-from qlora_kit.evaluation.contract_compare import (
-    Failure,
-    Messages,
-    Reading,
-    TokenContract,
-    Trained,
-    compare_all,
-    judge_stops,
-)
-from qlora_kit.evaluation.contract_stops import transformers_stops
-from qlora_kit.formats.gguf.token_contract import check_gguf
-
-TRANSFORMERS = "transformers"
+from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+from qlora_kit.formats.registry import find_format
 
 
 def check_token_ids(
@@ -32,7 +20,7 @@ def check_token_ids(
     """Compare every reader of an artifact with the trained tokenizer.
 
     Args:
-        format_name: `gguf` for llama.cpp and the Modelfile beside the file; any other is a folder for transformers.
+        format_name: of the artifact.
         folder: the artifact's.
         file: the path inside it that a reader opens.
         tokenizer: the one that the run trained with.
@@ -40,38 +28,5 @@ def check_token_ids(
     """
     trained = Trained.of(tokenizer, stop_ids)
     contract = TokenContract(notes=trained.notes)
-    if format_name == "gguf":
-        compare_all(contract, trained, TRANSFORMERS, reading_of(tokenizer))
-        check_gguf(contract, trained, folder, folder / file)
-    elif file.endswith(".gguf"):
-        contract.notes.append("a GGUF adapter has no tokenizer of its own: its base's GGUF file decides")
-    else:
-        check_folder(contract, trained, folder)
+    find_format(format_name).check_tokens(contract, trained, folder, file)
     return contract
-
-
-def check_folder(contract: TokenContract, trained: Trained, folder: Path) -> None:
-    """Compare the tokenizer, template and generation settings of a Hugging Face folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        contract.failures.append(Failure(TRANSFORMERS, "token ids", f"the tokenizer cannot be read: {error}"))
-        return
-    if trained.prompts and not tokenizer.chat_template:
-        contract.failures.append(Failure(TRANSFORMERS, "chat template", "the folder has none"))
-    else:
-        compare_all(contract, trained, TRANSFORMERS, reading_of(tokenizer))
-    if (folder / "config.json").is_file():
-        judge_stops(contract, trained, TRANSFORMERS, transformers_stops(folder, tokenizer))
-
-
-def reading_of(tokenizer: Any) -> Reading:
-    """How servers that use transformers' tokenizers read a conversation."""
-
-    def read(messages: Messages) -> list[int]:
-        text = tokenizer.apply_chat_template(as_turns(messages), tokenize=False, add_generation_prompt=True)
-        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-    return read

@@ -25,7 +25,8 @@ from qlora_kit.export.merge import MergeReport
 from qlora_kit.formats.adapter.lora_gguf import ADAPTER_SETTINGS
 from qlora_kit.formats.artifacts import ADAPTERS
 from qlora_kit.formats.fit import fit_of
-from qlora_kit.formats.jobs import ExportJob, Source, export_jobs
+from qlora_kit.formats.job import ExportJob, Source
+from qlora_kit.formats.registry import export_jobs
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish

@@ -16,7 +16,7 @@ from qlora_kit.evaluation.trained import open_trained
 from qlora_kit.export.calibration import calibration_rows
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.export.serving.facts import BaseFacts
-from qlora_kit.formats.jobs import ExportJob
+from qlora_kit.formats.job import ExportJob
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_kit.core.say import say
 from qlora_kit.evaluation.rounded_twin import score_rounded_twin
 from qlora_kit.evaluation.scores import Fidelity
-from qlora_kit.formats.jobs import ExportJob
+from qlora_kit.formats.job import ExportJob
 from qlora_kit.pipelines.reference import Reference
 
 SUSPICIOUS_KL = 0.1  # nats; below, no twin is made

@@ -8,20 +8,21 @@ from typing import Any
 
 from qlora_kit.core.say import say
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.contract_servers import ServerCheck, check_servers
+from qlora_kit.evaluation.contract_servers import ServerCheck
 from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.serving.commands import serve_commands
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
+from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.formats.artifacts import AdapterBase, open_artifact
 from qlora_kit.formats.gguf.writer import write_gguf
-from qlora_kit.formats.jobs import READERS, ExportJob
-from qlora_kit.formats.serving_files import write_serving_files
+from qlora_kit.formats.job import ExportJob
+from qlora_kit.formats.registry import find_format
+from qlora_kit.formats.servers import check_servers
 from qlora_kit.formats.token_contract import check_token_ids
 from qlora_kit.pipelines.exportable import Exportable
 from qlora_kit.pipelines.far_from_rounding import far_from_rounding
@@ -70,8 +71,8 @@ def finish(
     facts = _facts(subject, job, fidelity)
     write_serving_files(folder, facts)
     stops = served_stop_ids(subject.base.folder, subject.tokenizer)
-    contract = check_token_ids(facts.format, folder, job.file, subject.tokenizer, stops)
-    servers = check_servers(facts.format, folder, job.file)
+    contract = check_token_ids(job.format, folder, job.file, subject.tokenizer, stops)
+    servers = check_servers(job.format, folder, job.file)
     far: list[str] = []
     if fidelity and reference:
         far = list(faults_of(fidelity, max_mean_kl, scores, reference.yardstick))
@@ -82,7 +83,7 @@ def finish(
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
     for note in contract.notes:
         say(f"{job.name}: {note}")
-    commands = serve_commands(facts.kind, served_of(facts, str(subject.directory.exports / job.name)))
+    commands = facts.format.commands(served_of(facts, str(subject.directory.exports / job.name)))
     Manifest(
         name=job.name,
         format=job.format,
@@ -98,7 +99,7 @@ def finish(
         verdict=verdict.value,
         rejected=verdict is Verdict.rejected,
         faults=faults,
-        reader=READERS[job.format],
+        reader=find_format(job.format).reader,
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
         survival=subject.survival(job, folder, merged, merge),
@@ -143,7 +144,7 @@ def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:
 def _facts(subject: Exportable, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
     return ServingFacts(
         name=job.name,
-        format=job.format.removesuffix("_gguf"),
+        format=find_format(job.format),
         file=job.file,
         settings=job.settings,
         base=subject.base,

@@ -14,7 +14,7 @@ from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.stored_weights import WeightReader, stored_tensors
 from qlora_kit.formats.dequantized import dequantized_weights
-from qlora_kit.formats.jobs import ExportJob
+from qlora_kit.formats.job import ExportJob
 from qlora_kit.schema.export import GgufMix, GptqMethod, MergeBase
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
-from qlora_kit.formats.jobs import ExportJob
+from qlora_kit.formats.job import ExportJob
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.base_rows import rows_of_data, rows_of_general_text
 from qlora_kit.pipelines.exportable import MERGED, Exportable, ExportRows

@@ -17,9 +17,9 @@ from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.export.serving.adapter_card import adapter_card
-from qlora_kit.export.serving.commands import FORMATS, serve_commands
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
 from qlora_kit.export.serving.model_card import model_card, served_of
+from qlora_kit.formats.registry import FORMATS
 from qlora_kit.pipelines.begun import describe
 from qlora_kit.pipelines.failed_training import out_of_memory
 from qlora_kit.pipelines.inspect import gate
@@ -33,7 +33,7 @@ from tests.contract.test_printed_lines import judge, shell_words, stand_ins  # n
 from tests.printed_lines import Printed, of_card, of_page, of_said
 from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import build_tiny_model
-from tests.unit.export.serving.test_serve_lines import FLAGS, fault_of, parts, python_fault_of
+from tests.unit.formats.test_serve_lines import FLAGS, fault_of, parts, python_fault_of
 from tests.unit.report.test_inspect_page import content  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,7 @@ def facts_of(kind, name, base, run=None, **more):
     is_gguf = "gguf" in kind
     return ServingFacts(
         name=name,
-        format=kind.removesuffix("_gguf"),
+        format=FORMATS[kind],
         file=f"{name.replace('/', '')}.gguf" if is_gguf else ".",
         base=base,
         tokenizer=None,
@@ -157,7 +157,7 @@ def test_lines_of_cards(capsys):
             for place, kind in enumerate(FORMATS):
                 facts = facts_of(kind, name, base, **BOUNDS[(number + place) % len(BOUNDS)])
                 lines = list(of_card(f"{kind}: README.md", model_card(facts)))
-                shown = sum(len(parts(list(one.lines))[0]) or 1 for one in serve_commands(kind, served_of(facts)))
+                shown = sum(len(parts(list(one.lines))[0]) or 1 for one in facts.format.commands(served_of(facts)))
                 assert len([line for line in lines if not line.text.startswith("pip ")]) == shown
                 wrong += judged(lines, counts)
     least = {"found": 1000, "composed": 38, "looked up": 800, "compiled": 200}
@@ -190,7 +190,7 @@ def trained_run(name, *, finished, exported):
 def manifest(directory, kind, name, base):
     """A finished file's record, with the lines that serve it from where the page is read."""
     facts = facts_of(kind, f"{name}_{kind}", base)
-    serve = [asdict(one) for one in serve_commands(kind, served_of(facts, str(directory.exports / facts.name)))]
+    serve = [asdict(one) for one in facts.format.commands(served_of(facts, str(directory.exports / facts.name)))]
     place = directory.exports / kind / "manifest.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps({"format": kind, "file": facts.file, "serve": serve, "verdict": "not measured"}))
@@ -220,7 +220,7 @@ def test_lines_of_pages_of_bases(capsys):
             write_overrides(made.overrides, words)
             for exported in (False, True):
                 if exported:
-                    for kind in FORMATS[:-2]:
+                    for kind in list(FORMATS)[:-2]:
                         manifest(made, kind, name, BaseFacts(base, Path("models") / name))
                 html = report_base(str(made.path)).read_text(encoding="utf-8")
                 lines = list(of_page(f"report.html of {name!r}", html))

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.verdict import Verdict
+from qlora_kit.export.serving.commands import ServeCommand, Served
 from qlora_kit.model.source import hub_name
 
 
@@ -37,12 +38,39 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
+class Hub:
+    """How a hub files a format.
+
+    Attributes:
+        library: that reads it.
+        relation: to the base.
+        tags: that users search by.
+    """
+
+    library: str
+    relation: str
+    tags: tuple[str, ...] = ()
+
+
+class ServedFormat(Protocol):
+    """What the serving files ask of a format."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hub(self) -> Hub: ...
+    def commands(self, served: Served) -> list[ServeCommand]: ...
+    def beside(self, facts: "ServingFacts") -> str: ...
+    def write_beside(self, folder: Path, facts: "ServingFacts") -> list[str]: ...
+
+
+@dataclass(frozen=True)
 class ServingFacts:
     """One artifact and where it comes from.
 
     Attributes:
         name: of the artifact; servers get it as the model's name.
-        format: merged, gguf, gptq, awq, awq_gemv, compressed, bnb, or adapter.
+        format: what it is written as.
         file: the path inside the artifact's folder that a reader opens; `.` for a folder.
         settings: the target's fields.
         tokenizer: the one that the run trained with.
@@ -56,7 +84,7 @@ class ServingFacts:
     """
 
     name: str
-    format: str
+    format: ServedFormat
     file: str
     base: BaseFacts
     tokenizer: Any
@@ -68,9 +96,3 @@ class ServingFacts:
     faults: Sequence[str] = ()
     verdict: Verdict = Verdict.not_measured
     left: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """The format, with an adapter for llama.cpp told apart as `adapter_gguf`."""
-        is_gguf_adapter = self.format == "adapter" and self.file.endswith(".gguf")
-        return "adapter_gguf" if is_gguf_adapter else self.format

@@ -29,7 +29,7 @@ def lock_of(facts: ServingFacts) -> dict[str, object]:
     """The content of lock.json."""
     return {
         "kit": __version__,
-        "artifact": {"name": facts.name, "format": facts.kind, "settings": dict(facts.settings)},
+        "artifact": {"name": facts.name, "format": facts.format.name, "settings": dict(facts.settings)},
         "base": {
             "source": facts.base.shown,
             "revision": facts.base.revision,

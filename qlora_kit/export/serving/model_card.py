@@ -12,24 +12,12 @@ from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.licence import Licence, licence_files, read_licence
-from qlora_kit.export.serving.commands import Served, serve_commands
+from qlora_kit.export.serving.commands import Served
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.lock import LOCK, data_hashes
 from qlora_kit.export.serving.markdown import block, code, plain
 
 MODEL_CARD = "README.md"
-# format -> library of the hub's front matter, relation to the base, tags
-_HUB = {
-    "merged": ("transformers", "finetune", ()),
-    "gptq": ("transformers", "quantized", ("gptq",)),
-    "awq": ("transformers", "quantized", ("awq",)),
-    "awq_gemv": ("transformers", "quantized", ("awq",)),
-    "compressed": ("transformers", "quantized", ("compressed-tensors",)),
-    "bnb": ("transformers", "quantized", ("bitsandbytes",)),
-    "gguf": ("gguf", "quantized", ("gguf", "llama.cpp")),
-    "adapter": ("peft", "adapter", ("lora",)),
-    "adapter_gguf": ("gguf", "adapter", ("gguf", "lora", "llama.cpp")),
-}
 # key of the measured values -> what the table says, and how the number is printed
 _MEASURED = {
     "loss": ("loss on held-out answers (nats a token)", ".4f"),
@@ -69,8 +57,8 @@ def model_card(facts: ServingFacts) -> str:
 
 
 def _front_matter(facts: ServingFacts, licence: Licence) -> Iterator[str]:
-    library, relation, tags = _HUB.get(facts.kind, ("transformers", "finetune", ()))
-    relation = "quantized" if facts.run is None and relation == "finetune" else relation
+    hub = facts.format.hub
+    relation = "quantized" if facts.run is None and hub.relation == "finetune" else hub.relation
     trained = ("qlora",) if facts.run is not None else ()
     yield from front_matter(
         {
@@ -79,9 +67,9 @@ def _front_matter(facts: ServingFacts, licence: Licence) -> Iterator[str]:
             "license_link": licence.link,
             "base_model": facts.base.hub_id,
             "base_model_relation": relation if facts.base.hub_id else None,
-            "library_name": library,
+            "library_name": hub.library,
             "pipeline_tag": "text-generation",
-            "tags": [*trained, *tags, "conversational", "qlora-kit"],
+            "tags": [*trained, *hub.tags, "conversational", "qlora-kit"],
         }
     )
 
@@ -96,7 +84,7 @@ def front_matter(facts: Mapping[str, object]) -> list[str]:
 def _what(facts: ServingFacts) -> str:
     asked = {key: value for key, value in facts.settings.items() if value not in (None, {}, [])}
     settings = ", ".join(plain(f"{key} {value}") for key, value in asked.items())
-    form = f"`{facts.kind}`" + (f" ({settings})" if settings else "")
+    form = f"`{facts.format.name}`" + (f" ({settings})" if settings else "")
     at = f" at revision {code(facts.base.revision)}" if facts.base.revision else ""
     done = "fine-tuned with QLoRA" if facts.run is not None else "quantized, not fine-tuned"
     return f"{plain(facts.base.shown)}{at}, {done}, as {form}."
@@ -179,21 +167,11 @@ def served_of(facts: ServingFacts, folder: str = ".") -> Served:
 
 
 def _serving(facts: ServingFacts) -> Iterator[str]:
-    commands = serve_commands(facts.kind, served_of(facts))
+    commands = facts.format.commands(served_of(facts))
     if commands:
-        yield from ("", "## Serve", "", f"Run these in this folder.{_beside(facts)}")
+        yield from ("", "## Serve", "", f"Run these in this folder.{facts.format.beside(facts)}")
     for command in commands:
         yield from ("", f"**{command.server}** ({command.install})", "", *block(command.lines, "bash"))
-
-
-def _beside(facts: ServingFacts) -> str:
-    """What the commands look for beside the files; empty for nothing."""
-    if facts.kind == "adapter_gguf":
-        return " The base as a GGUF file, `base.gguf`, is looked for here too: put it here, or change its path."
-    if facts.kind == "adapter" and not facts.base.hub_id:
-        shown = code(facts.base.shown)
-        return f" vLLM and SGLang look for the base's folder, {shown}, here too: put it here, or change its path."
-    return ""
 
 
 def _rank(facts: ServingFacts) -> int:

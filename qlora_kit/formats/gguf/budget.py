@@ -1,17 +1,25 @@
-"""The block types that the layers of a GGUF file may have under a budget, and libgguf's own rounding to them."""
+"""A GGUF file's budget of bits: the block types that its layers may have, libgguf's rounding to them, the choice."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.extras import require
+from qlora_kit.core.files import read_json
+from qlora_kit.export.budget.spend import Spent, spend
+from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, is_weighted
+from qlora_kit.formats.gguf.tensors import gguf_names
 from qlora_kit.schema.export import GgufTarget
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
+
+    from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 
 # Those that every build of llama.cpp multiplies fast; codebook types are slow to try and slow on a CPU.
 _WIDE_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -70,3 +78,35 @@ class GgufFormats:
         """The target with the formats as overrides, tensor by tensor, behind its own."""
         found = {self.names[name]: kind for name, kind in formats.items()}
         return replace(self.target, overrides={**self.target.overrides, **found})
+
+
+def spend_gguf(
+    model_dir: Path, target: GgufTarget, budget: float, imatrix: "ImportanceMatrix"
+) -> tuple[GgufTarget, Spent]:
+    """Spend a budget on the matrices of a GGUF file's blocks; embeddings and output matrix keep the mix's types.
+
+    Args:
+        imatrix: holds the calibration rows, and what blocks are fitted to where the target says so.
+
+    Returns:
+        the target with overrides, and what they are.
+
+    Raises:
+        RecipeError: a budget that no choice meets, or no calibration rows.
+    """
+    shapes = linear_shapes(model_dir)
+    importance = imatrix.means if target.imatrix else {}
+    formats = GgufFormats(target, gguf_names_of(model_dir, shapes), shapes, importance)
+    spent = spend(model_dir, formats, budget, imatrix.rows)
+    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
+
+
+def gguf_names_of(model_dir: Path, names: Mapping[str, object]) -> dict[str, str]:
+    """GGUF name of the weight of each linear layer.
+
+    Raises:
+        RecipeError: an architecture without GGUF export.
+    """
+    config = read_json(model_dir / "config.json")
+    weights = gguf_names((f"{name}.weight" for name in names), find_architecture(config), config["num_hidden_layers"])
+    return {name.removesuffix(".weight"): found for name, found in weights.items()}

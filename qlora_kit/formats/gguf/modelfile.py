@@ -20,16 +20,16 @@ _SAMPLING = {
 }
 
 
-def modelfile_of(facts: ServingFacts) -> Modelfile:
-    """The Modelfile of a GGUF artifact, or of a GGUF adapter on top of its base."""
+def modelfile_of(facts: ServingFacts, base: str | None = None) -> Modelfile:
+    """The Modelfile of a GGUF artifact, or of a GGUF adapter on top of the base in another file."""
     chosen = ollama_template(facts.tokenizer)
     if isinstance(chosen, OllamaTemplate) and not can_say(chosen.template + "\n" + (chosen.system or "")):
         chosen = "it holds a text with quotes that a Modelfile cannot hold"
     source = f"./{facts.file}"
     adapter = None
     comments = [f"{facts.name}: made by qlora-kit from {facts.base.shown}", *_comments(chosen)]
-    if facts.kind == "adapter_gguf":
-        adapter, source = source, "./base.gguf"
+    if base is not None:
+        adapter, source = source, base
         comments.append("FROM names the base as a GGUF file; put it beside this file, or change the path.")
     known = chosen if isinstance(chosen, OllamaTemplate) else None
     stops = _stops(facts)
@@ -45,9 +45,9 @@ def modelfile_of(facts: ServingFacts) -> Modelfile:
     )
 
 
-def write_modelfile(folder: Path, facts: ServingFacts) -> str:
+def write_modelfile(folder: Path, facts: ServingFacts, base: str | None = None) -> str:
     """Write the Modelfile; returns its name."""
-    write_text(folder / MODELFILE, modelfile_of(facts).text())
+    write_text(folder / MODELFILE, modelfile_of(facts, base).text())
     return MODELFILE
 
 

@@ -1,10 +1,13 @@
-"""The widths that the layers of a GPTQ file may have under a budget, and what rounding to them does."""
+"""A GPTQ file's budget of bits: the widths that its layers may have, what rounding to them does, and the choice."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.export.budget.spend import Spent, spend
 from qlora_kit.export.group_sizes import WHOLE_ROW
+from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.formats.gptq.layers import SERVED_AS_ONE, LayerSettings, plan_layers
 from qlora_kit.formats.gptq.layout import BITS
 from qlora_kit.schema.export import GptqMethod, GptqOverride, GptqTarget
@@ -105,3 +108,25 @@ class GptqFormats:
 
 def _bits(format: str) -> int:
     return int(format.partition(" ")[0])
+
+
+def spend_gptq(
+    model_dir: Path, target: GptqTarget, budget: float, rows: Sequence[Sequence[int]]
+) -> tuple[GptqTarget, Spent]:
+    """Spend a budget on the layers of a GPTQ file.
+
+    Args:
+        model_dir: the merged 16-bit folder.
+        target: skipped layers stay in 16 bits and do not count; group sizes stay.
+        budget: mean bits of a weight, with scales and zero points.
+        rows: token ids of the calibration rows.
+
+    Returns:
+        the target with overrides, and what they are.
+
+    Raises:
+        RecipeError: a budget that no choice meets, or no calibration rows.
+    """
+    formats = GptqFormats.of(target, linear_shapes(model_dir))
+    spent = spend(model_dir, formats, budget, rows)
+    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.evaluation import contract_child, contract_servers
-from qlora_kit.evaluation.contract_servers import RAN, STATIC, ServerCheck, check_servers
+from qlora_kit.evaluation.contract_servers import RAN, STATIC, ServerCheck
+from qlora_kit.formats.servers import check_servers
 from tests.tiny_models import build_tiny_model
 
 # Speaks as much of Ollama as the check asks for.
@@ -219,6 +220,6 @@ def test_workers_of_a_child_end_with_it(tmp_path: Path) -> None:
 
 
 def test_formats_without_a_server() -> None:
-    assert check_servers("onnx", Path()) == []
-    assert check_servers("adapter", Path(), "a.gguf") == []
+    assert check_servers("adapter_gguf", Path(), "a.gguf") == []
+    assert check_servers("awq_gemv", Path()) == []
     assert str(ServerCheck("vLLM", STATIC, ("a", "b"), "why")) == "vLLM: checked statically (why): a; b"

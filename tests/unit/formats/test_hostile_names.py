@@ -13,10 +13,12 @@ from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 
 from qlora_kit.data.template.ollama import MODELFILE, Modelfile
-from qlora_kit.export.serving.commands import FORMATS, Served, ollama_name, serve_commands
+from qlora_kit.export.serving.commands import Served
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import write_model_card
 from qlora_kit.formats.gguf.modelfile import write_modelfile
+from qlora_kit.formats.gguf.serving import ollama_name
+from qlora_kit.formats.registry import FORMATS
 from tests.served_artifact import Made
 
 NAMES = [
@@ -59,7 +61,7 @@ def test_a_shell_hands_names_over_as_they_are(name: str, kind: str, stubs: Path,
     work = tmp_path / "work"
     work.mkdir()
     served = Served(name, f"/x/{name}", f"{name}.gguf" if "gguf" in kind else ".", base=f"o/{name}")
-    lines = "\n".join(line for command in serve_commands(kind, served) for line in command.lines)
+    lines = "\n".join(line for command in FORMATS[kind].commands(served) for line in command.lines)
     environment = {**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", lines], check=True, cwd=work, env=environment, stdin=subprocess.DEVNULL)
     assert not list(work.iterdir())

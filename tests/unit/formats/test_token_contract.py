@@ -286,7 +286,7 @@ def test_what_is_not_compared_is_a_note(copy: Make, models: Callable[[str], Path
     tokenizer.chat_template = None
     contract = check_token_ids("merged", folder, ".", tokenizer, stops)
     assert contract.holds and "no conversation was compared" in contract.notes[0]
-    assert "base's GGUF file decides" in check_token_ids("adapter", folder, "a.gguf", tokenizer, stops).notes[-1]
+    assert "base's GGUF file decides" in check_token_ids("adapter_gguf", folder, "a.gguf", tokenizer, stops).notes[-1]
 
 
 def test_an_unreadable_tokenizer_is_a_failure(tmp_path: Path, models: Callable[[str], Path]) -> None:

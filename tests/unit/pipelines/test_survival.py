@@ -4,7 +4,7 @@ import pytest
 
 from qlora_kit.core.units import kept_share
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
-from qlora_kit.formats.jobs import settings_of
+from qlora_kit.formats.job import settings_of
 from qlora_kit.pipelines.survival import record, remedies
 from qlora_kit.schema.export import (
     AwqLayout,

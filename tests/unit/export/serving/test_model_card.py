@@ -110,7 +110,7 @@ def test_what_the_commands_look_for_beside_an_adapter_is_told(facts: Made, base:
     card = model_card(facts(format="adapter", file="."))
     assert "vllm serve ./Tiny-1B --enable-lora" in card
     assert "look for the base's folder, `Tiny-1B`, here too" in card
-    assert "The base as a GGUF file, `base.gguf`" in model_card(facts(format="adapter", file="a.gguf"))
+    assert "The base as a GGUF file, `base.gguf`" in model_card(facts(format="adapter_gguf", file="a.gguf"))
     of_hub = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
     assert "Run these in this folder.\n" in of_hub
 

@@ -7,6 +7,7 @@ import pytest
 
 from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.formats.gguf.modelfile import write_modelfile
+from qlora_kit.formats.registry import FORMATS
 from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.served_artifact import Made
 
@@ -66,7 +67,7 @@ def test_sampling_is_the_bases_own(
 
 
 def test_an_adapter_stands_on_its_base(facts: Made, tmp_path: Path) -> None:
-    write_modelfile(tmp_path, facts(format="adapter", file="adapter.gguf"))
+    FORMATS["adapter_gguf"].write_beside(tmp_path, facts(format="adapter_gguf", file="adapter.gguf"))
     text = (tmp_path / "Modelfile").read_text("utf-8")
     read = Modelfile.read(text)
     assert (read.source, read.adapter) == ("./base.gguf", "./adapter.gguf")

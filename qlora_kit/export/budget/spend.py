@@ -1,4 +1,4 @@
-"""A target with a budget of bits in, the same target with a format for each layer out."""
+"""A budget of bits, spent on the layers of a model: a format for each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.say import say
 from qlora_kit.export.budget.allocate import Layer, Option, allocate, mean_bits
-from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.formats.gguf.budget import GgufFormats
-from qlora_kit.formats.gptq.budget import GptqFormats
-from qlora_kit.formats.reach import gguf_names_of
-from qlora_kit.schema.export import GgufTarget, GptqTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qlora_kit.export.budget.fisher import MeasuredLinear
-    from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 
 _MOST_WEIGHTS_ROUNDED = 1 << 19  # of a layer, in each format
 
@@ -76,46 +70,17 @@ class Spent:
         return f"{self.bits:.2f} of {self.budget:g} bits a weight: layers {counts} ({rise})"
 
 
-def spend_gptq(
-    model_dir: Path, target: GptqTarget, budget: float, rows: Sequence[Sequence[int]]
-) -> tuple[GptqTarget, Spent]:
-    """Spend a budget on the layers of a GPTQ file.
+def spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequence[int]]) -> Spent:
+    """Choose a format for each layer, so that the loss rises least within a budget.
 
     Args:
         model_dir: the merged 16-bit folder.
-        target: skipped layers stay in 16 bits and do not count; group sizes stay.
         budget: mean bits of a weight, with scales and zero points.
         rows: token ids of the calibration rows.
-
-    Returns:
-        the target with overrides, and what they are.
 
     Raises:
         RecipeError: a budget that no choice meets, or no calibration rows.
     """
-    formats = GptqFormats.of(target, linear_shapes(model_dir))
-    spent = _spend(model_dir, formats, budget, rows)
-    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
-
-
-def spend_gguf(
-    model_dir: Path, target: GgufTarget, budget: float, imatrix: "ImportanceMatrix"
-) -> tuple[GgufTarget, Spent]:
-    """Spend a budget on the matrices of a GGUF file's blocks; embeddings and output matrix keep the mix's types.
-
-    Args:
-        imatrix: holds the calibration rows, and what blocks are fitted to where the target says so.
-
-    Returns, raises: as `spend_gptq`.
-    """
-    shapes = linear_shapes(model_dir)
-    importance = imatrix.means if target.imatrix else {}
-    formats = GgufFormats(target, gguf_names_of(model_dir, shapes), shapes, importance)
-    spent = _spend(model_dir, formats, budget, imatrix.rows)
-    return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
-
-
-def _spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequence[int]]) -> Spent:
     from qlora_kit.export.budget.fisher import Fisher
 
     rows = [row for row in rows if len(row)]
@@ -139,7 +104,8 @@ def _spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequ
 def predicted_rises(linear: "MeasuredLinear", formats: Formats) -> dict[str, float]:
     """Rise of the loss in nats a token when one layer is rounded, by format: half the sum of F times squared error.
 
-    For GPTQ that is of plain rounding, times the share of the error at the layer's output that GPTQ leaves of it.
+    Where a method makes up for its own errors that is of plain rounding, times the share of the error at the layer's
+    output that is left of it.
 
     Of a large layer some rows are rounded, from those that matter least to those that matter most, and what they cost
     is scaled by the share of the Fisher information that they hold.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.evaluation.contract_static import static_problems
+from qlora_kit.formats.registry import find_format
 
 CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 640}
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -24,6 +24,11 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
 
 Make = Callable[..., Path]
+
+
+def static_problems(format_name: str, server: str, folder: Path, file: str) -> list[str]:
+    """What a server would refuse."""
+    return list(find_format(format_name).server_problems(server, folder, file))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.formats.serving_files import write_serving_files
+from qlora_kit.export.serving.write import write_serving_files
 from tests.served_artifact import Made
 
 LICENCE = ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
@@ -17,7 +17,7 @@ LICENCE = ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
         ("merged", ".", True, ["generation_config.json"]),
         ("awq", ".", True, ["generation_config.json"]),
         ("adapter", ".", False, []),
-        ("adapter", "adapter.gguf", False, ["Modelfile"]),
+        ("adapter_gguf", "adapter.gguf", False, ["Modelfile"]),
     ],
 )
 def test_files_by_format(

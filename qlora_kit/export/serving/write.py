@@ -7,11 +7,10 @@ from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import write_generation_config
 from qlora_kit.export.serving.lock import write_lock
 from qlora_kit.export.serving.model_card import write_model_card
-from qlora_kit.formats.gguf.modelfile import write_modelfile
 
 
 def write_serving_files(folder: Path, facts: ServingFacts) -> list[str]:
-    """Write the model card, lock file, licence, and, by format, the generation config or the Modelfile.
+    """Write the model card, lock file, licence, and, by format, the generation config and what its servers need.
 
     Args:
         folder: the artifact's, complete but for these files; what a quantizer left under their names is replaced.
@@ -22,6 +21,4 @@ def write_serving_files(folder: Path, facts: ServingFacts) -> list[str]:
     written = [write_model_card(folder, facts), write_lock(folder, facts), *copy_licence(facts.base.folder, folder)]
     if (folder / "config.json").is_file():
         written.append(write_generation_config(folder, facts.base.folder, facts.tokenizer))
-    if facts.kind in ("gguf", "adapter_gguf"):
-        written.append(write_modelfile(folder, facts))
-    return written
+    return [*written, *facts.format.write_beside(folder, facts)]

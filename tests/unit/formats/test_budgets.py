@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.budget.fisher import Fisher
+from qlora_kit.export.budget.spend import Spent, predicted_rises
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.formats.gguf.budget import GgufFormats
+from qlora_kit.formats.gguf.budget import GgufFormats, gguf_names_of, spend_gguf
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
-from qlora_kit.formats.gptq.budget import GptqFormats
+from qlora_kit.formats.gptq.budget import GptqFormats, spend_gptq
 from qlora_kit.formats.gptq.layers import plan_layers
-from qlora_kit.formats.jobs import Source, export_jobs
-from qlora_kit.formats.reach import gguf_names_of
-from qlora_kit.formats.spend import Spent, predicted_rises, spend_gguf, spend_gptq
+from qlora_kit.formats.job import Source
+from qlora_kit.formats.registry import export_jobs
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget, GptqMethod, GptqOverride, GptqTarget
 from tests.tiny_models import build_tiny_model
 
@@ -138,7 +138,7 @@ def test_a_sample_of_rows_stands_for_all(folder: Path, monkeypatch: pytest.Monke
     formats = GptqFormats.of(GPTQ, linear_shapes(folder))
     linears = list(Fisher(folder, ROWS).linears())
     whole = sum(predicted_rises(linear, formats)["4 bit"] for linear in linears)
-    monkeypatch.setattr("qlora_kit.formats.spend._MOST_WEIGHTS_ROUNDED", 1 << 14)
+    monkeypatch.setattr("qlora_kit.export.budget.spend._MOST_WEIGHTS_ROUNDED", 1 << 14)
     sampled = sum(predicted_rises(linear, formats)["4 bit"] for linear in linears)
     assert sampled != whole
     assert sampled == pytest.approx(whole, rel=0.1)

@@ -4,11 +4,12 @@ import ast
 
 import pytest
 
-from qlora_kit.export.serving.commands import FORMATS, Served, serve_commands
+from qlora_kit.export.serving.commands import Served
+from qlora_kit.formats.registry import FORMATS
 
 
 def lines(kind: str, served: Served) -> dict[str, tuple[str, ...]]:
-    return {command.server: command.lines for command in serve_commands(kind, served)}
+    return {command.server: command.lines for command in FORMATS[kind].commands(served)}
 
 
 def test_a_folder_seen_from_outside_and_from_inside() -> None:
@@ -42,12 +43,8 @@ def test_adapters_ask_for_a_rank_that_vllm_takes(rank: int, allowed: int) -> Non
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_has_servers_with_install_lines(kind: str) -> None:
-    for command in serve_commands(kind, Served("m", "f", "a.gguf" if "gguf" in kind else ".")):
+    for command in FORMATS[kind].commands(Served("m", "f", "a.gguf" if "gguf" in kind else ".")):
         assert command.install and command.lines
         if command.lines[0].startswith("python -"):
             body = command.lines[1:-1] if command.lines[-1] == "EOF" else ()
             ast.parse("\n".join(body))
-
-
-def test_an_unknown_format_has_none() -> None:
-    assert serve_commands("onnx", Served("m")) == []

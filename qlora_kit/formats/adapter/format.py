@@ -1,0 +1,117 @@
+"""Both forms of an adapter, as the registry knows them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.export.fit.fault import ELSEWHERE
+from qlora_kit.export.serving.facts import Hub, ServingFacts
+from qlora_kit.export.serving.markdown import code
+from qlora_kit.formats.adapter.server_files import adapter_problems
+from qlora_kit.formats.adapter.serving import GGUF_SERVERS, SERVERS
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.schema.export import AdapterFormat, AdapterTarget
+
+if TYPE_CHECKING:
+    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.export.fit.form import ModelForm
+
+
+class _Alone(Format[AdapterTarget]):
+    """An adapter in either form."""
+
+    group = "adapter"
+    turn = 0
+    is_beside_base = True
+    form: ClassVar[AdapterFormat]
+
+    def takes(self, target: AdapterTarget) -> bool:
+        """Whether it has this form."""
+        return target.format is self.form
+
+    def problems(
+        self, path: str, target: AdapterTarget, form: "ModelForm", adapter: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """What servers of adapters have no place for."""
+        from qlora_kit.formats.adapter.fit import refuse_unfit
+
+        try:
+            refuse_unfit(target, form, adapter)
+        except RecipeError as error:
+            yield from (Problem(problem.what, path, ELSEWHERE) for problem in error.problems)
+
+    def jobs(self, source: Source) -> Callable[[str, AdapterTarget], ExportJob]:
+        """Jobs that copy or convert what was trained."""
+
+        def job(name: str, target: AdapterTarget) -> ExportJob:
+            file = self.file_name(source)
+            return ExportJob(name, self.name, file, settings_of(target), partial(_write, source, target, file))
+
+        return job
+
+    def file_name(self, source: Source) -> str:
+        """The path inside the folder that a reader opens."""
+        return "."
+
+
+class Adapter(_Alone):
+    """peft's form, for Python servers."""
+
+    name = "adapter"
+    form = AdapterFormat.peft
+    reader = "peft"
+    hub = Hub("peft", "adapter", ("lora",))
+    servers = SERVERS
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server of LoRA would refuse in the folder."""
+        return adapter_problems(folder)
+
+    def beside(self, facts: ServingFacts) -> str:
+        """Where the lines look for the base; a hub's name is found by itself."""
+        if facts.base.hub_id:
+            return ""
+        shown = code(facts.base.shown)
+        return f" vLLM and SGLang look for the base's folder, {shown}, here too: put it here, or change its path."
+
+
+class GgufAdapter(_Alone):
+    """A GGUF file, for llama.cpp and Ollama."""
+
+    name = "adapter_gguf"
+    form = AdapterFormat.gguf
+    reader = "llama.cpp"
+    hub = Hub("gguf", "adapter", ("gguf", "lora", "llama.cpp"))
+    servers = GGUF_SERVERS
+    tried_in = ()
+
+    def file_name(self, source: Source) -> str:
+        """The GGUF file."""
+        return f"{source.name}.adapter.gguf"
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """None is asked."""
+        yield from ()
+
+    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+        """Note that there is nothing to compare."""
+        contract.notes.append("a GGUF adapter has no tokenizer of its own: its base's GGUF file decides")
+
+    def beside(self, facts: ServingFacts) -> str:
+        """Where the lines look for the base."""
+        return " The base as a GGUF file, `base.gguf`, is looked for here too: put it here, or change its path."
+
+    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+        """Write the Modelfile."""
+        from qlora_kit.formats.gguf.modelfile import write_modelfile
+
+        return [write_modelfile(folder, facts, base="./base.gguf")]
+
+
+def _write(source: Source, target: AdapterTarget, file: str, out: Path) -> None:
+    from qlora_kit.formats.adapter.write import write_adapter
+
+    write_adapter(source.adapter, source.merged, out, target, source.base, file)

@@ -1,0 +1,80 @@
+"""AWQ in both of its layouts, as the registry knows them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.evaluation.contract_static import Required, quantized_problems
+from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, Server, transformers
+from qlora_kit.export.serving.facts import Hub
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
+from qlora_kit.formats.job import Source
+from qlora_kit.schema.export import AwqLayout, AwqTarget
+
+if TYPE_CHECKING:
+    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.form import ModelForm
+
+_REQUIRED = (
+    Required(("quant_method",), ("awq",)),
+    Required(("bits", "w_bit"), (4,)),
+    Required(("group_size", "q_group_size")),
+    Required(("zero_point",), (True, False)),
+)
+
+
+class Awq(Format[AwqTarget]):
+    """AWQ in the layout GEMM."""
+
+    name = "awq"
+    group = "awq"
+    turn = 6
+    is_made_by_layer = True
+    layout: ClassVar[AwqLayout] = AwqLayout.gemm
+    reader = "transformers with gptqmodel"
+    hub = Hub("transformers", "quantized", ("awq",))
+    servers: ClassVar[tuple[Server, ...]] = (transformers(*READER_PACKAGES), SERVE_VLLM, SERVE_SGLANG)
+
+    def takes(self, target: AwqTarget) -> bool:
+        """Whether it has this layout."""
+        return target.layout is self.layout
+
+    def group_size(self, target: AwqTarget) -> int:
+        """Weights that share a scale."""
+        return target.group_size
+
+    def problems(
+        self, path: str, target: AwqTarget, form: "ModelForm", adapter: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """What the layout asks of a model that it has not."""
+        from qlora_kit.formats.awq.fit import awq_problems
+
+        return awq_problems(path, target, form)
+
+    def left(self, target: AwqTarget, form: "ModelForm") -> "LeftOver | None":
+        """Layers that the kernels do not take, and experts."""
+        from qlora_kit.formats.awq.fit import awq_left
+
+        return awq_left(target, form)
+
+    def write(self, source: Source, target: AwqTarget, out: Path) -> None:
+        """Quantize."""
+        from qlora_kit.formats.awq.write import write_awq
+
+        write_awq(source.merged, out, target, source.calibration)
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server would refuse in the folder."""
+        return quantized_problems(folder, _REQUIRED)
+
+
+class AwqGemv(Awq):
+    """AWQ in the layout GEMV, which no server reads."""
+
+    name = "awq_gemv"
+    layout = AwqLayout.gemv
+    reader = "transformers with gptqmodel, without a GPU its gemm twin"
+    servers = (transformers(*READER_PACKAGES),)
+    tried_in = ()

@@ -1,0 +1,55 @@
+"""compressed-tensors, as the registry knows it."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.evaluation.contract_static import quantized_problems
+from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
+from qlora_kit.export.serving.facts import Hub
+from qlora_kit.formats.compressed.server_files import REQUIRED, group_problems
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.job import Source
+from qlora_kit.schema.export import CompressedTarget
+
+if TYPE_CHECKING:
+    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.form import ModelForm
+
+
+class Compressed(Format[CompressedTarget]):
+    """compressed-tensors."""
+
+    name = "compressed"
+    group = "compressed"
+    turn = 4
+    is_made_by_layer = True
+    reader = "transformers with compressed-tensors"
+    hub = Hub("transformers", "quantized", ("compressed-tensors",))
+    servers = (transformers("compressed-tensors"), SERVE_VLLM, SERVE_SGLANG)
+
+    def problems(
+        self, path: str, target: CompressedTarget, form: "ModelForm", adapter: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """What the scheme asks of a model that it has not."""
+        from qlora_kit.formats.compressed.fit import compressed_problems
+
+        return compressed_problems(path, target, form)
+
+    def left(self, target: CompressedTarget, form: "ModelForm") -> "LeftOver | None":
+        """Experts."""
+        from qlora_kit.export.fit.form import experts_left
+
+        return experts_left(form)
+
+    def write(self, source: Source, target: CompressedTarget, out: Path) -> None:
+        """Quantize."""
+        from qlora_kit.formats.compressed.write import write_compressed
+
+        write_compressed(source.merged, out, target, source.calibration)
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server would refuse in the folder."""
+        return quantized_problems(folder, REQUIRED, partial(group_problems, server=server))

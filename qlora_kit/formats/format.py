@@ -1,0 +1,118 @@
+"""What the kit knows of an export format, in one class; each format's folder holds one for each form that it has."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.evaluation.contract_static import SGLANG, VLLM
+from qlora_kit.export.serving.commands import ServeCommand, Served, Server
+from qlora_kit.export.serving.facts import Hub, ServingFacts
+from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.schema.export import ExportConfig
+
+if TYPE_CHECKING:
+    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.form import ModelForm
+
+Target = TypeVar("Target")
+
+
+class Format(ABC, Generic[Target]):
+    """An export format. Asking it imports neither torch nor transformers; only what works on weights does."""
+
+    name: ClassVar[str]
+    """As manifests and cards have it."""
+    group: ClassVar[str]
+    """The field of `ExportConfig` that holds its targets."""
+    turn: ClassVar[int]
+    """When it is written: quick ones first."""
+    reader: ClassVar[str]
+    """What scores it here, as a user would load it."""
+    hub: ClassVar[Hub]
+    """How a hub files it."""
+    servers: ClassVar[tuple[Server, ...]]
+    """Those that a card has lines for."""
+    tried_in: ClassVar[tuple[str, ...]] = (VLLM, SGLANG)
+    """Servers in which a file is tried where they are installed, and held against their rules where they are not."""
+    is_beside_base: ClassVar[bool] = False
+    """Whether it is no model by itself but is loaded beside its base."""
+
+    is_made_by_layer: ClassVar[bool] = False
+    """Whether a library finds the layers of the merged folder by the model's own names for them."""
+
+    def takes(self, target: Target) -> bool:
+        """Whether a target of its group is written in this form."""
+        return True
+
+    def group_size(self, target: Target) -> int | None:
+        """Weights that share a scale, where that must divide every layer's inputs; -1 for a whole row."""
+        return None
+
+    def problems(self, path: str, target: Target, form: "ModelForm", adapter: Mapping[str, Any]) -> Iterator[Problem]:
+        """What cannot be written of a model, with the line that mends it; asked before a weight is loaded.
+
+        Args:
+            path: of the target, such as `export.merged.merged_16bit`.
+            adapter: settings of the trained adapter; empty for a base that was never trained.
+        """
+        yield from ()
+
+    def left(self, target: Target, form: "ModelForm") -> "LeftOver | None":
+        """Layers that stay in 16 bit by the format's limits."""
+        return None
+
+    def open_choices(self, target: Target, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+        """What a target with a budget of bits leaves open in a model's layers; only asked where budgets are possible.
+
+        Args:
+            shapes: (out_features, in_features) of each linear layer, by name.
+        """
+        raise NotImplementedError(f"a file of the format {self.name} has one number of bits")
+
+    def settled(self, target: Target, export: ExportConfig) -> Target:
+        """The target with what the recipe says for all files."""
+        return target
+
+    def jobs(self, source: Source) -> Callable[[str, Target], ExportJob]:
+        """What makes a job of a target and its name; targets of one source may share what is costly to measure."""
+
+        def job(name: str, target: Target) -> ExportJob:
+            return ExportJob(name, self.name, ".", settings_of(target), partial(self.write, source, target))
+
+        return job
+
+    def write(self, source: Source, target: Target, out: Path) -> "Spent | None":
+        """Fill an empty folder; returns what a budget of bits was spent on, where there is one."""
+        raise NotImplementedError(f"the jobs of {self.name} write by themselves")
+
+    def commands(self, served: Served) -> list[ServeCommand]:
+        """The servers that read it, with the lines to paste."""
+        return [server.command(served) for server in self.servers]
+
+    @abstractmethod
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server would refuse in an artifact's own files.
+
+        Args:
+            server: of `tried_in`.
+            file: the path inside the folder that a reader opens.
+        """
+
+    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+        """Add what its readers see otherwise than training did; of most, what transformers makes of the folder."""
+        from qlora_kit.evaluation.contract_folder import check_folder
+
+        check_folder(contract, trained, folder)
+
+    def beside(self, facts: ServingFacts) -> str:
+        """What the lines of a card look for beside the files; empty for nothing."""
+        return ""
+
+    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+        """Write what its servers need beside the file; returns the names."""
+        return []

@@ -1,0 +1,102 @@
+"""GGUF, as the registry knows it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.evaluation.contract_static import OLLAMA
+from qlora_kit.export.serving.facts import Hub, ServingFacts
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.gguf.server_files import gguf_problems
+from qlora_kit.formats.gguf.serving import SERVERS
+from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.schema.export import ExportConfig, GgufTarget
+
+if TYPE_CHECKING:
+    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+
+
+class Gguf(Format[GgufTarget]):
+    """GGUF."""
+
+    name = "gguf"
+    group = "gguf"
+    turn = 3
+    reader = "llama.cpp"
+    hub = Hub("gguf", "quantized", ("gguf", "llama.cpp"))
+    servers = SERVERS
+    tried_in = (OLLAMA,)
+
+    def problems(
+        self, path: str, target: GgufTarget, form: "ModelForm", adapter: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """What llama.cpp and its block formats ask of a model that it has not."""
+        from qlora_kit.formats.gguf.fit import gguf_problems
+
+        return gguf_problems(path, target, form)
+
+    def left(self, target: GgufTarget, form: "ModelForm") -> "LeftOver | None":
+        """Matrices whose rows no block divides."""
+        from qlora_kit.formats.gguf.fit import gguf_left
+
+        return gguf_left(target, form)
+
+    def open_choices(self, target: GgufTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+        """The block types of each layer."""
+        from qlora_kit.formats.gguf.budget import GgufFormats
+
+        return GgufFormats(target, {}, shapes, {})
+
+    def settled(self, target: GgufTarget, export: ExportConfig) -> GgufTarget:
+        """The target with the shared budget of bits, where it has none of its own."""
+        return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
+
+    def jobs(self, source: Source) -> Callable[[str, GgufTarget], ExportJob]:
+        """Jobs that share one importance matrix, measured when the first one needs it."""
+        from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+        from qlora_kit.formats.gguf.target import gguf_file_name
+
+        imatrix = ImportanceMatrix(source.merged, source.calibration)
+
+        def job(name: str, target: GgufTarget) -> ExportJob:
+            file = gguf_file_name(source.merged, target, source.name)
+            return ExportJob(name, self.name, file, settings_of(target), partial(_write, source, target, imatrix))
+
+        return job
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What Ollama would refuse."""
+        return gguf_problems(folder, folder / file)
+
+    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+        """Compare llama.cpp, and the Modelfile beside the file, with the trained tokenizer."""
+        from qlora_kit.evaluation.contract_compare import compare_all
+        from qlora_kit.evaluation.contract_folder import TRANSFORMERS, reading_of
+        from qlora_kit.formats.gguf.token_contract import check_gguf
+
+        compare_all(contract, trained, TRANSFORMERS, reading_of(trained.tokenizer))
+        check_gguf(contract, trained, folder, folder / file)
+
+    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+        """Write the Modelfile."""
+        from qlora_kit.formats.gguf.modelfile import write_modelfile
+
+        return [write_modelfile(folder, facts)]
+
+
+def _write(source: Source, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Spent | None":
+    from qlora_kit.formats.gguf.budget import spend_gguf
+    from qlora_kit.formats.gguf.target import write_gguf_target
+
+    spent = None
+    if target.bits_budget is not None:
+        target, spent = spend_gguf(source.merged, target, target.bits_budget, imatrix)
+    write_gguf_target(source.merged, target, source.name, imatrix, out)
+    return spent

@@ -1,0 +1,82 @@
+"""GPTQ, as the registry knows it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import Problem
+from qlora_kit.evaluation.contract_static import Required, quantized_problems
+from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
+from qlora_kit.export.serving.facts import Hub
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
+from qlora_kit.formats.job import Source
+from qlora_kit.schema.export import ExportConfig, GptqTarget
+
+if TYPE_CHECKING:
+    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.form import ModelForm
+
+_REQUIRED = (
+    Required(("quant_method",), ("gptq",)),
+    Required(("bits",), (2, 3, 4, 8)),
+    Required(("group_size",)),
+    Required(("desc_act",), (True, False)),
+)
+
+
+class Gptq(Format[GptqTarget]):
+    """GPTQ."""
+
+    name = "gptq"
+    group = "gptq"
+    turn = 5
+    is_made_by_layer = True
+    reader = "transformers with gptqmodel"
+    hub = Hub("transformers", "quantized", ("gptq",))
+    servers = (transformers(*READER_PACKAGES), SERVE_VLLM, SERVE_SGLANG)
+
+    def group_size(self, target: GptqTarget) -> int:
+        """Weights that share a scale."""
+        return target.group_size
+
+    def problems(
+        self, path: str, target: GptqTarget, form: "ModelForm", adapter: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """What the layout, and gptqmodel, ask of a model that it has not."""
+        from qlora_kit.formats.gptq.fit import gptq_problems
+
+        return gptq_problems(path, target, form)
+
+    def left(self, target: GptqTarget, form: "ModelForm") -> "LeftOver | None":
+        """Experts."""
+        from qlora_kit.formats.gptq.fit import gptq_left
+
+        return gptq_left(target, form)
+
+    def open_choices(self, target: GptqTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+        """The numbers of bits of each layer."""
+        from qlora_kit.formats.gptq.budget import GptqFormats
+
+        return GptqFormats.of(target, shapes)
+
+    def settled(self, target: GptqTarget, export: ExportConfig) -> GptqTarget:
+        """The target with the shared budget of bits, where it has none of its own."""
+        return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
+
+    def write(self, source: Source, target: GptqTarget, out: Path) -> "Spent | None":
+        """Spend the budget, where there is one, and quantize."""
+        from qlora_kit.formats.gptq.budget import spend_gptq
+        from qlora_kit.formats.gptq.write import write_gptq
+
+        spent = None
+        if target.bits_budget is not None:
+            target, spent = spend_gptq(source.merged, target, target.bits_budget, source.calibration)
+        write_gptq(source.merged, out, target, source.calibration)
+        return spent
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server would refuse in the folder."""
+        return quantized_problems(folder, _REQUIRED)

@@ -1,0 +1,31 @@
+"""The merged model in 16 bit."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_kit.evaluation.contract_static import sixteen_bit_problems
+from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
+from qlora_kit.export.serving.facts import Hub
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.job import Source
+from qlora_kit.schema.export import MergedTarget
+
+
+class Merged(Format[MergedTarget]):
+    """A safetensors folder in 16 bit."""
+
+    name = "merged"
+    group = "merged"
+    turn = 1
+    reader = "transformers"
+    hub = Hub("transformers", "finetune")
+    servers = (transformers("accelerate"), SERVE_VLLM, SERVE_SGLANG)
+
+    def write(self, source: Source, target: MergedTarget, out: Path) -> None:
+        """Copy the merged folder."""
+        shutil.copytree(source.merged, out, dirs_exist_ok=True)
+
+    def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
+        """What a server would refuse in the folder."""
+        return sixteen_bit_problems(folder)

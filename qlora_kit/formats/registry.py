@@ -1,0 +1,64 @@
+"""Every export format by its name, and the targets of a recipe with theirs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.formats.adapter.format import Adapter, GgufAdapter
+from qlora_kit.formats.awq.format import Awq, AwqGemv
+from qlora_kit.formats.bnb.format import Bnb
+from qlora_kit.formats.compressed.format import Compressed
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.gguf.format import Gguf
+from qlora_kit.formats.gptq.format import Gptq
+from qlora_kit.formats.job import ExportJob, Source
+from qlora_kit.formats.merged.format import Merged
+from qlora_kit.schema.export import ExportConfig
+
+FORMATS: dict[str, Format[Any]] = {
+    one.name: one for one in (Merged(), Gptq(), Awq(), AwqGemv(), Compressed(), Bnb(), Gguf(), Adapter(), GgufAdapter())
+}
+
+
+def find_format(name: str) -> Format[Any]:
+    """The format of a name that a manifest holds.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise RecipeError(f"no reader for the format '{name}'; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A file that a recipe asks for.
+
+    Attributes:
+        path: of its target, such as `export.merged.merged_16bit`.
+    """
+
+    name: str
+    path: str
+    target: Any
+    format: Format[Any]
+
+
+def asked_for(export: ExportConfig) -> Iterator[Asked]:
+    """The files of a recipe, in the order of its groups."""
+    for field in fields(export):
+        group = getattr(export, field.name)
+        for name, target in group.items() if isinstance(group, dict) else ():
+            found = next(one for one in FORMATS.values() if one.group == field.name and one.takes(target))
+            yield Asked(name, f"export.{field.name}.{name}", found.settled(target, export), found)
+
+
+def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
+    """The jobs of a recipe, quick ones first."""
+    made: dict[str, Callable[[str, Any], ExportJob]] = {}
+    for asked in sorted(asked_for(export), key=lambda one: one.format.turn):
+        if asked.format.name not in made:
+            made[asked.format.name] = asked.format.jobs(source)
+        yield made[asked.format.name](asked.name, asked.target)
