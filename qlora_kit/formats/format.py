@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from qlora_kit.core.errors import Problem
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.evaluation.contract_static import SGLANG, VLLM
 from qlora_kit.export.serving.commands import ServeCommand, Served, Server
 from qlora_kit.export.serving.facts import Hub, ServingFacts
@@ -15,11 +15,14 @@ from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
     from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.stored_weights import WeightReader
 
 Target = TypeVar("Target")
+Speaker = Callable[[list[dict[str, str]], int], Iterator[str]]  # messages, and the most tokens of an answer
 
 
 class Format(ABC, Generic[Target]):
@@ -42,6 +45,8 @@ class Format(ABC, Generic[Target]):
     is_beside_base: ClassVar[bool] = False
     """Whether it is no model by itself but is loaded beside its base."""
 
+    is_calibrated: ClassVar[bool] = False
+    """Whether rows are read for it, whatever its settings."""
     is_made_by_layer: ClassVar[bool] = False
     """Whether a library finds the layers of the merged folder by the model's own names for them."""
 
@@ -89,6 +94,69 @@ class Format(ABC, Generic[Target]):
     def write(self, source: Source, target: Target, out: Path) -> "Spent | None":
         """Fill an empty folder; returns what a budget of bits was spent on, where there is one."""
         raise NotImplementedError(f"the jobs of {self.name} write by themselves")
+
+    def rounds_to(self, settings: Mapping[str, object]) -> str | None:
+        """The `quant.kind` of a base whose values this file rounds to; None for a grid of its own.
+
+        Args:
+            settings: the target's fields.
+        """
+        return None
+
+    def open(self, path: Path, pad_token_id: int, base: Path | None = None) -> "Scorer":
+        """A scorer of an artifact, read as a user of it would.
+
+        Args:
+            path: the file or folder that the reader opens.
+            base: folder of the base, in 16 bit or as bitsandbytes stores it; only what is beside its base looks at it.
+
+        Raises:
+            RecipeError: an adapter without a base, or a package of its reader is not installed.
+            RunError: the reader cannot load the artifact.
+        """
+        from qlora_kit.evaluation.torch_scorer import TorchScorer
+
+        return TorchScorer(self.load(path), pad_token_id)
+
+    def load(self, folder: Path) -> Any:
+        """An artifact as a transformers model, where it can be one by itself.
+
+        Raises:
+            RecipeError: it cannot.
+            RunError: the reader cannot load the folder.
+        """
+        raise RecipeError(f"transformers loads no file of the format '{self.name}'")
+
+    def speaker(self, path: Path) -> "Speaker | None":
+        """What answers token by token; None where that is the transformers model."""
+        return None
+
+    def weights(self, artifact: Path, merged: Path) -> "WeightReader | None":
+        """A reader of the weights that an artifact stands for, float32 [out_features, in_features], by the merged name.
+
+        None for a format whose weights are not read back one by one.
+
+        Args:
+            artifact: what a reader opens: a file (of several, the first), or the folder.
+            merged: the 16-bit folder that it was made from.
+        """
+        return None
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Whole bits of a weight; None where plain rounding to as many is no yardstick.
+
+        Args:
+            settings: the target's fields.
+        """
+        return None
+
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """What keeps more of an update, from the nearest on: never what the file has already.
+
+        Args:
+            settings: the target's fields.
+        """
+        return ("more bits",)
 
     def commands(self, served: Served) -> list[ServeCommand]:
         """The servers that read it, with the lines to paste."""

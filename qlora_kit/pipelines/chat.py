@@ -13,6 +13,8 @@ from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.data.conversation import Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
 from qlora_kit.export.manifest import MANIFEST, read_manifest
+from qlora_kit.formats.format import Format
+from qlora_kit.formats.registry import find_format
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import open_run
 
@@ -73,7 +75,8 @@ def _open(place: str) -> Any:
         manifest = read_manifest(folder)
         _tell_verdict(manifest)
         path = folder / manifest["file"]
-        return _gguf_speaker(path) if manifest["format"] == "gguf" else _export_speaker(manifest["format"], path)
+        written = find_format(manifest["format"])
+        return written.speaker(path) or _export_speaker(written, path)
     if place == "latest" or RunDirectory(folder).recipe.is_file():
         return _run_speaker(place)
     meant = meant_run(place, finished=True) or "latest"
@@ -102,11 +105,9 @@ def _run_speaker(name: str) -> Any:
     return _torch_speaker(model.eval(), opened.tokenizer)
 
 
-def _export_speaker(format_name: str, path: Path) -> Any:
-    from qlora_kit.formats.artifacts import load_exported
-
+def _export_speaker(written: Format[Any], path: Path) -> Any:
     say(f"loading {path}")
-    return _torch_speaker(load_exported(format_name, path).eval(), load_tokenizer(path))
+    return _torch_speaker(written.load(path).eval(), load_tokenizer(path))
 
 
 def _prompt(messages: Messages, tokenizer: Any) -> str:
@@ -142,27 +143,5 @@ def _torch_speaker(model: Any, tokenizer: Any) -> Any:
         thread.join()
         if failed:
             raise failed[0]
-
-    return speak
-
-
-def _gguf_speaker(path: Path) -> Any:
-    # exports/<name>/<file>: what lies beside exports/ holds the tokenizer that turns token ids into text.
-    home = path.parent.parent.parent
-    tokenizer = load_tokenizer(home / "adapter" if (home / "adapter").is_dir() else home / "tokenizer")
-    from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
-
-    model = LlamaCppModel(path)
-
-    def speak(messages: Messages, max_new_tokens: int) -> Iterator[str]:
-        prompt = model.tokenize(model.apply_template(messages), add_special=True, parse_special=True)
-        token_ids: list[int] = []
-        shown = ""
-        for token in model.stream(prompt, max_new_tokens):
-            token_ids.append(token)
-            text = tokenizer.decode(token_ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character may take several tokens
-                yield text[len(shown) :]
-                shown = text
 
     return speak

@@ -21,12 +21,12 @@ from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compa
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from qlora_kit.export.manifest import MANIFEST, faults_of_export, read_manifest, record_scores
-from qlora_kit.formats.artifacts import open_artifact
+from qlora_kit.formats.registry import find_format
 from qlora_kit.pipelines.eval_record import asked, write_record
 from qlora_kit.pipelines.evaluated import Evaluated
 from qlora_kit.pipelines.exam import Exam, set_exam
 from qlora_kit.pipelines.exported import rejection
-from qlora_kit.pipelines.finish_export import adapter_base, rewrite_card
+from qlora_kit.pipelines.finish_export import rewrite_card
 from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
 
@@ -173,8 +173,8 @@ def _score_or_say(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: 
 def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
     manifest = read_manifest(folder)
     one = _Asked(folder.name, size_on_disk(folder), manifest)
-    beside = adapter_base(subject.base_folder)
-    scorer = open_artifact(manifest["format"], folder / manifest["file"], subject.tokenizer, beside)
+    pad = int(subject.tokenizer.pad_token_id)
+    scorer = find_format(manifest["format"]).open(folder / manifest["file"], pad, subject.base_folder)
     try:
         row = _row(subject, one, scorer, yardstick, exam)
     finally:

@@ -22,11 +22,10 @@ from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.formats.adapter.lora_gguf import ADAPTER_SETTINGS
-from qlora_kit.formats.artifacts import ADAPTERS
+from qlora_kit.export.merging.deltas import CONFIG
 from qlora_kit.formats.fit import fit_of
 from qlora_kit.formats.job import ExportJob, Source
-from qlora_kit.formats.registry import export_jobs
+from qlora_kit.formats.registry import export_jobs, find_format
 from qlora_kit.pipelines.exportable import MERGED, Exportable
 from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
 from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish
@@ -103,7 +102,7 @@ def refuse_unmeasurable(subject: Exportable, config: ExportConfig) -> None:
 
 def _refuse_unfit(subject: Exportable, config: ExportConfig) -> Mapping[str, LeftOver]:
     """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
-    settings = subject.directory.adapter / ADAPTER_SETTINGS
+    settings = subject.directory.adapter / CONFIG
     fit = fit_of(subject.base.folder, config, read_json(settings) if subject.trained and settings.is_file() else None)
     if fit.problems:
         raise RecipeError(fit.problems)
@@ -198,7 +197,7 @@ def _best(
 ) -> Finished:
     candidates = _chosen(subject, config, candidates)
     job, merged = candidates[0]
-    if len(candidates) == 1 or job.format in ADAPTERS:
+    if len(candidates) == 1 or find_format(job.format).is_beside_base:
         return _made(subject, config, job, merged, reference, folder)
     found: dict[str, tuple[Path, Finished]] = {}
     with ExitStack() as folders:
@@ -223,7 +222,7 @@ def _chosen(
     if config.merge_base is not MergeBase.auto or len(candidates) == 1:
         return candidates
     job = candidates[0][0]
-    wanted = subject.base_for(str(job.settings["kind"]) if job.format == "bnb" else None)
+    wanted = subject.base_for(find_format(job.format).rounds_to(job.settings))
     return [one for one in candidates if one[1][1].base == wanted.name] or candidates[:1]
 
 

@@ -16,7 +16,8 @@ from qlora_kit.evaluation.trained import open_trained
 from qlora_kit.export.calibration import calibration_rows
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.export.serving.facts import BaseFacts
-from qlora_kit.formats.job import ExportJob
+from qlora_kit.formats.job import ExportJob, settings_of
+from qlora_kit.formats.registry import asked_for
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.survival import record, survival
 from qlora_kit.schema.export import ExportConfig, MergeBase
@@ -94,8 +95,8 @@ class Exportable(ABC):
         """The 16-bit models that files are made from, of which the better one is kept."""
 
     @abstractmethod
-    def base_for(self, bnb_kind: str | None) -> MergeBase:
-        """What a file is made from by `export.merge_base=auto`, `bnb_kind` being that of a bitsandbytes file."""
+    def base_for(self, rounds_to: str | None) -> MergeBase:
+        """What a file is made from by `export.merge_base=auto`, `rounds_to` being the `quant.kind` it rounds to."""
 
     @abstractmethod
     def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
@@ -156,9 +157,7 @@ class TrainedRun(Exportable):
     def merge_bases(self, config: ExportConfig) -> list[MergeBase]:
         """What the adapter is merged into; of several, `base_for` chooses for each file or the scores do."""
         if config.merge_base is MergeBase.auto:
-            jobs = [self.base_for(bnb.kind.value) for bnb in config.bnb.values()]
-            others = (config.gguf, config.gptq, config.awq, config.merged, config.compressed, config.adapter)
-            wanted = {*jobs, *(MergeBase.dequantized for targets in others if targets)}
+            wanted = {self.base_for(one.format.rounds_to(settings_of(one.target))) for one in asked_for(config)}
             return [base for base in (MergeBase.dequantized, MergeBase.original) if base in wanted]
         if config.merge_base is not MergeBase.measure:
             return [config.merge_base]
@@ -166,16 +165,16 @@ class TrainedRun(Exportable):
             return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate
         return [MergeBase.dequantized, MergeBase.original]
 
-    def base_for(self, bnb_kind: str | None) -> MergeBase:
+    def base_for(self, rounds_to: str | None) -> MergeBase:
         """What a file is made from by `export.merge_base=auto`.
 
         The values of a base in 4 or 8 bit are those that the same format rounds to, so most of an update that is added
         to them and rounded again falls back to the base.
 
         Args:
-            bnb_kind: of a bitsandbytes file; None for any other.
+            rounds_to: the `quant.kind` whose values the file rounds to; None for a grid of its own.
         """
-        return MergeBase.original if bnb_kind == self.quant.kind.value else MergeBase.dequantized
+        return MergeBase.original if rounds_to == self.quant.kind.value else MergeBase.dequantized
 
     def write_sixteen_bit(self, merge_base: MergeBase, out: Path) -> MergeReport:
         """Merge the adapter."""

@@ -11,10 +11,9 @@ from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.export.manifest import MANIFEST, read_manifest
-from qlora_kit.pipelines.survival import remedies
+from qlora_kit.formats.registry import FORMATS
 from qlora_kit.report.table import print_table
 
-CALIBRATED = ("gptq", "awq", "awq_gemv")  # what rows are read for, whatever the settings
 COLUMNS = ["artifact", "size", "loss", "change", "perplexity", "mean KL", "p99 KL", "same top", "written in", "verdict"]
 
 
@@ -77,9 +76,11 @@ def _closer(folder: Path) -> tuple[str, ...]:
         manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     except RecipeError:  # its fault is told elsewhere
         manifest = {}
-    name = str(manifest.get("format", ""))
-    rows = ("more rows to calibrate on (export.calibration_rows)",) if name in CALIBRATED else ()
-    return (*remedies(name, dict(manifest.get("settings") or {})), *rows) if name else ()
+    written = FORMATS.get(str(manifest.get("format", "")))
+    if written is None:
+        return ()
+    rows = ("more rows to calibrate on (export.calibration_rows)",) if written.is_calibrated else ()
+    return (*written.remedies(dict(manifest.get("settings") or {})), *rows)
 
 
 def _cells(one: Exported) -> Iterator[str]:

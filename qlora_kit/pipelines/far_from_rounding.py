@@ -1,6 +1,5 @@
 """Finds files that are far worse than plain rounding to as many bits: with those bits it was not the bits."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,14 +7,12 @@ from qlora_kit.core.say import say
 from qlora_kit.evaluation.rounded_twin import score_rounded_twin
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.formats.job import ExportJob
+from qlora_kit.formats.registry import find_format
 from qlora_kit.pipelines.reference import Reference
 
 SUSPICIOUS_KL = 0.1  # nats; below, no twin is made
 FAR = 2.0  # times the twin's KL
 LEAST_BITS = 3  # with fewer, plain rounding is worth nothing itself
-# Weights in so many bits and activations as they are; where those are rounded too, weights alone are no yardstick.
-COMPRESSED_BITS = {"W4A16": 4, "W8A16": 8, "NVFP4A16": 4}
-BNB_BITS = {"nf4": 4, "int8": 8}
 
 
 def far_from_rounding(
@@ -47,15 +44,7 @@ def far_from_rounding(
 
 def weight_bits(format_name: str, settings: Mapping[str, object]) -> int | None:
     """Whole bits of a weight; None where plain rounding is no yardstick: few bits, 16 bits, or layers that differ."""
-    bits: object = None
     if settings.get("overrides") or settings.get("bits_budget"):
         return None
-    if format_name in ("gptq", "awq", "awq_gemv"):
-        bits = settings.get("bits")
-    elif format_name == "bnb":
-        bits = BNB_BITS.get(str(settings.get("kind")))
-    elif format_name == "compressed":
-        bits = COMPRESSED_BITS.get(str(settings.get("scheme")))
-    elif format_name == "gguf" and (number := re.search(r"Q(\d+)_", str(settings.get("mix")))):
-        bits = int(number[1])
-    return bits if isinstance(bits, int) and LEAST_BITS <= bits <= 8 else None
+    bits = find_format(format_name).weight_bits(settings)
+    return bits if bits is not None and LEAST_BITS <= bits <= 8 else None

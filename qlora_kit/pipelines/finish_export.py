@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
-from qlora_kit.formats.artifacts import AdapterBase, open_artifact
-from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
 from qlora_kit.formats.servers import check_servers
@@ -27,7 +24,6 @@ from qlora_kit.formats.token_contract import check_token_ids
 from qlora_kit.pipelines.exportable import Exportable
 from qlora_kit.pipelines.far_from_rounding import far_from_rounding
 from qlora_kit.pipelines.reference import Reference
-from qlora_kit.schema.export import GgufMix
 
 TOP_TOKENS = 256
 
@@ -122,14 +118,9 @@ def _written(folder: Path) -> None:
     raise AssertionError(f"{folder} is written already")
 
 
-def adapter_base(folder: Path) -> AdapterBase:
-    """What an exported adapter is opened on, from the folder of the base that was trained."""
-    return AdapterBase(folder, partial(write_gguf, mix=GgufMix.F16.value))
-
-
 def _scores(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Scores:
-    beside = adapter_base(subject.base.folder)
-    scorer = open_artifact(job.format, folder / job.file, subject.tokenizer, beside)
+    pad = int(subject.tokenizer.pad_token_id)
+    scorer = find_format(job.format).open(folder / job.file, pad, subject.base.folder)
     try:
         return scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS)
     finally:

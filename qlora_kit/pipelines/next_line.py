@@ -9,13 +9,11 @@ from qlora_kit.core.errors import KitError
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.export.manifest import read_manifest
-from qlora_kit.formats.artifacts import MODELS
 from qlora_kit.formats.fit import fit_of
+from qlora_kit.formats.registry import find_format
 from qlora_kit.model.source import locate_base
 from qlora_kit.schema.compose import compose_recipe, load_recipe
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
-
-TALKING = ("gguf", *MODELS)  # formats that `chat` opens; an adapter is talked to as its run
 
 
 def line_to_export(run: RunDirectory, base_folder: Path) -> str:
@@ -41,7 +39,8 @@ def lines_after_export(directory: RunDirectory, files: Sequence[Path]) -> list[s
     Args:
         files: folders of files that were not rejected and whose model can be talked to.
     """
-    talks = [folder for folder in files if read_manifest(folder)["format"] in TALKING]
+    # An adapter is talked to as its run.
+    talks = [folder for folder in files if not find_format(read_manifest(folder)["format"]).is_beside_base]
     return [*(shell_line(["qlora-kit", "chat", folder]) for folder in talks[:1]), line_to_report(directory)]
 
 

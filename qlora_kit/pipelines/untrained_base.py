@@ -101,7 +101,7 @@ class UntrainedBase(Exportable):
         """The one there is."""
         return [MergeBase.original]
 
-    def base_for(self, bnb_kind: str | None) -> MergeBase:
+    def base_for(self, rounds_to: str | None) -> MergeBase:
         """The one there is."""
         return MergeBase.original
 

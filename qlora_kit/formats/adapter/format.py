@@ -17,6 +17,7 @@ from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 
 if TYPE_CHECKING:
     from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.export.fit.form import ModelForm
 
 
@@ -52,6 +53,10 @@ class _Alone(Format[AdapterTarget]):
 
         return job
 
+    def load(self, folder: Path) -> Any:
+        """Refused: it is no model by itself."""
+        raise _no_base()
+
     def file_name(self, source: Source) -> str:
         """The path inside the folder that a reader opens."""
         return "."
@@ -65,6 +70,14 @@ class Adapter(_Alone):
     reader = "peft"
     hub = Hub("peft", "adapter", ("lora",))
     servers = SERVERS
+
+    def open(self, path: Path, pad_token_id: int, base: Path | None = None) -> "Scorer":
+        """peft's reading of the folder, on the base."""
+        if base is None:
+            raise _no_base()
+        from qlora_kit.formats.adapter.open import open_peft
+
+        return open_peft(path, base, pad_token_id)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server of LoRA would refuse in the folder."""
@@ -88,6 +101,14 @@ class GgufAdapter(_Alone):
     servers = GGUF_SERVERS
     tried_in = ()
 
+    def open(self, path: Path, pad_token_id: int, base: Path | None = None) -> "Scorer":
+        """llama.cpp's reading of the file, on the base as a GGUF file."""
+        if base is None:
+            raise _no_base()
+        from qlora_kit.formats.adapter.open import open_gguf_adapter
+
+        return open_gguf_adapter(path, base)
+
     def file_name(self, source: Source) -> str:
         """The GGUF file."""
         return f"{source.name}.adapter.gguf"
@@ -109,6 +130,10 @@ class GgufAdapter(_Alone):
         from qlora_kit.formats.gguf.modelfile import write_modelfile
 
         return [write_modelfile(folder, facts, base="./base.gguf")]
+
+
+def _no_base() -> RecipeError:
+    return RecipeError("an adapter is read beside its base, and none is at hand", fix="qlora-kit chat <run directory>")
 
 
 def _write(source: Source, target: AdapterTarget, file: str, out: Path) -> None:

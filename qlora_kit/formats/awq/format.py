@@ -11,11 +11,13 @@ from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
 from qlora_kit.formats.job import Source
+from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 
 if TYPE_CHECKING:
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.stored_weights import WeightReader
 
 _REQUIRED = (
     Required(("quant_method",), ("awq",)),
@@ -31,6 +33,7 @@ class Awq(Format[AwqTarget]):
     name = "awq"
     group = "awq"
     turn = 6
+    is_calibrated = True
     is_made_by_layer = True
     layout: ClassVar[AwqLayout] = AwqLayout.gemm
     reader = "transformers with gptqmodel"
@@ -64,6 +67,31 @@ class Awq(Format[AwqTarget]):
         from qlora_kit.formats.awq.write import write_awq
 
         write_awq(source.merged, out, target, source.calibration)
+
+    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+        """A reader of the weights that the folder stands for."""
+        from qlora_kit.formats.awq.weights import awq_weights
+
+        return awq_weights(artifact, merged)
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Bits of the target."""
+        return whole(settings.get("bits"))
+
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """Smaller groups, which the layout GEMV has not, then another format: there is one number of bits."""
+        is_gemm = settings.get("layout") == AwqLayout.gemm.value
+        finer = is_gemm and is_coarse(whole(settings.get("group_size")))
+        more_bits = "a format with more bits (gguf_q8_0, gptq_8bit)"
+        return ("smaller groups (group_size: 32)", more_bits) if finer else (more_bits,)
+
+    def load(self, folder: Path) -> Any:
+        """The model, with gptqmodel's layers."""
+        from qlora_kit.formats.gptqmodel_folders import load_quantized
+        from qlora_kit.model.load import quiet_libraries
+
+        quiet_libraries()
+        return load_quantized(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

@@ -17,6 +17,9 @@ from qlora_kit.schema.export import BnbTarget
 if TYPE_CHECKING:
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.stored_weights import WeightReader
+
+_WEIGHT_BITS = {"nf4": 4, "int8": 8}
 
 
 class Bnb(Format[BnbTarget]):
@@ -50,6 +53,32 @@ class Bnb(Format[BnbTarget]):
         from qlora_kit.formats.bnb.write import write_bnb
 
         write_bnb(source.merged, out, target)
+
+    def rounds_to(self, settings: Mapping[str, object]) -> str | None:
+        """Its own kind: the values of a base in that format would be rounded to themselves, the update away."""
+        return str(settings["kind"])
+
+    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+        """A reader of the weights that the folder stands for."""
+        from qlora_kit.formats.bnb.weights import bnb_weights
+
+        return bnb_weights(artifact)
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Bits of the kind."""
+        return _WEIGHT_BITS.get(str(settings.get("kind")))
+
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """More bits."""
+        return ("int8 (bnb_int8)",) if settings.get("kind") == "nf4" else ("a 16-bit folder (merged_16bit)",)
+
+    def load(self, folder: Path) -> Any:
+        """The model, its weights as they are stored."""
+        from qlora_kit.formats.bnb.load import load_bnb
+        from qlora_kit.model.load import quiet_libraries
+
+        quiet_libraries()
+        return load_bnb(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
 
+_WEIGHT_BITS = {"W4A16": 4, "W8A16": 8, "NVFP4A16": 4}
+
 
 class Compressed(Format[CompressedTarget]):
     """compressed-tensors."""
@@ -49,6 +51,18 @@ class Compressed(Format[CompressedTarget]):
         from qlora_kit.formats.compressed.write import write_compressed
 
         write_compressed(source.merged, out, target, source.calibration)
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Bits of the scheme, where activations are as they are; where those are rounded, weights are no yardstick."""
+        return _WEIGHT_BITS.get(str(settings.get("scheme")))
+
+    def load(self, folder: Path) -> Any:
+        """The model, its weights unpacked."""
+        from qlora_kit.formats.compressed.load import load_compressed
+        from qlora_kit.model.load import quiet_libraries
+
+        quiet_libraries()
+        return load_compressed(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

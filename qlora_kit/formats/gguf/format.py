@@ -1,5 +1,6 @@
 """GGUF, as the registry knows it."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,16 @@ from qlora_kit.formats.format import Format
 from qlora_kit.formats.gguf.server_files import gguf_problems
 from qlora_kit.formats.gguf.serving import SERVERS
 from qlora_kit.formats.job import ExportJob, Source, settings_of
-from qlora_kit.schema.export import ExportConfig, GgufTarget
+from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget
 
 if TYPE_CHECKING:
     from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+    from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.stored_weights import WeightReader
+    from qlora_kit.formats.format import Speaker
     from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 
 
@@ -70,6 +74,41 @@ class Gguf(Format[GgufTarget]):
             return ExportJob(name, self.name, file, settings_of(target), partial(_write, source, target, imatrix))
 
         return job
+
+    def open(self, path: Path, pad_token_id: int, base: Path | None = None) -> "Scorer":
+        """llama.cpp's own reading of the file."""
+        from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
+        from qlora_kit.formats.gguf.scorer import LlamaCppScorer
+
+        return LlamaCppScorer(LlamaCppModel(path))
+
+    def speaker(self, path: Path) -> "Speaker":
+        """llama.cpp, with the tokenizer that lies beside the exports."""
+        from qlora_kit.formats.gguf.speaker import gguf_speaker
+
+        return gguf_speaker(path)
+
+    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+        """A reader of the weights that the file stands for."""
+        from qlora_kit.formats.gguf.weights import gguf_weights
+
+        return gguf_weights(artifact, merged)
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Bits of the mix; None for 16 bits."""
+        number = re.search(r"Q(\d+)_", str(settings.get("mix")))
+        return int(number[1]) if number else None
+
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """An importance matrix, then mixes of more bits."""
+        mixes = [mix.value for mix in GgufMix]  # more bits first
+        mix = str(settings.get("mix"))
+        at = mixes.index(mix) if mix in mixes else len(mixes)
+        larger = [name for name in ("Q6_K", "Q8_0") if mixes.index(name) < at]
+        if not larger:
+            return () if mix in ("F16", "BF16") else ("16 bits (gguf_f16)",)
+        more = f"more bits ({', '.join(f'gguf_{name.lower()}' for name in larger)})"
+        return (more,) if settings.get("imatrix") else ("an importance matrix (imatrix: true)", more)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What Ollama would refuse."""

@@ -12,12 +12,14 @@ from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
 from qlora_kit.formats.job import Source
-from qlora_kit.schema.export import ExportConfig, GptqTarget
+from qlora_kit.formats.settings import is_coarse, whole
+from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.stored_weights import WeightReader
 
 _REQUIRED = (
     Required(("quant_method",), ("gptq",)),
@@ -33,6 +35,7 @@ class Gptq(Format[GptqTarget]):
     name = "gptq"
     group = "gptq"
     turn = 5
+    is_calibrated = True
     is_made_by_layer = True
     reader = "transformers with gptqmodel"
     hub = Hub("transformers", "quantized", ("gptq",))
@@ -76,6 +79,34 @@ class Gptq(Format[GptqTarget]):
             target, spent = spend_gptq(source.merged, target, target.bits_budget, source.calibration)
         write_gptq(source.merged, out, target, source.calibration)
         return spent
+
+    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+        """A reader of the weights that the folder stands for."""
+        from qlora_kit.formats.gptq.weights import gptq_weights
+
+        return gptq_weights(artifact)
+
+    def weight_bits(self, settings: Mapping[str, object]) -> int | None:
+        """Bits of the target."""
+        return whole(settings.get("bits"))
+
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """GPTQ instead of rounding, smaller groups, 8 bits."""
+        is_plain = settings.get("method") == GptqMethod.rounding.value
+        group, bits = whole(settings.get("group_size")), whole(settings.get("bits"))
+        return (
+            *(("GPTQ instead of plain rounding (method: gptq)",) if is_plain else ()),
+            *(("smaller groups (group_size: 32)",) if is_coarse(group) else ()),
+            *(("8 bits (gptq_8bit)",) if bits < 8 else ()),
+        )
+
+    def load(self, folder: Path) -> Any:
+        """The model, with gptqmodel's layers."""
+        from qlora_kit.formats.gptqmodel_folders import load_quantized
+        from qlora_kit.model.load import quiet_libraries
+
+        quiet_libraries()
+        return load_quantized(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

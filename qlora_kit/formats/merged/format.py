@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.evaluation.contract_static import sixteen_bit_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
@@ -25,6 +26,14 @@ class Merged(Format[MergedTarget]):
     def write(self, source: Source, target: MergedTarget, out: Path) -> None:
         """Copy the merged folder."""
         shutil.copytree(source.merged, out, dirs_exist_ok=True)
+
+    def load(self, folder: Path) -> Any:
+        """The model, in 16 or 32 bit by the device."""
+        from qlora_kit.evaluation.sixteen_bit import load_sixteen_bit
+        from qlora_kit.model.load import quiet_libraries
+
+        quiet_libraries()
+        return load_sixteen_bit(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

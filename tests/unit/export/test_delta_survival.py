@@ -11,10 +11,13 @@ from torch import Tensor
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival, delta_survival, noise_to_delta, survey
+from qlora_kit.export.stored_weights import stored_tensors
 from qlora_kit.formats.awq.layout import unpacked_weight
-from qlora_kit.formats.dequantized import dequantized_weights, stored_tensors, without_factors
+from qlora_kit.formats.awq.weights import without_factors
 from qlora_kit.formats.gptq.write import write_gptq
+from qlora_kit.formats.registry import find_format
 from qlora_kit.schema.export import GptqMethod, GptqTarget
+from tests.dequantized import dequantized_weights
 from tests.tiny_models import build_tiny_model
 
 STEP = 0.1
@@ -278,10 +281,9 @@ def test_awq_s_factors_are_taken_out(tmp_path: Path) -> None:
     assert max(left_in) > 0.4
 
 
-def test_a_layout_that_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
-    with pytest.raises(RunError, match="layout 'compressed-tensors', whose weights cannot be compared"):
-        dequantized_weights(tmp_path, tmp_path)
+@pytest.mark.parametrize("name", ["merged", "compressed", "adapter", "adapter_gguf"])
+def test_formats_whose_weights_are_not_read_back(tmp_path: Path, name: str) -> None:
+    assert find_format(name).weights(tmp_path, tmp_path) is None
 
 
 def test_weights_are_taken_together_by_kind() -> None:

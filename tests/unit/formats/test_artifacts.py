@@ -15,13 +15,14 @@ from qlora_kit.evaluation.scores import Scorer, Scores, compare
 from qlora_kit.formats.adapter import llama_lora
 from qlora_kit.formats.adapter.llama_lora import LlamaCppLora
 from qlora_kit.formats.adapter.write import write_adapter
-from qlora_kit.formats.artifacts import FORMATS, AdapterBase, LlamaCppScorer, load_exported, open_artifact
 from qlora_kit.formats.bnb.load import load_stored
 from qlora_kit.formats.bnb.write import write_bnb
 from qlora_kit.formats.compressed.load import load_compressed
 from qlora_kit.formats.compressed.write import write_compressed
 from qlora_kit.formats.gguf.llama_library import LibraryUnusable
+from qlora_kit.formats.gguf.scorer import LlamaCppScorer
 from qlora_kit.formats.gguf.writer import write_gguf
+from qlora_kit.formats.registry import FORMATS, find_format
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget, BnbKind, BnbTarget, CompressedScheme, CompressedTarget
 from qlora_kit.schema.lora import LoraConfig
 from tests.tiny_models import build_tiny_model
@@ -57,8 +58,7 @@ class Workshop:
         return self.exports / name
 
     def open(self, format_name: str, path: Path, base: Path | None = None) -> Scorer:
-        gguf_base = AdapterBase(base or self.base, lambda model, file: write_gguf(model, file, "F16", workers=0))
-        return open_artifact(format_name, path, self.tokenizer, gguf_base)
+        return find_format(format_name).open(path, int(self.tokenizer.pad_token_id), base or self.base)
 
     def scored(self, format_name: str, path: Path, base: Path | None = None) -> Scores:
         scorer = self.open(format_name, path, base)
@@ -67,7 +67,7 @@ class Workshop:
         return scores
 
     def reference(self) -> Scores:
-        scorer = open_artifact("merged", self.merged, self.tokenizer)
+        scorer = self.open("merged", self.merged)
         scores = scorer.score(ROWS, None, 16)
         scorer.close()
         return scores
@@ -130,26 +130,35 @@ def test_a_gguf_file_is_opened_by_llama_cpp(workshop: Workshop) -> None:
 
 
 def test_every_format_is_in_one_table() -> None:
-    assert FORMATS == ("merged", "gptq", "awq", "awq_gemv", "compressed", "bnb", "gguf", "adapter", "adapter_gguf")
+    assert tuple(FORMATS) == (
+        "merged",
+        "gptq",
+        "awq",
+        "awq_gemv",
+        "compressed",
+        "bnb",
+        "gguf",
+        "adapter",
+        "adapter_gguf",
+    )
 
 
-class Padded:
-    pad_token_id = 0
-
-
-def test_an_unknown_format_is_told_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_format_is_told_with_those_there_are() -> None:
     with pytest.raises(RecipeError, match="no reader for the format 'exl2'; there are merged, gptq"):
-        load_exported("exl2", tmp_path)
-    with pytest.raises(RecipeError, match="no reader for the format 'exl2'"):
-        open_artifact("exl2", tmp_path, Padded())  # type: ignore[arg-type]  # nothing but its pad token is read
+        find_format("exl2")
 
 
 @pytest.mark.parametrize("format_name", ["adapter", "adapter_gguf"])
 def test_an_adapter_without_a_base_is_refused(format_name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"read beside its base[^$]*qlora-kit chat"):
-        load_exported(format_name, tmp_path)
+        find_format(format_name).load(tmp_path)
     with pytest.raises(RecipeError, match="read beside its base"):
-        open_artifact(format_name, tmp_path, Padded())  # type: ignore[arg-type]  # nothing but its pad token is read
+        find_format(format_name).open(tmp_path, 0)
+
+
+def test_a_file_of_llama_cpp_is_no_model_of_transformers(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="transformers loads no file of the format 'gguf'"):
+        find_format("gguf").load(tmp_path)
 
 
 class Scripted:

@@ -5,7 +5,8 @@ import pytest
 from qlora_kit.core.units import kept_share
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
 from qlora_kit.formats.job import settings_of
-from qlora_kit.pipelines.survival import record, remedies
+from qlora_kit.formats.registry import find_format
+from qlora_kit.pipelines.survival import record
 from qlora_kit.schema.export import (
     AwqLayout,
     AwqTarget,
@@ -54,7 +55,7 @@ def test_there_is_no_warning_where_all_is_well() -> None:
     ],
 )
 def test_the_advice_is_never_what_the_file_has_already(format_name, target, wanted, never) -> None:
-    advice = remedies(format_name, settings_of(target))
+    advice = find_format(format_name).remedies(settings_of(target))
     said = DeltaSurvival((KEPT, LOST), remedies=advice).warning("it") or ""
     assert wanted in said and never not in said
 
@@ -83,4 +84,4 @@ def test_shares_past_their_ends_are_words() -> None:
     ],
 )
 def test_a_gguf_file_is_sent_to_more_bits_than_it_has(mix, told):
-    assert remedies("gguf", settings_of(GgufTarget(mix=mix))) == told
+    assert find_format("gguf").remedies(settings_of(GgufTarget(mix=mix))) == told

@@ -14,10 +14,10 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.export.delta_survival import delta_survival
 from qlora_kit.formats.bnb.load import load_bnb
 from qlora_kit.formats.bnb.write import write_bnb
-from qlora_kit.formats.dequantized import dequantized_weights
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.export import BnbKind, BnbTarget
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from tests.dequantized import dequantized_weights
 from tests.tiny_models import build_tiny_model
 
 SAMPLE = torch.tensor([[(31 * step + 5) % 600 for step in range(40)]])

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.formats.dequantized import dequantized_weights
 from qlora_kit.formats.gptq.layers import LayerSettings
 from qlora_kit.formats.gptq.layout import unpacked_weight
 from qlora_kit.formats.gptq.rounding import rounded_tensors, write_rounding
 from qlora_kit.formats.gptq.write import write_gptq
 from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import GptqMethod, GptqOverride, GptqTarget
+from tests.dequantized import dequantized_weights
 from tests.tiny_models import build_tiny_model
 
 ROWS = torch.randint(0, 40, (32, 64), generator=torch.Generator().manual_seed(1))

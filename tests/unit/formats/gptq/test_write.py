@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError, RunError
-from qlora_kit.formats.dequantized import dequantized_weights
 from qlora_kit.formats.gptq import write as gptq
 from qlora_kit.formats.gptq.write import _quiet, write_gptq
 from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import GptqOverride, GptqTarget
+from tests.dequantized import dequantized_weights
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]

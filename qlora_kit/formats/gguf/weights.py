@@ -1,0 +1,52 @@
+"""The weights that a GGUF file stands for."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.extras import require
+from qlora_kit.core.files import read_json
+from qlora_kit.export.stored_weights import WeightReader
+from qlora_kit.formats.gguf.architectures import find_architecture
+from qlora_kit.formats.gguf.tensors import paired_order, rotated_heads_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
+
+
+def gguf_weights(file: Path, merged: Path) -> WeightReader:
+    """A reader of them, float32 [out_features, in_features], by the merged name.
+
+    Query and key rows are put back into the merged model's order.
+
+    Args:
+        file: of several, the first.
+    """
+    config = read_json(merged / "config.json")
+    gguf = require("gguf", "Reading GGUF files")
+    import torch
+
+    readers = [gguf.GGUFReader(part) for part in _shards(file)]
+    architecture = readers[0].fields["general.architecture"].contents()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+
+    def weight(name: str) -> "Tensor | None":
+        tensor = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if tensor is None:
+            return None
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        heads = rotated_heads_of(name, find_architecture(config), config)
+        return values[paired_order(len(values), heads).argsort()] if heads else values
+
+    return weight
+
+
+def _shards(file: Path) -> list[Path]:
+    named = SHARD.search(file.name)
+    if not named:
+        return [file]
+    return sorted(file.parent.glob(f"{file.name[: named.start()]}-*-of-{named.group(1)}.gguf"))

@@ -1,0 +1,21 @@
+"""The weights that a GPTQ folder stands for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.export.stored_weights import WeightReader, packed_tensors, stored_tensors
+from qlora_kit.formats.gptq.layout import PACKED, unpacked_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gptq_weights(artifact: Path) -> WeightReader:
+    """A reader of them, float32 [out_features, in_features], by the merged name."""
+    read = stored_tensors(artifact)
+
+    def weight(name: str) -> "Tensor | None":
+        packed = packed_tensors(read, name, PACKED)
+        return read(name) if packed is None else unpacked_weight(packed)
+
+    return weight
