@@ -1,7 +1,7 @@
 """Every export format by its name, and the targets of a recipe with theirs."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
@@ -48,11 +48,9 @@ class Asked:
 
 def asked_for(export: ExportConfig) -> Iterator[Asked]:
     """The files of a recipe, in the order of its groups."""
-    for field in fields(export):
-        group = getattr(export, field.name)
-        for name, target in group.items() if isinstance(group, dict) else ():
-            found = next(one for one in FORMATS.values() if one.group == field.name and one.takes(target))
-            yield Asked(name, f"export.{field.name}.{name}", found.settled(target, export), found)
+    for one in export.targets():
+        found = next(each for each in FORMATS.values() if each.group == one.group and each.takes(one.target))
+        yield Asked(one.name, one.path, found.settled(one.target, export), found)
 
 
 def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:

@@ -14,7 +14,7 @@ from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
-from qlora_kit.schema.export import AWQ_GROUP_SIZES, ExportConfig
+from qlora_kit.schema.export import ExportConfig
 from qlora_kit.schema.field import Knob, Sealed
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
@@ -175,8 +175,8 @@ def _tracking(recipe: TrainRecipe) -> Iterator[Finding]:
 
 
 def _export(export: ExportConfig) -> Iterator[Finding]:
-    targets = (export.gguf, export.gptq, export.awq, export.merged, export.compressed, export.bnb, export.adapter)
-    names = [name for group in targets for name in group]
+    targets = list(export.targets())
+    names = [one.name for one in targets]
     for name in names:
         if not is_plain_name(name):
             yield Finding("export", f"an export is a folder, and {name[:80]!r} is no plain name of one")
@@ -186,32 +186,11 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
         yield Finding("export", f"an export cannot be named {name}: that is what eval calls the {EVAL_NAMES[name]}")
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Finding("export", f"two exports are named {name}; each gets a folder of its own")
-    for name, gptq in export.gptq.items():
-        if gptq.bits not in (2, 3, 4, 8):
-            path = f"export.gptq.{name}.bits"
-            yield Finding(path, f"GPTQ packs 2, 3, 4 or 8 bits, not {gptq.bits}", f"{path}=4")
-    for name, awq in export.awq.items():
-        if awq.group_size not in (sizes := AWQ_GROUP_SIZES[awq.layout]):
-            path = f"export.awq.{name}.group_size"
-            what = f"readers of AWQ files ({awq.layout.value}) take groups of {', '.join(map(str, sizes))}, not "
-            yield Finding(path, f"{what}{awq.group_size}", f"{path}=128")
-    for name, merged in export.merged.items():
-        if merged.dtype != "bfloat16":
-            path = f"export.merged.{name}.dtype"
-            yield Finding(path, f"{path}={merged.dtype} is not written; only bfloat16 is", f"{path}=bfloat16")
-    for name, gguf in export.gguf.items():
-        if gguf.mix.needs_imatrix and not gguf.imatrix:
-            path = f"export.gguf.{name}.imatrix"
-            yield Finding(path, f"{gguf.mix.value} files are garbage without an importance matrix", f"{path}=true")
+    for one in targets:
+        yield from one.target.findings(one.path)
     yield from check_budgets(export)
-    modules = {
-        "gguf": export.gguf,
-        "libgguf": export.gguf,
-        "gptqmodel": export.gptq or export.awq,
-        "llmcompressor": export.compressed,
-    }
-    for module, wanted in modules.items():
-        if wanted and not is_present(module):
+    for module in dict.fromkeys(module for one in targets for module in one.target.needs):
+        if not is_present(module):
             fix = install_line(EXTRA_OF_MODULE[module])
             yield Finding("export", f"this export needs the package '{module}', which is not installed", fix)
 

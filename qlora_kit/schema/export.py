@@ -1,9 +1,14 @@
 """Recipe group `export`: what to merge into, and the files to write."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.finding import Finding
+
+MIXING = ("gptq", "gguf")  # groups whose files may hold each layer in a format of its own
+OUTSIDE_BLOCKS = ("token_embd", "output")  # GGUF tensors that a budget of bits leaves to the mix and to overrides
 
 
 class MergeBase(Enum):
@@ -55,14 +60,52 @@ class GgufMix(Enum):
 
 
 @dataclass
-class MergedTarget(Sealed):
+class ExportTarget(Sealed):
+    """One file or folder to write."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Optional packages that writing it takes."""
+        return ()
+
+    def findings(self, path: str) -> Iterator[Finding]:
+        """What is wrong with it by itself, before any model is looked at.
+
+        Args:
+            path: of the target, such as `export.merged.merged_16bit`.
+        """
+        yield from ()
+
+
+class MixingTarget(ExportTarget):
+    """One whose layers may differ, so that a budget of bits can be spent on them."""
+
+    bits_budget: float | None
+
+    def decided(self) -> str | None:
+        """The first pattern that decides what a budget is to decide."""
+        return None
+
+    def against_budget(self, path: str, budget_path: str) -> Iterator[Finding]:
+        """What else does not go with a budget that is set at `budget_path`."""
+        yield from ()
+
+
+@dataclass
+class MergedTarget(ExportTarget):
     """A plain safetensors folder."""
 
     dtype: str = knob("bfloat16", "Number format of the weights; bfloat16 is the only one so far.")
 
+    def findings(self, path: str) -> Iterator[Finding]:
+        """Another number format."""
+        if self.dtype != "bfloat16":
+            where = f"{path}.dtype"
+            yield Finding(where, f"{where}={self.dtype} is not written; only bfloat16 is", f"{where}=bfloat16")
+
 
 @dataclass
-class GgufTarget(Sealed):
+class GgufTarget(MixingTarget):
     """One file for llama.cpp, Ollama and what is built on them."""
 
     mix: GgufMix = knob(GgufMix.Q4_K_M, "File type.")
@@ -76,6 +119,28 @@ class GgufTarget(Sealed):
         None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
     )
     shard_gb: float | None = knob(None, "Split into files of at most this size.", unit="GB", above=0)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The container and the row kernels."""
+        return ("gguf", "libgguf")
+
+    def findings(self, path: str) -> Iterator[Finding]:
+        """A mix without the matrix that it needs."""
+        if self.mix.needs_imatrix and not self.imatrix:
+            where = f"{path}.imatrix"
+            yield Finding(where, f"{self.mix.value} files are garbage without an importance matrix", f"{where}=true")
+
+    def decided(self) -> str | None:
+        """A pattern for tensors inside the blocks."""
+        return next((pattern for pattern in self.overrides if not pattern.startswith(OUTSIDE_BLOCKS)), None)
+
+    def against_budget(self, path: str, budget_path: str) -> Iterator[Finding]:
+        """Several files, whose sizes must be known beforehand."""
+        if self.shard_gb is not None:
+            where = f"{path}.shard_gb"
+            what = f"{where} names the files beforehand, and {budget_path} chooses their sizes while they are written"
+            yield Finding(where, what, f"{where}=null")
 
 
 class GptqMethod(Enum):
@@ -97,7 +162,7 @@ class GptqOverride(Sealed):
 
 
 @dataclass
-class GptqTarget(Sealed):
+class GptqTarget(MixingTarget):
     """GPTQ, as vLLM and transformers load it."""
 
     bits: int = knob(4, "Bits a weight: 2, 3, 4 or 8.", minimum=2, maximum=8)
@@ -115,6 +180,21 @@ class GptqTarget(Sealed):
         None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
     )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The library that calibrates."""
+        return ("gptqmodel",)
+
+    def findings(self, path: str) -> Iterator[Finding]:
+        """Bits that no file holds."""
+        if self.bits not in (2, 3, 4, 8):
+            where = f"{path}.bits"
+            yield Finding(where, f"GPTQ packs 2, 3, 4 or 8 bits, not {self.bits}", f"{where}=4")
+
+    def decided(self) -> str | None:
+        """A pattern with bits of its own."""
+        return next((pattern for pattern, override in self.overrides.items() if override.bits is not None), None)
+
 
 class AwqLayout(Enum):
     """Layouts of AutoAWQ."""
@@ -128,13 +208,25 @@ AWQ_GROUP_SIZES = {AwqLayout.gemm: (16, 32, 64, 128, -1), AwqLayout.gemv: (64, 1
 
 
 @dataclass
-class AwqTarget(Sealed):
+class AwqTarget(ExportTarget):
     """AWQ folders: GEMM for vLLM, SGLang and transformers, GEMV for transformers on a GPU, one request at a time."""
 
     bits: int = knob(4, "Bits a weight; the layout exists for 4.", minimum=4, maximum=4)
     group_size: int = knob(128, "Weights that share a scale.", unit="weights", minimum=-1)
     zero_point: bool = knob(True, "Asymmetric range with zero points.")
     layout: AwqLayout = knob(AwqLayout.gemm, "gemv: another order of the same codes, for one request at a time.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The library that reads the file back."""
+        return ("gptqmodel",)
+
+    def findings(self, path: str) -> Iterator[Finding]:
+        """Groups that readers of the layout do not take."""
+        if self.group_size not in (sizes := AWQ_GROUP_SIZES[self.layout]):
+            where = f"{path}.group_size"
+            what = f"readers of AWQ files ({self.layout.value}) take groups of {', '.join(map(str, sizes))}, not "
+            yield Finding(where, f"{what}{self.group_size}", f"{where}=128")
 
 
 class CompressedScheme(Enum):
@@ -151,13 +243,18 @@ class CompressedScheme(Enum):
 
 
 @dataclass
-class CompressedTarget(Sealed):
+class CompressedTarget(ExportTarget):
     """A compressed-tensors folder, as vLLM and SGLang load it."""
 
     scheme: CompressedScheme = knob(CompressedScheme.W4A16, "Formats of weights and activations.")
     group_size: int = knob(128, "W4A16: weights that share a scale.", unit="weights", minimum=-1)
     smoothing: float = knob(0.8, "W8A8: share of activation outliers moved into the weights.", minimum=0, maximum=1)
     kv_cache_fp8: bool = knob(False, "Scales for an fp8 key-value cache are measured and stored.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The library that quantizes."""
+        return ("llmcompressor",)
 
 
 class BnbKind(Enum):
@@ -168,7 +265,7 @@ class BnbKind(Enum):
 
 
 @dataclass
-class BnbTarget(Sealed):
+class BnbTarget(ExportTarget):
     """A bitsandbytes folder: transformers, vLLM and further training load it without quantizing again."""
 
     kind: BnbKind = knob(BnbKind.nf4, "Number format of the linear weights.")
@@ -183,7 +280,7 @@ class AdapterFormat(Enum):
 
 
 @dataclass
-class AdapterTarget(Sealed):
+class AdapterTarget(ExportTarget):
     """The adapter alone, for servers that load LoRA at run time."""
 
     format: AdapterFormat = knob(AdapterFormat.peft, "peft: vLLM, SGLang, transformers; gguf: llama.cpp, Ollama.")
@@ -223,3 +320,24 @@ class ExportConfig(Sealed):
     compressed: dict[str, CompressedTarget] = knob({}, "compressed-tensors folders to write, by name.")
     bnb: dict[str, BnbTarget] = knob({}, "bitsandbytes folders to write, by name.")
     adapter: dict[str, AdapterTarget] = knob({}, "Adapters to write, by name.")
+
+    def targets(self) -> "Iterator[Named]":
+        """Every file or folder, group by group."""
+        for field in fields(self):
+            group = getattr(self, field.name)
+            for name, target in group.items() if isinstance(group, dict) else ():
+                yield Named(name, field.name, target)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A target with its name and its group."""
+
+    name: str
+    group: str
+    target: ExportTarget
+
+    @property
+    def path(self) -> str:
+        """Where it is set."""
+        return f"export.{self.group}.{self.name}"
