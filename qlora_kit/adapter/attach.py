@@ -83,7 +83,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str]
     Args:
         whole: names of linear modules that carry none whatever the targets say: an output head, routers.
     """
-    with no_banners(), warnings.catch_warnings():  # peft looks whether a layer is one of gptqmodel's
+    with no_banners(), warnings.catch_warnings():  # peft looks for layers of other libraries, which print
         _ignore_ties()
         return get_peft_model(model, peft_config(model, lora, whole))
 

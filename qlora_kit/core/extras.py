@@ -15,14 +15,8 @@ from qlora_kit.core.shell import shell_line
 
 DISTRIBUTION = "qlora-kit"
 
-# module -> extra of this distribution that installs it
+# module -> extra of this distribution that installs it; export formats name their own
 EXTRA_OF_MODULE = {
-    "gguf": "gguf",
-    "libgguf": "gguf",
-    "xllamacpp": "gguf",
-    "gptqmodel": "gptq",
-    "optimum": "gptq",
-    "llmcompressor": "compressed",
     "lm_eval": "harness",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
@@ -42,11 +36,15 @@ def is_present(module: str) -> bool:
         return False
 
 
-def missing_extra(module: str, needed_for: str) -> RecipeError:
-    """The error for an absent optional module, with the pip line that installs it."""
+def missing_extra(module: str, needed_for: str, extra: str | None = None) -> RecipeError:
+    """The error for an absent optional module, with the pip line that installs it.
+
+    Args:
+        extra: of this distribution, that installs it; None for the one in the table.
+    """
     return RecipeError(
         f"{needed_for} needs the package '{module}', which is not installed",
-        fix=install_line(EXTRA_OF_MODULE[module]),
+        fix=install_line(extra or EXTRA_OF_MODULE[module]),
     )
 
 
@@ -91,12 +89,15 @@ def _origin() -> Mapping[str, Any]:
     return json.loads(noted) if noted else {}
 
 
-def require(module: str, needed_for: str) -> ModuleType:
+def require(module: str, needed_for: str, extra: str | None = None) -> ModuleType:
     """Import an optional module.
+
+    Args:
+        extra: of this distribution, that installs it; None for the one in the table.
 
     Raises:
         RecipeError: it is not installed; the message holds the pip line.
     """
     if not is_present(module):
-        raise missing_extra(module, needed_for)
+        raise missing_extra(module, needed_for, extra)
     return importlib.import_module(module)

@@ -18,6 +18,6 @@ def quiet_loggers() -> None:
 
 @contextlib.contextmanager
 def no_banners() -> Iterator[None]:
-    """Leave out what libraries print while the block runs, as gptqmodel's banner where peft imports it."""
+    """Leave out what libraries print while the block runs, as a banner where peft imports a library."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""Scores a transformers model: base, adapter, merged, GPTQ and AWQ."""
+"""Scores a transformers model: base, adapter, and what an export is loaded as."""
 
 import gc
 import time

@@ -1,4 +1,4 @@
-"""The rows that GPTQ, AWQ and the importance matrix look at.
+"""The rows that quantizers look at.
 
 They are the recipe's own training rows, rendered with its template, and some general text.
 """

@@ -12,7 +12,7 @@ rounding moves as many weights along D as against it. It falls to 0 where W lies
 that was itself dequantized may, and D is too small to reach the next value: every weight falls back to W. `noise` says
 how loud the rounding is; a 4-bit file has values well above 1 and still works, because E has no direction.
 
-GPTQ and AWQ bend the weights on purpose so that outputs stay; `kept` judges weights, not outputs, and is for them a
+Quantizers bend the weights on purpose so that outputs stay; `kept` judges weights, not outputs, and is for them a
 little pessimistic. D is read from the stored merged weight, so it has that file's rounding in it.
 """
 

@@ -11,7 +11,8 @@ DAMPING = 0.05
 # How far the correlations between channels seen on the calibration rows are believed: with all of it, text unlike them
 # is spoilt; with none, this is rounding to nearest. Mean KL of a 135M model, calibrated on 32 rows of the task it was
 # tuned for, on that task / on other chats / on plain text: 0: .0088 .197 .372; 0.25: .0062 .116 .357;
-# 0.5: .0039 .099 .340; 0.7: .0056 .093 .361; 0.85: .0030 .101 .378. gptqmodel's GPTQ: .0083 .377 1.13.
+# 0.5: .0039 .099 .340; 0.7: .0056 .093 .361; 0.85: .0030 .101 .378. The paper's own, by another library:
+# .0083 .377 1.13.
 TRUST = 0.5
 BLOCK = 64
 ATTEMPTS = 10
@@ -23,10 +24,10 @@ def compensated_codes(
     """Codes on a fixed grid, float32 [out_features, in_features], that keep the layer's output close.
 
     Columns are rounded in the order of falling input energy; what a column loses is spread over the columns still
-    to come by the inverse of the input moment. Source: Frantar et al. 2022, "GPTQ", algorithm 1 (with static groups).
+    to come by the inverse of the input moment. Source: Frantar et al. 2022, algorithm 1 (with static groups).
 
     Args:
-        trust: of the correlations between channels, from 0 to 1; GPTQ's own is 1.
+        trust: of the correlations between channels, from 0 to 1; the paper's own is 1.
         damping: share of the mean energy that is added to each channel's.
     """
     order = moment.diagonal().argsort(descending=True)

@@ -12,7 +12,7 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.formats.awq.gemm_twin import gemm_twin, is_gemv
-from qlora_kit.formats.gptqmodel_settings import set_up_gptqmodel
+from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
 from qlora_kit.model.weight_names import tensor_shapes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
     with contextlib.redirect_stdout(io.StringIO()):
         require("gptqmodel", f"Loading {method.upper()} files")
         if method == "gptq":
-            require("optimum", "Loading GPTQ files")
+            require("optimum", "Loading GPTQ files", EXTRA)
         return _load(folder, method)
 
 
@@ -113,7 +113,7 @@ def _layers_differ(folder: Path) -> bool:
 def _load_mixed(folder: Path) -> "PreTrainedModel":
     import torch
 
-    gptqmodel = require("gptqmodel", "Loading GPTQ files")
+    gptqmodel = require("gptqmodel", "Loading GPTQ files", EXTRA)
     on_gpu = torch.cuda.is_available()
     wrapper = gptqmodel.GPTQModel.load(
         str(folder),

@@ -2,6 +2,7 @@
 
 import os
 
+EXTRA = "gptq"  # of pyproject.toml
 READER_PACKAGES = ("gptqmodel", "optimum")  # beside transformers, which loads GPTQ and AWQ with them
 
 

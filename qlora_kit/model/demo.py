@@ -47,7 +47,7 @@ def demo_base() -> Path:
     place = demo_place()
     if place.is_dir():
         return place
-    require("gguf", "turning the demo base into safetensors")
+    require("gguf", "turning the demo base into safetensors", "gguf")
     made_in_cache(*place.parent.relative_to(cache_folder()).parts)
     with hold(place.parent, "a process that makes the demo base", patience=None):
         if place.is_dir():

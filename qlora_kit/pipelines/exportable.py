@@ -48,7 +48,7 @@ class Exportable(ABC):
     Attributes:
         directory: its `exports/` gets a folder for each file.
         base: the base model, or the one that was trained.
-        name: first part of a GGUF file's name.
+        name: first part of the name of a file that holds a whole model.
         seed: of every draw.
     """
 

@@ -17,7 +17,7 @@ from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
 def line_to_export(run: RunDirectory, base_folder: Path) -> str:
-    """The line that exports a run: as GGUF where its family and this installation can, else as merged weights."""
+    """The line that exports a run: for llama.cpp where its family and this installation can, else as merged weights."""
     words = [override("run", run.path), "export=gguf_q4_k_m"]
     try:
         recipe = cast(ExportRecipe, compose_recipe("export", words).recipe)

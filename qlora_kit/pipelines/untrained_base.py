@@ -76,7 +76,7 @@ class UntrainedBase(Exportable):
         write_overrides(self.directory.overrides, self.overrides)
         write_json(self.directory.environment, capture_environment())
         write_json(self.directory.data, dict(rows.origin))
-        # A GGUF file holds no tokenizer that transformers reads; `chat` turns its token ids into text with this one.
+        # Not every file holds a tokenizer that transformers reads; `chat` turns token ids into text with this one.
         self.tokenizer.save_pretrained(self.directory.path / "tokenizer")
         clear_killed(self.directory.path)
         _clear_copies(self.directory.exports)

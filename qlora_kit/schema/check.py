@@ -189,9 +189,9 @@ def _export(export: ExportConfig) -> Iterator[Finding]:
     for one in targets:
         yield from one.target.findings(one.path)
     yield from check_budgets(export)
-    for module in dict.fromkeys(module for one in targets for module in one.target.needs):
+    for module, extra in {module: extra for one in targets for module, extra in one.target.needs.items()}.items():
         if not is_present(module):
-            fix = install_line(EXTRA_OF_MODULE[module])
+            fix = install_line(extra)
             yield Finding("export", f"this export needs the package '{module}', which is not installed", fix)
 
 

@@ -64,9 +64,9 @@ class ExportTarget(Sealed):
     """One file or folder to write."""
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Optional packages that writing it takes."""
-        return ()
+    def needs(self) -> dict[str, str]:
+        """Optional packages that writing it takes, each with the extra that installs it."""
+        return {}
 
     def findings(self, path: str) -> Iterator[Finding]:
         """What is wrong with it by itself, before any model is looked at.
@@ -121,9 +121,9 @@ class GgufTarget(MixingTarget):
     shard_gb: float | None = knob(None, "Split into files of at most this size.", unit="GB", above=0)
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> dict[str, str]:
         """The container and the row kernels."""
-        return ("gguf", "libgguf")
+        return {"gguf": "gguf", "libgguf": "gguf"}
 
     def findings(self, path: str) -> Iterator[Finding]:
         """A mix without the matrix that it needs."""
@@ -181,9 +181,9 @@ class GptqTarget(MixingTarget):
     )
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> dict[str, str]:
         """The library that calibrates."""
-        return ("gptqmodel",)
+        return {"gptqmodel": "gptq"}
 
     def findings(self, path: str) -> Iterator[Finding]:
         """Bits that no file holds."""
@@ -217,9 +217,9 @@ class AwqTarget(ExportTarget):
     layout: AwqLayout = knob(AwqLayout.gemm, "gemv: another order of the same codes, for one request at a time.")
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> dict[str, str]:
         """The library that reads the file back."""
-        return ("gptqmodel",)
+        return {"gptqmodel": "gptq"}
 
     def findings(self, path: str) -> Iterator[Finding]:
         """Groups that readers of the layout do not take."""
@@ -252,9 +252,9 @@ class CompressedTarget(ExportTarget):
     kv_cache_fp8: bool = knob(False, "Scales for an fp8 key-value cache are measured and stored.")
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> dict[str, str]:
         """The library that quantizes."""
-        return ("llmcompressor",)
+        return {"llmcompressor": "compressed"}
 
 
 class BnbKind(Enum):

@@ -25,12 +25,12 @@ class Modelfile:
     """What a Modelfile says.
 
     Attributes:
-        source: after FROM: a GGUF file, `./` first, or the name of a model that Ollama has.
+        source: after FROM: a file, `./` first, or the name of a model that Ollama has.
         comments: lines before the commands, without their `#`.
         template: Go template; None leaves the choice to Ollama.
         system: system text for conversations that bring none; None for none.
         parameters: names and values in order; `stop` may come several times.
-        adapter: a GGUF adapter on top of `source`.
+        adapter: the file of an adapter on top of `source`.
     """
 
     source: str

@@ -54,7 +54,7 @@ def mended(
     """Each fault with the first setting that was tried and found to mend it.
 
     Args:
-        path: of the target, such as `export.gptq.gptq_4bit`.
+        path: of the target, such as `export.merged.merged_16bit`.
         candidates: a field, a value, and the target with it, likely ones first.
         faults_of: the rules; a candidate mends a fault if its field is at fault no more, and no other one is now.
     """

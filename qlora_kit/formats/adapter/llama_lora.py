@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
+from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.llama_cpp import default_threads
 from qlora_kit.formats.gguf.llama_library import LibraryEngine, LibraryUnusable
 
@@ -31,7 +32,7 @@ class LlamaCppLora:
     """
 
     def __init__(self, base_file: Path, lora_file: Path, *, threads: int | None = None) -> None:
-        require("xllamacpp", "scoring a GGUF file")
+        require("xllamacpp", "scoring a GGUF file", EXTRA)
         try:
             self._engine = _LoraEngine(base_file, lora_file, threads or default_threads())
         except LibraryUnusable as error:

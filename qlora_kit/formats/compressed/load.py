@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import is_present, missing_extra
 from qlora_kit.core.files import read_json
+from qlora_kit.formats.compressed import EXTRA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ def load_compressed(folder: Path) -> "PreTrainedModel":
     if method != METHOD:
         raise RunError(f"{folder} is not a compressed-tensors folder: it names the quantization '{method}'")
     if not is_present("compressed_tensors"):
-        raise missing_extra("llmcompressor", "Loading compressed-tensors files")
+        raise missing_extra("llmcompressor", "Loading compressed-tensors files", EXTRA)
     try:
         # Unpacking draws a bar of its own.
         with contextlib.redirect_stderr(io.StringIO()):

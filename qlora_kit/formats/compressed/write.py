@@ -17,6 +17,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.requantized import Replacements, changed_tensors
 from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.formats.compressed import EXTRA
 from qlora_kit.formats.compressed.fp8_rows import OUTPUT_HEAD, write_fp8_rows
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 
@@ -72,7 +73,7 @@ def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[
     is_rounded_by_row = target.scheme is CompressedScheme.FP8_DYNAMIC and not target.kv_cache_fp8
     if is_rounded_by_row and extras.is_present("llmcompressor") and write_fp8_rows(model_dir, out_dir):
         return
-    extras.require("llmcompressor", "compressed-tensors export")
+    extras.require("llmcompressor", "compressed-tensors export", EXTRA)
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
         made = Path(work) / "quantised"
         with _quiet():

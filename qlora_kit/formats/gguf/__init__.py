@@ -17,3 +17,5 @@ follow llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp
     token_contract.py, stops.py, keys.py          whether llama.cpp and Ollama see the tokens that were trained
     modelfile.py, ollama_template.py              what Ollama is told beside the file
 """
+
+EXTRA = "gguf"  # of pyproject.toml

@@ -9,6 +9,7 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.budget.spend import Spent, spend
 from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, is_weighted
 from qlora_kit.formats.gguf.tensors import gguf_names
@@ -48,14 +49,14 @@ class GgufFormats:
 
     def bits(self, name: str) -> dict[str, float]:
         """Bits a weight by format, with the scales of its blocks."""
-        gguf = require("gguf", "writing a GGUF file")
+        gguf = require("gguf", "writing a GGUF file", EXTRA)
         types = _NARROW_TYPES if self.shapes[name][1] % _WIDE_BLOCK else _WIDE_TYPES
         sizes = {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1] for kind in types}
         return {kind: size * 8 / BLOCK_SIZES[kind] for kind, size in sizes.items()}
 
     def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor":
         """Whole rows of a layer's weight as their blocks stand for them, float32."""
-        libgguf, gguf = (require(package, "writing a GGUF file") for package in ("libgguf", "gguf"))
+        libgguf, gguf = (require(package, "writing a GGUF file", EXTRA) for package in ("libgguf", "gguf"))
         import torch
 
         importance = self.importance.get(self.names[name]) if is_weighted(format) else None

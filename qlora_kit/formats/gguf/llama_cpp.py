@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
+from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.llama_library import LibraryEngine, LibraryUnusable
 from qlora_kit.formats.gguf.llama_server import ServerEngine
 
@@ -40,7 +41,7 @@ class LlamaCppModel:
     """
 
     def __init__(self, gguf_file: Path, *, threads: int | None = None, through_server: bool = False) -> None:
-        require("xllamacpp", "scoring a GGUF file")
+        require("xllamacpp", "scoring a GGUF file", EXTRA)
         if not gguf_file.is_file():
             raise RunError(f"no GGUF file at {gguf_file}")
         self._file = gguf_file

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
+from qlora_kit.formats.gguf import EXTRA
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ class ServerEngine:
     """
 
     def __init__(self, gguf_file: Path, threads: int, context: int = 4096) -> None:
-        wheel = require("xllamacpp", "scoring a GGUF file")
+        wheel = require("xllamacpp", "scoring a GGUF file", EXTRA)
         settings = wheel.CommonParams()
         settings.model.path = str(gguf_file)
         settings.n_ctx = context

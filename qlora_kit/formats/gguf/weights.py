@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.stored_weights import WeightReader
+from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.tensors import paired_order, rotated_heads_of
 
@@ -25,7 +26,7 @@ def gguf_weights(file: Path, merged: Path) -> WeightReader:
         file: of several, the first.
     """
     config = read_json(merged / "config.json")
-    gguf = require("gguf", "Reading GGUF files")
+    gguf = require("gguf", "Reading GGUF files", EXTRA)
     import torch
 
     readers = [gguf.GGUFReader(part) for part in _shards(file)]

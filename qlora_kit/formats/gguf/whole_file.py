@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.extras import require
+from qlora_kit.formats.gguf import EXTRA
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def whole_gguf(out_file: Path, architecture: str, needed_for: str) -> Iterator[A
         architecture: of the model; empty for a file of none.
         needed_for: what is being done, for the message where the package is missing.
     """
-    gguf = require("gguf", needed_for)
+    gguf = require("gguf", needed_for, EXTRA)
     partial = out_file.with_name(f".{out_file.name}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:

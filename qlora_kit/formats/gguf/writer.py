@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.families.family import GgufRules
+from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import extra_tensors, find_architecture
 from qlora_kit.formats.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
 from qlora_kit.formats.gguf.container import open_container
@@ -95,8 +96,8 @@ def write_gguf(
             needs an importance matrix without one; found before writing.
         RunError: a weight is not finite, or too large for the type.
     """
-    require("gguf", "writing a GGUF file")
-    require("libgguf", "writing a GGUF file")
+    require("gguf", "writing a GGUF file", EXTRA)
+    require("libgguf", "writing a GGUF file", EXTRA)
     choices = GgufChoices(mix) if isinstance(mix, str) else mix
     plan = _plan(model_dir, choices, imatrix is not None)
     rows = next(tensor.stored.rows for tensor in plan.tensors if tensor.name == "token_embd.weight")

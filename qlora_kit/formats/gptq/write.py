@@ -20,7 +20,7 @@ from qlora_kit.export.splice import splice_checkpoint, weight_files
 from qlora_kit.formats.gptq.layers import LayerSettings, check_bits, dynamic_entries, left_out_entry, plan_layers
 from qlora_kit.formats.gptq.layout import PACKED
 from qlora_kit.formats.gptq.rounding import write_rounding
-from qlora_kit.formats.gptqmodel_settings import set_up_gptqmodel
+from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
 from qlora_kit.schema.export import GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _plan(model_dir: Path, target: GptqTarget) -> dict[str, LayerSettings]:
 
 
 def _config(target: GptqTarget, plan: Mapping[str, LayerSettings], offloaded: Path) -> Any:
-    gptqmodel = require("gptqmodel", "GPTQ export")
+    gptqmodel = require("gptqmodel", "GPTQ export", EXTRA)
     sizes = {target.group_size, *(layer.group_size for layer in plan.values() if layer.quantised)}
     return gptqmodel.QuantizeConfig(
         bits=target.bits,
@@ -107,7 +107,7 @@ def _config(target: GptqTarget, plan: Mapping[str, LayerSettings], offloaded: Pa
 
 
 def _quantise(model_dir: Path, made: Path, config: Any, rows: list[list[int]], layer_done: Callable[..., None]) -> None:
-    gptqmodel = require("gptqmodel", "GPTQ export")
+    gptqmodel = require("gptqmodel", "GPTQ export", EXTRA)
     import torch
 
     on_gpu = torch.cuda.is_available()

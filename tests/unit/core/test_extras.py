@@ -54,5 +54,5 @@ def test_what_came_from_an_index_comes_from_there_again():
 
 
 def test_errors_hold_the_line():
-    assert missing_extra("xllamacpp", "this").problems[0].fix == install_line("gguf")
+    assert missing_extra("xllamacpp", "this", "gguf").problems[0].fix == install_line("gguf")
     assert "[gguf]" in install_line("gguf")

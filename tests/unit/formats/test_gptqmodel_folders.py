@@ -53,7 +53,7 @@ def test_small_machines_get_the_workers_the_library_asks_for(
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "")
     monkeypatch.delenv("GPTQMODEL_CPU_WORKERS")
-    monkeypatch.setattr(quantized, "require", lambda module, why: None)
+    monkeypatch.setattr(quantized, "require", lambda *_: None)
     monkeypatch.setattr(quantized, "_load", lambda folder, method: os.environ.get("GPTQMODEL_CPU_WORKERS"))
     assert load_quantized(folder_of(tmp_path, quantization_config={"quant_method": "awq"})) == workers
 
