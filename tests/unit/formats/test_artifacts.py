@@ -22,7 +22,7 @@ from qlora_kit.formats.compressed.write import write_compressed
 from qlora_kit.formats.gguf.llama_library import LibraryUnusable
 from qlora_kit.formats.gguf.scorer import LlamaCppScorer
 from qlora_kit.formats.gguf.writer import write_gguf
-from qlora_kit.formats.registry import FORMATS, find_format
+from qlora_kit.formats.registry import find_format
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget, BnbKind, BnbTarget, CompressedScheme, CompressedTarget
 from qlora_kit.schema.lora import LoraConfig
 from tests.tiny_models import build_tiny_model
@@ -127,20 +127,6 @@ def test_a_gguf_file_is_opened_by_llama_cpp(workshop: Workshop) -> None:
     file = workshop.place("f16") / "f16.gguf"
     write_gguf(workshop.merged, file, "F16", workers=0)
     assert workshop.kl("gguf", file) < 1e-4
-
-
-def test_every_format_is_in_one_table() -> None:
-    assert tuple(FORMATS) == (
-        "merged",
-        "gptq",
-        "awq",
-        "awq_gemv",
-        "compressed",
-        "bnb",
-        "gguf",
-        "adapter",
-        "adapter_gguf",
-    )
 
 
 def test_an_unknown_format_is_told_with_those_there_are() -> None:
