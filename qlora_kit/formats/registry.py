@@ -10,6 +10,7 @@ from qlora_kit.formats.awq.format import Awq, AwqGemv
 from qlora_kit.formats.bnb.format import Bnb
 from qlora_kit.formats.compressed.format import Compressed
 from qlora_kit.formats.format import Format
+from qlora_kit.formats.fp8_block.format import Fp8Block
 from qlora_kit.formats.gguf.format import Gguf
 from qlora_kit.formats.gptq.format import Gptq
 from qlora_kit.formats.job import ExportJob, Source
@@ -17,7 +18,8 @@ from qlora_kit.formats.merged.format import Merged
 from qlora_kit.schema.export import ExportConfig
 
 FORMATS: dict[str, Format[Any]] = {
-    one.name: one for one in (Merged(), Gptq(), Awq(), AwqGemv(), Compressed(), Bnb(), Gguf(), Adapter(), GgufAdapter())
+    one.name: one
+    for one in (Merged(), Gptq(), Awq(), AwqGemv(), Compressed(), Bnb(), Fp8Block(), Gguf(), Adapter(), GgufAdapter())
 }
 
 

@@ -272,6 +272,11 @@ class BnbTarget(ExportTarget):
     double_quant: bool = knob(True, "nf4: quantize the scales too.")
 
 
+@dataclass
+class Fp8BlockTarget(ExportTarget):
+    """A folder of FP8 weights in blocks of 128 x 128, as vLLM, SGLang and transformers load it."""
+
+
 class AdapterFormat(Enum):
     """Forms of an adapter that is served beside its base."""
 
@@ -319,6 +324,7 @@ class ExportConfig(Sealed):
     merged: dict[str, MergedTarget] = knob({}, "16-bit folders to write, by name.")
     compressed: dict[str, CompressedTarget] = knob({}, "compressed-tensors folders to write, by name.")
     bnb: dict[str, BnbTarget] = knob({}, "bitsandbytes folders to write, by name.")
+    fp8_block: dict[str, Fp8BlockTarget] = knob({}, "Folders of FP8 blocks to write, by name.")
     adapter: dict[str, AdapterTarget] = knob({}, "Adapters to write, by name.")
 
     def targets(self) -> "Iterator[Named]":

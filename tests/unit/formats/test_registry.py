@@ -15,6 +15,7 @@ from qlora_kit.schema.export import (
     BnbTarget,
     CompressedTarget,
     ExportConfig,
+    Fp8BlockTarget,
     GgufTarget,
     GptqTarget,
     MergedTarget,
@@ -27,6 +28,7 @@ ALL = ExportConfig(
     merged={"sixteen": MergedTarget()},
     compressed={"w4": CompressedTarget()},
     bnb={"nf4": BnbTarget()},
+    fp8_block={"blocks": Fp8BlockTarget()},
     adapter={"lora": AdapterTarget(AdapterFormat.gguf), "peft": AdapterTarget()},
     bits_budget=4.5,
 )
@@ -41,6 +43,7 @@ def test_each_target_has_the_format_of_its_group_and_form() -> None:
         ("export.merged.sixteen", "merged"),
         ("export.compressed.w4", "compressed"),
         ("export.bnb.nf4", "bnb"),
+        ("export.fp8_block.blocks", "fp8_block"),
         ("export.adapter.lora", "adapter_gguf"),
         ("export.adapter.peft", "adapter"),
     ]
@@ -59,6 +62,7 @@ def test_quick_ones_are_written_first_and_those_of_a_group_in_their_order(tmp_pa
         ("peft", "."),
         ("sixteen", "."),
         ("nf4", "."),
+        ("blocks", "."),
         ("file", "mine.Q4_K_M-4.5bits.gguf"),
         ("w4", "."),
         ("four", "."),

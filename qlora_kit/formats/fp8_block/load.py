@@ -1,0 +1,87 @@
+"""Folders of FP8 blocks, loaded by transformers, and the weights that they stand for."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.core.errors import RunError
+from qlora_kit.core.files import read_json
+from qlora_kit.export.stored_weights import WeightReader, stored_tensors
+from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+
+def load_fp8_block(folder: Path) -> "PreTrainedModel":
+    """Load a folder through transformers, ready to score.
+
+    Weights are unpacked once; activations are rounded at every step as a server's kernels round them. On a GPU in the
+    file's dtype, on a CPU in float32.
+
+    Raises:
+        RunError: the folder is of another kind, or its weights cannot be loaded.
+    """
+    from torch import nn
+
+    path = folder / "config.json"
+    settings = read_json(path).get("quantization_config", {}) if path.exists() else {}
+    method = settings.get("quant_method", "none")
+    if method != METHOD:
+        raise RunError(f"{folder} is not a folder of FP8 blocks: it names the quantization '{method}'")
+    try:
+        model = _load(folder)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"transformers could not load the folder of FP8 blocks {folder}: {error}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in settings["modules_to_not_convert"]:
+            module.register_forward_pre_hook(_round_inputs)
+    return model.eval()
+
+
+def rounded_inputs(inputs: "Tensor") -> "Tensor":
+    """Activations [..., in_features] as FP8 holds them, with a scale for each 128 of a token; same dtype."""
+    import torch
+
+    groups = inputs.float().reshape(*inputs.shape[:-1], -1, BLOCK)
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / LARGEST
+    codes = (groups / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).reshape(inputs.shape).to(inputs.dtype)
+
+
+def fp8_block_weights(artifact: Path) -> WeightReader:
+    """A reader of the weights that a folder stands for, float32 [out_features, in_features], by the merged name."""
+    read = stored_tensors(artifact)
+
+    def weight(name: str) -> "Tensor | None":
+        codes, scale = read(name), read(f"{name}{SCALE}")
+        if codes is None or scale is None:
+            return codes
+        return codes.float() * scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+
+    return weight
+
+
+def _round_inputs(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (rounded_inputs(args[0]), *args[1:])
+
+
+def _load(folder: Path) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    on_gpu = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        # Asking to unpack makes transformers warn that nothing else of what is asked counts.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if on_gpu else torch.float32,
+            device_map={"": "cuda:0" if on_gpu else "cpu"},
+            quantization_config=FineGrainedFP8Config(dequantize=True),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return model

@@ -1,0 +1,55 @@
+"""A folder with its linear weights in FP8, rounded tensor by tensor; the model is not loaded."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_fp8_block(model_dir: Path, out_dir: Path) -> None:
+    """Round the linear weights inside the blocks of a merged 16-bit folder; embeddings and output head stay.
+
+    Args:
+        out_dir: an existing, empty folder.
+
+    Raises:
+        RunError: the folder has other names for the layers than the model.
+    """
+    names = [f"{module}.weight" for module in linear_shapes(model_dir)]
+    quantization = {
+        "quant_method": METHOD,
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    splice_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, quantization)
+
+
+def block_codes(weight: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Codes float8_e4m3fn [out_features, in_features], and scales float32 [out_features / 128, in_features / 128].
+
+    The largest weight of a block becomes the largest code.
+
+    Args:
+        weight: any float dtype, both sides multiples of 128.
+    """
+    import torch
+
+    rows, columns = (size // BLOCK for size in weight.shape)
+    blocks = weight.float().reshape(rows, BLOCK, columns, BLOCK)
+    largest = blocks.abs().amax((1, 3))
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).reshape(weight.shape)
+    return codes.to(torch.float8_e4m3fn), scale
+
+
+def _rounded(name: str, weight: "Tensor") -> "dict[str, Tensor]":
+    codes, scale = block_codes(weight)
+    return {name: codes, f"{name}{SCALE}": scale}
