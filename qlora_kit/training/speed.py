@@ -10,8 +10,8 @@ from peft import PeftModel
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_count
-from qlora_kit.engine.fast import FastEngine, speed_up
-from qlora_kit.engine.recompute import (
+from qlora_kit.engine.layer.fast import FastEngine, speed_up
+from qlora_kit.engine.layer.recompute import (
     LAYER_AGAIN,
     LAYER_FROM_HOST,
     LayerExtras,
@@ -55,7 +55,7 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
 
 
 def layer_levels(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
-    """What each decoder layer computes again: see `engine/recompute.py`."""
+    """What each decoder layer computes again: see `engine/layer/recompute.py`."""
     return _levels(step_memory_of(model, tokens), config.recompute)
 
 

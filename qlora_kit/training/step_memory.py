@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_kit.engine.recompute import (
+from qlora_kit.engine.layer.recompute import (
     GATE_UP_AGAIN,
     IN_PIECES,
     KEEP_ALL,

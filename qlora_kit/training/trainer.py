@@ -18,7 +18,7 @@ from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.data.order import Order
-from qlora_kit.engine.fast import FastEngine
+from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite

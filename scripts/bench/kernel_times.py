@@ -17,7 +17,7 @@ import torch
 from train_step.ceiling import milliseconds
 
 if TYPE_CHECKING:
-    from qlora_kit.engine.gated_triton import Walk
+    from qlora_kit.engine.ops.gated_triton import Walk
 
 HIDDEN, INNER, HEAD, RANK, ROW = 4096, 14336, 128, 16, 2048
 BF16 = 2  # bytes
@@ -50,7 +50,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def gated_cases(tokens: int, walk: "Walk | None" = None) -> Iterator[Case]:
     """The two of the MLP; with another share of the work than the package has chosen."""
-    from qlora_kit.engine import gated_triton
+    from qlora_kit.engine.ops import gated_triton
 
     wide = tokens * INNER * BF16
     gate, up, grad = (drawn(tokens, INNER) for _ in range(3))
@@ -68,7 +68,7 @@ def gated_cases(tokens: int, walk: "Walk | None" = None) -> Iterator[Case]:
 
 def cases(tokens: int) -> Iterator[Case]:
     """Every kernel of a layer but cuBLAS's and cuDNN's."""
-    from qlora_kit.engine import low_rank_triton
+    from qlora_kit.engine.ops import low_rank_triton
 
     yield from gated_cases(tokens)
     row = tokens * HIDDEN * BF16
@@ -83,7 +83,7 @@ def cases(tokens: int) -> Iterator[Case]:
 
 def norms(x: torch.Tensor, residual: torch.Tensor, row: int) -> Iterator[Case]:
     """The two of a layer, compiled by torch."""
-    from qlora_kit.engine.elementwise import rms_norm, rms_norm_backward_add
+    from qlora_kit.engine.ops.elementwise import rms_norm, rms_norm_backward_add
 
     weight = drawn(HIDDEN)
     yield Case("norm", lambda: rms_norm(x, weight, 1e-5, False), 2 * row)
@@ -96,7 +96,7 @@ def unpacked() -> Case:
     """The weight of gate, from NF4 with double quantization."""
     from bitsandbytes.nn import Linear4bit
 
-    from qlora_kit.engine.four_bit import FourBit
+    from qlora_kit.engine.linear.four_bit import FourBit
 
     packed = FourBit.of(Linear4bit(HIDDEN, INNER, bias=False, quant_type="nf4", compress_statistics=True).cuda())
     place = drawn(INNER, HIDDEN)
@@ -105,7 +105,7 @@ def unpacked() -> Case:
 
 def walked(tokens: int) -> Iterator[Case]:
     """The gated kernels with other shares of the work."""
-    from qlora_kit.engine.gated_triton import Walk
+    from qlora_kit.engine.ops.gated_triton import Walk
 
     sizes = itertools.product((16, 32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (1, 2, 3))
     for size, columns, parts, warps, stages in sizes:

@@ -9,11 +9,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.data.collate import Collator, PackedCollator, feature
-from qlora_kit.engine import fast as fast_engine
-from qlora_kit.engine.fast import speed_up
-from qlora_kit.engine.fp8 import emulate, weight_for
-from qlora_kit.engine.packed_attention import isolate_samples
-from qlora_kit.engine.recompute import IN_PIECES
+from qlora_kit.engine.attention.packed import isolate_samples
+from qlora_kit.engine.layer import fast as fast_engine
+from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.recompute import IN_PIECES
+from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.engine import Compute, EngineConfig
 from qlora_kit.schema.lora import LoraConfig
@@ -180,7 +180,7 @@ def test_evaluation_and_generation_run_plain(tmp_path, monkeypatch):
         model.eval()
         text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     engine = speed_up(model, EngineConfig())
-    monkeypatch.setattr("qlora_kit.engine.fast.project", lambda *_: pytest.fail("a layer ran fast"))
+    monkeypatch.setattr("qlora_kit.engine.layer.fast.project", lambda *_: pytest.fail("a layer ran fast"))
     with torch.no_grad():
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), text)
         assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, plain)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import Collator, PackedCollator, feature
-from qlora_kit.engine.packed_attention import SDPA_PACKED, check_isolation, isolate_samples
+from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, isolate_samples
 from qlora_kit.schema.model import Attention
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
@@ -120,7 +120,7 @@ def test_no_mask_of_all_tokens_by_all_tokens_is_made(rows, tmp_path, monkeypatch
         seen.append((query.shape[2], None if attn_mask is None else tuple(attn_mask.shape)))
         return attend(query, key, value, attn_mask, **rest)
 
-    monkeypatch.setattr("qlora_kit.engine.packed_attention.scaled_dot_product_attention", watched)
+    monkeypatch.setattr("qlora_kit.engine.attention.packed.scaled_dot_product_attention", watched)
     loss_of(model, PackedCollator()([feature(rows, range(len(LENGTHS)))]))
     assert sorted(tokens for tokens, _ in seen) == sorted(LENGTHS * 6)  # six layers
     assert {shape for _, shape in seen} == {None} | {(1, 1, tokens, tokens) for tokens in LENGTHS if tokens > 16}

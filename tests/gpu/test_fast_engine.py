@@ -5,7 +5,7 @@ import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.data.collate import Collator, feature
-from qlora_kit.engine.fast import speed_up
+from qlora_kit.engine.layer.fast import speed_up
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.engine.head_loss import _Trained, fold_in_place
+from qlora_kit.engine.ops.head_loss import _Trained, fold_in_place
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [100, 4096, 128256])
 def test_the_kernel_agrees_with_torch(wanted, dtype, vocabulary):
-    from qlora_kit.engine.head_triton import fold
+    from qlora_kit.engine.ops.head_triton import fold
 
     draw = torch.Generator().manual_seed(5)
     logits = (torch.randn(9, vocabulary, generator=draw) * 3).to(dtype)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qlora_kit.engine import elementwise, low_rank
-from qlora_kit.engine.elementwise import Activation
-from qlora_kit.engine.gated import gated, gated_backward
-from qlora_kit.engine.low_rank import LARGEST_RANK, LowRank
-from qlora_kit.engine.recompute import FUSED_RANK
+from qlora_kit.engine.layer.recompute import FUSED_RANK
+from qlora_kit.engine.ops import elementwise, low_rank
+from qlora_kit.engine.ops.elementwise import Activation
+from qlora_kit.engine.ops.gated import gated, gated_backward
+from qlora_kit.engine.ops.low_rank import LARGEST_RANK, LowRank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.engine.summed import Sum, parts_over_tokens, write_sums
+from qlora_kit.engine.ops.summed import Sum, parts_over_tokens, write_sums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -16,7 +16,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.collate import Collator, feature
 from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRows, TokenStore
-from qlora_kit.engine.packed_attention import SDPA_PACKED
+from qlora_kit.engine.attention.packed import SDPA_PACKED
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig

@@ -15,9 +15,9 @@ from qlora_kit.adapter.attach import attach_lora
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import human_bytes
 from qlora_kit.data.packing import pack
-from qlora_kit.engine import fast
-from qlora_kit.engine.fast import FastLayer
-from qlora_kit.engine.fp8 import emulate, weight_for
+from qlora_kit.engine.layer import fast
+from qlora_kit.engine.layer.fast import FastLayer
+from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig

@@ -1,0 +1,1 @@
+"""Attention over rows that are packed, or padded on the right, without a mask."""

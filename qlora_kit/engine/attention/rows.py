@@ -1,0 +1,69 @@
+"""Causal attention over rows that are padded on the right or packed, without a mask.
+
+A token sees none that come after it, so padding behind the last token of a row changes nothing for those before it.
+transformers does not know on which side rows are padded. It reads the attention mask off the device in every step, or
+the positions of packed samples, and the device then waits for the host to bring it new work; where there is padding it
+makes a mask of (tokens, tokens), which the fastest kernels do not take.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qlora_kit.engine.attention.packed import SDPA_PACKED, Samples, attend_apart, band
+from qlora_kit.families.registry import FAMILIES
+
+SDPA_ROWS = "sdpa_rows"
+
+
+def attend_in_rows(model: PreTrainedModel) -> Callable[[], None] | None:
+    """Let a model of a known family attend without masks, while its batches are padded on the right alone, or packed.
+
+    Returns:
+        A function that puts its own attention back; None where it was left.
+    """
+    before = model.config._attn_implementation
+    if before not in ("sdpa", SDPA_PACKED) or model.config.get_text_config().model_type not in FAMILIES:
+        return None
+    # transformers makes no mask for an implementation that registers none.
+    AttentionInterface.register(SDPA_ROWS, _attention)
+    model.set_attn_implementation(SDPA_ROWS)
+    if model.config._attn_implementation != SDPA_ROWS:
+        return None
+    return lambda: model.set_attn_implementation(before)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """One layer's attention: queries `[rows, heads, T, width]`, keys and values with as many heads or fewer.
+
+    Args:
+        sliding_window: tokens that a token sees, itself included; None for all before it.
+        cu_seq_lens_q: where packed samples begin; None where a row is one sample.
+    Returns:
+        `[rows, T, heads, width]`, and nothing in the place of attention weights.
+    """
+    if query.shape[2] != key.shape[2]:
+        raise RuntimeError("rows without a mask came with a cache")
+    if cu_seq_lens_q is not None and max_length_q is not None:
+        samples = Samples(cu_seq_lens_q, max_length_q, sliding_window, scaling, dropout)
+        return attend_apart(module, query, key, value, samples, rest), None
+    mask = band(query, sliding_window)
+    found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **rest
+    )
+    return found

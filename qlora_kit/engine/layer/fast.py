@@ -1,0 +1,258 @@
+"""Puts the fast engine into a model's decoder layers, and takes it out again.
+
+Modules, parameters and their names stay as they are: each layer instance gets another `forward`, which is used while
+training. Without gradients, in eval mode and with a cache the layer's own forward runs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qlora_kit.core.units import counted
+from qlora_kit.engine.graphs.layer_graphs import LayerGraphs, Recordable
+from qlora_kit.engine.layer.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
+from qlora_kit.engine.layer.host_memory import SavedOnHost
+from qlora_kit.engine.layer.layer_parts import LayerParts, take_apart
+from qlora_kit.engine.layer.recompute import GATE_UP_AGAIN, IN_PIECES, KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST, PIECE
+from qlora_kit.engine.linear.fp8 import weight_for
+from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
+from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
+from qlora_kit.families.registry import FAMILIES
+from qlora_kit.schema.engine import EngineConfig
+
+NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")
+
+
+class MakeFrozen(Protocol):
+    """Makes the frozen weight of a linear module."""
+
+    def __call__(self, name: str, linear: torch.nn.Module, *, dtype: torch.dtype) -> FrozenWeight:
+        """The weight of the module called `name` in its layer, for products in `dtype`; `NotFastError` if none fits."""
+        ...
+
+
+class FastLayer:
+    """The `forward` of one decoder layer.
+
+    Attributes:
+        parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
+        level: see `recompute.py`.
+        graphs: of all layers; None where every kernel is started by itself.
+        place: among the layers that have graphs.
+        begin: what is to be done before a forward pass; None but for the first layer.
+    """
+
+    def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self._instance_forward = vars(layer).get("forward")
+        self.plain: Callable[..., Any] = layer.forward
+        self.parts = parts
+        self.dtype = dtype
+        self.level = KEEP_ALL
+        self.met_a_cache = False
+        self.graphs: LayerGraphs | None = None
+        self.place = 0
+        self.begin: Callable[[], None] | None = None
+
+    def __call__(self, hidden_states: Tensor, *rest: Any, **settings: Any) -> Any:
+        """The next hidden states `[rows, tokens, hidden]`, as the layer's own forward returns them."""
+        if not self.layer.training or not torch.is_grad_enabled():
+            if self.graphs is not None and self.place == 0:
+                self.graphs.let_go()
+            return self.plain(hidden_states, *rest, **settings)
+        if rest or settings.get("past_key_values") is not None:
+            self.met_a_cache = True
+            return self.plain(hidden_states, *rest, **settings)
+        if self.begin is not None:
+            self.begin()
+        parts = self.parts
+        if parts is None or not all(linear.is_as_made() for linear in parts.linears):
+            return self._again(self.plain, hidden_states, settings)
+        if self.graphs is None or self.level >= LAYER_FROM_HOST or self._draws():
+            return self._fast(hidden_states, settings)
+        trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
+        layer = Recordable(self._fast, trained, parts.aim)
+        return self.graphs.run(self.place, layer, hidden_states, settings)
+
+    def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            found: Tensor = self._again(self._by_hand, hidden_states.to(self.dtype), settings)
+        return found
+
+    def _again(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
+        """The layer's result, of which less is kept than its backward needs, if its level says so."""
+        if self.level < LAYER_AGAIN and (self.parts is not None or self.level == KEEP_ALL):
+            return run(hidden_states, **settings)
+        to_host = self.level >= LAYER_FROM_HOST
+        # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
+        with SavedOnHost() if to_host else nullcontext():
+            return checkpoint(
+                partial(run, **settings), hidden_states, use_reentrant=False, preserve_rng_state=self._draws()
+            )
+
+    def _draws(self) -> bool:
+        """Whether a training step draws random numbers in this layer."""
+        return self.parts is None or self.parts.attention.attention_dropout > 0
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Linear modules by their input; none where the layer runs plain."""
+        return () if self.parts is None else self.parts.groups
+
+    def put_in(self) -> None:
+        """Become the layer's forward."""
+        self.layer.forward = self
+
+    def take_out(self) -> None:
+        """Leave the layer as it was."""
+        if self._instance_forward is None:
+            vars(self.layer).pop("forward", None)
+        else:
+            self.layer.forward = self._instance_forward
+
+    def _by_hand(self, h: Tensor, **settings: Any) -> Tensor:
+        parts = self.parts
+        assert parts is not None
+        cos, sin = None, None
+        if parts.uses_rope:
+            cos, sin = (angle.to(h.dtype) for angle in settings["position_embeddings"])
+        rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
+        q, k, v, residual = project(h, cos, sin, parts.projection)
+        attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
+        h = project_add(attention, residual, parts.output)
+        if self.level == IN_PIECES:
+            return gated_mlp_in_pieces(h, parts.mlp, PIECE)
+        return gated_mlp(h, parts.mlp, recompute_gate_up=self.level == GATE_UP_AGAIN)
+
+
+class FastEngine:
+    """What `speed_up` did to a model.
+
+    Attributes:
+        said: lines for the user: what runs plain, and why.
+        layers: decoder layers that have another forward now; none where nothing could be sped up.
+        graphs: of the layers; None without a GPU, or where the recipe wants none.
+    """
+
+    def __init__(self, layers: list[FastLayer], said: list[str], graphs: LayerGraphs | None = None) -> None:
+        self.layers = layers
+        self.said = said
+        self.graphs = graphs
+        recordable = [layer for layer in layers if layer.parts is not None]
+        for place, layer in enumerate(recordable):
+            layer.graphs, layer.place = graphs, place
+        self._groups = [(layer.dtype, group) for layer in recordable for group in layer.groups]
+        for _, group in self._groups:
+            group.is_cast_with_others = True
+        if layers:
+            layers[0].begin = self._cast_adapters
+
+    @property
+    def fast_layers(self) -> int:
+        """Layers that are computed by hand."""
+        return sum(layer.parts is not None for layer in self.layers)
+
+    @property
+    def met_a_cache(self) -> bool:
+        """Whether a training step came with a cache, which makes every layer run plain: set `use_cache=False`."""
+        return any(layer.met_a_cache for layer in self.layers)
+
+    def set_levels(self, levels: Sequence[int]) -> None:
+        """What each layer computes again from the next step on: one level of `recompute.py` for each layer in order.
+
+        Raises:
+            ValueError: there are more or fewer levels than layers.
+        """
+        if len(levels) != len(self.layers):
+            raise ValueError(f"{len(levels)} levels for {len(self.layers)} layers")
+        self._let_go()
+        for layer, level in zip(self.layers, levels, strict=True):
+            layer.level = level
+
+    def keep_copies(self, room: float) -> int:
+        """Keep weights in the format that they are multiplied in as well, as many as fit into so many bytes.
+
+        Returns:
+            The bytes taken.
+        """
+        self._let_go()
+        taken = 0
+        for _, group in self._groups:
+            if 0 < group.copies_bytes <= room - taken:
+                taken += group.copies_bytes
+                group.keep_copies()
+        return taken
+
+    def _cast_adapters(self) -> None:
+        for dtype in {dtype for dtype, _ in self._groups}:
+            cast_adapters([group for other, group in self._groups if other is dtype], dtype)
+
+    def undo(self) -> None:
+        """Give every layer its own forward back."""
+        self._let_go()
+        for layer in self.layers:
+            layer.take_out()
+        self.layers, self._groups = [], []
+
+    def _let_go(self) -> None:
+        if self.graphs is not None:
+            self.graphs.let_go()
+
+
+def speed_up(
+    model: PeftModel, config: EngineConfig, levels: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
+) -> FastEngine:
+    """Make the decoder layers of a model run by hand while it trains.
+
+    A layer that holds what the engine does not know stays plain; so does a whole model of an unknown family.
+
+    Args:
+        levels: see `FastEngine.set_levels`; without, everything is kept. Unused where no layer is fast.
+        make_weight: instead of the weights that `config.compute` asks for.
+    Raises:
+        RecipeError: `config.compute` is fp8, and this machine or this model has no fp8.
+        ValueError: `levels` does not fit the model.
+    """
+    base: Any = model.get_base_model()
+    kind = base.config.get_text_config().model_type
+    family = FAMILIES.get(kind)
+    if family is None:
+        return FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
+    make: MakeFrozen = make_weight or partial(weight_for, compute=config.compute)
+    found, reasons = [], Counter[str]()
+    for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
+        dtype = _compute_dtype(layer)
+        try:
+            parts = take_apart(layer, family, partial(make, dtype=dtype))
+        except (NotFastError, AttributeError) as reason:
+            reasons[str(reason)] += 1
+            parts = None
+        found.append(FastLayer(layer, parts, dtype))
+    said = [
+        f"{count} of {counted(len(found), 'layer runs', 'layers run')} plain, because {why}"
+        for why, count in reasons.items()
+    ]
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
+    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said, graphs)
+    if levels is not None and engine.layers:
+        engine.set_levels(levels)
+    for fast in engine.layers:
+        fast.put_in()
+    return engine
+
+
+def _compute_dtype(layer: Any) -> torch.dtype:
+    """The dtype of the layer's products with frozen weights, and of its activations."""
+    module = layer.self_attn.o_proj
+    linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    dtype: torch.dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    return dtype

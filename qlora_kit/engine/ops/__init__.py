@@ -1,0 +1,1 @@
+"""The kernels, each beside the same maths in torch."""

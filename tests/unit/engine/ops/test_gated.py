@@ -1,0 +1,43 @@
+"""On a CPU the gated product is made step by step; tests/gpu/test_low_rank.py tries the kernels."""
+
+import torch
+
+from qlora_kit.engine.ops.elementwise import Activation
+from qlora_kit.engine.ops.gated import gated, gated_backward
+from qlora_kit.engine.ops.low_rank import LowRank
+
+TOKENS, COLUMNS, RANK = 6, 10, 3
+
+
+def drawn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def factors():
+    return LowRank(drawn(TOKENS, RANK), drawn(COLUMNS, RANK).t())
+
+
+def test_products_gradients_and_sums_are_autograds():
+    torch.manual_seed(0)
+    for activation, function in (
+        (Activation.silu, torch.nn.functional.silu),
+        (Activation.gelu_tanh, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    ):
+        gate, up, grad = drawn(TOKENS, COLUMNS), drawn(TOKENS, COLUMNS), drawn(TOKENS, COLUMNS)
+        more = factors(), None, factors()
+        whole = gate + more[0].left @ more[0].right
+        product = function(whole) * up
+        whole_grad = grad + more[2].left @ more[2].right
+        gate_grad, up_grad = torch.autograd.grad(product, (whole, up), whole_grad)
+        with torch.no_grad():
+            found, thin = gated(gate, up, activation, more[:2], drawn(RANK, COLUMNS))
+            torch.testing.assert_close(found, product)
+            assert thin is None  # left to whoever needs it
+            through = torch.empty(2, TOKENS, COLUMNS, dtype=torch.float64)
+            sums = gated_backward(gate, up, grad, activation, more, tuple(through))
+        for one, wanted in zip(through, (gate_grad, up_grad), strict=True):
+            torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)
+        assert sums.of_up is None
+        for one, left, x in ((sums.of_gate, more[0].left, gate_grad), (sums.of_product, more[2].left, product)):
+            wanted = (x.t() @ left).float() if one is sums.of_gate else (left.t() @ x).float()
+            torch.testing.assert_close(one.parts.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
