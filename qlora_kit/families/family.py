@@ -64,7 +64,7 @@ class Family:
         gguf: how llama.cpp has it.
         fused: q, k and v come from `qkv_proj`, gate and up from `gate_up_proj`.
         qk_norm: q and k are normed over each head.
-        unit_offset: norm weights are offsets from one: see `engine.ops.elementwise.rms_norm`.
+        unit_offset: norm weights are offsets from one: see `engine.ops.rms_norm`.
         post_norms: norms stand before and after both attention and MLP.
         config_defaults: what transformers leaves out of config.json, as far as sizes are read from it.
     """

@@ -21,8 +21,8 @@ from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
 from qlora_kit.engine.attention.rows import attend_in_rows
+from qlora_kit.engine.head import one_pass_head
 from qlora_kit.engine.layer.fast import FastEngine
-from qlora_kit.engine.ops.head_loss import one_pass_head
 from qlora_kit.model.source import hub_name
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention

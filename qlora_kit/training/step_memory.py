@@ -13,7 +13,6 @@ from qlora_kit.engine.layer.recompute import (
     KEEP_ALL,
     LAYER_AGAIN,
     LAYER_FROM_HOST,
-    LOGITS_TILE_BYTES,
     Amount,
     LayerExtras,
     Workspace,
@@ -26,6 +25,7 @@ from qlora_kit.engine.layer.recompute import (
     temporary_bytes,
     unpacked_bytes,
 )
+from qlora_kit.engine.ops.limits import LOGITS_TILE_BYTES
 from qlora_kit.families.family import Family
 from qlora_kit.memory.estimate import MemoryEstimate
 from qlora_kit.memory.shapes import frozen_linears

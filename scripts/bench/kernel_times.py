@@ -4,8 +4,8 @@ A kernel that only moves data can be no faster than a copy of as many bytes; the
 was written before is flushed from the cache between calls, as other kernels do in a step.
 
     python scripts/bench/kernel_times.py
-    python scripts/bench/kernel_times.py --tokens 2048 --only gated "gated backward"
-    python scripts/bench/kernel_times.py --walks         # other shares of the work for the two gated kernels
+    python scripts/bench/kernel_times.py --tokens 2048 --only glu "glu backward"
+    python scripts/bench/kernel_times.py --tiles         # other shares of the work for the gated product
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from train_step.ceiling import milliseconds
 
 if TYPE_CHECKING:
-    from qlora_kit.engine.ops.gated_triton import Walk
+    from qlora_kit.engine.ops.glu.kernels import TileConfig
 
 HIDDEN, INNER, HEAD, RANK, ROW = 4096, 14336, 128, 16, 2048
 BF16 = 2  # bytes
@@ -48,69 +48,69 @@ def microseconds(call: Callable[[], object]) -> float:
     return 1000 * milliseconds(call, before=flushed.zero_)
 
 
-def gated_cases(tokens: int, walk: "Walk | None" = None) -> Iterator[Case]:
+def glu_cases(tokens: int, config: "TileConfig | None" = None) -> Iterator[Case]:
     """The two of the MLP; with another share of the work than the package has chosen."""
-    from qlora_kit.engine.ops import gated_triton
+    from qlora_kit.engine.ops.glu.kernels import BACKWARD, start_glu, start_glu_backward
+    from qlora_kit.engine.ops.lora_delta import LoraDelta
 
     wide = tokens * INNER * BF16
     gate, up, grad = (drawn(tokens, INNER) for _ in range(3))
-    ofs = low_rank(tokens, INNER), low_rank(tokens, INNER), low_rank(tokens, INNER)
+    deltas = [LoraDelta(*low_rank(tokens, INNER)) for _ in range(3)]
     down = drawn(RANK, INNER, scale=0.02)
-    yield Case("gated", lambda: gated_triton.gated(gate, up, ofs[:2], down, True, walk), 3 * wide)
+    yield Case("glu", lambda: start_glu(gate, up, (deltas[0], deltas[1]), down, True, config), 3 * wide)
     first, second = drawn(tokens, 2 * INNER).chunk(2, dim=1)
-    back = walk or gated_triton.BACKWARD
+    back = config or BACKWARD
     yield Case(
-        "gated backward",
-        lambda: gated_triton.gated_backward(gate, up, grad, ofs, True, (first, second), back),
+        "glu backward",
+        lambda: start_glu_backward(gate, up, grad, tuple(deltas), True, (first, second), back),
         5 * wide,
     )
 
 
 def cases(tokens: int) -> Iterator[Case]:
     """Every kernel of a layer but cuBLAS's and cuDNN's."""
-    from qlora_kit.engine.ops import low_rank_triton
+    from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
+    from qlora_kit.engine.ops.rope import start_rope
 
-    yield from gated_cases(tokens)
+    yield from glu_cases(tokens)
     row = tokens * HIDDEN * BF16
-    x, out, more = drawn(tokens, HIDDEN), drawn(tokens, HIDDEN), low_rank(tokens, HIDDEN)
+    x, out, more = drawn(tokens, HIDDEN), drawn(tokens, HIDDEN), LoraDelta(*low_rank(tokens, HIDDEN))
     cos, sin = drawn(ROW, HEAD), drawn(ROW, HEAD)
-    yield Case("rope", lambda: low_rank_triton.rope(x, cos, sin, more, HEAD, out), 2 * row)
-    yield Case("rope backward", lambda: low_rank_triton.rope(x, cos, sin, None, HEAD, out, is_back=True), 2 * row)
-    yield Case("sum", lambda: low_rank_triton.total([x, out], more), 3 * row)
+    yield Case("rope", lambda: start_rope(x, cos, sin, more, HEAD, out), 2 * row)
+    yield Case("rope backward", lambda: start_rope(x, cos, sin, None, HEAD, out, is_back=True), 2 * row)
+    yield Case("sum", lambda: add_n.kernel([x, out], more), 3 * row)
     yield from norms(x, out, row)
     yield unpacked()
 
 
 def norms(x: torch.Tensor, residual: torch.Tensor, row: int) -> Iterator[Case]:
     """The two of a layer, compiled by torch."""
-    from qlora_kit.engine.ops.elementwise import rms_norm, rms_norm_backward_add
+    from qlora_kit.engine.ops.rms_norm import rms_norm, rms_norm_backward_add
 
-    weight = drawn(HIDDEN)
+    weight, out = drawn(HIDDEN), torch.empty_like(x)
     yield Case("norm", lambda: rms_norm(x, weight, 1e-5, False), 2 * row)
-    yield Case(
-        "norm backward", lambda: rms_norm_backward_add(x, weight, 1e-5, False, residual, residual, None), 4 * row
-    )
+    yield Case("norm backward", lambda: rms_norm_backward_add(x, weight, 1e-5, False, residual, residual, out), 4 * row)
 
 
 def unpacked() -> Case:
     """The weight of gate, from NF4 with double quantization."""
     from bitsandbytes.nn import Linear4bit
 
-    from qlora_kit.engine.linear.four_bit import FourBit
+    from qlora_kit.engine.ops.four_bit import FourBit
 
     packed = FourBit.of(Linear4bit(HIDDEN, INNER, bias=False, quant_type="nf4", compress_statistics=True).cuda())
     place = drawn(INNER, HIDDEN)
     return Case("unpack", lambda: packed.write(place), INNER * HIDDEN * (BF16 + 0.5))
 
 
-def walked(tokens: int) -> Iterator[Case]:
-    """The gated kernels with other shares of the work."""
-    from qlora_kit.engine.ops.gated_triton import Walk
+def tiled(tokens: int) -> Iterator[Case]:
+    """The kernels of the gated product with other shares of the work."""
+    from qlora_kit.engine.ops.glu.kernels import TileConfig
 
     sizes = itertools.product((16, 32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (1, 2, 3))
     for size, columns, parts, warps, stages in sizes:
-        walk = Walk(size, columns, parts, warps, stages)
-        for case in gated_cases(tokens, walk):
+        config = TileConfig(size, columns, parts, warps, stages)
+        for case in glu_cases(tokens, config):
             yield case._replace(name=f"{case.name} {size}x{columns}, {parts} parts, {warps} warps, {stages} stages")
 
 
@@ -126,12 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", metavar="KERNEL")
-    parser.add_argument("--walks", action="store_true")
+    parser.add_argument("--tiles", action="store_true")
     chosen = parser.parse_args()
     rate = copied()
     print(f"{torch.cuda.get_device_name(0)}: a copy moves {rate / 1e6:.2f} TB/s")
     print(f"{'kernel':52}      us  of a copy's rate")
-    for case in walked(chosen.tokens) if chosen.walks else cases(chosen.tokens):
+    for case in tiled(chosen.tokens) if chosen.tiles else cases(chosen.tokens):
         if chosen.only and not any(case.name.startswith(name) for name in chosen.only):
             continue
         try:

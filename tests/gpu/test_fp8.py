@@ -10,8 +10,9 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora_kit.engine.linear.four_bit import E4M3_LARGEST, FourBit
-from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, has_fp8, multiply, quantize_rows
+from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, has_fp8, multiply
+from qlora_kit.engine.ops.four_bit import FourBit
+from qlora_kit.engine.ops.fp8_rows import E4M3_LARGEST, quantize_rows
 from qlora_kit.schema.engine import Compute
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_fp8(), reason="needs a CUDA device with fp8")]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qlora_kit.engine.ops.head_loss import _Trained, fold_in_place
+from qlora_kit.engine.head import _Trained
+from qlora_kit.engine.ops.fused_linear_cross_entropy import fold
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -12,7 +13,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [100, 4096, 128256])
 def test_the_kernel_agrees_with_torch(wanted, dtype, vocabulary):
-    from qlora_kit.engine.ops.head_triton import fold
 
     draw = torch.Generator().manual_seed(5)
     logits = (torch.randn(9, vocabulary, generator=draw) * 3).to(dtype)
@@ -23,8 +23,8 @@ def test_the_kernel_agrees_with_torch(wanted, dtype, vocabulary):
     logits[2, vocabulary - 1], targets[2] = 25.0, vocabulary - 1
     before, targets = logits.cuda(), targets.cuda()
     one, other = before.clone(), before.clone()
-    expected, _ = fold_in_place(one, targets, wanted)
-    found, top1 = fold(other, targets, wanted)
+    expected, _ = fold.reference(one, targets, wanted)
+    found, top1 = fold.kernel(other, targets, wanted)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     # Of equal values the first counts, which argmax does not promise on a GPU.
     assert torch.equal(top1.cpu(), logits.argmax(1) == targets.cpu())

@@ -19,9 +19,9 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.ops.elementwise import rope
-from qlora_kit.engine.ops.gated import gated, gated_backward
-from qlora_kit.engine.ops.low_rank import repeated, rope_back, rope_of_sum, total
+from qlora_kit.engine.ops.glu import glu, glu_backward
+from qlora_kit.engine.ops.lora_delta import add_n
+from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate
 
 
 def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection) -> tuple[Tensor, ...]:
@@ -62,22 +62,22 @@ class NormProject(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection, *_: Tensor) -> Any:
         rows = h.flatten(0, 1)
-        x, angles = parts.norm.forward(rows), _angles(cos, sin)
+        x, angles = parts.norm.forward(rows), _cos_sin(cos, sin)
         raw: list[Tensor] = []
         if angles is not None and not parts.has_qk_norm:
             outputs, thin = parts.group.forward_apart(x)
             q, k, v = parts.split(outputs)
             of_q, of_k, of_v = parts.low_ranks(thin, x.dtype)
-            q, k = rope_of_sum(q, *angles, of_q), rope_of_sum(k, *angles, of_k)
-            v = total([v.flatten(1)], of_v).view_as(v)
+            q, k = rope(q, *angles, of_q), rope(k, *angles, of_k)
+            v = add_n([v.flatten(1)], of_v).view_as(v)
         else:
             outputs, thin = parts.group.forward(x)
             q, k, v = parts.split(outputs)
             raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
             q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
             if angles is not None:
-                angles = repeated(angles[0], q), repeated(angles[1], q)
-                q, k = rope(q, *angles), rope(k, *angles)
+                angles = repeat_angles(angles[0], q), repeat_angles(angles[1], q)
+                q, k = rotate(q, *angles, False), rotate(k, *angles, False)
         ctx.parts = parts
         ctx.save_for_backward(h, cos, sin, thin, *raw)
         return *(part.view(*h.shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v)), h
@@ -90,7 +90,7 @@ class NormProject(Function):
         rows = h.flatten(0, 1)
         gradients = parts.group.room_for_gradients(rows)
         through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad)]
-        _project_backward(parts, through, _angles(cos, sin), raw, gradients.outputs)
+        _project_backward(parts, through, _cos_sin(cos, sin), raw, gradients.outputs)
         inner = parts.group.backward_inner(gradients)
         dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
         place = None if parts.place.tensor is None else parts.place.tensor.flatten(0, 1)
@@ -128,7 +128,7 @@ class GatedMlp(Function):
     def forward(ctx: Any, h: Tensor, parts: Mlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
         gate, up, thin = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
         more, down_a = parts.low_ranks(thin, h.dtype), parts.down.all_a(h.dtype)
-        product, thin_down = gated(gate, up, parts.activation, more, down_a)
+        product, thin_down = glu(gate, up, parts.activation, more, down_a)
         added, y, thin_down = _added(h, product, parts.down, parts.after, thin_down)
         ctx.parts = parts
         kept = (None, None) if recompute_gate_up else (gate, up)
@@ -149,7 +149,7 @@ class GatedMlp(Function):
         more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
         gradients = parts.group.room_for_gradients(rows)
         through = parts.split(gradients.outputs)
-        sums = gated_backward(gate, up, d_product, parts.activation, more, through)
+        sums = glu_backward(gate, up, d_product, parts.activation, more, through)
         del d_product, gate, up
         inner = parts.group.backward_inner(gradients)
         dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
@@ -182,9 +182,9 @@ def _project_backward(
         torch.split(outputs, parts.widths, dim=1), grads, (parts.q_norm, parts.k_norm, None), turns, strict=True
     ):
         if norm is None and turn is not None:
-            rope_back(grad, *turn, place)
+            rope_backward(grad, *turn, place)
             continue
-        found = grad if turn is None else rope(grad, repeated(turn[0], grad), repeated(turn[1], grad), back=True)
+        found = grad if turn is None else rotate(grad, repeat_angles(turn[0], grad), repeat_angles(turn[1], grad), True)
         place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
 
 
@@ -202,7 +202,7 @@ def _added(
         return after.add_to(rows, y).view_as(residual), y, thin
     (y,), thin = group.forward_apart(x, thin)
     (more,) = group.low_ranks(thin, x.dtype)
-    return total([y, rows], more).view_as(residual), None, thin
+    return add_n([y, rows], more).view_as(residual), None, thin
 
 
 def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:
@@ -214,6 +214,6 @@ def _head_norm_backward(norm: Norm, x: Tensor, grad: Tensor) -> Tensor:
     return norm.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
 
 
-def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _cos_sin(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`, or of one row where all rows share them."""
     return None if cos is None or sin is None else (cos.flatten(0, 1), sin.flatten(0, 1))

@@ -13,7 +13,7 @@ from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
-from qlora_kit.engine.ops.elementwise import Activation
+from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.family import Family, Window
 
 AFTER = "post_attention_layernorm", "post_feedforward_layernorm"  # of what is added

@@ -7,22 +7,21 @@ import torch
 from torch import Tensor
 
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.ops.elementwise import (
-    Activation,
+from qlora_kit.engine.ops.glu import Activation, Sums
+from qlora_kit.engine.ops.lora_delta import LoraDelta
+from qlora_kit.engine.ops.rms_norm import (
     rms_norm,
     rms_norm_add,
     rms_norm_backward,
     rms_norm_backward_add,
     rms_scale,
 )
-from qlora_kit.engine.ops.gated import Sums
-from qlora_kit.engine.ops.low_rank import LowRank
-from qlora_kit.engine.ops.summed import Normed, Sum
+from qlora_kit.engine.ops.split_k import Normed, PartialSum
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen RMS norm; see `elementwise.rms_norm`."""
+    """A frozen RMS norm; see `ops.rms_norm`."""
 
     weight: Tensor
     eps: float
@@ -52,8 +51,9 @@ class Norm:
         factor = 1.0 + self.weight.float() if self.unit_offset else self.weight
         if grad is None:
             return None, Normed(x, rms_scale(x, self.eps), factor)
-        found, scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, place)
-        return found, Normed(x, scale, factor)
+        out = torch.empty_like(x) if place is None else place
+        scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, out)
+        return out, Normed(x, scale, factor)
 
 
 @dataclass
@@ -92,12 +92,12 @@ class Projection:
         """Columns of q, of k and of v."""
         return [n * self.head_dim for n in self.heads]
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> Sequence[LowRank | None]:
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> Sequence[LoraDelta | None]:
         """What adapters add to q, to k and to v."""
         found = self.group.low_ranks(thin, dtype)
         if len(found) > 1 or (whole := found[0]) is None:
             return found * (3 // len(found))
-        return [LowRank(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
+        return [LoraDelta(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
 
     def split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """q, k and v, `[T, heads, head_dim]` each."""
@@ -134,7 +134,7 @@ class Mlp:
         gate, up = outputs.chunk(2, dim=1)
         return gate, up
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LowRank | None, LowRank | None]:
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LoraDelta | None, LoraDelta | None]:
         """What adapters add to gate and to up."""
         found = self.group.low_ranks(thin, dtype)
         if len(found) > 1:
@@ -142,7 +142,7 @@ class Mlp:
         if found[0] is None:
             return None, None
         of_gate, of_up = found[0].right.chunk(2, dim=1)
-        return LowRank(found[0].left, of_gate), LowRank(found[0].left, of_up)
+        return LoraDelta(found[0].left, of_gate), LoraDelta(found[0].left, of_up)
 
     def gradients_of_group(self, x: Normed, inner: Tensor | None, sums: Sums) -> list[Tensor]:
         """Of the parameters of gate and up, from `inner [T, sum of ranks]`, the gradient of their thin product."""
@@ -150,7 +150,7 @@ class Mlp:
             return []
         of_b = [part for part in (sums.of_gate, sums.of_up) if part is not None]
         if len(self.group.linears) == 1:
-            of_b = [Sum(torch.cat([part.parts for part in of_b], dim=1))]
+            of_b = [PartialSum(torch.cat([part.parts for part in of_b], dim=1))]
         return self.group.parameter_gradients(self.group.of_a(x, inner), of_b)
 
     def gradients_of_down(self, dy: Tensor, thin: Tensor | None, sums: Sums) -> list[Tensor]:

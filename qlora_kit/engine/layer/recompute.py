@@ -8,6 +8,7 @@ tokens at a time and computes their gate and up once more: for rows so long that
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_kit.engine.ops.limits import FUSED_RANK
 from qlora_kit.schema.amount import Amount as Amount
 from qlora_kit.schema.amount import Asked as Asked
 from qlora_kit.schema.amount import parse_amount as parse_amount
@@ -17,8 +18,6 @@ KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST, IN_PIECES = range(5)
 LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
-FUSED_RANK = 64  # of an MLP's adapters, whose sums fit into the registers of the kernel of its gated product
-LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time
 _SPARED_BESIDE = 4  # tensors of an MLP's width that a budget leaves room for at the least: one to spare
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
 

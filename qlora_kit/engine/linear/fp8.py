@@ -6,28 +6,20 @@ scales multiply the result. Values keep four significant bits, so one product ca
 that is rounding without a direction.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qlora_kit.core.device import runs_triton
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.engine.linear.four_bit import E4M3_LARGEST, FourBit, state_of
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight, FrozenWeight
+from qlora_kit.engine.ops.four_bit import FourBit, state_of
+from qlora_kit.engine.ops.fp8_rows import E4M3_LARGEST, FLOOR, Rounded, quantize_rows
 from qlora_kit.schema.engine import Compute
 
 FIRST_WITH_FP8 = (8, 9)  # Ada
 TILE = 16  # widths of fp8 products are multiples of this
-FLOOR = 1e-30  # largest magnitude that a row of zeros is taken to have; gradients of single tokens are small
 USE_BF16 = "engine.compute=bf16"
-
-
-class Rounded(NamedTuple):
-    """Rows in fp8 `[T, K]` and their scales, float32 `[T, 1]`."""
-
-    values: Tensor
-    scale: Tensor
 
 
 class Product(Protocol):
@@ -52,27 +44,6 @@ def require_fp8(compute: Compute) -> None:
     if compute is not Compute.bf16 and not has_fp8():
         where = f"engine.compute={compute.value}"
         raise RecipeError(f"{where} needs a GPU with fp8 (Ada, Hopper or newer)", where, USE_BF16)
-
-
-def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Rounded:
-    """Round each row to fp8, scaled so that its largest magnitude is the format's.
-
-    Args:
-        x: `[T, K]`, 16 or 32 bit.
-        dtype: `float8_e4m3fn`, or `float8_e5m2` for a bit less of precision and more range.
-    """
-    largest = torch.finfo(dtype).max
-    if not runs_triton(x):
-        values = x.float()
-        amax = values.abs().amax(dim=1, keepdim=True).clamp_min(FLOOR)
-        return Rounded((values * (largest / amax)).to(dtype), amax / largest)
-    from qlora_kit.engine.ops import nf4_triton
-
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    nf4_triton.round_rows(x, largest, FLOOR, out, scale)
-    return Rounded(out, scale)
 
 
 def multiply(rows: Rounded, weight: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.device import runs_triton
-from qlora_kit.engine.linear.four_bit import FourBit
+from qlora_kit.engine.ops.four_bit import FourBit, state_of
 
 
 class NotFastError(Exception):
@@ -94,9 +94,6 @@ class Bf16Weight:
         return FourBit.of(self.linear) if self.in_features % self._state().blocksize == 0 else None
 
     def _state(self) -> Any:
-        # bitsandbytes keeps a second reference on the module: moving a parameter can lose the first one
-        own = getattr(self.linear.weight, "quant_state", None)
-        state = own if own is not None else self.linear.quant_state
-        if state is None:
+        if (state := state_of(self.linear)) is None:
             raise NotFastError("a 4-bit weight is not quantized yet")
         return state

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear
-from qlora_kit.engine.linear.fp8 import Fp8Weight, Rounded, quantize_rows
+from qlora_kit.engine.linear.fp8 import Fp8Weight
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
 from qlora_kit.engine.linear.joined_weights import JoinedWeights
-from qlora_kit.engine.ops.low_rank import LowRank, total
-from qlora_kit.engine.ops.summed import Normed, Sum, parts_over_tokens, write_sums
+from qlora_kit.engine.ops.fp8_rows import Rounded, quantize_rows
+from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
+from qlora_kit.engine.ops.split_k import Normed, PartialSum, reduce_partials, split_k_matmul
 
 WHOLE = 8  # columns in 16 bit that are loaded at once: ranks are filled up to a multiple
 LINE = 64  # columns in 16 bit of a line of memory, where rows begin
@@ -84,7 +85,7 @@ class LinearGroup:
         """
         outputs, thin = self.forward_apart(x, thin)
         pairs = zip(outputs, self.low_ranks(thin, x.dtype), strict=True)
-        return [total([y], more) for y, more in pairs], thin
+        return [add_n([y], more) for y, more in pairs], thin
 
     def forward_apart(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """As `forward`, without what the adapters add: that is `low_ranks` of the thin product."""
@@ -98,18 +99,18 @@ class LinearGroup:
             cast_adapters([self], dtype)
         return self._held(dtype).all_a
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> list[LowRank | None]:
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> list[LoraDelta | None]:
         """What each module's adapter adds to its output, as factors."""
         if thin is None:
             return [None] * len(self.linears)
         lefts = iter(torch.split(thin, [linear.rank for linear in self.adapted], dim=1))
         of_b = iter(self._held(dtype).of_b)
-        return [LowRank(next(lefts), next(of_b).t()) if linear.rank else None for linear in self.linears]
+        return [LoraDelta(next(lefts), next(of_b).t()) if linear.rank else None for linear in self.linears]
 
-    def low_rank_of_input(self, inner: Tensor | None) -> LowRank | None:
+    def low_rank_of_input(self, inner: Tensor | None) -> LoraDelta | None:
         """What the adapters add to the input's gradient, as factors."""
         all_a = None if inner is None else self._held(inner.dtype).all_a
-        return None if inner is None or all_a is None else LowRank(inner, all_a)
+        return None if inner is None or all_a is None else LoraDelta(inner, all_a)
 
     def room_for_gradients(self, like: Tensor) -> Gradients:
         """Where gradients for as many tokens as `like [T, ..]` has may be written, to be multiplied in one go."""
@@ -154,7 +155,7 @@ class LinearGroup:
         # Summed at the end: cuBLAS is slower where it adds to what is there (2.92 against 2.62 ms for gate and up of an
         # 8B model at 8,192 tokens on an H100), and a product in fp8 cannot.
         pairs = zip(self.linears, self._apart(gradients.outputs), strict=True)
-        return total([linear.weight.backward(grad) for linear, grad in pairs], self.low_rank_of_input(inner))
+        return add_n([linear.weight.backward(grad) for linear, grad in pairs], self.low_rank_of_input(inner))
 
     def backward_parameters(
         self, x: Tensor | Normed, gradients: Gradients, thin: Tensor | None, inner: Tensor | None
@@ -164,24 +165,24 @@ class LinearGroup:
             return []
         return self.parameter_gradients(self.of_a(x, inner), self.of_b(gradients, thin))
 
-    def of_a(self, x: Tensor | Normed, inner: Tensor) -> Sum:
+    def of_a(self, x: Tensor | Normed, inner: Tensor) -> PartialSum:
         """Gradient of A of all modules, `[sum of ranks, in]`."""
-        return Sum(parts_over_tokens(inner, x)) if isinstance(x, Tensor) else x.product(inner)
+        return PartialSum(split_k_matmul(inner, x)) if isinstance(x, Tensor) else x.product(inner)
 
-    def of_b(self, gradients: Gradients, thin: Tensor) -> list[Sum]:
+    def of_b(self, gradients: Gradients, thin: Tensor) -> list[PartialSum]:
         """Gradient of B of each adapted module without its scaling, `[out, r]`."""
         lefts = torch.split(thin, [linear.rank for linear in self.adapted], dim=1)
         pairs = zip(self._apart_adapted(gradients.outputs), lefts, strict=True)
-        return [Sum(parts_over_tokens(grad, left)) for grad, left in pairs]
+        return [PartialSum(split_k_matmul(grad, left)) for grad, left in pairs]
 
-    def parameter_gradients(self, of_a: Sum, of_b: Sequence[Sum]) -> list[Tensor]:
+    def parameter_gradients(self, of_a: PartialSum, of_b: Sequence[PartialSum]) -> list[Tensor]:
         """Gradients of `parameters()` in the dtype that each is held in, from what `of_a` and `of_b` give."""
         found = self.places or [torch.empty_like(parameter) for parameter in self.parameters()]
-        sums: list[Sum] = []
+        sums: list[PartialSum] = []
         parts = torch.split(of_a.parts, [linear.rank for linear in self.adapted], dim=1)
         for linear, a, b in zip(self.adapted, parts, of_b, strict=True):
             sums += [of_a._replace(parts=a), b._replace(scale=linear.scaling)]
-        write_sums(sums, found)
+        reduce_partials(sums, found)
         return list(found)
 
     @property

@@ -37,8 +37,8 @@ BY_NAME = (
             "reduce",
             "softmax",
             "copy",
-            "_gated",
-            "_sum",
+            "_glu",
+            "_add_n",
             "_fold",
         ),  # the last are the engine's own
     ),

@@ -225,6 +225,13 @@ def test_kinds_of_kernels():
     assert kind_of("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>") == "dequantise"
     assert kind_of("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
     assert kind_of("nvjet_tst_256x128") == "matmuls of recorded layers"
-    for name in ("triton_poi_fused_silu", "_gated_backward", "_sum", "_write_sums", "_fold", "_round_rows"):
+    for name in (
+        "triton_poi_fused_silu",
+        "_glu_backward",
+        "_add_n_tiles",
+        "_reduce_partials",
+        "_fold_rows",
+        "_round_rows",
+    ):
         assert kind_of(name) == "norm, activation, elementwise"
     assert kind_of("Memset (Device)") == "other"

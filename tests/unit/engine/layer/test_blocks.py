@@ -13,7 +13,7 @@ from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
 from qlora_kit.engine.linear.adapted_linear import adapted_linear
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
 from qlora_kit.engine.linear.linear_group import LinearGroup
-from qlora_kit.engine.ops.elementwise import Activation
+from qlora_kit.engine.ops.glu import Activation
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, RANK = 32, 4, 2, 8, 48, 3
 QUERIES, KEYS = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM

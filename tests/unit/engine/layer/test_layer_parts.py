@@ -7,7 +7,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qlora_kit.engine.layer.layer_parts import take_apart
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight, NotFastError
-from qlora_kit.engine.ops.elementwise import Activation
+from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.registry import FAMILIES
 from tests.tiny_models import FAMILIES as TINY
 

@@ -11,9 +11,10 @@ from bitsandbytes.functional import dequantize_4bit
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.engine.linear import fp8
-from qlora_kit.engine.linear.four_bit import E4M3_LARGEST, FourBit
-from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, quantize_rows, require_fp8, weight_for
+from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, require_fp8, weight_for
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
+from qlora_kit.engine.ops.four_bit import FourBit
+from qlora_kit.engine.ops.fp8_rows import E4M3_LARGEST, quantize_rows
 from qlora_kit.model.load import disable_cpu_inference_packing
 from qlora_kit.schema.engine import Compute
 

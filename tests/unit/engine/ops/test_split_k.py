@@ -1,9 +1,9 @@
-"""On a CPU sums of parts are made by torch; tests/gpu/test_summed.py tries the kernel."""
+"""On a CPU sums of parts are made by torch; tests/gpu/test_split_k.py tries the kernel."""
 
 import pytest
 import torch
 
-from qlora_kit.engine.ops.summed import Normed, Sum, parts_over_tokens, write_sums
+from qlora_kit.engine.ops.split_k import Normed, PartialSum, reduce_partials, split_k_matmul
 
 TOKENS, NARROW, WIDE = 2048, 3, 10
 
@@ -17,7 +17,7 @@ def test_products_over_tokens_are_one_part_in_float32():
     torch.manual_seed(0)
     left, right = torch.randn(TOKENS, NARROW), torch.randn(TOKENS, WIDE)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        found = parts_over_tokens(left.to(dtype), right.to(dtype))
+        found = split_k_matmul(left.to(dtype), right.to(dtype))
         assert found.shape == (1, NARROW, WIDE) and found.dtype is torch.float32
         exact = left.to(dtype).double().t() @ right.to(dtype).double()
         assert (found[0] - exact).norm() < tolerance * exact.norm()
@@ -29,7 +29,7 @@ def test_an_input_that_is_not_made():
     normed = Normed(h, scale, weight[0, :WIDE])
     exact = inner.double().t() @ (h.double() * scale * normed.weight)
     found = torch.empty(NARROW, WIDE)
-    write_sums([normed.product(inner)], [found])
+    reduce_partials([normed.product(inner)], [found])
     assert (found - exact).norm() < 1e-5 * exact.norm()
 
 
@@ -39,11 +39,15 @@ def test_sums_are_written_to_their_places(parts, factor):
     torch.manual_seed(0)
     by = None if factor is None else torch.randn(WIDE).to(factor)
     rows = torch.randn(parts, 3 * NARROW, WIDE)
-    sums = [Sum(rows[:, NARROW : 2 * NARROW], by, 0.3), Sum(torch.randn(parts, WIDE, NARROW), scale=2.0), Sum(rows, by)]
+    sums = [
+        PartialSum(rows[:, NARROW : 2 * NARROW], by, 0.3),
+        PartialSum(torch.randn(parts, WIDE, NARROW), scale=2.0),
+        PartialSum(rows, by),
+    ]
     before = [one.parts.clone() for one in sums]
     whole = torch.full((2 + NARROW, WIDE), 7.0)
     places = [whole[1:-1], torch.empty(WIDE, NARROW, dtype=torch.bfloat16), torch.empty(3 * NARROW, WIDE)]
-    write_sums(sums, places)
+    reduce_partials(sums, places)
     assert (whole[0] == 7).all() and (whole[-1] == 7).all()
     for one, place, kept in zip(sums, places, before, strict=True):
         exact = in_float64(one)
@@ -52,6 +56,6 @@ def test_sums_are_written_to_their_places(parts, factor):
 
 
 def test_nothing_to_write_and_a_place_too_few():
-    write_sums([], [])
+    reduce_partials([], [])
     with pytest.raises(ValueError, match="shorter"):
-        write_sums([Sum(torch.ones(1, 1, 1)), Sum(torch.ones(1, 1, 1))], [torch.empty(1, 1)])
+        reduce_partials([PartialSum(torch.ones(1, 1, 1)), PartialSum(torch.ones(1, 1, 1))], [torch.empty(1, 1)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.engine.ops.summed import Sum, parts_over_tokens, write_sums
+from qlora_kit.engine.ops.split_k import PartialSum, reduce_partials, split_k_matmul
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -17,7 +17,7 @@ def drawn(*shape, dtype=torch.float32):
 def one_sum(parts, n, m, dtype=None, scale=1.0, is_cut=False):
     """As gradients of LoRA are: parts of A are rows of a wider product, and are multiplied by the weight of a norm."""
     values = drawn(parts, n + 32, m)[:, 16 : n + 16] if is_cut else drawn(parts, n, m)
-    return Sum(values, None if dtype is None else drawn(m, dtype=dtype), scale)
+    return PartialSum(values, None if dtype is None else drawn(m, dtype=dtype), scale)
 
 
 def in_order(one):
@@ -30,7 +30,7 @@ def in_order(one):
 def write_and_compare(sums, dtype=torch.float32):
     whole = [torch.full((one.parts[0].numel() + 2 * MARGIN,), 7.0, dtype=dtype, device="cuda") for one in sums]
     places = [memory[MARGIN:-MARGIN].view(one.parts.shape[1:]) for memory, one in zip(whole, sums, strict=True)]
-    write_sums(sums, places)
+    reduce_partials(sums, places)
     for one, place, memory in zip(sums, places, whole, strict=True):
         torch.testing.assert_close(place, in_order(one).to(dtype), rtol=1e-5, atol=1e-5)
         assert (memory[:MARGIN] == 7).all() and (memory[-MARGIN:] == 7).all()
@@ -51,21 +51,21 @@ def test_sums(parts, dtype):
 def test_all_of_a_group_is_one_kernel():
     sums = [one_sum(8, 16, 256, torch.bfloat16, is_cut=True), one_sum(8, 256, 16)] * 3
     places = [torch.empty(one.parts.shape[1:], device="cuda") for one in sums]
-    write_sums(sums, places)
+    reduce_partials(sums, places)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        write_sums(sums, places)
+        reduce_partials(sums, places)
         torch.cuda.synchronize()
     started = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert [name for name in started if "_write_sums" in name or "at::" in name] == ["_write_sums"]
+    assert [name for name in started if "_reduce_partials" in name or "at::" in name] == ["_reduce_partials"]
 
 
 def test_what_the_kernel_does_not_take():
     torch.manual_seed(0)
     write_and_compare([one_sum(2, 4, 8, torch.float32), one_sum(3, 5, 7)], torch.bfloat16)
     write_and_compare([one_sum(2, 4, 8, torch.float32), one_sum(2, 4, 8, torch.bfloat16), one_sum(9, 4, 8)])
-    turned = Sum(drawn(3, 8, 4).transpose(1, 2))
+    turned = PartialSum(drawn(3, 8, 4).transpose(1, 2))
     memory = torch.zeros(4 * 8 + 1, device="cuda")
-    write_sums([turned, turned], [memory[1:].view(4, 8), torch.empty(4, 8, device="cuda")])
+    reduce_partials([turned, turned], [memory[1:].view(4, 8), torch.empty(4, 8, device="cuda")])
     torch.testing.assert_close(memory[1:].view(4, 8), in_order(turned))
 
 
@@ -77,6 +77,6 @@ def test_products_over_tokens_lose_nothing_in_parts(tokens, narrow, wide):
     right = drawn(tokens, wide, dtype=torch.bfloat16)
     for one, other in ((left, right), (right, left)):
         exact = one.double().t() @ other.double()
-        found = parts_over_tokens(one, other)
+        found = split_k_matmul(one, other)
         assert found.dtype is torch.float32
         assert ((found.double().sum(dim=0) - exact).norm() / exact.norm()).item() < 1e-5

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
-import qlora_kit.engine.ops.head_loss as module
-from qlora_kit.engine.ops.head_loss import OnePassLogProbs, fold_in_place, one_pass_head
+import qlora_kit.engine.ops.fused_linear_cross_entropy as module
+from qlora_kit.engine.head import one_pass_head
+from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs, fold
 from tests.tiny_models import build_tiny_model
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
@@ -86,7 +87,7 @@ def test_fp32_equals_cross_entropy_in_fp64(chunk, bias, monkeypatch):
     monkeypatch.setattr(module, "LOGITS_TILE_BYTES", chunk * VOCABULARY * 4)
     hidden, weight, offset, positions, targets, incoming = drawn(bias=bias)
     expected, gradient, is_top1 = in_fp64(hidden, weight, offset, positions, targets, incoming)
-    found, top1 = OnePassLogProbs.apply(hidden, positions, targets, weight, offset, True)
+    found, top1 = FusedLogProbs.apply(hidden, positions, targets, weight, offset, True)
     found.backward(incoming)
 
     torch.testing.assert_close(found[positions].double(), expected, rtol=1e-6, atol=1e-6)
@@ -101,7 +102,7 @@ def test_fp32_equals_cross_entropy_in_fp64(chunk, bias, monkeypatch):
 def test_16_bits_are_within_their_rounding(dtype):
     hidden, weight, _, positions, targets, incoming = drawn(dtype)
     expected, gradient, _ = in_fp64(hidden, weight, None, positions, targets, incoming)
-    found, _ = OnePassLogProbs.apply(hidden, positions, targets, weight, None, True)
+    found, _ = FusedLogProbs.apply(hidden, positions, targets, weight, None, True)
     found.backward(incoming)
     rounding = torch.finfo(dtype).eps
     assert found.dtype is torch.float32
@@ -114,7 +115,7 @@ def test_a_uniform_factor_is_not_rounded_to_16_bits():
     """1/3 in bf16 is off by a five-hundredth, which a mean over many values would show."""
     hidden, weight, _, positions, targets, _ = drawn(torch.bfloat16)
     for factor in (1.0, 1 / 3):
-        found, _ = OnePassLogProbs.apply(hidden, positions, targets, weight, None, True)
+        found, _ = FusedLogProbs.apply(hidden, positions, targets, weight, None, True)
         (found * factor).sum().backward()
         if factor == 1.0:
             whole, hidden.grad = hidden.grad.double(), None
@@ -126,9 +127,9 @@ def test_a_uniform_factor_is_not_rounded_to_16_bits():
 def test_autocast_decides_the_products_type():
     hidden, weight, _, positions, targets, incoming = drawn()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = OnePassLogProbs.apply(hidden, positions, targets, weight, None, True)
+        found, _ = FusedLogProbs.apply(hidden, positions, targets, weight, None, True)
     found.backward(incoming)
-    rounded, _ = OnePassLogProbs.apply(hidden.bfloat16(), positions, targets, weight.bfloat16(), None, False)
+    rounded, _ = FusedLogProbs.apply(hidden.bfloat16(), positions, targets, weight.bfloat16(), None, False)
     assert torch.equal(found.detach(), rounded.detach())
     assert hidden.grad.dtype is torch.float32
 
@@ -144,7 +145,7 @@ def test_the_fold_is_exact(wanted, dtype):
     targets[0] = 8  # as likely as an earlier token, so not the first choice
     logits[1, 5], targets[1] = 80.0, 5
     folded = logits.clone()
-    found, top1 = fold_in_place(folded, targets, wanted)
+    found, top1 = fold(folded, targets, wanted)
     exact = logits.double().log_softmax(1)
     torch.testing.assert_close(found.double(), exact.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
     assert top1.tolist()[:2] == [False, True]
@@ -174,7 +175,7 @@ def test_the_whole_logits_never_exist(wanted, monkeypatch):
     hidden, weight, _, _, _, incoming = drawn()
     positions, targets = torch.arange(TOKENS), torch.arange(TOKENS)  # more of them than the weight has columns
     with Largest() as largest:
-        found, _ = OnePassLogProbs.apply(hidden, positions, targets, weight, None, wanted)
+        found, _ = FusedLogProbs.apply(hidden, positions, targets, weight, None, wanted)
         if wanted:
             found.backward(incoming)
     assert largest.numel == max(5 * VOCABULARY, VOCABULARY * WIDTH)

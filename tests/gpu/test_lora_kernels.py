@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from qlora_kit.engine.layer.recompute import FUSED_RANK
-from qlora_kit.engine.ops import elementwise, low_rank
-from qlora_kit.engine.ops.elementwise import Activation
-from qlora_kit.engine.ops.gated import gated, gated_backward
-from qlora_kit.engine.ops.low_rank import LARGEST_RANK, LowRank
+from qlora_kit.engine.ops.glu import Activation, gated_product, gated_product_backward, glu, glu_backward
+from qlora_kit.engine.ops.limits import FUSED_RANK, LARGEST_RANK
+from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
+from qlora_kit.engine.ops.rope import rope, rope_backward, rotate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +26,7 @@ def factors(tokens, columns, rank, dtype):
     if not rank:
         return None
     left = drawn(tokens, rank + 3, dtype=dtype)[:, 1 : rank + 1]
-    return LowRank(left, drawn(columns, rank, dtype=dtype).t() / rank**0.5)
+    return LoraDelta(left, drawn(columns, rank, dtype=dtype).t() / rank**0.5)
 
 
 def whole(x, more):
@@ -58,10 +57,10 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
     most = TOLERANCE[dtype] * (3 if max(ranks) > FUSED_RANK else 1)
     for activation in Activation:
         is_silu = activation is Activation.silu
-        product, *exact_through = elementwise._gated_backward(*exact, is_silu)
-        assert error(gated(gate, up, activation, (more[0], more[1]))[0], product) < most
+        product, *exact_through = gated_product_backward.reference(*exact, is_silu)
+        assert error(glu(gate, up, activation, (more[0], more[1]))[0], product) < most
         through = drawn(TOKENS, 2 * COLUMNS + 8, dtype=dtype)[:, : 2 * COLUMNS].chunk(2, dim=1)
-        sums = gated_backward(gate, up, grad, activation, tuple(more), through)
+        sums = glu_backward(gate, up, grad, activation, tuple(more), through)
         for one, wanted in zip(through, exact_through, strict=True):
             assert error(one, wanted) < most
         for one, factor, x in zip(sums, more, (*exact_through, product), strict=True):
@@ -83,8 +82,8 @@ def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
         drawn(rank, columns, dtype=dtype),
     )
     more = factors(tokens, columns, 16, dtype), factors(tokens, columns, 8, dtype)
-    product, thin = gated(gate, up, Activation.silu, more, down)
-    exact = elementwise._gated(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
+    product, thin = glu(gate, up, Activation.silu, more, down)
+    exact = gated_product.reference(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
     assert error(product, exact) < TOLERANCE[dtype]
     assert (thin is None) == (rank > FUSED_RANK)
     if thin is not None:
@@ -100,7 +99,7 @@ def test_sums(dtype, rank):
         values = [drawn(TOKENS, COLUMNS, dtype=dtype) for _ in range(parts)]
         more = factors(TOKENS, COLUMNS, rank, dtype)
         exact = whole(sum(part.float() for part in values), more)
-        assert error(low_rank.total([part.clone() for part in values], more), exact) < 2 * TOLERANCE[dtype]
+        assert error(add_n([part.clone() for part in values], more), exact) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -113,17 +112,17 @@ def test_rotated_sums(dtype, head_dim, rotated, rank):
     angle = drawn(TOKENS, rotated, dtype=torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     more = factors(TOKENS, heads * head_dim, rank, dtype)
-    exact = elementwise._rope(whole(x, more).view(TOKENS, heads, head_dim), cos.float(), sin.float(), False)
-    found = low_rank.rope_of_sum(x.view(TOKENS, heads, head_dim), cos, sin, more)
+    exact = rotate.reference(whole(x, more).view(TOKENS, heads, head_dim), cos.float(), sin.float(), False)
+    found = rope(x.view(TOKENS, heads, head_dim), cos, sin, more)
     assert found.shape == exact.shape
     assert error(found, exact) < 3 * TOLERANCE[dtype]
     of_a_row = cos[: TOKENS // 2], sin[: TOKENS // 2]  # of two rows of one length
-    twice = low_rank.rope_of_sum(x.view(TOKENS, heads, head_dim), *of_a_row, more)
+    twice = rope(x.view(TOKENS, heads, head_dim), *of_a_row, more)
     assert torch.equal(twice[: TOKENS // 2], found[: TOKENS // 2])
     repeated = (part.repeat(2, 1) for part in of_a_row)
-    assert torch.equal(twice, low_rank.rope_of_sum(x.view(TOKENS, heads, head_dim), *repeated, more))
+    assert torch.equal(twice, rope(x.view(TOKENS, heads, head_dim), *repeated, more))
     place = torch.full((TOKENS, heads * head_dim + 40), 7.0, dtype=dtype, device="cuda")
-    low_rank.rope_back(found, cos, sin, place[:, 8 : 8 + heads * head_dim])
-    exact = elementwise._rope(found.float(), cos.float(), sin.float(), True)
+    rope_backward(found, cos, sin, place[:, 8 : 8 + heads * head_dim])
+    exact = rotate.reference(found.float(), cos.float(), sin.float(), True)
     assert error(place[:, 8 : 8 + heads * head_dim], exact.flatten(1)) < 2 * TOLERANCE[dtype]
     assert (place[:, :8] == 7).all() and (place[:, 8 + heads * head_dim :] == 7).all()

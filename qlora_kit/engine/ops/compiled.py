@@ -1,0 +1,46 @@
+"""Small functions between the matrix products, compiled by torch into one kernel each on a GPU.
+
+Each is compiled at its first use, for any number of tokens, and runs as written if that fails.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.core.say import say
+
+_UNCOMPILED: set[Callable[..., Any]] = set()  # functions that did not compile in this process
+
+
+def run_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run the compiled form of a function; as written, from then on, if it does not compile."""
+    if function in _UNCOMPILED:
+        return function(*arguments)
+    try:
+        return _compiled(function)(*(_any_tokens(part) for part in arguments))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _UNCOMPILED.add(function)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        say(f"{function.__name__.lstrip('_')} was not compiled and runs slower: {reason}")
+        return function(*arguments)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Only the tokens vary: every other size is a constant, which makes better kernels.
+    return torch.compile(function, dynamic=False)
+
+
+def _any_tokens(part: Any) -> Any:
+    """A tensor whose first size the compiler may not take for a constant; anything else as it is."""
+    if not isinstance(part, Tensor):
+        return part
+    alias = part.detach()
+    if alias.dim() > 1:
+        torch._dynamo.maybe_mark_dynamic(alias, 0)
+    return alias

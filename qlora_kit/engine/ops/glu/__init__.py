@@ -1,0 +1,162 @@
+"""The gated product of an MLP with LoRA on its three modules (SwiGLU or GeGLU), and what can be made of it on the way.
+
+On a GPU one kernel reads gate and up as the frozen weights give them, adds their low-rank parts in registers, and
+multiplies what it finds by the thin factors that LoRA has for it, or backward by those that its gradients are made of.
+Gate and up are the largest tensors of a layer: to read one of them again takes longer than all this arithmetic. On a
+CPU, and for ranks that the kernels do not take, each step is made by itself.
+"""
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from qlora_kit.engine.ops.glu.kernels import start_glu, start_glu_backward
+from qlora_kit.engine.ops.limits import FUSED_RANK
+from qlora_kit.engine.ops.lora_delta import LoraDelta, add_delta, takes_ranks
+from qlora_kit.engine.ops.op import Op, compiled
+from qlora_kit.engine.ops.split_k import PartialSum, split_k_matmul
+
+_GELU_SLOPE = 0.7978845608028654  # sqrt(2 / pi)
+_GELU_CUBIC = 0.044715
+
+
+class Activation(Enum):
+    """What the gate goes through."""
+
+    silu = "silu"
+    gelu_tanh = "gelu_tanh"
+
+
+class Sums(NamedTuple):
+    """Sums over tokens with the left factor that belongs to x, of which gradients of LoRA are made; None without one.
+
+    Attributes:
+        of_gate: `x^T @ left` `[N, r]`, like `of_up`.
+        of_product: `left^T @ x` `[r, N]`.
+    """
+
+    of_gate: PartialSum | None
+    of_up: PartialSum | None
+    of_product: PartialSum | None
+
+
+def _act(gate: Tensor, is_silu: bool) -> Tensor:
+    return silu(gate) if is_silu else gelu(gate, approximate="tanh")
+
+
+def _gated_product(gate: Tensor, up: Tensor, is_silu: bool) -> Tensor:
+    """`activation(gate) * up`, each `[T, width]`."""
+    return _act(gate, is_silu) * up
+
+
+def _gated_product_backward(gate: Tensor, up: Tensor, grad: Tensor, is_silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The product again, and the gradients of gate and up, each `[T, width]`, from the product's gradient."""
+    wide, wide_grad = gate.float(), grad.float()
+    if is_silu:
+        gateway = torch.sigmoid(wide)
+        slope = gateway * (1.0 + wide * (1.0 - gateway))
+    else:
+        bend = torch.tanh(_GELU_SLOPE * (wide + _GELU_CUBIC * wide.pow(3)))
+        inner = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * wide.pow(2))
+        slope = 0.5 * (1.0 + bend) + 0.5 * wide * (1.0 - bend.pow(2)) * inner
+    activated = _act(gate, is_silu)
+    gate_grad = (wide_grad * up.float() * slope).to(gate.dtype)
+    return activated * up, gate_grad, (wide_grad * activated.float()).to(up.dtype)
+
+
+gated_product = compiled(_gated_product)
+gated_product_backward = compiled(_gated_product_backward)
+
+
+def _glu(
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None],
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`activation(gate + ..) * (up + ..)`, each `[T, N]`, `deltas` in this order, and what `down [r, N]` makes of it.
+
+    Returns:
+        The product, and `product @ down^T` `[T, r]` if that came on the way; else it is still to be made.
+    """
+    gate, up = add_delta(gate, deltas[0]), add_delta(up, deltas[1])
+    return gated_product(gate, up, activation is Activation.silu), None
+
+
+def _glu_kernel(
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None],
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    factor = down if down is not None and len(down) <= FUSED_RANK and down.dtype is gate.dtype else None
+    product, parts = start_glu(gate, up, deltas, factor, activation is Activation.silu)
+    return product, None if parts is None else parts.sum(dim=0).to(product.dtype)
+
+
+def _glu_supported(
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None],
+    down: Tensor | None = None,
+) -> bool:
+    return takes_ranks(gate, *deltas)
+
+
+glu = Op("glu", _glu, _glu_kernel, _glu_supported)
+
+
+def _glu_backward(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None, LoraDelta | None],
+    out: tuple[Tensor, Tensor],
+) -> Sums:
+    """Write the gradients of gate and up to the two `[T, N]` of `out`.
+
+    Args:
+        grad: of the product, which is computed again.
+        deltas: belong to gate, up and grad in this order; their left factors are those of the sums.
+        out: of one stride.
+    """
+    gate, up, grad = (add_delta(part, one) for part, one in zip((gate, up, grad), deltas, strict=True))
+    product, *found = gated_product_backward(gate, up, grad, activation is Activation.silu)
+    for place, part in zip(out, found, strict=True):
+        place.copy_(part)
+    pairs = zip(deltas[:2], out, strict=True)
+    of_gate, of_up = (None if one is None else PartialSum(split_k_matmul(x, one.left)) for one, x in pairs)
+    return Sums(of_gate, of_up, None if deltas[2] is None else PartialSum(split_k_matmul(deltas[2].left, product)))
+
+
+def _glu_backward_kernel(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None, LoraDelta | None],
+    out: tuple[Tensor, Tensor],
+) -> Sums:
+    parts = start_glu_backward(gate, up, grad, deltas, activation is Activation.silu, out)
+    return Sums(*(None if part is None else PartialSum(part) for part in parts))
+
+
+def _glu_backward_supported(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    activation: Activation,
+    deltas: tuple[LoraDelta | None, LoraDelta | None, LoraDelta | None],
+    out: tuple[Tensor, Tensor],
+) -> bool:
+    return takes_ranks(gate, *deltas, most=FUSED_RANK)
+
+
+glu_backward = Op("glu_backward", _glu_backward, _glu_backward_kernel, _glu_backward_supported)

@@ -1,0 +1,5 @@
+"""What kernels take at the most; without torch, since memory is planned by it before a model is loaded."""
+
+LARGEST_RANK = 256  # of an adapter that a kernel adds on the way: it unrolls the sum, and a larger one is no small part
+FUSED_RANK = 64  # of an MLP's adapters, whose sums fit into the registers of the kernel of its gated product
+LOGITS_TILE_BYTES = 256_000_000  # of logits that exist at a time

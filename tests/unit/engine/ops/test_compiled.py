@@ -1,0 +1,60 @@
+"""What torch compiles is compiled once, and runs as written where it cannot be."""
+
+import pytest
+import torch
+
+from qlora_kit.engine.ops import compiled as module
+from qlora_kit.engine.ops.compiled import run_compiled
+from qlora_kit.engine.ops.glu import gated_product, gated_product_backward
+from qlora_kit.engine.ops.rms_norm import rms_norm_backward
+from tests.drawn_tensors import close, drawn
+
+
+def test_a_function_that_does_not_compile_runs_as_written_and_says_so_once(monkeypatch, capsys):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(1)
+        raise RuntimeError("no compiler\nmore of it")
+
+    monkeypatch.setattr(module, "_UNCOMPILED", set())
+    monkeypatch.setattr(module, "_compiled", lambda function: fail)
+    gate, up = drawn(3, 4), drawn(3, 4, seed=1)
+    for _ in range(2):
+        assert torch.equal(
+            run_compiled(gated_product.reference, gate, up, True), gated_product.reference(gate, up, True)
+        )
+    assert len(calls) == 1
+    assert capsys.readouterr().err == "gated_product was not compiled and runs slower: no compiler\n"
+
+
+def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(module, "_UNCOMPILED", set())
+    monkeypatch.setattr(module, "_compiled", lambda function: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_compiled(gated_product.reference, drawn(3, 4), drawn(3, 4), True)
+    assert not module._UNCOMPILED
+
+
+@pytest.mark.slow
+def test_compiled_forms_are_compiled_once_for_any_number_of_tokens():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weight = drawn(64, seed=1)
+    for tokens in (8, 24, 40):
+        x, grad = drawn(tokens, 64), drawn(tokens, 64, seed=2)
+        close(
+            run_compiled(rms_norm_backward.reference, x, weight, 1e-6, False, grad),
+            rms_norm_backward(x, weight, 1e-6, False, grad),
+        )
+        for found, expected in zip(
+            run_compiled(gated_product_backward.reference, x, grad, x, True),
+            gated_product_backward(x, grad, x, True),
+            strict=True,
+        ):
+            close(found, expected)
+    assert not module._UNCOMPILED
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
