@@ -1,0 +1,39 @@
+"""Every operation of the engine by its name; one parametrized test holds that kernel, reference and autograd agree."""
+
+from typing import Any
+
+from qlora_kit.engine.ops import (
+    four_bit,
+    fp8_rows,
+    fused_linear_cross_entropy,
+    glu,
+    lora_delta,
+    rms_norm,
+    rope,
+    split_k,
+)
+from qlora_kit.engine.ops.op import Op
+
+OPS: dict[str, Op[Any, Any]] = {
+    op.name: op
+    for op in (
+        rms_norm.rms_norm,
+        rms_norm.rms_norm_add,
+        rms_norm.rms_scale,
+        rms_norm.rms_norm_backward,
+        rms_norm.rms_norm_backward_add,
+        rope.rotate,
+        rope.rope,
+        rope.rope_backward,
+        lora_delta.add_n,
+        glu.gated_product,
+        glu.gated_product_backward,
+        glu.glu,
+        glu.glu_backward,
+        split_k.reduce_partials_op,
+        four_bit.unpack,
+        four_bit.unpack_transposed,
+        fp8_rows.quantize_rows,
+        fused_linear_cross_entropy.fold,
+    )
+}

@@ -1,0 +1,359 @@
+"""Arguments for every operation of the engine, and what it must give for them by autograd or by another library.
+
+A case draws its arguments on the CPU, so that a kernel and its reference get the same ones. Shapes are no multiples of
+the kernels' tiles. What is expected is computed in float64 from the arguments themselves.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor
+from torch.nn.functional import gelu, log_softmax, one_hot, silu
+from torch.nn.functional import rms_norm as torch_rms_norm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qlora_kit.engine.ops.four_bit import FourBit
+from qlora_kit.engine.ops.glu import Activation
+from qlora_kit.engine.ops.lora_delta import LoraDelta
+from qlora_kit.engine.ops.split_k import PartialSum
+
+TOKENS, COLUMNS, HEADS, WIDTH, EPS = 70, 192, 3, 64, 1e-3
+E4M3_ROUNDING = 2**-4  # the largest relative error of four significant bits
+
+
+class Case(NamedTuple):
+    """One way to call an operation.
+
+    Attributes:
+        arguments: fresh ones in a dtype, on the CPU.
+        expected: what is returned and written, from the arguments, in float64.
+        written: arguments that the operation writes to, by their place.
+        rounding: share of the largest entry that it may be off by beside what `dtype` allows.
+    """
+
+    arguments: Callable[[torch.dtype], tuple[Any, ...]]
+    expected: Callable[..., Any]
+    written: tuple[int, ...] = ()
+    rounding: float = 0.0
+
+
+def outcome(case: Case, run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Every tensor that an operation returns or writes; sums in parts as the matrices that they stand for."""
+    found = run(*arguments)
+    parts = [found, *(arguments[place] for place in case.written)]
+    whole = tree_map(_summed, parts, is_leaf=lambda part: isinstance(part, PartialSum))
+    return [part for part in tree_leaves(whole) if isinstance(part, Tensor)]
+
+
+def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Copies of all arguments on a device, with the strides that they have."""
+
+    def move(part: Any) -> Any:
+        if isinstance(part, FourBit):
+            nested = part.nested and type(part.nested)(*(one.to(device) for one in part.nested[:3]), part.nested.size)
+            tensors = {name: getattr(part, name).to(device) for name in ("codes", "table", "absmax")}
+            return FourBit(**tensors, nested=nested, rows=part.rows, columns=part.columns, block_size=part.block_size)
+        if not isinstance(part, Tensor):
+            return part
+        return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=device).copy_(part)
+
+    return tree_map(move, arguments)
+
+
+def _summed(part: Any) -> Any:
+    return part.parts.sum(dim=0) if isinstance(part, PartialSum) else part
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def delta(columns: int, rank: int, dtype: torch.dtype, seed: int) -> LoraDelta:
+    """As LoRA's are: left is a part of a wider product, right is stored transposed."""
+    left = drawn(TOKENS, rank + 3, dtype=dtype, seed=seed)[:, 1 : rank + 1]
+    return LoraDelta(left, (drawn(columns, rank, dtype=dtype, seed=seed + 1) / rank**0.5).t())
+
+
+def wide(*tensors: Any) -> Any:
+    found = tree_map(lambda part: part.double() if isinstance(part, Tensor) else part, tensors)
+    return found if len(found) > 1 else found[0]
+
+
+def plus(x: Tensor, more: LoraDelta | None) -> Tensor:
+    return wide(x) if more is None else wide(x) + wide(more.left) @ wide(more.right)
+
+
+# Norms: torch's own, and its gradient.
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    return torch_rms_norm(wide(x), x.shape[-1:], wide(weight) + unit_offset, eps)
+
+
+def _norm_gradient(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> Tensor:
+    x = wide(x).requires_grad_()
+    return torch.autograd.grad(_norm(x, weight, eps, unit_offset), x, wide(grad))[0]
+
+
+def _norm_arguments(dtype: torch.dtype, unit_offset: bool, more: int = 0) -> tuple[Any, ...]:
+    x, weight = 0.05 * drawn(TOKENS, COLUMNS, dtype=dtype), drawn(COLUMNS, dtype=dtype, seed=1)  # small: eps counts
+    others = [drawn(TOKENS, COLUMNS, dtype=dtype, seed=2 + place) for place in range(more)]
+    return x, weight, EPS, unit_offset, *others
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return (torch_rms_norm(wide(x), x.shape[-1:], None, eps) / wide(x))[:, :1]
+
+
+# Rotations: products of complex numbers, and their gradient.
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of the first columns of each head; cos and sin hold each angle twice, for fewer tokens than x has or for all."""
+    half = cos.shape[1] // 2
+    cos, sin = (wide(part)[:, None, :half].repeat(len(x) // len(part), 1, 1) for part in (cos, sin))
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin)
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(wide(x), cos, sin)
+
+
+def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = torch.zeros_like(grad, dtype=torch.float64).requires_grad_()
+    return torch.autograd.grad(_turn(x, cos, sin), x, wide(grad))[0]
+
+
+def _angles(dtype: torch.dtype, tokens: int = TOKENS, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    angle = drawn(tokens, width // 2, dtype=torch.float32, seed=7).repeat(1, 2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _heads(dtype: torch.dtype) -> Tensor:
+    """Columns of a wider matrix."""
+    return drawn(TOKENS, 2 * HEADS * WIDTH, dtype=dtype)[:, : HEADS * WIDTH].view(TOKENS, HEADS, WIDTH)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, more: LoraDelta | None) -> Tensor:
+    return _turn(plus(x.flatten(1), more).view_as(x), cos, sin)
+
+
+def _place(dtype: torch.dtype) -> Tensor:
+    return torch.zeros(TOKENS, HEADS * WIDTH + 40, dtype=dtype)[:, 8 : 8 + HEADS * WIDTH]
+
+
+# The gated product: torch's activations, and autograd for what goes back, sums for adapters included.
+
+
+def _act(gate: Tensor, kind: Activation | bool) -> Tensor:
+    return silu(gate) if kind in (True, Activation.silu) else gelu(gate, approximate="tanh")
+
+
+def _product_backward(gate: Tensor, up: Tensor, grad: Tensor, is_silu: bool) -> tuple[Tensor, ...]:
+    gate, up = wide(gate).requires_grad_(), wide(up).requires_grad_()
+    product = _act(gate, is_silu) * up
+    return product.detach(), *torch.autograd.grad(product, (gate, up), wide(grad))
+
+
+def _glu(gate: Tensor, up: Tensor, kind: Activation, deltas: Any, down: Tensor | None = None) -> Any:
+    return _act(plus(gate, deltas[0]), kind) * plus(up, deltas[1])
+
+
+def _glu_backward(gate: Tensor, up: Tensor, grad: Tensor, kind: Activation, deltas: Any, out: Any) -> Any:
+    """The sums are gradients of what LoRA's B are for gate and up, and its A for the module after."""
+    gate, up = plus(gate, None).requires_grad_(), plus(up, None).requires_grad_()
+    rights = [None if one is None else wide(one.right).requires_grad_() for one in deltas]
+    pairs = list(zip(deltas, rights, strict=True))
+
+    def whole(x: Tensor, place: int) -> Tensor:
+        one, right = pairs[place]
+        return x if one is None else x + wide(one.left) @ right
+
+    product = _act(whole(gate, 0), kind) * whole(up, 1)
+    through = (product * whole(wide(grad), 2).detach()).sum() + (product.detach() * whole(wide(grad), 2)).sum()
+    wanted = [gate, up, *(right for right in rights if right is not None)]
+    gate_grad, up_grad, *of_rights = torch.autograd.grad(through, wanted)
+    found = iter(of_rights)
+    sums = [next(found) if one is not None else None for one in deltas]
+    turned = [None if one is None else one.t() for one in sums[:2]]
+    return [*turned, sums[2], gate_grad, up_grad]
+
+
+def _glu_arguments(dtype: torch.dtype, kind: Activation, ranks: tuple[int, ...]) -> tuple[Any, ...]:
+    gate, up = drawn(TOKENS, 2 * COLUMNS, dtype=dtype).chunk(2, dim=1)
+    deltas = tuple(delta(COLUMNS, rank, dtype, 10 * rank) if rank else None for rank in ranks)
+    return gate, up, kind, deltas
+
+
+def _glu_backward_arguments(dtype: torch.dtype, kind: Activation, ranks: tuple[int, ...]) -> tuple[Any, ...]:
+    gate, up, kind, deltas = _glu_arguments(dtype, kind, ranks)
+    out = tuple(torch.zeros(TOKENS, COLUMNS, dtype=dtype) for _ in range(2))
+    return gate, up, drawn(TOKENS, COLUMNS, dtype=dtype, seed=3), kind, deltas, out
+
+
+# Sums of parts, the head, and what is stored in few bits: sums by hand, torch's softmax, bitsandbytes.
+
+
+def _sums(dtype: torch.dtype) -> tuple[Any, ...]:
+    rows = drawn(4, 48, COLUMNS, dtype=torch.float32, seed=4)
+    sums = [PartialSum(rows[:, 16:32], drawn(COLUMNS, dtype=dtype, seed=5), 0.3), PartialSum(rows[:2], None, 2.0)]
+    return sums, [torch.zeros(16, COLUMNS), torch.zeros(48, COLUMNS)]
+
+
+def _reduce(sums: list[PartialSum], places: list[Tensor]) -> list[Tensor]:
+    return [wide(one.parts).sum(dim=0) * (1 if one.factor is None else wide(one.factor)) * one.scale for one in sums]
+
+
+def _logits(dtype: torch.dtype, wanted: bool) -> tuple[Any, ...]:
+    logits = 3 * drawn(TOKENS, 1000, dtype=dtype, seed=6)
+    targets = torch.arange(TOKENS) * 11
+    logits[1, targets[1]] = 40.0  # a target of probability one, that is the first choice
+    return logits, targets, wanted
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, wanted: bool) -> Any:
+    exact = wide(logits).requires_grad_()
+    log_probs = log_softmax(exact, dim=1).gather(1, targets[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(log_probs.sum(), exact)
+    assert torch.allclose(gradient, one_hot(targets, 1000) - exact.softmax(1))
+    found = log_probs.detach(), exact.argmax(1) == targets
+    return (*found, gradient) if wanted else found
+
+
+def _packed(kind: str, is_nested: bool) -> tuple[FourBit, Tensor]:
+    weight = 0.02 * drawn(96, 320, dtype=torch.float32, seed=8)
+    weight[9] = 0
+    codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=is_nested, quant_type=kind)
+    linear = SimpleNamespace(weight=SimpleNamespace(data=codes, quant_state=state))
+    return FourBit.of(linear), dequantize_4bit(codes, state)
+
+
+def _unpack_case(kind: str, is_nested: bool, is_scaled: bool) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        weight, _ = _packed(kind, is_nested)
+        inverse = 100 + 10 * torch.rand(96, generator=torch.Generator().manual_seed(2)) if is_scaled else None
+        return weight, inverse, torch.zeros(96, 320, dtype=torch.float8_e4m3fn if is_scaled else dtype)
+
+    def expected(weight: FourBit, inverse: Tensor | None, out: Tensor) -> Tensor:
+        theirs = wide(_packed(kind, is_nested)[1])
+        return theirs if inverse is None else theirs * inverse[:, None]
+
+    return Case(arguments, expected, (2,), E4M3_ROUNDING if is_scaled else 0.0)
+
+
+def _transposed(dtype: torch.dtype) -> tuple[Any, ...]:
+    return _packed("nf4", True)[0], torch.linspace(100, 110, 5), torch.zeros(320, 96, dtype=torch.float8_e4m3fn)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    amax = wide(x).abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    return wide(x) / amax * torch.finfo(dtype).max, amax / torch.finfo(dtype).max
+
+
+def _fp8_case(dtype: torch.dtype, rounding: float) -> Case:
+    def arguments(of: torch.dtype) -> tuple[Any, ...]:
+        x = drawn(TOKENS, COLUMNS, dtype=of)
+        x[3] = 0
+        return x, dtype
+
+    return Case(arguments, _rounded, rounding=rounding)
+
+
+def _unit(name: str, expected: Callable[..., Any], more: int = 0) -> dict[str, Case]:
+    """A norm whose weight is a factor, and one whose weight is an offset from one."""
+    return {
+        f"{name}: {kind}": Case(lambda dtype, is_offset=is_offset: _norm_arguments(dtype, is_offset, more), expected)
+        for kind, is_offset in (("factor", False), ("offset", True))
+    }
+
+
+def _backward_add(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor, *more: Tensor) -> Any:
+    return _scale(x, eps), _norm_gradient(x, weight, eps, unit_offset, grad) + wide(more[0])
+
+
+# By the name of the operation, and what sets the case apart.
+CASES: dict[str, Case] = {
+    **_unit("rms_norm", _norm),
+    **_unit("rms_norm_add", lambda *given: _norm(*given[:4]) + wide(given[4]), 1),
+    **_unit("rms_norm_backward", _norm_gradient, 1),
+    "rms_norm_backward_add": Case(lambda dtype: _norm_arguments(dtype, True, 3), _backward_add, (6,)),
+    "rms_scale": Case(lambda dtype: (drawn(TOKENS, COLUMNS, dtype=dtype), EPS), _scale),
+    "rotate": Case(lambda dtype: (_heads(dtype), *_angles(dtype), False), lambda *given: _turned(*given[:3])),
+    "rotate: half of a head, back": Case(
+        lambda dtype: (_heads(dtype), *_angles(dtype, width=WIDTH // 2), True), lambda *given: _turn_back(*given[:3])
+    ),
+    "rope": Case(lambda dtype: (_heads(dtype), *_angles(dtype), delta(HEADS * WIDTH, 16, dtype, 1)), _rope),
+    "rope: two rows, rank 40": Case(
+        lambda dtype: (_heads(dtype), *_angles(dtype, TOKENS // 2), delta(HEADS * WIDTH, 40, dtype, 1)), _rope
+    ),
+    "rope_backward": Case(
+        lambda dtype: (drawn(TOKENS, HEADS, WIDTH, dtype=dtype), *_angles(dtype), _place(dtype)),
+        lambda grad, cos, sin, out: _turn_back(grad, cos, sin).flatten(1),
+        (3,),
+    ),
+    **{
+        f"add_n: {count} of them, rank {rank}": Case(
+            lambda dtype, count=count, rank=rank: (
+                [drawn(TOKENS, COLUMNS, dtype=dtype, seed=seed) for seed in range(count)],
+                delta(COLUMNS, rank, dtype, 1),
+            ),
+            lambda parts, more: plus(sum(wide(list(parts))), more),
+        )
+        for count, rank in ((1, 16), (2, 5), (3, 40))
+    },
+    **{
+        f"gated_product: {kind.value}": Case(
+            lambda dtype, kind=kind: (*_glu_arguments(dtype, kind, ())[:2], kind is Activation.silu),
+            lambda gate, up, is_silu: _act(wide(gate), is_silu) * wide(up),
+        )
+        for kind in Activation
+    },
+    **{
+        f"gated_product_backward: {kind.value}": Case(
+            lambda dtype, kind=kind: (
+                *_glu_arguments(dtype, kind, ())[:2],
+                drawn(TOKENS, COLUMNS, dtype=dtype, seed=3),
+                kind is Activation.silu,
+            ),
+            _product_backward,
+        )
+        for kind in Activation
+    },
+    **{
+        f"glu: {kind.value}, ranks {ranks}": Case(
+            lambda dtype, kind=kind, ranks=ranks: _glu_arguments(dtype, kind, ranks), _glu
+        )
+        for kind in Activation
+        for ranks in ((16, 16), (0, 40))
+    },
+    **{
+        f"glu_backward: {kind.value}, ranks {ranks}": Case(
+            lambda dtype, kind=kind, ranks=ranks: _glu_backward_arguments(dtype, kind, ranks), _glu_backward, (5,)
+        )
+        for kind in Activation
+        for ranks in ((16, 16, 16), (8, 0, 24), (0, 33, 1))
+    },
+    "reduce_partials": Case(_sums, _reduce, (1,)),
+    **{
+        f"unpack: {kind}, {'nested' if is_nested else 'flat'}{', to fp8' if is_scaled else ''}": _unpack_case(
+            kind, is_nested, is_scaled
+        )
+        for kind in ("nf4", "fp4")
+        for is_nested in (False, True)
+        for is_scaled in (False, True)
+    },
+    "unpack_transposed": Case(
+        _transposed,
+        lambda weight, inverse, out: (wide(_packed("nf4", True)[1]) * inverse.repeat_interleave(64)).t(),
+        (2,),
+        E4M3_ROUNDING,
+    ),
+    "quantize_rows: e4m3": _fp8_case(torch.float8_e4m3fn, E4M3_ROUNDING),
+    "quantize_rows: e5m2": _fp8_case(torch.float8_e5m2, 2 * E4M3_ROUNDING),
+    "fused_linear_cross_entropy": Case(lambda dtype: _logits(dtype, False), _cross_entropy),
+    "fused_linear_cross_entropy: with the gradient": Case(lambda dtype: _logits(dtype, True), _cross_entropy, (0,)),
+}
