@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.data.collate import Collator, PackedCollator, feature
 from qlora_kit.engine.attention.packed import isolate_samples
-from qlora_kit.engine.layer import fast as fast_engine
+from qlora_kit.engine.layer import mlp
 from qlora_kit.engine.layer.fast import speed_up
 from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
@@ -106,7 +106,7 @@ def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatc
         again_loss, again = step(model, batch)
         assert again_loss == fast_loss
         assert all(torch.equal(again[name], fast[name]) for name in fast)
-    monkeypatch.setattr(fast_engine, "PIECE", 50)  # of the batch's tokens, so that the last piece is a shorter one
+    monkeypatch.setattr(mlp, "PIECE", 50)  # of the batch's tokens, so that the last piece is a shorter one
     assert batch["input_ids"].numel() % 50 and batch["input_ids"].numel() > 100
     engine.set_levels([IN_PIECES] * len(engine.layers))
     pieces_loss, pieces = step(model, batch)

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
 from qlora_kit.engine.graphs.layer_graphs import LayerGraphs, Recordable
-from qlora_kit.engine.layer.blocks import gated_mlp, gated_mlp_in_pieces, project, project_add
+from qlora_kit.engine.layer.attention_blocks import project, project_add
 from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts, take_apart
-from qlora_kit.engine.layer.recompute import GATE_UP_AGAIN, IN_PIECES, KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST, PIECE
+from qlora_kit.engine.layer.recompute import KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
@@ -127,10 +127,7 @@ class FastLayer:
         rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
         q, k, v, residual = project(h, cos, sin, parts.projection)
         attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
-        h = project_add(attention, residual, parts.output)
-        if self.level == IN_PIECES:
-            return gated_mlp_in_pieces(h, parts.mlp, PIECE)
-        return gated_mlp(h, parts.mlp, recompute_gate_up=self.level == GATE_UP_AGAIN)
+        return parts.mlp.forward(project_add(attention, residual, parts.output), self.level)
 
 
 class FastEngine:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
+from qlora_kit.engine.layer.attention_blocks import Output, Projection
+from qlora_kit.engine.layer.mlp import DenseMlp, Mlp
+from qlora_kit.engine.layer.norm import Norm
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
@@ -38,7 +40,7 @@ class LayerParts:
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         """Linear modules by their input."""
-        return self.projection.group, self.output.group, self.mlp.group, self.mlp.down
+        return self.projection.group, self.output.group, *self.mlp.groups
 
     @property
     def linears(self) -> list[AdaptedLinear]:
@@ -106,14 +108,14 @@ def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerPart
         k_norm=of_heads[1],
     )
     output = Output(group(attention, "o_proj"), after[0])
-    gated = Mlp(
+    dense = DenseMlp(
         norm(layer, "pre_feedforward_layernorm" if family.post_norms else "post_attention_layernorm"),
         group(mlp, *(["gate_up_proj"] if family.fused else ["gate_proj", "up_proj"])),
         group(mlp, "down_proj"),
         _activation(mlp),
         after[1],
     )
-    parts = LayerParts(attention, family, bool(getattr(attention, "use_rope", True)), projection, output, gated)
+    parts = LayerParts(attention, family, bool(getattr(attention, "use_rope", True)), projection, output, dense)
     _check_rest(layer, parts.linears)
     return parts
 

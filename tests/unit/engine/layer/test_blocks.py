@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from qlora_kit.engine.layer.blocks import gated_mlp, project, project_add
-from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
+from qlora_kit.engine.layer.attention_blocks import Output, Projection, project, project_add
+from qlora_kit.engine.layer.mlp import DenseMlp, gated_mlp
+from qlora_kit.engine.layer.norm import Norm
 from qlora_kit.engine.linear.adapted_linear import adapted_linear
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
 from qlora_kit.engine.linear.linear_group import LinearGroup
@@ -147,7 +148,7 @@ def test_gated_mlp(parts, is_fused, has_after, again, kind):
 def mlp_of(parts, is_fused=False, has_after=False, kind=Activation.silu, dtype=torch.float32):
     group = group_of(parts, *(["gate_up"] if is_fused else ["gate", "up"]), dtype=dtype)
     after = norm_of(parts.after) if has_after else None
-    return Mlp(norm_of(parts.norm), group, group_of(parts, "down", dtype=dtype), kind, after)
+    return DenseMlp(norm_of(parts.norm), group, group_of(parts, "down", dtype=dtype), kind, after)
 
 
 def kept_values(run):

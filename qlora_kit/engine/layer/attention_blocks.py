@@ -1,27 +1,83 @@
-"""The three parts of a decoder layer around its attention, each with a backward written by hand.
+"""The two parts of a decoder layer around its attention, each with a backward written by hand.
 
 For a layer input h of shape `[rows, tokens, hidden]`:
 
     q, k, v, residual = project(h)        norm, linear modules, norms of heads, rope
     h2 = project_add(attention, residual) output module, optional norm, residual
-    h3 = gated_mlp(h2)                    norm, gate and up, activation, down, optional norm, residual
 
-What is kept for the backward is the input of each part, gate and up, and the thin products of LoRA; norms and the gated
-product are computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
+What is kept for the backward is the input of each part, q and k before their norms, and the thin products of LoRA; the
+norm of h is computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from qlora_kit.engine.layer.parts import Mlp, Norm, Output, Projection
+from qlora_kit.engine.layer.norm import Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.ops.glu import glu, glu_backward
-from qlora_kit.engine.ops.lora_delta import add_n
+from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
 from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate
+
+
+@dataclass
+class Place:
+    """Where a layer is to write the gradient of its input `[rows, tokens, hidden]`; in new memory if nowhere."""
+
+    tensor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """From the layer's input to attention.
+
+    Attributes:
+        group: q, k and v, or one module with the three side by side.
+        heads: of q, of k and of v.
+        q_norm: over the width of a head; None in most families, like `k_norm`.
+        place: is read when the gradient of the layer's input is written.
+    """
+
+    norm: Norm
+    group: LinearGroup
+    heads: tuple[int, int, int]
+    head_dim: int
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    place: Place = field(default_factory=Place)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether q or k is normed over each head."""
+        return self.q_norm is not None or self.k_norm is not None
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of q, of k and of v."""
+        return [n * self.head_dim for n in self.heads]
+
+    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> Sequence[LoraDelta | None]:
+        """What adapters add to q, to k and to v."""
+        found = self.group.low_ranks(thin, dtype)
+        if len(found) > 1 or (whole := found[0]) is None:
+            return found * (3 // len(found))
+        return [LoraDelta(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
+
+    def split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """q, k and v, `[T, heads, head_dim]` each."""
+        parts = outputs if len(outputs) > 1 else torch.split(outputs[0], self.widths, dim=1)
+        return [part.view(len(part), n, self.head_dim) for part, n in zip(parts, self.heads, strict=True)]
+
+
+@dataclass(frozen=True)
+class Output:
+    """From attention back to the residual stream; `after` is a norm of what is added, in Gemma."""
+
+    group: LinearGroup
+    after: Norm | None = None
 
 
 def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection) -> tuple[Tensor, ...]:
@@ -33,27 +89,14 @@ def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection
     Returns:
         q, k and v `[rows, heads, tokens, head_dim]`, and h.
     """
-    found: tuple[Tensor, ...] = _apply(NormProject, h, cos, sin, parts, *parts.group.parameters())
+    found: tuple[Tensor, ...] = NormProject.apply(h, cos, sin, parts, *parts.group.parameters())  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return found
 
 
 def project_add(attention: Tensor, residual: Tensor, parts: Output) -> Tensor:
     """`residual + o(attention)`: attention `[rows, tokens, heads * head_dim]`, residual `[rows, tokens, hidden]`."""
-    found: Tensor = _apply(ProjectAdd, attention, residual, parts, *parts.group.parameters())
+    found: Tensor = ProjectAdd.apply(attention, residual, parts, *parts.group.parameters())  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return found
-
-
-def gated_mlp(h: Tensor, parts: Mlp, *, recompute_gate_up: bool = False) -> Tensor:
-    """`h + mlp(h)` for h `[rows, tokens, hidden]`; gate and up are kept, or computed again in the backward."""
-    parameters = [*parts.group.parameters(), *parts.down.parameters()]
-    found: Tensor = _apply(GatedMlp, h, parts, recompute_gate_up, *parameters)
-    return found
-
-
-def gated_mlp_in_pieces(h: Tensor, parts: Mlp, tokens: int) -> Tensor:
-    """The same, made of so many tokens at a time, so that gate and up of no more exist at once."""
-    pieces = torch.split(h.flatten(0, 1)[None], tokens, dim=1)
-    return torch.cat([gated_mlp(piece, parts, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
 
 
 class NormProject(Function):
@@ -104,7 +147,7 @@ class ProjectAdd(Function):
 
     @staticmethod
     def forward(ctx: Any, attention: Tensor, residual: Tensor, parts: Output, *_: Tensor) -> Tensor:
-        added, y, thin = _added(residual, attention.flatten(0, 1), parts.group, parts.after)
+        added, y, thin = add_to_residual(residual, attention.flatten(0, 1), parts.group, parts.after)
         ctx.parts = parts
         ctx.save_for_backward(attention, thin, y)
         return added
@@ -119,48 +162,6 @@ class ProjectAdd(Function):
         needs_input = ctx.needs_input_grad[0]
         dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), thin, needs_input=needs_input)
         return None if dx is None else dx.view_as(attention), grad, None, *trained
-
-
-class GatedMlp(Function):
-    """See `gated_mlp`."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, parts: Mlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
-        gate, up, thin = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
-        more, down_a = parts.low_ranks(thin, h.dtype), parts.down.all_a(h.dtype)
-        product, thin_down = glu(gate, up, parts.activation, more, down_a)
-        added, y, thin_down = _added(h, product, parts.down, parts.after, thin_down)
-        ctx.parts = parts
-        kept = (None, None) if recompute_gate_up else (gate, up)
-        ctx.save_for_backward(h, thin, thin_down, y, *kept)
-        return added
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        h, thin, thin_down, y, gate, up = ctx.saved_tensors
-        parts: Mlp = ctx.parts
-        rows, d_out = h.flatten(0, 1), grad.flatten(0, 1)
-        if gate is None:
-            gate, up, _ = parts.gate_and_up(parts.norm.forward(rows), thin)
-        dy = d_out if parts.after is None else parts.after.backward(y, d_out)
-        inner_down = parts.down.backward_inner(Gradients(dy))
-        d_product = parts.down.backward_input(Gradients(dy), None)
-        more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
-        gradients = parts.group.room_for_gradients(rows)
-        through = parts.split(gradients.outputs)
-        sums = glu_backward(gate, up, d_product, parts.activation, more, through)
-        del d_product, gate, up
-        inner = parts.group.backward_inner(gradients)
-        dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
-        dh, x = parts.norm.backward_add(rows, dx, d_out)
-        trained = parts.gradients_of_group(x, inner, sums)
-        of_down = parts.gradients_of_down(dy, thin_down, sums)
-        return None if dh is None else dh.view_as(h), None, None, *trained, *of_down
-
-
-def _apply(function: Any, *arguments: Any) -> Any:
-    return function.apply(*arguments)
 
 
 def _project_backward(
@@ -186,23 +187,6 @@ def _project_backward(
             continue
         found = grad if turn is None else rotate(grad, repeat_angles(turn[0], grad), repeat_angles(turn[1], grad), True)
         place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
-
-
-def _added(
-    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, thin: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
-
-    Returns:
-        With it the module's output where a norm stands after it, and the thin product.
-    """
-    rows = residual.flatten(0, 1)
-    if after is not None:
-        (y,), thin = group.forward(x, thin)
-        return after.add_to(rows, y).view_as(residual), y, thin
-    (y,), thin = group.forward_apart(x, thin)
-    (more,) = group.low_ranks(thin, x.dtype)
-    return add_n([y, rows], more).view_as(residual), None, thin
 
 
 def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:

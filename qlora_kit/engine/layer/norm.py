@@ -1,0 +1,65 @@
+"""The norms of a decoder layer, and how what a module gives comes to the residual stream."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engine.linear.linear_group import LinearGroup
+from qlora_kit.engine.ops.lora_delta import add_n
+from qlora_kit.engine.ops.rms_norm import rms_norm, rms_norm_add, rms_norm_backward, rms_norm_backward_add, rms_scale
+from qlora_kit.engine.ops.split_k import Normed
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMS norm; see `ops.rms_norm`."""
+
+    weight: Tensor
+    eps: float
+    unit_offset: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of each row of `[T, width]`."""
+        return rms_norm(x, self.weight, self.eps, self.unit_offset)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + norm(x)`."""
+        return rms_norm_add(x, self.weight, self.eps, self.unit_offset, residual)
+
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of x."""
+        return rms_norm_backward(x, self.weight, self.eps, self.unit_offset, grad)
+
+    def backward_add(
+        self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor | None, Normed]:
+        """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
+
+        Args:
+            grad: of the norm; None where that of x is not needed.
+            place: memory for the gradient of x, like x.
+        """
+        factor = 1.0 + self.weight.float() if self.unit_offset else self.weight
+        if grad is None:
+            return None, Normed(x, rms_scale(x, self.eps), factor)
+        out = torch.empty_like(x) if place is None else place
+        scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, out)
+        return out, Normed(x, scale, factor)
+
+
+def add_to_residual(
+    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, thin: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
+
+    Returns:
+        With it the module's output where a norm stands after it, and the thin product.
+    """
+    rows = residual.flatten(0, 1)
+    if after is not None:
+        (y,), thin = group.forward(x, thin)
+        return after.add_to(rows, y).view_as(residual), y, thin
+    (y,), thin = group.forward_apart(x, thin)
+    (more,) = group.low_ranks(thin, x.dtype)
+    return add_n([y, rows], more).view_as(residual), None, thin
