@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 
 TOP = Path(__file__).resolve().parent.parent
 TEXTS = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
-DOCUMENTS = [*TEXTS, *sorted((TOP / "docs").rglob("*.md"))]
+FORMS = [*sorted((TOP / ".github").rglob("*.md")), *sorted((TOP / ".github").rglob("*.yml"))]
+DOCUMENTS = [*TEXTS, *FORMS, *sorted((TOP / "docs").rglob("*.md"))]
 ERRORS = ("KitError", "RecipeError", "RunError", "StoppedError", "FidelityError", "Problem", "DamagedFileError")
 
 # What stands in a message for a value: the source of the expression -> such a value. A new one is added by its source.

@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from qlora_kit import __version__
 from tests.chat_templates import trl_templates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +98,27 @@ def test_all_names_every_extra_that_users_have():
     named = set(re.findall(r"\w+", extras["all"][0].split("[")[1]))
     # harness needs packages that exist as sources only, which would be built at every installation.
     assert named == set(extras) - {"all", "dev", "docs", "export", "harness"}
+
+
+def test_every_file_that_names_the_version_names_the_same():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
+    headings = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == __version__
+
+
+def test_forms_of_issues_ask_for_something_and_the_workflow_runs_what_ci_runs():
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text("utf-8"))
+        assert {"name", "description", "body"} <= set(form)
+        asked = [part for part in form["body"] if part["type"] != "markdown"]
+        assert len({part["id"] for part in asked}) == len(asked) > 1
+        assert any(part.get("validations", {}).get("required") for part in asked)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in steps
+    assert (ROOT / ".ci/run").is_file()
 
 
 def test_constraints_hold_pins_only():
