@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from qlora_kit.export.stored_weights import WeightReader, stored_tensors
 from qlora_kit.formats.registry import find_format
+from qlora_kit.weights.reader import WeightReader, stored_tensors
 
 FORMAT_OF_METHOD = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "bnb"}
 

@@ -18,7 +18,7 @@ def check_train(composed: Composed) -> TrainRecipe:
         RecipeError: the base is not there, has no commit or is no text decoder, or a target names no module of it.
     """
     from qlora_kit.model.source import check_source
-    from qlora_kit.model.weight_names import linear_module_names
+    from qlora_kit.weights.names import linear_module_names
 
     recipe = cast(TrainRecipe, composed.recipe)
     folder = typed_path(recipe.model.source)

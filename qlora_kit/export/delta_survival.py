@@ -27,7 +27,7 @@ from qlora_kit.core.units import counted, kept_share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_kit.export.stored_weights import WeightReader
+    from qlora_kit.weights.reader import WeightReader
 
 # Below this the file is nearer to the base than to what was trained.
 LEAST_KEPT = 0.5

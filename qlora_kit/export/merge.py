@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapter.updates import Adapter, read_adapter, refuse_unlearned
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import human_bytes
 from qlora_kit.export.merging.audit import audit_changes, audit_folder, changes_hash
 from qlora_kit.export.merging.carry import carry_files, says_tied
-from qlora_kit.export.merging.deltas import Adapter, read_adapter, refuse_unlearned
 from qlora_kit.export.merging.plan import Plan, make_plan
-from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.merging.resume import Journal, inputs_hash, take_up
 from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounded_modules
 from qlora_kit.export.merging.write_shards import Written, write_shards
-from qlora_kit.model.weight_names import tensor_shapes
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.names import tensor_shapes
 
 ROOM_FOR_SMALL_FILES = 50_000_000  # bytes; tokenizer and settings
 

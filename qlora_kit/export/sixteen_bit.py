@@ -4,16 +4,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapter.updates import Adapter
 from qlora_kit.export.merge import MergeReport, refuse_full_disk
 from qlora_kit.export.merging.audit import audit_folder
 from qlora_kit.export.merging.carry import carry_files, says_tied
-from qlora_kit.export.merging.deltas import Adapter
 from qlora_kit.export.merging.plan import make_plan
-from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.merging.rounded import Rounding
 from qlora_kit.export.merging.write_shards import write_shards
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.weights.headers import read_headers
 
 
 def write_sixteen_bit(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.export.safetensors_rows import StoredTensor, read_rows
+from qlora_kit.weights.float_rows import StoredTensor, read_rows
 
 HEAD = "lm_head"
 

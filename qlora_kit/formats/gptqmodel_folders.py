@@ -13,7 +13,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.formats.awq.gemm_twin import gemm_twin, is_gemv
 from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
-from qlora_kit.model.weight_names import tensor_shapes
+from qlora_kit.weights.names import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import GPTQConfig, PreTrainedModel

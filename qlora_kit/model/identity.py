@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_kit.core.files import quick_hash
-from qlora_kit.model.stored_tensors import StoredTensor, read_headers
+from qlora_kit.weights.headers import StoredTensor, read_headers
 
 SETTINGS = ("config.json",)
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what rows are made into tokens with

@@ -10,8 +10,8 @@ from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.model.demo import demo_base
 from qlora_kit.model.kind import CONFIG, kind_problems, read_config
-from qlora_kit.model.stored_tensors import INDEX, listed_files
 from qlora_kit.schema.model import ModelConfig
+from qlora_kit.weights.headers import INDEX, listed_files
 
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

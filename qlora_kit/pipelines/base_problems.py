@@ -9,10 +9,10 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.model.stored_tensors import FLOATS, StoredTensor
 from qlora_kit.model.structure import Weights, transposed_modules
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.weights.headers import FLOATS, StoredTensor
 
 ATTENTION_ONLY = "lora.targets=[attention]"
 _NAMED = 5  # names in a line

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_kit.adapter.updates import CONFIG
 from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, file_part, read_json, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
@@ -22,7 +23,6 @@ from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.merging.deltas import CONFIG
 from qlora_kit.formats.fit import fit_of
 from qlora_kit.formats.job import ExportJob, Source
 from qlora_kit.formats.registry import export_jobs, find_format

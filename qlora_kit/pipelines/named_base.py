@@ -9,11 +9,11 @@ from typing import Any
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.merging.read_base import FLOATS, read_headers
 from qlora_kit.model.source import locate_base
 from qlora_kit.schema.folders import groups, recipe_file
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import ExportRecipe
+from qlora_kit.weights.headers import FLOATS, read_headers
 
 # Keys of config.json under which quantizers leave their settings: transformers' own, an older one of vLLM's, and MLX's.
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from qlora_kit.adapter.strange import refuse_strange_adapter
 from qlora_kit.core.errors import RecipeError, UnreadableFileError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.rundir import RunDirectory, find_run
@@ -15,7 +16,6 @@ from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.as_written import refuse_edited
 from qlora_kit.pipelines.same_base import refuse_other_base
-from qlora_kit.pipelines.strange_adapter import refuse_strange_adapter
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.root import TrainRecipe

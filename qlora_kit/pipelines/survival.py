@@ -4,17 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.adapter.updates import Adapter, read_adapter
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.say import say
 from qlora_kit.export.delta_survival import DeltaSurvival, survey
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.merging.deltas import Adapter, read_adapter
 from qlora_kit.export.merging.names import checkpoint_names
-from qlora_kit.export.merging.read_base import read_headers
-from qlora_kit.export.stored_weights import WeightReader, stored_tensors
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
 from qlora_kit.schema.export import MergeBase
+from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.reader import WeightReader, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,6 @@ from qlora_kit.data.audit.embedding import beyond_embedding
 from qlora_kit.data.audit.finding import Level
 from qlora_kit.evaluation.scores import Scorer
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.merging.read_base import read_headers
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
 from qlora_kit.formats.job import ExportJob
@@ -35,6 +34,7 @@ from qlora_kit.schema.compose import load_recipe, recipe_yaml
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import ExportRecipe
+from qlora_kit.weights.headers import read_headers
 
 FP32_BYTES = 5  # a weight in fp32, with what scoring needs beside the model
 

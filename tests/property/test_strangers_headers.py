@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_kit.adapter.attach import load_adapter
+from qlora_kit.adapter.updates import read_adapter
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
-from qlora_kit.export.merging.deltas import read_adapter
 from qlora_kit.model.source import check_folder
-from qlora_kit.model.stored_tensors import LONGEST_HEADER, raw_header, read_headers
 from qlora_kit.model.tokenizer import stop_ids
-from qlora_kit.model.weight_names import linear_module_names
 from qlora_kit.pipelines.reach import reach_of
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import KnownBase
+from qlora_kit.weights.headers import LONGEST_HEADER, raw_header, read_headers
+from qlora_kit.weights.names import linear_module_names
 
 ODD = [
     None,

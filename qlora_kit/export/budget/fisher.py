@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from qlora_kit.core.say import say
 from qlora_kit.export.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
-from qlora_kit.export.safetensors_rows import StoredTensor, find_tensors
 from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
+from qlora_kit.weights.float_rows import StoredTensor, find_tensors
 
 MOST_STATE_BYTES = 2 << 30
 _STATE_BYTES = 2  # a number of a hidden state, kept in bfloat16

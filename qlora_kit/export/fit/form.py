@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.core.files import read_json
 from qlora_kit.export.fit.fault import LeftOver
-from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.weights.headers import read_headers
 
 Shapes = Mapping[str, tuple[int, int]]
 HEAD = "lm_head"

@@ -9,9 +9,9 @@ from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.export.merging.carry import carried, says_tied, vocabulary_size
 from qlora_kit.export.merging.plan import EMBEDDING, HEAD
-from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_headers
 from qlora_kit.export.merging.rounded import weight_beside
 from qlora_kit.export.merging.write_shards import Written
+from qlora_kit.weights.headers import FLOATS, StoredTensor, read_headers
 
 SHOWN = 5  # names in a message
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_kit.adapter.updates import Update
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.merging.deltas import Update
 from qlora_kit.export.merging.packed import PackedWeight
 from qlora_kit.export.merging.plan import Piece, block_spans
-from qlora_kit.export.merging.read_base import FLOATS, read_rows, read_whole
 from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
+from qlora_kit.weights.headers import FLOATS
+from qlora_kit.weights.torch_rows import read_rows, read_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,11 +4,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from qlora_kit.adapter.updates import Adapter, LowRank
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.merging.deltas import Adapter, LowRank
 from qlora_kit.export.merging.names import checkpoint_names
-from qlora_kit.export.merging.read_base import BYTES, FLOATS, StoredTensor, read_rows
 from qlora_kit.export.merging.rounded import stored_shape, weight_beside
+from qlora_kit.weights.headers import BYTES, FLOATS, StoredTensor
+from qlora_kit.weights.torch_rows import read_rows
 
 SHARD_BYTES = 4_000_000_000
 LARGEST_BASE_SHARD = 6_000_000_000  # bytes; a base that was sharded for its readers keeps its shards

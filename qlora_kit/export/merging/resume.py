@@ -8,12 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from qlora_kit import __version__
+from qlora_kit.adapter.updates import CONFIG, WEIGHTS
 from qlora_kit.core.files import file_hash, read_json
-from qlora_kit.export.merging.deltas import CONFIG, WEIGHTS
 from qlora_kit.export.merging.plan import BLOCK, Plan
-from qlora_kit.export.merging.read_base import StoredTensor
 from qlora_kit.export.merging.rounded import Rounding
 from qlora_kit.export.merging.write_shards import Written, checksums
+from qlora_kit.weights.headers import StoredTensor
 
 JOURNAL = ".merge.json"
 

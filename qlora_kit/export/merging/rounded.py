@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack
-from qlora_kit.export.merging.read_base import StoredTensor, read_whole
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.weights.headers import StoredTensor
+from qlora_kit.weights.torch_rows import read_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from qlora_kit.adapter.updates import Update
 from qlora_kit.core.files import write_json
 from qlora_kit.export.merging.blocks import Block, merge_rows, merge_whole
-from qlora_kit.export.merging.deltas import Update
 from qlora_kit.export.merging.plan import BLOCK, Piece, Plan, block_spans
-from qlora_kit.export.merging.read_base import BYTES, INDEX, torch_dtype
 from qlora_kit.export.merging.rounded import Rounding
+from qlora_kit.weights.headers import BYTES, INDEX
+from qlora_kit.weights.torch_rows import torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

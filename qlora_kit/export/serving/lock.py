@@ -14,7 +14,7 @@ from qlora_kit.core.environment import package_versions
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
-from qlora_kit.model.stored_tensors import raw_header
+from qlora_kit.weights.headers import raw_header
 
 LOCK = "lock.json"
 

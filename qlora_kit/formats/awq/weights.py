@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.files import read_json
-from qlora_kit.export.stored_weights import WeightReader, packed_tensors, stored_tensors
 from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
 from qlora_kit.schema.export import AwqLayout
+from qlora_kit.weights.reader import WeightReader, packed_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from qlora_kit.schema.export import BnbTarget
 if TYPE_CHECKING:
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
-    from qlora_kit.export.stored_weights import WeightReader
+    from qlora_kit.weights.reader import WeightReader
 
 _WEIGHT_BITS = {"nf4": 4, "int8": 8}
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_kit.export.merging.read_base import StoredTensor, read_headers
 from qlora_kit.export.merging.rounded import read_stored, weight_beside
-from qlora_kit.export.stored_weights import WeightReader, stored_tensors
+from qlora_kit.weights.headers import StoredTensor, read_headers
+from qlora_kit.weights.reader import WeightReader, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

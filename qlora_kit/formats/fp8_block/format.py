@@ -16,7 +16,7 @@ from qlora_kit.schema.export import Fp8BlockTarget
 
 if TYPE_CHECKING:
     from qlora_kit.export.fit.form import ModelForm
-    from qlora_kit.export.stored_weights import WeightReader
+    from qlora_kit.weights.reader import WeightReader
 
 _REQUIRED = (
     Required(("quant_method",), (METHOD,)),

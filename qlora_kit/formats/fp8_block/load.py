@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.stored_weights import WeightReader, stored_tensors
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
+from qlora_kit.weights.reader import WeightReader, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,12 +7,12 @@ from pathlib import Path
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.fit.fault import ELSEWHERE, LeftOver
 from qlora_kit.export.fit.form import ModelForm
-from qlora_kit.export.safetensors_rows import StoredTensor
 from qlora_kit.families.registry import ARCHITECTURES
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.mixes import find_mix, is_quantizable
 from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_stored
 from qlora_kit.schema.export import GgufMix, GgufTarget
+from qlora_kit.weights.float_rows import StoredTensor
 
 _FLOATS = ("F32", "F16", "BF16")
 

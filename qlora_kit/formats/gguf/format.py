@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
-    from qlora_kit.export.stored_weights import WeightReader
     from qlora_kit.formats.format import Speaker
     from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+    from qlora_kit.weights.reader import WeightReader
 
 
 class Gguf(Format[GgufTarget]):

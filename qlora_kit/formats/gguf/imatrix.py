@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.safetensors_rows import find_tensors
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.metadata import read_config
 from qlora_kit.formats.gguf.tensors import gguf_names
 from qlora_kit.formats.gguf.whole_file import whole_gguf
+from qlora_kit.weights.float_rows import find_tensors
 
 if TYPE_CHECKING:
     import numpy as np

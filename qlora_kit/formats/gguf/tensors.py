@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
-from qlora_kit.export.safetensors_rows import (
+from qlora_kit.families.family import ConfigFields, GgufRules
+from qlora_kit.formats.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.overrides import overridden_types
+from qlora_kit.weights.float_rows import (
     StoredTensor,
     find_tensors,
     read_picked_rows,
     read_rows,
     read_stored_rows,
 )
-from qlora_kit.families.family import ConfigFields, GgufRules
-from qlora_kit.formats.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
-from qlora_kit.formats.gguf.overrides import overridden_types
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.export.stored_weights import WeightReader
 from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.tensors import paired_order, rotated_heads_of
+from qlora_kit.weights.reader import WeightReader
 
 if TYPE_CHECKING:
     from torch import Tensor

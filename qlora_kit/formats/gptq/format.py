@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import LeftOver
     from qlora_kit.export.fit.form import ModelForm
-    from qlora_kit.export.stored_weights import WeightReader
+    from qlora_kit.weights.reader import WeightReader
 
 _REQUIRED = (
     Required(("quant_method",), ("gptq",)),

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.export.stored_weights import WeightReader, packed_tensors, stored_tensors
 from qlora_kit.formats.gptq.layout import PACKED, unpacked_weight
+from qlora_kit.weights.reader import WeightReader, packed_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival, delta_survival, noise_to_delta, survey
-from qlora_kit.export.stored_weights import stored_tensors
 from qlora_kit.formats.awq.layout import unpacked_weight
 from qlora_kit.formats.awq.weights import without_factors
 from qlora_kit.formats.gptq.write import write_gptq
 from qlora_kit.formats.registry import find_format
 from qlora_kit.schema.export import GptqMethod, GptqTarget
+from qlora_kit.weights.reader import stored_tensors
 from tests.dequantized import dequantized_weights
 from tests.tiny_models import build_tiny_model
 

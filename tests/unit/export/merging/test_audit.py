@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.audit import audit_folder
-from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.weights.headers import read_headers
 from tests.unit.export.merging.trained import Pair, edit_json, merge_pair, rewrite, shard
 
 

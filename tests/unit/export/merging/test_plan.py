@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_kit.export.merging import plan
 from qlora_kit.export.merging.audit import audit_folder
-from qlora_kit.export.merging.read_base import read_headers
+from qlora_kit.weights.headers import read_headers
 from tests.unit.export.merging.trained import WEIGHTS, Pair, merge_pair, rewrite, shard
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_kit.adapter.updates import Update
 from qlora_kit.core.errors import RunError
 from qlora_kit.export import merge as merge_module
 from qlora_kit.export.merge import refuse_full_disk
 from qlora_kit.export.merging import blocks
 from qlora_kit.export.merging.audit import audit_changes
-from qlora_kit.export.merging.deltas import Update
 from qlora_kit.export.merging.write_shards import Written
 from tests.unit.export.merging.trained import WEIGHTS, Pair, edit_json, merge_pair, rewrite, shard
 

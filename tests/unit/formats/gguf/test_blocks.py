@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.safetensors_rows import find_tensors
 from qlora_kit.formats.gguf.blocks import converted
 from qlora_kit.formats.gguf.tensors import PlannedTensor
+from qlora_kit.weights.float_rows import find_tensors
 
 PLAIN = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "IQ3_S"]
 FITTED = [*PLAIN[1:], "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]

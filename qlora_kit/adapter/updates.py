@@ -15,8 +15,8 @@ from qlora_kit.core.errors import DamagedFileError, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.units import counted
-from qlora_kit.export.merging.read_base import FLOATS, StoredTensor, read_header, read_whole
-from qlora_kit.model.stored_tensors import broken
+from qlora_kit.weights.headers import FLOATS, StoredTensor, broken, read_header
+from qlora_kit.weights.torch_rows import read_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, device

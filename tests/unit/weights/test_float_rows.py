@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.safetensors_rows import find_tensors, read_picked_rows, read_rows, read_stored_rows
+from qlora_kit.weights.float_rows import find_tensors, read_picked_rows, read_rows, read_stored_rows
 
 VALUES = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_kit.model.stored_tensors import read_header, read_headers
+from qlora_kit.weights.headers import read_header, read_headers
 
 NOT_LINEAR = ("norm", "layernorm", "embed", "lm_head")
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapter.updates import CONFIG, WEIGHTS, read_adapter
 from qlora_kit.core.errors import DamagedFileError, Problem
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
-from qlora_kit.export.merging.deltas import CONFIG, WEIGHTS, read_adapter
-from qlora_kit.model.stored_tensors import read_header, read_headers
+from qlora_kit.weights.headers import read_header, read_headers
 
 # Of peft's settings those that the kit sets, and those that say nothing where their switch is off.
 _SET = {

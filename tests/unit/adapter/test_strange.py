@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qlora_kit.adapter import strange as strange_adapter
+from qlora_kit.adapter.strange import refuse_strange_adapter
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, DamagedFileError
-from qlora_kit.pipelines import strange_adapter
-from qlora_kit.pipelines.strange_adapter import refuse_strange_adapter
 
 NAMES = ("q_proj", "v_proj")
 HONEST = {

@@ -5,13 +5,7 @@ Read with plain reads rather than a mapping, so that a file's pages never count 
 
 from typing import TYPE_CHECKING
 
-from qlora_kit.model.stored_tensors import BYTES as BYTES
-from qlora_kit.model.stored_tensors import FLOATS as FLOATS
-from qlora_kit.model.stored_tensors import INDEX as INDEX
-from qlora_kit.model.stored_tensors import StoredTensor as StoredTensor
-from qlora_kit.model.stored_tensors import broken
-from qlora_kit.model.stored_tensors import read_header as read_header
-from qlora_kit.model.stored_tensors import read_headers as read_headers
+from qlora_kit.weights.headers import StoredTensor, broken
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype

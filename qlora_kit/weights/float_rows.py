@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.merging.read_base import read_header
+from qlora_kit.weights.headers import read_header
 
 if TYPE_CHECKING:
     import numpy as np
