@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
 from qlora_kit.formats.registry import find_format
+from qlora_kit.runs.directory import RunDirectory
 from tests.tiny_models import qwen_tokenizer
 
 README = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\nlanguage: [en]\n---\n# Tiny\n"

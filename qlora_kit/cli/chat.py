@@ -5,8 +5,8 @@ import os
 from typing import NoReturn
 
 from qlora_kit.core.errors import EXIT_OK, RecipeError
-from qlora_kit.core.rundir import refuse_empty
 from qlora_kit.core.shell import read_hydra_text
+from qlora_kit.runs.directory import refuse_empty
 
 
 class _Parser(argparse.ArgumentParser):

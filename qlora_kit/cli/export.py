@@ -46,8 +46,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(recipe: "ExportRecipe") -> "Exportable":
-    from qlora_kit.core.rundir import find_run, refuse_at_work
     from qlora_kit.model.source import locate_base
+    from qlora_kit.runs.directory import find_run, refuse_at_work
     from qlora_kit.schema.compose import load_recipe
     from qlora_kit.schema.data import LaterRows
     from qlora_kit.schema.root import TrainRecipe
@@ -66,7 +66,7 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
 
 
 def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":
-    from qlora_kit.pipelines.named_base import named_base
+    from qlora_kit.runs.named_base import named_base
 
     named = named_base(recipe)
     _check_shapes(named.folder, recipe.export)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import typed_path
-from qlora_kit.core.rundir import meant_run
 from qlora_kit.core.shell import override, read_hydra_text, shell_line
 from qlora_kit.core.terminal import printable
+from qlora_kit.runs.directory import meant_run
 from qlora_kit.schema.folders import meant_choice
 
 HELP = ("-h", "--help")

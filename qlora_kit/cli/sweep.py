@@ -11,11 +11,11 @@ from qlora_kit.cli.line import Line
 from qlora_kit.cli.run_name import named
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.lock import hold
-from qlora_kit.core.rundir import new_run
 from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
+from qlora_kit.runs.directory import new_run
 from qlora_kit.schema.data import HOLD_OUT
 from qlora_kit.schema.root import TrainRecipe
 

@@ -5,9 +5,9 @@ from qlora_kit.cli.run_name import named
 from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.lock import hold
-from qlora_kit.core.rundir import RunDirectory, find_run, new_run
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.runs.directory import RunDirectory, find_run, new_run
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -62,8 +62,8 @@ def _resume(line: Line) -> int:
             "the command line",
             shell_line(["qlora-kit", "train", override("resume", name)]),
         )
-    from qlora_kit.pipelines.as_written import refuse_edited
     from qlora_kit.pipelines.job_process import end_with_sweep
+    from qlora_kit.runs.as_written import refuse_edited
 
     end_with_sweep()
     with hold(found.path, "train"):

@@ -6,7 +6,6 @@ from threading import Thread
 from typing import Any
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory, meant_run, newest_run
 from qlora_kit.core.say import say, show
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict
@@ -17,6 +16,7 @@ from qlora_kit.formats.format import Format
 from qlora_kit.formats.registry import find_format
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import open_run
+from qlora_kit.runs.directory import RunDirectory, meant_run, newest_run
 
 Messages = list[dict[str, str]]
 

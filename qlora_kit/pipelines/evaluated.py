@@ -9,7 +9,6 @@ from typing import Any, ClassVar, cast
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.lock import BusyError
-from qlora_kit.core.rundir import RunDirectory, find_run, refuse_at_work
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.tokens import TokenRow
@@ -18,10 +17,11 @@ from qlora_kit.evaluation.trained import open_trained
 from qlora_kit.export.manifest import MANIFEST
 from qlora_kit.pipelines.base_rows import parted_general_text, prepared_rows
 from qlora_kit.pipelines.exportable import Exportable, TrainedRun
-from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
-from qlora_kit.pipelines.named_base import named_base
 from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
 from qlora_kit.pipelines.untrained_base import UntrainedBase, base_in
+from qlora_kit.runs.directory import RunDirectory, find_run, refuse_at_work
+from qlora_kit.runs.exported_base import find_exported_base, no_run_but_exports
+from qlora_kit.runs.named_base import named_base
 from qlora_kit.schema.check_exported import names_rows
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import LaterRows, Task

@@ -14,7 +14,6 @@ from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, file_part, read_json, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import hold
-from qlora_kit.core.rundir import no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
@@ -32,6 +31,7 @@ from qlora_kit.pipelines.finish_export import TOP_TOKENS, Finished, finish
 from qlora_kit.pipelines.next_line import lines_after_export
 from qlora_kit.pipelines.opened_run import EVAL_FILE
 from qlora_kit.pipelines.reference import Reference
+from qlora_kit.runs.directory import no_empty_folder_left
 from qlora_kit.schema.export import ExportConfig, MergeBase
 
 Merged = tuple[Path, MergeReport]  # the 16-bit folder, and what was merged into it

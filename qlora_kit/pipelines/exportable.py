@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
@@ -20,6 +19,7 @@ from qlora_kit.formats.job import ExportJob, settings_of
 from qlora_kit.formats.registry import asked_for
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.survival import record, survival
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 

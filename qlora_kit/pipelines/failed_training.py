@@ -9,13 +9,13 @@ import torch
 
 from qlora_kit.core.errors import Problem, RunError
 from qlora_kit.core.overrides import read_overrides
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes
 from qlora_kit.memory.free import free_host_bytes
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.skeleton import told_plainly
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.data import LongRows
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.quant import ComputeDtype, QuantKind

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import KitError
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.export.manifest import read_manifest
 from qlora_kit.formats.fit import fit_of
 from qlora_kit.formats.registry import find_format
 from qlora_kit.model.source import locate_base
+from qlora_kit.runs.best_job import best_job
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe, load_recipe
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 

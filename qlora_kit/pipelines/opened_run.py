@@ -8,14 +8,14 @@ from typing import Any, cast
 from qlora_kit.adapter.strange import refuse_strange_adapter
 from qlora_kit.core.errors import RecipeError, UnreadableFileError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.rundir import RunDirectory, find_run
 from qlora_kit.core.say import say
 from qlora_kit.data.prepare import HeldOutRows, PreparedData, later_rows, prepare
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.model.source import locate_base
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.as_written import refuse_edited
-from qlora_kit.pipelines.same_base import refuse_other_base
+from qlora_kit.runs.as_written import refuse_edited
+from qlora_kit.runs.directory import RunDirectory, find_run
+from qlora_kit.runs.same_base import refuse_other_base
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.root import TrainRecipe

@@ -6,13 +6,13 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, newest_run, refuse_no_run, tell_latest
 from qlora_kit.core.shell import override, shell_line
-from qlora_kit.pipelines.exported_base import find_exported_base, no_run_but_exports
 from qlora_kit.report.page import check_place, write_page
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_facts import RunPage
 from qlora_kit.report.run_page_read import read_exported_base, read_run
+from qlora_kit.runs.directory import OUTPUTS, RunDirectory, newest_run, refuse_no_run, tell_latest
+from qlora_kit.runs.exported_base import find_exported_base, no_run_but_exports
 
 PAGE = "report.html"
 

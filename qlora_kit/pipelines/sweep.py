@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora_kit.core.best_job import SWEEP_RECORD
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
-from qlora_kit.pipelines.as_written import note_recipe
 from qlora_kit.pipelines.job_process import SweepStop, run_process
+from qlora_kit.runs.as_written import note_recipe
+from qlora_kit.runs.best_job import SWEEP_RECORD
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.sweep import Direction

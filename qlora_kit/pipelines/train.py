@@ -13,7 +13,6 @@ from qlora_kit.adapter.saved import name_base
 from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.files import clear_left_overs, staged_directory, sync_folder, write_json
 from qlora_kit.core.lock import hold
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.signals import came_of_interrupt
@@ -30,7 +29,6 @@ from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.model.source import locate_base, refuse_other_kinds
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.as_written import note_adapter
 from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
 from qlora_kit.pipelines.inspect import gate
@@ -38,7 +36,9 @@ from qlora_kit.pipelines.next_line import line_to_export
 from qlora_kit.pipelines.plan import one_line
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
-from qlora_kit.pipelines.same_base import note_base, refuse_other_base
+from qlora_kit.runs.as_written import note_adapter
+from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.same_base import note_base, refuse_other_base
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
 from qlora_kit.training.callbacks import StopOnSignal, Watch

@@ -13,7 +13,6 @@ from qlora_kit.core.files import clear_left_overs, read_json, remove, typed_path
 from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.core.rundir import RunDirectory, make_run_folder, no_empty_folder_left
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_seconds
@@ -27,8 +26,9 @@ from qlora_kit.formats.job import ExportJob
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.base_rows import rows_of_data, rows_of_general_text
 from qlora_kit.pipelines.exportable import MERGED, Exportable, ExportRows
-from qlora_kit.pipelines.named_base import NamedBase, in_words_of_base
 from qlora_kit.pipelines.rows import embedding_rows
+from qlora_kit.runs.directory import RunDirectory, make_run_folder, no_empty_folder_left
+from qlora_kit.runs.named_base import NamedBase, in_words_of_base
 from qlora_kit.schema.check_exported import names_rows
 from qlora_kit.schema.compose import load_recipe, recipe_yaml
 from qlora_kit.schema.export import ExportConfig, MergeBase

@@ -9,11 +9,11 @@ from typing import Any, cast
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, size_on_disk
 from qlora_kit.core.overrides import read_overrides
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, trained
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
 from qlora_kit.report.run_page_missing import what_is_missing
 from qlora_kit.report.run_page_records import as_record, as_records, numbers_of, texts_of, whole_of
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from qlora_kit.core.errors import Problem, RecipeError, StoppedError
 from qlora_kit.core.files import is_number, write_text
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.tracker import TrackerConfig

@@ -12,7 +12,6 @@ from qlora_kit.cli.sweep import line_to_go_on as line_to_go_on_with_sweep
 from qlora_kit.cli.verbs import _told
 from qlora_kit.core.errors import StoppedError
 from qlora_kit.core.overrides import read_overrides, write_overrides
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.audit.finding import Finding, Level
@@ -26,6 +25,7 @@ from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.report import report, report_base
 from qlora_kit.pipelines.train import _line_to_go_on, _tell
 from qlora_kit.report.inspect_page import inspect_page
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from qlora_kit.schema.quant import QuantKind
 from qlora_kit.training.result import TrainResult

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from qlora_kit.core.errors import KitError
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.manifest import faults_of_export, read_manifest
 from qlora_kit.pipelines.eval_record import write_record
 from qlora_kit.report import run_page_read
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_read import read_run
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from qlora_kit.tracking.record import read_known
 from qlora_kit.tracking.tracker import read_metrics, rewind_metrics

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_kit.adapter.saved import BaseName
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.serving.commands import ServeCommand, Served
 from qlora_kit.model.source import hub_name
+from qlora_kit.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)

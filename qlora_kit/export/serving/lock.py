@@ -12,8 +12,8 @@ from typing import Any
 from qlora_kit import __version__
 from qlora_kit.core.environment import package_versions
 from qlora_kit.core.files import file_hash, read_json, write_json
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.weights.headers import raw_header
 
 LOCK = "lock.json"

@@ -8,7 +8,6 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.licence import Licence, licence_files, read_licence
@@ -16,6 +15,7 @@ from qlora_kit.export.serving.commands import Served
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.lock import LOCK, data_hashes
 from qlora_kit.export.serving.markdown import block, code, plain
+from qlora_kit.runs.directory import RunDirectory
 
 MODEL_CARD = "README.md"
 # key of the measured values -> what the table says, and how the number is printed

@@ -10,8 +10,8 @@ from qlora_kit.cli.report import run as report_verb
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_json, write_text
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.runs.directory import RunDirectory
 
 
 def told(*words):

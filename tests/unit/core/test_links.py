@@ -4,7 +4,7 @@ import pytest
 
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import find_run
+from qlora_kit.runs.directory import find_run
 
 
 @pytest.fixture

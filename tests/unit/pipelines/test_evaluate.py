@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.formats.gguf.writer import write_gguf
@@ -24,6 +23,7 @@ from qlora_kit.pipelines.evaluated import EvaluatedRun
 from qlora_kit.pipelines.exam import set_exam
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.report.scores import print_scores
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind

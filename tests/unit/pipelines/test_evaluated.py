@@ -7,14 +7,14 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.pipelines.evaluate import evaluate
 from qlora_kit.pipelines.evaluated import EvaluatedRun, open_evaluated_base
-from qlora_kit.pipelines.named_base import named_base
 from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.pipelines.untrained_base import open_base
+from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.named_base import named_base
 from qlora_kit.schema.data import AUTO, DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig, GgufTarget

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import FidelityError
 from qlora_kit.core.files import read_json, write_json, write_text
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.export import export
 from qlora_kit.pipelines.exportable import TrainedRun
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.export import BnbTarget, ExportConfig, MergedTarget

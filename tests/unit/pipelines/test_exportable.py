@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.pipelines.export import export, refuse_unmeasurable
 from qlora_kit.pipelines.exportable import TrainedRun
 from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.export import BnbKind, BnbTarget, ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.model import ModelConfig

@@ -9,12 +9,12 @@ from safetensors.numpy import save_file
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import write_json
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
-from qlora_kit.pipelines.same_base import note_base
+from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.same_base import note_base
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows, Task
 from qlora_kit.schema.root import TrainRecipe

@@ -6,9 +6,9 @@ import pytest
 
 from qlora_kit.cli.report import run as report_verb
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.pipelines.evaluated import open_evaluated_run
 from qlora_kit.pipelines.report import any_run, report
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 
 RECIPE = recipe_yaml(

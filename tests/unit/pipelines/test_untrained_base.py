@@ -12,8 +12,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.exportable import ExportRows
-from qlora_kit.pipelines.named_base import named_base
 from qlora_kit.pipelines.untrained_base import clear_killed, open_base
+from qlora_kit.runs.named_base import named_base
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.root import ExportRecipe

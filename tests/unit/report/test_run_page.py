@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page import headline, run_page, seconds_in_steps, verdict
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing
 from qlora_kit.report.run_page_fidelity import fidelity_table, remarks, size_against_kl
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.report.run_page_record import hardware_of
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from tests.html_reader import read
 

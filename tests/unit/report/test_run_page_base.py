@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_read import read_exported_base
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from tests.html_reader import read
 from tests.unit.report.test_run_page import FIT, SOURCE, SPLIT, put, text_of

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_facts import Artifact, Survival
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.report.run_page_weights import merge_bases, survival
+from qlora_kit.runs.directory import RunDirectory
 from tests.html_reader import read
 
 WARNING = "the file keeps 66% of what was learned; 2 of 4 weights keep less than 50%: a 44%\n  try      more bits"

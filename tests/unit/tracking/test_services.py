@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import RecipeError, StoppedError
-from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.tracker import TrackerConfig, TrackerMode

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_kit.core.errors import StoppedError
-from qlora_kit.core.rundir import RunDirectory
+from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking import tracker as tracking

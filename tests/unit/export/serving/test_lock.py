@@ -8,9 +8,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_kit import __version__
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.lock import lock_of, weights_of, write_lock
+from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
 
 

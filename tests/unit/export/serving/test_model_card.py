@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
+from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
 
 

@@ -10,8 +10,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML ships no ty
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
-from qlora_kit.core.rundir import OUTPUTS, RunDirectory, refuse_empty, tell_latest
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.runs.directory import OUTPUTS, RunDirectory, refuse_empty, tell_latest
 
 
 def find_exported_base(name: str) -> RunDirectory:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.model.identity import TEXTS, identity
+from qlora_kit.runs.directory import RunDirectory
 
 
 def note_base(run: RunDirectory, folder: Path) -> None:

@@ -9,13 +9,13 @@ from glob import has_magic
 from itertools import count
 from pathlib import Path
 
-from qlora_kit.core.best_job import best_job
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import LOCK, Holder, busy, hold, holder
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.runs.best_job import best_job
 
 OUTPUTS = Path("outputs")
 MOST_NAMED = 3  # runs in a message

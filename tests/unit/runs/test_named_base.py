@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.pipelines.named_base import named_base
+from qlora_kit.runs.named_base import named_base
 from qlora_kit.schema.export import ExportConfig, GgufTarget, GptqTarget
 from qlora_kit.schema.root import ExportRecipe
 
@@ -47,7 +47,7 @@ def test_a_missing_folder_with_and_without_a_near_one(base):
 
 def test_an_option_of_model_names_a_base_at_its_commit(base, monkeypatch):
     asked = []
-    monkeypatch.setattr("qlora_kit.pipelines.named_base.locate_base", lambda model: asked.append(model) or base)
+    monkeypatch.setattr("qlora_kit.runs.named_base.locate_base", lambda model: asked.append(model) or base)
     named = named_base(ExportRecipe(export=EXPORT, base="smollm2_360m"))
     assert named.model.source == "HuggingFaceTB/SmolLM2-360M-Instruct"
     assert len(named.model.revision) == 40

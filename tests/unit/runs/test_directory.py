@@ -11,8 +11,8 @@ import pytest
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.lock import BusyError, holder
-from qlora_kit.core.rundir import RunDirectory, find_run, make_run_folder, new_run, newest_run, refuse_at_work
 from qlora_kit.pipelines.report import any_run
+from qlora_kit.runs.directory import RunDirectory, find_run, make_run_folder, new_run, newest_run, refuse_at_work
 
 
 def make_run(path, *, finished, age):

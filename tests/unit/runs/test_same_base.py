@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.rundir import RunDirectory
-from qlora_kit.pipelines.same_base import note_base, refuse_other_base
+from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.same_base import note_base, refuse_other_base
 from tests.tiny_models import build_tiny_model
 
 

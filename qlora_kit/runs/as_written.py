@@ -6,9 +6,9 @@ from pathlib import Path
 from qlora_kit.core.errors import Problem, RecipeError, UnreadableFileError
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.overrides import read_overrides
-from qlora_kit.core.rundir import RunDirectory
 from qlora_kit.core.say import say
 from qlora_kit.core.shell import shell_line
+from qlora_kit.runs.directory import RunDirectory
 
 READ = (".json", ".jinja", ".safetensors", ".model", ".bin")  # what the readers of an adapter look for; not its card
 

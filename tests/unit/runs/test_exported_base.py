@@ -5,7 +5,7 @@ import os
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.pipelines.exported_base import find_exported_base
+from qlora_kit.runs.exported_base import find_exported_base
 
 
 @pytest.fixture
