@@ -3,7 +3,7 @@
 import bitsandbytes
 import torch
 
-from qlora_kit.training.flat_optimizer import flat
+from qlora_kit.training.optimizers.flat import flat
 
 # Multiples of 256 from 4,096 weights on; one that ends inside a block; two that bitsandbytes holds in 32 bits.
 SHAPES = {"a": (16, 256), "b": (96, 64), "odd": (83, 61), "small": (7, 9), "c": (5, 1024), "norm": (300,)}

@@ -24,7 +24,7 @@ from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
-from qlora_kit.training.optimizer import effective_optimizer
+from qlora_kit.training.optimizers.effective import effective_optimizer
 
 OF_THE_TEXT_PART = (
     "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "

@@ -45,7 +45,7 @@ from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.checkpoint_contents import strange_contents
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
-from qlora_kit.training.optimizer import effective_optimizer
+from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.result import TrainResult, curve_of
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 

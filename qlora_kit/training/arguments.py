@@ -9,7 +9,7 @@ from trl import SFTConfig
 from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
-from qlora_kit.training.optimizer import transformers_name
+from qlora_kit.training.optimizers.effective import transformers_name
 
 SCHEDULER_NAME = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 

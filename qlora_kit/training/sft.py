@@ -31,7 +31,7 @@ from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import step_of
 from qlora_kit.training.dataset import training_dataset
-from qlora_kit.training.optimizer import effective_optimizer
+from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.speed import put_engine
 from qlora_kit.training.trainer import KitTrainer
 

@@ -22,7 +22,7 @@ from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
-from qlora_kit.training.flat_optimizer import flat
+from qlora_kit.training.optimizers.flat import flat
 
 
 class EpochSampler(Sampler[int]):

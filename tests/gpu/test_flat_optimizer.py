@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from qlora_kit.training.flat_optimizer import FlatOptimizer, flat
+from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
 
-import qlora_kit.training.flat_optimizer as module
+import qlora_kit.training.optimizers.flat as module
 from qlora_kit.core.errors import RunError
-from qlora_kit.training.flat_optimizer import FlatOptimizer, flat
+from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 from tests.trained_weights import OPTIMIZERS, SHAPES, Weights, assert_equal, flat_pair, give, gradients, groups, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

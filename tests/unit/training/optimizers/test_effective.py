@@ -5,7 +5,7 @@ from transformers.training_args import OptimizerNames
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.schema.optim import OptimConfig, OptimizerName
-from qlora_kit.training.optimizer import TRANSFORMERS_NAME, effective_optimizer, transformers_name
+from qlora_kit.training.optimizers.effective import TRANSFORMERS_NAME, effective_optimizer, transformers_name
 
 
 @pytest.mark.parametrize("name", OptimizerName)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qlora_kit.training.flat_optimizer import flat
+from qlora_kit.training.optimizers.flat import flat
 from tests.trained_weights import OPTIMIZERS, Weights, assert_equal, flat_pair, give, gradients, groups, train
 
 
