@@ -13,7 +13,7 @@ from qlora_kit.memory.trainable import target_names
 from qlora_kit.memory.trainable import trainable_parameters as trainable_parameters
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelShape
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.trainer import TrainerConfig
 
@@ -21,15 +21,6 @@ BLOCK_4BIT = 64  # weights that share a scale
 BLOCK_DOUBLE = 256  # scales that share a scale of their own
 LOSS_TOKENS = 4096  # rows of the tile that the loss is computed in
 LOSS_VOCABULARY = 32768  # columns of it
-
-# Bytes of optimizer state for one trained weight. The scales of 8-bit state, 1.6% more, are left out.
-STATE_BYTES = {
-    OptimizerName.paged_adamw_8bit: 2,
-    OptimizerName.adamw_8bit: 2,
-    OptimizerName.paged_adamw_32bit: 8,
-    OptimizerName.adamw: 8,
-    OptimizerName.paged_lion_8bit: 1,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def estimate(
         frozen_rest=wide * (sum(linear.weights for linear in kept) + other_parameters(shape)),
         adapter=4.0 * trainable,
         gradients=4.0 * trainable,
-        optimizer=float(STATE_BYTES[optim.name] * trainable),
+        optimizer=float(optim.name.value.state_bytes * trainable),
         activations=_activations(shape, lora, trainer, tokens, wide),
         loss=_loss(shape, tokens, wide),
         workspace=_workspace(stored, quant, wide),

@@ -195,8 +195,10 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
 
 def _optimizer(recipe: TrainRecipe) -> str:
     name = recipe.optim.name
-    here = "" if has_nvidia_gpu() or not name.needs_gpu else "; here, without a GPU, adamw in 32 bit, 8 bytes a weight"
-    return f"{name.name}{here}"
+    if has_nvidia_gpu() or not name.needs_gpu:
+        return name.name
+    used = name.without_gpu
+    return f"{name.name}; here, without a GPU, {used.name} in 32 bit, {used.value.state_bytes} bytes a weight"
 
 
 def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tuple[str, str, str]]:

@@ -4,23 +4,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.optimizers import OptimizerName
 
 LARGEST_DECAY = 0.999999  # with a decay of 1 a moment never moves, and optimizers refuse it
-
-
-class OptimizerName(Enum):
-    """Optimizers, by the field's names."""
-
-    paged_adamw_8bit = "paged_adamw_8bit"
-    paged_adamw_32bit = "paged_adamw_32bit"
-    adamw_8bit = "adamw_8bit"
-    paged_lion_8bit = "paged_lion_8bit"
-    adamw = "adamw"
-
-    @property
-    def needs_gpu(self) -> bool:
-        """Whether it gains nothing, or does not exist, without a GPU."""
-        return self is not OptimizerName.adamw
 
 
 class Schedule(Enum):

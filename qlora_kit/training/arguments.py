@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
+from qlora_kit.schema.optim import OptimConfig, Schedule
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.optimizers.effective import transformers_name

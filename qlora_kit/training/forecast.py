@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_kit.core.files import read_json
 from qlora_kit.families.registry import FAMILIES
-from qlora_kit.memory.estimate import STATE_BYTES, MemoryEstimate, estimate
+from qlora_kit.memory.estimate import MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig
@@ -120,7 +120,7 @@ def _as_counted(plain: MemoryEstimate, counted: CountedWeights, recipe: TrainRec
         frozen_rest=float(wide * counted.whole),
         adapter=trained,
         gradients=trained,
-        optimizer=float(STATE_BYTES[recipe.optim.name] * counted.trained),
+        optimizer=float(recipe.optim.name.value.state_bytes * counted.trained),
         trainable=counted.trained,
         frozen=counted.rounded + counted.whole,
     )

@@ -33,7 +33,8 @@ from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
-from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
+from qlora_kit.schema.optim import OptimConfig, Schedule
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig

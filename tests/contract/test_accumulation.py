@@ -21,7 +21,8 @@ from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.lora import LoraConfig
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig

@@ -10,7 +10,8 @@ from qlora_kit.adapter.attach import attach_lora
 from qlora_kit.cli.verbs import main
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
@@ -77,6 +78,6 @@ def test_each_optimizer_is_the_one_that_was_named(name, tmp_path):
     trainer = build_trainer(model, load_tokenizer(folder), recipe, rows, None, tmp_path / "checkpoints", watch)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert getattr(optimizer, "is_paged", False) is name.value.startswith("paged")
-    bits = {OptimizerName.paged_adamw_32bit: 32, OptimizerName.adamw: None}.get(name, 8)
+    assert getattr(optimizer, "is_paged", False) is name.name.startswith("paged")
+    bits = next((bits for bits in (8, 32) if name.name.endswith(f"{bits}bit")), None)
     assert getattr(optimizer, "optim_bits", None) == bits

@@ -1,16 +1,8 @@
-"""Which optimizer really runs: the recipe's on a GPU, plain AdamW on a CPU."""
+"""Which optimizer really runs: the recipe's on a GPU; on a CPU what the optimizer's row names in its place."""
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
-
-# The recipe's names -> names of transformers.TrainingArguments.optim (transformers/training_args.py, OptimizerNames)
-TRANSFORMERS_NAME = {
-    OptimizerName.paged_adamw_8bit: "paged_adamw_8bit",
-    OptimizerName.paged_adamw_32bit: "paged_adamw_32bit",
-    OptimizerName.adamw_8bit: "adamw_8bit",
-    OptimizerName.paged_lion_8bit: "paged_lion_8bit",
-    OptimizerName.adamw: "adamw_torch",
-}
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 
 
 def effective_optimizer(optim: OptimConfig, *, has_gpu: bool) -> tuple[OptimizerName, str]:
@@ -27,12 +19,11 @@ def effective_optimizer(optim: OptimConfig, *, has_gpu: bool) -> tuple[Optimizer
             "optim.strict",
             "optim.strict=false",
         )
-    line = f"no GPU: optim.name={optim.name.name} runs as adamw (32-bit state in ordinary memory)"
-    return OptimizerName.adamw, line
+    used = optim.name.without_gpu
+    return used, f"no GPU: optim.name={optim.name.name} runs as {used.name} (32-bit state in ordinary memory)"
 
 
 def transformers_name(optimizer: OptimizerName, *, has_gpu: bool) -> str:
-    """The optimizer as transformers calls it; AdamW in one kernel on a GPU, 1 ms for an 8B model's adapter."""
-    if optimizer is OptimizerName.adamw and has_gpu:
-        return "adamw_torch_fused"
-    return TRANSFORMERS_NAME[optimizer]
+    """The optimizer as transformers calls it, which may have a faster one for a GPU."""
+    row = optimizer.value
+    return row.built_on_gpu_as if has_gpu and row.built_on_gpu_as else row.built_as

@@ -6,13 +6,14 @@ updates the buffer in one call. The numbers stay the same: 8-bit state is quanti
 tensor begins at a multiple of 256, and the zeros between tensors change no block's scale.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bitsandbytes.optim import GlobalOptimManager
-from bitsandbytes.optim.optimizer import Optimizer1State, Optimizer2State
+from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from qlora_kit.core.errors import RunError
 
@@ -20,14 +21,16 @@ BLOCK = 256  # values that share one scale in bitsandbytes' 8-bit state
 LONE = 1 << 24  # weights from which a tensor keeps its own memory: its kernel is long, and a second copy would be large
 LIMIT = 1 << 30  # weights in a buffer; bitsandbytes counts them in 32 bits
 TABLES = ("qmap1", "qmap2")  # of the state, but the same in every run
-CLASSES = {"adam": Optimizer2State, "lion": Optimizer1State}  # by bitsandbytes' names; AdamW is its adam
 OTHER_RECIPE = "resume with the recipe and the version that wrote the checkpoint, or start a new run"
 
 
 def flat(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over flat buffers if it is AdamW or Lion of bitsandbytes, or else itself."""
-    known = getattr(optimizer, "optimizer_name", None) in CLASSES
-    return FlatOptimizer(optimizer, model.named_parameters()) if known else optimizer
+    """The optimizer over flat buffers if it is one of bitsandbytes, or else itself.
+
+    LAMB and LARS stay as they are: they scale each tensor's update by the tensor's norm.
+    """
+    is_flat = isinstance(optimizer, Optimizer8bit) and not optimizer.args.max_unorm
+    return FlatOptimizer(optimizer, model.named_parameters()) if is_flat else optimizer
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Take the tensors over from an optimizer that has not stepped.
 
         Args:
-            optimizer: of bitsandbytes, with one or two moments.
+            optimizer: of bitsandbytes.
             named: every trained tensor with its name, which the saved state is told apart by.
         Raises:
             ValueError: the optimizer has stepped, or a tensor has no name.
@@ -261,16 +264,12 @@ def _kept_in_32_bits() -> set[int]:
 
 
 def _like(optimizer: Any, buffer: _Buffer) -> Any:
-    """An optimizer of the same kind and settings over the buffer."""
-    return CLASSES[optimizer.optimizer_name](
-        optimizer.optimizer_name,
-        [{**_settings(optimizer.param_groups[buffer.kind.group]), "params": [buffer.flat]}],
-        optim_bits=buffer.kind.bits,
-        min_8bit_size=0,
-        max_unorm=optimizer.args.max_unorm,
-        skip_zeros=optimizer.args.skip_zeros,
-        is_paged=optimizer.is_paged,
-    )
+    """An optimizer of the same class and settings over the buffer."""
+    made = type(optimizer)([{**_settings(optimizer.param_groups[buffer.kind.group]), "params": [buffer.flat]}])
+    made.is_paged = optimizer.is_paged
+    made.args = copy.copy(optimizer.args)
+    made.args.optim_bits, made.args.min_8bit_size = buffer.kind.bits, 0
+    return made
 
 
 def _check_layout(saved: list[dict[str, Any]] | None, own: list[dict[str, Any]]) -> None:

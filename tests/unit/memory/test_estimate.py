@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from qlora_kit.memory.estimate import STATE_BYTES, estimate, layer_bytes_per_token, state_bytes_per_weight
+from qlora_kit.memory.estimate import estimate, layer_bytes_per_token, state_bytes_per_weight
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelShape
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.trainer import TrainerConfig
 
@@ -66,14 +67,12 @@ def test_a_module_kept_in_16_bit_moves_from_the_linears_to_the_rest():
     assert kept.frozen_rest == 2 * (REST_8B + moved)
 
 
-@pytest.mark.parametrize(("name", "state"), [(name, STATE_BYTES[name]) for name in OptimizerName])
+@pytest.mark.parametrize(("name", "state"), [("paged_adamw_8bit", 2), ("adamw", 8), ("paged_lion_8bit", 1)])
 def test_adapter_gradients_and_optimizer_state(name, state):
-    memory = of_8b(optim=OptimConfig(name=name))
+    memory = of_8b(optim=OptimConfig(name=OptimizerName[name]))
     assert memory.trainable == 41_943_040
     assert memory.adapter == memory.gradients == 4 * 41_943_040
     assert memory.optimizer == state * 41_943_040
-    expected = {"paged_adamw_8bit": 2, "adamw_8bit": 2, "paged_adamw_32bit": 8, "adamw": 8, "paged_lion_8bit": 1}
-    assert state == expected[name.value]
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer_and_one_whole_layer():

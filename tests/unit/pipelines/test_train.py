@@ -25,7 +25,8 @@ from qlora_kit.schema.data import Batching, DataConfig, LongRows
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig

@@ -22,7 +22,8 @@ from qlora_kit.schema.export import (
 )
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
-from qlora_kit.schema.optim import OptimConfig, OptimizerName
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.tracker import TrackerConfig

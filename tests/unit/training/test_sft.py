@@ -21,7 +21,7 @@ from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.model import Attention, ModelConfig
-from qlora_kit.schema.optim import OptimizerName
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig

@@ -16,7 +16,8 @@ from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
-from qlora_kit.schema.optim import OptimConfig, OptimizerName, Schedule
+from qlora_kit.schema.optim import OptimConfig, Schedule
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
