@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback
 
-from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.say import say
 from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
@@ -21,7 +19,6 @@ from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
 from qlora_kit.engine.attention.rows import attend_in_rows
-from qlora_kit.engine.head import one_pass_head
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.source import hub_name
 from qlora_kit.schema.data import Batching
@@ -77,9 +74,11 @@ def build_trainer(
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
     undo, engine = _made_ready(model, recipe, packing, at_once)
     dataset = training_dataset(train, packing)
-    trainer = KitTrainer(
-        model=model,
-        args=sft_config(
+    group = recipe.trainer.batch_size * processes
+    source, revision = recipe.model.source, recipe.model.revision
+    return KitTrainer(
+        model,
+        sft_config(
             recipe,
             optimizer,
             checkpoints,
@@ -88,29 +87,16 @@ def build_trainer(
             processes=processes,
             checkpoints_layers=recipe.trainer.gradient_checkpointing and engine is None,
         ),
-        train_dataset=dataset,
-        eval_dataset=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
-        data_collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
-        processing_class=tokenizer,
+        train=dataset,
+        held_out=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
+        collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
+        tokenizer=tokenizer,
         callbacks=[watch],
+        order=epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed),
+        base=BaseName(*(hub_name(source, revision) or (source, revision))),
+        undo=undo,
+        engine=engine,
     )
-    group = recipe.trainer.batch_size * processes
-    trainer.order = epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed)
-    trainer.remove_callback(PrinterCallback)
-    source, revision = recipe.model.source, recipe.model.revision
-    trainer.base = BaseName(*(hub_name(source, revision) or (source, revision)))
-    train_in_fp32(model)
-    _ready_for_gpu(trainer, undo, engine)
-    return trainer
-
-
-def _ready_for_gpu(trainer: KitTrainer, undo: list[Callable[[], None]], engine: FastEngine | None) -> None:
-    """Put the head in, and spare the GPU what it would wait for."""
-    head = one_pass_head(trainer.model.get_base_model())
-    trainer.undo = [*undo, *([] if head is None else [head])]
-    trainer.tells_counts = head is not None
-    trainer.engine = engine
-    trainer.logs_late = torch.cuda.is_available()
 
 
 def _made_ready(

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import IGNORED_LABEL
+from qlora_kit.data.collate import IGNORED_LABEL, Counted
 from qlora_kit.data.order import Order
+from qlora_kit.engine.head import one_pass_head
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
@@ -66,22 +69,54 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     Attributes:
         order: of the training items.
-        undo: what puts the model's own attention and forward back.
+        undo: what takes off the model again what was put on it for training.
         engine: of the decoder layers; None where they run plain.
         logs_late: a step is logged while the next one runs.
         tells_counts: the model's forward takes `trained_tokens` of a batch.
         base: as saved adapters name it.
     """
 
-    order: Order
-    undo: Sequence[Callable[[], None]] = ()
-    engine: FastEngine | None = None
-    logs_late: bool = False
-    tells_counts: bool = False
-    base: BaseName | None = None
-    _modules: tuple[torch.nn.Module, ...] = ()  # of the model, as they were when it was put into training mode
-    _waiting: _Waiting | None = None
     _globalstep_last_logged: int
+
+    def __init__(
+        self,
+        model: PeftModel,
+        settings: SFTConfig,
+        *,
+        train: Dataset,
+        held_out: Dataset | None,
+        collator: Counted,
+        tokenizer: Any,
+        callbacks: Sequence[TrainerCallback],
+        order: Order,
+        base: BaseName,
+        undo: Sequence[Callable[[], None]] = (),
+        engine: FastEngine | None = None,
+    ) -> None:
+        """Build TRL's trainer, then put on the model what goes over TRL's own forward pass.
+
+        Args:
+            model: base with an adapter attached; attention and layers are what they shall be in training.
+            undo: what puts the model's own attention and layers back.
+        """
+        self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
+        self._waiting: _Waiting | None = None
+        self.order, self.base, self.engine = order, base, engine
+        self.logs_late = torch.cuda.is_available()
+        super().__init__(
+            model=model,
+            args=settings,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+        train_in_fp32(model)
+        head = one_pass_head(model.get_base_model())
+        self.tells_counts = head is not None
+        self.undo: Sequence[Callable[[], None]] = [*undo, *([] if head is None else [head])]
 
     @cached_property
     def _unread(self) -> list[torch.Tensor]:
@@ -93,8 +128,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.base is not None:
-            name_base(Path(output_dir or str(self.args.output_dir)), self.base)
+        name_base(Path(output_dir or str(self.args.output_dir)), self.base)
 
     def restore_model(self) -> None:
         """Take everything off the model that was put on it for training; for when the trainer is not needed again."""
