@@ -19,6 +19,7 @@ from qlora_kit.schema.field import Knob, Sealed
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
 from qlora_kit.schema.model import Attention
+from qlora_kit.schema.optim import OptimConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import EvalRecipe, ExportRecipe, TrainRecipe
 
@@ -36,7 +37,7 @@ def check(recipe: Sealed) -> list[Finding]:
     found = list(_bounds(recipe))
     rules: list[Callable[[], Iterator[Finding]]] = []
     if isinstance(recipe, TrainRecipe):
-        parts = (_name, _model, _lora, check_data, _engine, _device, _tracking)
+        parts = (_name, _model, _lora, check_data, _optim, _engine, _device, _tracking)
         rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
     elif isinstance(recipe, ExportRecipe):
         rules = [lambda: _export(recipe.export)]
@@ -125,6 +126,13 @@ def _lora(recipe: TrainRecipe) -> Iterator[Finding]:
         for name, value in getattr(lora, field).items():
             if value <= 0:
                 yield Finding(f"lora.{field}", f"lora.{field} gives {name} the value {value}; it must be above 0")
+
+
+def _optim(recipe: TrainRecipe) -> Iterator[Finding]:
+    optim = recipe.optim
+    if optim.loraplus_ratio != OptimConfig.loraplus_ratio and optim.name.value.groups != "loraplus":
+        what = f"optim.loraplus_ratio has no effect: with optim.name={optim.name.name} all of LoRA learns at one rate"
+        yield Finding("optim.loraplus_ratio", what, "optim.name=loraplus")
 
 
 def _engine(recipe: TrainRecipe) -> Iterator[Finding]:

@@ -24,6 +24,9 @@ class OptimConfig(Sealed):
     name: OptimizerName = knob(OptimizerName.paged_adamw_8bit, "Optimizer.")
     strict: bool = knob(False, "On a CPU, make a paged or 8-bit optimizer an error instead of using plain AdamW.")
     learning_rate: float = knob(2e-4, "Peak learning rate.", above=0)
+    loraplus_ratio: float = knob(
+        16.0, "With optim.name=loraplus, learning rate of LoRA's B as a multiple of that of A.", minimum=1
+    )
     schedule: Schedule = knob(Schedule.cosine, "Learning rate after warmup.")
     warmup_fraction: float = knob(0.03, "Share of all steps spent warming up.", minimum=0, maximum=1)
     weight_decay: float = knob(0.0, "Decoupled weight decay.", minimum=0)

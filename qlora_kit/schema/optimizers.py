@@ -17,12 +17,14 @@ class OptimizerRow:
         state_bytes: for one trained weight; the scales of 8-bit state, 1.6% more, are left out.
         without_gpu: name of the row that runs in its place where there is no GPU; empty for one that runs anywhere.
         built_on_gpu_as: where transformers has a faster one for a GPU; empty for `built_as`.
+        groups: the rule of training/optimizers/groups.py that gives weights rates of their own; empty for one rate.
     """
 
     built_as: str
     state_bytes: int
     without_gpu: str = ""
     built_on_gpu_as: str = ""
+    groups: str = ""
 
 
 @unique
@@ -35,6 +37,7 @@ class OptimizerName(Enum):
     paged_lion_8bit = OptimizerRow("paged_lion_8bit", state_bytes=1, without_gpu="adamw")
     # In one kernel on a GPU: 1 ms for an 8B model's adapter
     adamw = OptimizerRow("adamw_torch", state_bytes=8, built_on_gpu_as="adamw_torch_fused")
+    loraplus = OptimizerRow("adamw_torch", state_bytes=8, built_on_gpu_as="adamw_torch_fused", groups="loraplus")
 
     @property
     def needs_gpu(self) -> bool:

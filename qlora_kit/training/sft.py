@@ -29,6 +29,7 @@ from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import step_of
 from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.optimizers.effective import effective_optimizer
+from qlora_kit.training.optimizers.groups import groups_of
 from qlora_kit.training.speed import put_engine
 from qlora_kit.training.trainer import KitTrainer
 
@@ -94,6 +95,7 @@ def build_trainer(
         callbacks=[watch],
         order=epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed),
         base=BaseName(*(hub_name(source, revision) or (source, revision))),
+        groups=groups_of(optimizer, recipe.optim),
         undo=undo,
         engine=engine,
     )

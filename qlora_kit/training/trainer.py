@@ -26,6 +26,7 @@ from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.optimizers.flat import flat
+from qlora_kit.training.optimizers.groups import Groups
 
 
 class EpochSampler(Sampler[int]):
@@ -74,6 +75,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         logs_late: a step is logged while the next one runs.
         tells_counts: the model's forward takes `trained_tokens` of a batch.
         base: as saved adapters name it.
+        groups: of trained weights with rates of their own; None where all learn at one.
     """
 
     _globalstep_last_logged: int
@@ -90,6 +92,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         callbacks: Sequence[TrainerCallback],
         order: Order,
         base: BaseName,
+        groups: Callable[[PeftModel], Groups] | None = None,
         undo: Sequence[Callable[[], None]] = (),
         engine: FastEngine | None = None,
     ) -> None:
@@ -101,7 +104,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         """
         self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
         self._waiting: _Waiting | None = None
-        self.order, self.base, self.engine = order, base, engine
+        self.order, self.base, self.groups, self.engine = order, base, groups, engine
         self.logs_late = torch.cuda.is_available()
         super().__init__(
             model=model,
@@ -325,7 +328,10 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' optimizer; one of bitsandbytes runs over flat buffers."""
+        """transformers' optimizer, over the groups that there are; one of bitsandbytes runs over flat buffers."""
+        if self.groups is not None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = (kind, settings | {"params": self.groups(self.model)})
         self.optimizer = flat(super().create_optimizer(model), self.model)
         return self.optimizer
 

@@ -54,6 +54,7 @@ def train(rows, **groups):
 
 def test_a_good_recipe_has_no_finding(rows):
     assert found(train(rows, optim=OptimConfig(name=OptimizerName.adamw))) == {}
+    assert found(train(rows, optim=OptimConfig(name=OptimizerName.loraplus, loraplus_ratio=4.0))) == {}
 
 
 TRAIN = {
@@ -119,6 +120,12 @@ TRAIN = {
         "optim.strict",
         "optim.name=paged_adamw_8bit needs a GPU, there is none",
         "optim.strict=false",
+    ),
+    "a ratio of rates that nothing reads": (
+        {"optim": OptimConfig(loraplus_ratio=4.0)},
+        "optim.loraplus_ratio",
+        "optim.loraplus_ratio has no effect: with optim.name=paged_adamw_8bit all of LoRA learns at one rate",
+        "optim.name=loraplus",
     ),
     "half precision": (
         {"quant": QuantConfig(compute_dtype=ComputeDtype.float16)},
