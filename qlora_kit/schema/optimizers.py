@@ -35,6 +35,7 @@ class OptimizerName(Enum):
     paged_adamw_32bit = OptimizerRow("paged_adamw_32bit", state_bytes=8, without_gpu="adamw")
     adamw_8bit = OptimizerRow("adamw_8bit", state_bytes=2, without_gpu="adamw")
     paged_lion_8bit = OptimizerRow("paged_lion_8bit", state_bytes=1, without_gpu="adamw")
+    paged_ademamix_8bit = OptimizerRow("paged_ademamix_8bit", state_bytes=3, without_gpu="adamw")
     # In one kernel on a GPU: 1 ms for an 8B model's adapter
     adamw = OptimizerRow("adamw_torch", state_bytes=8, built_on_gpu_as="adamw_torch_fused")
     loraplus = OptimizerRow("adamw_torch", state_bytes=8, built_on_gpu_as="adamw_torch_fused", groups="loraplus")
