@@ -1,20 +1,20 @@
 """The device that this process trains and scores on."""
 
-import os
-
 import torch
+
+from qlora_kit.core.distributed import has_process_for_each_gpu, local_rank
 
 
 def this_device() -> torch.device:
     """The GPU of this rank, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
 def idle_gpus() -> int:
     """GPUs that this process sees and leaves alone; 0 where a launcher has one process for each."""
-    return max(torch.cuda.device_count() - 1, 0) if "LOCAL_RANK" not in os.environ else 0
+    return 0 if has_process_for_each_gpu() else max(torch.cuda.device_count() - 1, 0)
 
 
 def peak_memory_bytes() -> int:
