@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from qlora_kit.core.console.lines import show
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED
-from qlora_kit.core.say import show
 
 WIDTH = 80  # columns of a terminal as it opens
 

@@ -4,8 +4,10 @@ from dataclasses import asdict
 from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
-from qlora_kit.core.say import say
+from qlora_kit.core.shell import shell_line
 
 SUMMARY = "Score every export of a run beside base and adapter, or of an untrained base beside the base itself."
 EXAMPLES = [
@@ -22,6 +24,7 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(run_verb_help("eval", SUMMARY, EXAMPLES))
         return EXIT_OK
+    refuse_several_processes(shell_line(["qlora-kit", "eval", *arguments]), "an evaluation")
     from qlora_kit.schema.check_exported import check_evaluated
     from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.schema.root import EvalRecipe
@@ -44,6 +47,6 @@ def run(arguments: list[str]) -> int:
     rows = evaluate(subject, recipe.eval)
     table = [asdict(row) for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
-    say(f"next: {line_to_report(subject.directory)}")
+    log.info(f"next: {line_to_report(subject.directory)}")
     raise_what_went_wrong(rows, subject.directory.exports)
     return EXIT_OK

@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
+from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
+from qlora_kit.core.shell import shell_line
 from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(run_verb_help("export", SUMMARY, EXAMPLES))
         return EXIT_OK
+    refuse_several_processes(shell_line(["qlora-kit", "export", *arguments]), "an export")
     from qlora_kit.schema.check_exported import check_exported
     from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.schema.root import ExportRecipe

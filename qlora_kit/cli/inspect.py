@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import cast
 
 from qlora_kit.cli.line import looking_verb_help, parse_line
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
-from qlora_kit.core.say import say
 from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit inspect [rows=N] [page=FILE.html] [group=option] [path=value]
@@ -49,7 +49,7 @@ def _inspect(recipe: TrainRecipe, name: str, count: int, page: Path | None) -> i
     from qlora_kit.pipelines.inspect import Inspected, inspect
     from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
 
-    say("inspect: reading the tokenizer and the rows")
+    log.info("inspect: reading the tokenizer and the rows")
     base = locate_tokenizer(recipe.model)
     tokenizer = load_tokenizer(base, recipe.model.chat_template)
     data = rows_that_fit(recipe, base, tokenizer)

@@ -13,6 +13,8 @@ from qlora_kit.schema.folders import meant_choice
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
+# Taken off before a verb sees its line
+EVERYWHERE = {"--quiet": "Warnings, errors and results alone.", "--verbose": "Details too."}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def parse_line(arguments: list[str], takes: str = "") -> Line:
 
 def _no_flag(flag: str) -> Problem:
     fixes = {"--cfg": "qlora-kit recipes show", "-c": "qlora-kit recipes show"}
-    what = f"there is no flag '{printable(flag)}'; there are {', '.join(HELP + MULTIRUN)}"
+    what = f"there is no flag '{printable(flag)}'; there are {', '.join((*HELP, *MULTIRUN, *EVERYWHERE))}"
     return Problem(what, "the command line", fixes.get(flag.split("=")[0], ""))
 
 

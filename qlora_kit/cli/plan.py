@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
     if line.wants_help:
         print(looking_verb_help(HELP))
         return EXIT_OK
-    from qlora_kit.core.console import SafeConsole
+    from qlora_kit.core.console.safe import SafeConsole
     from qlora_kit.pipelines.plan import known_base, known_rows, plan
     from qlora_kit.schema.compose import compose_unchecked
 

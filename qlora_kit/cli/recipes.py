@@ -6,9 +6,9 @@ import re
 from itertools import takewhile
 from pathlib import Path
 
+from qlora_kit.core.console.lines import show
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import write_text
-from qlora_kit.core.say import show
 from qlora_kit.core.shell import shell_line
 from qlora_kit.schema.folders import VERB_CONFIGS, groups, recipe_file, recipe_folders, user_recipes
 

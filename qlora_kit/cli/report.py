@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 
 from qlora_kit.cli.line import meant_place, parse_line
+from qlora_kit.core.console.lines import show
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
-from qlora_kit.core.say import show
 from qlora_kit.core.shell import override, shell_line
 
 HELP = """usage: qlora-kit report [run=DIR|latest] [base=DIR|latest] [out=FILE.html]

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from qlora_kit.cli.line import Line
 from qlora_kit.cli.run_name import named
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
@@ -33,7 +33,7 @@ def run_sweep(line: Line) -> int:
     first, jobs = _check_jobs(overrides)
     reach_services(first.tracker)
     with _folder(line, first.name) as sweep:
-        say(f"sweep of {counted(jobs, 'job')} into {sweep}")
+        log.info(f"sweep of {counted(jobs, 'job')} into {sweep}")
         place = _place(line, sweep)
         stop = SweepStop(sweep)
         stop.withdraw()
@@ -44,7 +44,7 @@ def run_sweep(line: Line) -> int:
         finally:
             code = _conclude(sweep, first)
             if stop.asked:
-                say(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
+                log.info(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
             stop.withdraw()
         if not stop.heard:
             _tell_next(sweep)
@@ -55,7 +55,7 @@ def _tell_next(sweep: Path) -> None:
     from qlora_kit.pipelines.next_line import line_to_export_best
 
     if line := line_to_export_best(sweep):
-        say(f"next: {line}")
+        log.info(f"next: {line}")
 
 
 def line_to_go_on(line: Line, sweep: Path) -> str:

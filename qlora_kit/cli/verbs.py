@@ -3,11 +3,15 @@
 import errno
 import importlib
 import os
+import platform
 import sys
 import traceback
 from dataclasses import dataclass
 
 from qlora_kit import __version__
+from qlora_kit.cli.line import EVERYWHERE
+from qlora_kit.core.console.lines import NOTICE, log
+from qlora_kit.core.console.session import is_verbose, session
 from qlora_kit.core.errors import (
     EXIT_BAD_RECIPE,
     EXIT_OK,
@@ -18,7 +22,6 @@ from qlora_kit.core.errors import (
     is_panic,
 )
 from qlora_kit.core.quiet import quiet_loggers
-from qlora_kit.core.say import say
 from qlora_kit.core.signals import Interrupt, came_of_interrupt
 from qlora_kit.core.streams import unfailing_streams
 
@@ -51,6 +54,7 @@ def usage() -> str:
     """The page of `qlora-kit --help`."""
     lines = ["usage: qlora-kit VERB [arguments]", "", "Verbs:"]
     lines += [f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "With any verb:", *(f"  {flag:<9} {what}" for flag, what in EVERYWHERE.items())]
     lines += ["", "More of a verb:  qlora-kit VERB --help", "First step:      qlora-kit recipes list"]
     return "\n".join(lines)
 
@@ -63,12 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
             return code
         output.let_go()
         if output.error is not None:
-            say(f"error: the output cannot be written: {output.error.strerror or output.error}")
+            log.error(f"the output cannot be written: {output.error.strerror or output.error}")
             return code or EXIT_RUN_FAILED
         return code
 
 
-def _main(words: list[str]) -> int:
+def _main(line: list[str]) -> int:
+    words, flags = [word for word in line if word not in EVERYWHERE], EVERYWHERE.keys() & set(line)
+    if len(flags) > 1:
+        log.error(f"{' and '.join(EVERYWHERE)} are both given\n  fix      leave one of them out")
+        return EXIT_BAD_RECIPE
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_OK if words else EXIT_BAD_RECIPE
@@ -80,15 +88,18 @@ def _main(words: list[str]) -> int:
 
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        say(f"error: there is no verb '{words[0]}'{hint}\n  fix      qlora-kit {near[0] if near else '--help'}")
+        log.error(f"there is no verb '{words[0]}'{hint}\n  fix      qlora-kit {near[0] if near else '--help'}")
         return EXIT_BAD_RECIPE
-    return run_verb(VERBS[words[0]], words[1:])
+    with session(quiet="--quiet" in flags, verbose="--verbose" in flags):
+        return run_verb(VERBS[words[0]], words[1:])
 
 
 def run_verb(verb: Verb, arguments: list[str]) -> int:
     """Run a verb and turn its errors into a message and an exit code."""
-    debug = "debug=true" in arguments
-    quiet_loggers()
+    debug = "debug=true" in arguments or is_verbose()
+    if not is_verbose():
+        quiet_loggers()
+    log.debug(f"qlora-kit {__version__}, Python {platform.python_version()}, process {os.getpid()}")
     # Threads that wait asleep instead of spinning: on two busy cores this was 2.4 times faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupt = Interrupt()
@@ -102,7 +113,7 @@ def run_verb(verb: Verb, arguments: list[str]) -> int:
         if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
             raise
         if debug and not isinstance(error, KeyboardInterrupt):
-            say(traceback.format_exc())
+            log.log(NOTICE, traceback.format_exc())
         return _told(error, is_stopped=interrupt.heard or came_of_interrupt(error))
 
 
@@ -113,13 +124,16 @@ def _told(error: BaseException, *, is_stopped: bool) -> int:
         is_stopped: whether Ctrl-C is behind the error, whatever a library made of it.
     """
     if is_stopped and not isinstance(error, StoppedError):
-        say("stopped")
+        log.log(NOTICE, "stopped")
         return EXIT_RUN_FAILED
     if isinstance(error, KitError):
         for problem in error.problems:
-            say(_stop(problem) if isinstance(error, StoppedError) else f"error: {problem}")
+            if isinstance(error, StoppedError):
+                log.log(NOTICE, _stop(problem))
+            else:
+                log.error(str(problem))
         return error.exit_code
-    say(f"error: {_unforeseen(error)}")
+    log.critical(str(_unforeseen(error)))  # also where it is not the first of several processes that fails
     return EXIT_RUN_FAILED
 
 

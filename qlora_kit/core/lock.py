@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.say import say
 
 LOCK = ".lock"
 PATIENCE = 1.0  # seconds; who only looks whether a lock is held has it for a moment
@@ -99,7 +99,7 @@ def _taken(file: Path, doing: str, patience: float | None) -> int:
             continue
         os.close(stream)
         if until is None and not waits:
-            say(f"waiting: {file.parent}: {_noted(file)}")
+            log.info(f"waiting: {file.parent}: {_noted(file)}")
             waits = True
         if until is not None and time.monotonic() >= until:
             raise busy(file.parent, _noted(file))
@@ -125,7 +125,7 @@ def _is_free(stream: int, file: Path, *, only_look: bool = False) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         if not only_look:
-            say(f"the file system of {file.parent} knows no locks: see to it that no other process writes there")
+            log.info(f"the file system of {file.parent} knows no locks: see to it that no other process writes there")
     return True
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
@@ -183,7 +183,7 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig, *, may_skip: bool = Tr
         )
     for name, count in store.bad_row_counts.items():
         if count:
-            say(
+            log.info(
                 f"{name}: skipped {counted(count, 'row')} that cannot be read, the first: {problems[0].where}: "
                 f"{problems[0].what}"
             )
@@ -197,20 +197,20 @@ def _judge_bad_rows(split: Tokenized, config: DataConfig, *, may_skip: bool = Tr
 def _tell(split: Tokenized) -> None:
     for opened in split.opened:
         for name, remark in opened.source.remarks().items():
-            say(f"{name}: read as {remark}")
+            log.info(f"{name}: read as {remark}")
     for file in split.store.files:
         if split.is_recognised(file.source):
-            say(f"{file.path}: rows recognised as {file.format}")
+            log.info(f"{file.path}: rows recognised as {file.format}")
     for name, columns in split.unused_columns.items():
-        say(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
+        log.info(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
 
 
 def _tell_of_eval_file(config: DataConfig, source: Tokenized) -> None:
     """Say what of a recipe gives way to `data.eval_file`, which the user named in its place."""
     if config.eval_share is not None:
-        say(f"held-out rows come from data.eval_file, so data.eval_share={config.eval_share:g} holds out none")
+        log.info(f"held-out rows come from data.eval_file, so data.eval_share={config.eval_share:g} holds out none")
     if len(source.store) == config.eval_rows:
-        say(
+        log.info(
             f"held out: the first {counted(config.eval_rows, 'row')} of {config.eval_file}; data.eval_rows=null takes "
             "all of them"
         )
@@ -222,7 +222,7 @@ def _split(config: DataConfig, source: Tokenized, rows: Ints) -> tuple[Ints, Int
     train, out, copies = held_out(source.store, rows, config.eval_share, config.eval_rows, config.seed)
     left_out = f"; left out {counted(copies, 'copy', 'copies')} of them" if copies else ""
     about = _about_the_share(config, len(out), len(rows))
-    say(f"held out {len(out):,} of {counted(len(rows), 'row')}{left_out}{about}")
+    log.info(f"held out {len(out):,} of {counted(len(rows), 'row')}{left_out}{about}")
     return train, out
 
 
@@ -242,7 +242,7 @@ def _fitted(
         return whole, _summary(whole, source, longest, LongRowCounts())
     kept, counts = fit(whole, limit, config.on_long_row, bos)
     for line in told(counts, name, config.on_long_row, limit):
-        say(line)
+        log.info(line)
     return kept, _summary(kept, source, limit, counts)
 
 

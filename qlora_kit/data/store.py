@@ -15,10 +15,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from qlora_kit.core.cache import cache_folder, made_in_cache
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import is_disk_full, quick_hash, read_json, size_on_disk, staged_directory, write_json
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 from qlora_kit.data.audit.finding import MOST_PLACES
 from qlora_kit.data.conversation import HASH_BYTES
 from qlora_kit.data.pieces import EncodedPiece
@@ -157,7 +157,7 @@ def _cached(place: Path) -> TokenStore | None:
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         fault, store = f"{type(error).__name__}: {error}", None
     if fault:
-        say(f"the cached rows {place} are damaged ({fault}), and made again")
+        log.info(f"the cached rows {place} are damaged ({fault}), and made again")
     return store
 
 

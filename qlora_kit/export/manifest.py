@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.environment import package_versions
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.core.say import say
 from qlora_kit.export.merge import MergeReport
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
 def record_scores(folder: Path, scores: Mapping[str, Any], scored_on: Mapping[str, object]) -> None:
     """Add what `eval` measured to an artifact's manifest; not through a link, which may lead to another's folder."""
     if folder.is_symlink():
-        say(f"{folder} is a link, so its manifest stays as it was; the scores are in eval.json")
+        log.info(f"{folder} is a link, so its manifest stays as it was; the scores are in eval.json")
         return
     manifest = read_manifest(folder)
     faults = list(dict.fromkeys([*faults_of_export(manifest), *scores["faults"]]))

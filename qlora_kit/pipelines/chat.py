@@ -5,8 +5,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from qlora_kit.core.console.lines import log, show
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.say import say, show
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.data.conversation import Message
@@ -90,9 +90,9 @@ def _tell_verdict(manifest: Mapping[str, Any]) -> None:
     verdict = recorded_verdict(manifest)
     if verdict is Verdict.rejected:
         faults = [str(fault) for fault in manifest.get("faults") or ["its manifest.json does not say why"]]
-        say(f"warning: this file is rejected, do not serve it: {'; '.join(faults)}")
+        log.warning(f"this file is rejected, do not serve it: {'; '.join(faults)}")
     elif verdict is Verdict.not_measured:
-        say("warning: this file was not measured, so nothing tells how close it is to what it was made from")
+        log.warning("this file was not measured, so nothing tells how close it is to what it was made from")
 
 
 def _run_speaker(name: str) -> Any:
@@ -100,13 +100,13 @@ def _run_speaker(name: str) -> Any:
     from qlora_kit.model.load import load_base
 
     opened = open_run(name)
-    say(f"loading {opened.directory.path}")
+    log.info(f"loading {opened.directory.path}")
     model = load_adapter(load_base(opened.base_folder, opened.recipe.quant), opened.directory.adapter)
     return _torch_speaker(model.eval(), opened.tokenizer)
 
 
 def _export_speaker(written: Format[Any], path: Path) -> Any:
-    say(f"loading {path}")
+    log.info(f"loading {path}")
     return _torch_speaker(written.load(path).eval(), load_tokenizer(path))
 
 

@@ -5,9 +5,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash, read_json, write_json
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.pipelines.exam import Exam
@@ -65,7 +65,7 @@ def write_record(path: Path, now: Record, current: Sequence[str]) -> None:
         write_json(path, _joined(before, now, current))
         return
     names = ", ".join(str(row.get("name")) for row in before["rows"])
-    say(
+    log.info(
         f"{path}: the scores of {names} there are of other rows or settings ({_scope(before)}; now {_scope(now)}): "
         "they are kept in this file, as `earlier`; the page shows the new ones"
     )
@@ -89,7 +89,7 @@ def _before(path: Path) -> dict[str, Any]:
     try:
         before = dict(read_json(path))
     except RecipeError as error:
-        say(f"{error.problems[0].what}, so it is written anew")
+        log.info(f"{error.problems[0].what}, so it is written anew")
         return {}
     for part in ("rows", "samples"):
         found = before.get(part)

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.console.session import log_to
 from qlora_kit.core.errors import FidelityError, KitError, Problem, RecipeError, RunError
 from qlora_kit.core.files import size_on_disk
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
@@ -89,6 +90,7 @@ def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row | Unscored]:
         RecipeError: an artifact, the text file or a task of the harness is not there.
     """
     with hold(subject.directory.path, "eval"):
+        log_to(subject.directory.log)
         return _evaluate(subject, config)
 
 
@@ -126,14 +128,14 @@ def exported_folders(exports: Path) -> dict[str, Path]:
     formats: dict[Path, str] = {}
     for folder in sorted(exports.glob("[!.]*/")):
         if not (folder / MANIFEST).is_file():
-            say(f"{folder.name} is left out: it holds no {MANIFEST}, which says what it is; export it again")
+            log.info(f"{folder.name} is left out: it holds no {MANIFEST}, which says what it is; export it again")
     for path in exports.glob(f"*/{MANIFEST}"):
         if path.parent.name.startswith("."):
             continue
         try:
             formats[path.parent] = read_manifest(path.parent)["format"]
         except RecipeError as error:
-            say(f"{path.parent.name} is left out: {error.problems[0].what}")
+            log.info(f"{path.parent.name} is left out: {error.problems[0].what}")
     ordered = sorted(formats, key=lambda folder: (formats[folder] != "merged", folder.name))
     return {folder.name: folder for folder in ordered}
 
@@ -153,7 +155,7 @@ def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) ->
 
 
 def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
-    say(f"eval: scoring {exam.reference}, which the others are held against, on {counted(len(exam.rows), 'row')}")
+    log.info(f"eval: scoring {exam.reference}, which the others are held against, on {counted(len(exam.rows), 'row')}")
     reference = models[exam.reference].score(exam.rows, None, exam.config.top_tokens)
     before = next((scorer for name, scorer in models.items() if name != exam.reference), None)
     return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
@@ -166,7 +168,7 @@ def _score_or_say(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: 
     except Exception as error:
         exam.said.pop(folder.name, None)
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
-        say(f"{folder.name}: failed: {kind}{error}")
+        log.info(f"{folder.name}: failed: {kind}{error}")
         return Unscored(folder.name, size_on_disk(folder), f"{kind}{error}")
 
 
@@ -187,7 +189,7 @@ def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: 
 
 def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
     config, reference = exam.config, yardstick.reference
-    say(f"eval: {one.name} ...")
+    log.info(f"eval: {one.name} ...")
     scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
     fidelity = compare(reference, scores)
     answers = Answers([], 0.0)
@@ -218,7 +220,7 @@ def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, 
         text_tokens=text.tokens if text else 0,
         lm_eval=_harness(subject, one.name, scorer, exam),
     )
-    say(_told(row, exam.reference))
+    log.info(_told(row, exam.reference))
     return row
 
 
@@ -265,7 +267,7 @@ def _harness(subject: Evaluated, name: str, scorer: Scorer, exam: Exam) -> TaskS
     if not exam.harness.names:
         return {}
     if not isinstance(scorer, TorchScorer):
-        say(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
+        log.info(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
         return {}
     with scorer.lent() as model:
         return run_harness(model, subject.tokenizer, exam.harness, exam.config.batch_size, exam.config.lm_eval_limit)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.tokens import TokenRow
@@ -56,7 +56,7 @@ def set_exam(subject: Evaluated, config: EvalConfig) -> Exam:
     prompts = [(ids, row) for row in conversations if (ids := encoder.prompt_ids(row))]
     if len(prompts) < len(conversations):
         texts = counted(len(conversations) - len(prompts), "held-out row is a text", "held-out rows are texts")
-        say(f"{texts} without a prompt, so nothing answers them")
+        log.info(f"{texts} without a prompt, so nothing answers them")
     return Exam(
         rows=held_out.scored,
         prompts=[ids for ids, _ in prompts],

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.adapter.updates import CONFIG
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.console.session import log_to
 from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, file_part, read_json, remove, size_on_disk, staged_directory
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.tokens import TokenRow
@@ -50,7 +51,7 @@ def export(subject: Exportable, config: ExportConfig) -> list[Exported]:
         done = _exported(subject, config)
     print_exported(f"{subject.directory.path}: against {subject.reference}, KL in nats", done)
     if not subject.holds_out:
-        say(f"NOT MEASURED: {Problem(subject.unmeasured, fix=EVAL_FILE)}")
+        log.info(f"NOT MEASURED: {Problem(subject.unmeasured, fix=EVAL_FILE)}")
     _tell_next(subject, done)
     raise_what_went_wrong(done)
     return done
@@ -63,7 +64,7 @@ def _tell_next(subject: Exportable, done: Sequence[Exported]) -> None:
     # A file that was not scored was not opened here either, and may not open: fp8 without a GPU, say
     opened = [one.folder for one in done if one.fidelity and one.verdict is not Verdict.rejected]
     for line in lines_after_export(subject.directory, opened if subject.tokenizer.chat_template else []):
-        say(f"next: {line}")
+        log.info(f"next: {line}")
 
 
 def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
@@ -71,6 +72,7 @@ def _exported(subject: Exportable, config: ExportConfig) -> list[Exported]:
     rows = subject.rows(config)
     with _alone(subject), ExitStack() as folders:
         subject.begin(rows)
+        log_to(subject.directory.log)
         reference = _reference(subject, rows.scored) if rows.scored else None
         bases = subject.merge_bases(config)
         _clear_other_merges(subject, bases)
@@ -107,7 +109,7 @@ def _refuse_unfit(subject: Exportable, config: ExportConfig) -> Mapping[str, Lef
     if fit.problems:
         raise RecipeError(fit.problems)
     for name, left in fit.left.items():
-        say(f"{name}: {left}")
+        log.info(f"{name}: {left}")
     return fit.left
 
 
@@ -129,7 +131,7 @@ def _alone(subject: Exportable) -> Iterator[None]:
 
 
 def _reference(subject: Exportable, rows: Sequence[TokenRow]) -> Reference:
-    say(f"scoring {subject.reference} on {counted(len(rows), 'held-out row')}")
+    log.info(f"scoring {subject.reference} on {counted(len(rows), 'held-out row')}")
     scorer, before = subject.open_reference()
     scores = scorer.score(rows, None, TOP_TOKENS)
     untrained = before.score(rows, None, 1) if before else None
@@ -175,16 +177,16 @@ def _write(
     name = candidates[0][0].name
     place = subject.directory.exports / name
     began = time.perf_counter()
-    say(f"{name}: writing")
+    log.info(f"{name}: writing")
     try:
         with staged_directory(place) as folder:
             found = _best(subject, config, candidates, reference, folder)
     except Exception as error:
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
-        say(f"{name}: failed: {kind}{error}")
+        log.info(f"{name}: failed: {kind}{error}")
         return Exported(name, place, time.perf_counter() - began, error=f"{kind}{error}")
     kl = f", mean KL {found.fidelity.mean_kl:.4f}" if found.fidelity else ""
-    say(f"{name}: {human_bytes(size_on_disk(place))} in {human_seconds(found.seconds)}{kl}, {found.verdict.shown}")
+    log.info(f"{name}: {human_bytes(size_on_disk(place))} in {human_seconds(found.seconds)}{kl}, {found.verdict.shown}")
     return Exported(name, place, found.seconds, found.fidelity, found.verdict, found.faults)
 
 
@@ -211,7 +213,7 @@ def _best(
         record_bases(found[best][0], losses)
         folder.rmdir()
         found[best][0].rename(folder)
-    say(f"{job.name}: held-out loss by base: {', '.join(f'{base} {loss:.4f}' for base, loss in losses.items())}")
+    log.info(f"{job.name}: held-out loss by base: {', '.join(f'{base} {loss:.4f}' for base, loss in losses.items())}")
     return found[best][1]
 
 

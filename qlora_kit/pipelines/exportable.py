@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Scorer
@@ -183,7 +183,7 @@ class TrainedRun(Exportable):
         seconds = human_seconds(time.perf_counter() - began)
         before = f", {human_bytes(report.resumed)} of it written before" if report.resumed else ""
         modules = f"{report.merged:,} of {counted(report.adapted, 'module')}"
-        say(f"merged {modules} into the {report.base} base in {seconds}{before}")
+        log.info(f"merged {modules} into the {report.base} base in {seconds}{before}")
         return report
 
     def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:

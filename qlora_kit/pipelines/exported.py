@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import size_on_disk
-from qlora_kit.core.say import say
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.evaluation.scores import Fidelity
@@ -42,7 +42,7 @@ def print_exported(title: str, done: Sequence[Exported]) -> None:
     """Print one line a file, with the verdict on it."""
     print_table(title, COLUMNS, [list(_cells(one)) for one in done])
     if any(one.verdict is Verdict.measured for one in done):
-        say("measured: scored, and held against no bound; export.max_mean_kl sets one")
+        log.info("measured: scored, and held against no bound; export.max_mean_kl sets one")
 
 
 def raise_what_went_wrong(done: Sequence[Exported]) -> None:

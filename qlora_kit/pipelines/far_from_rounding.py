@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.evaluation.rounded_twin import score_rounded_twin
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.formats.job import ExportJob
@@ -28,11 +28,11 @@ def far_from_rounding(
         return
     key = str(merged), bits
     if key not in reference.twins:
-        say(f"{job.name}: mean KL {fidelity.mean_kl:.4f}; scoring what plain rounding to {bits} bits gives")
+        log.info(f"{job.name}: mean KL {fidelity.mean_kl:.4f}; scoring what plain rounding to {bits} bits gives")
         try:
             twin = score_rounded_twin(merged, bits, reference.rows, reference.scores, pad_token_id)
         except (RuntimeError, OSError) as error:
-            say(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
+            log.info(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
             return
         reference.twins[key] = twin.mean_kl
     if interval[0] > FAR * reference.twins[key]:

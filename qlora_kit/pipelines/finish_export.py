@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.contract_servers import ServerCheck
 from qlora_kit.evaluation.judge import faults_of
@@ -78,7 +78,7 @@ def finish(
     verdict = verdict_on(is_measured=fidelity is not None, max_mean_kl=max_mean_kl, faults=faults)
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
     for note in contract.notes:
-        say(f"{job.name}: {note}")
+        log.info(f"{job.name}: {note}")
     commands = facts.format.commands(served_of(facts, str(subject.directory.exports / job.name)))
     Manifest(
         name=job.name,

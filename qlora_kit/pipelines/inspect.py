@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_kit.core.console import SafeConsole
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.console.safe import SafeConsole
 from qlora_kit.core.shell import is_line
 from qlora_kit.core.units import counted, human_count
 from qlora_kit.data.audit.audit import Audit, stop_on_errors
@@ -74,7 +74,7 @@ def gate(audit: Audit) -> None:
         if finding.level is Level.warning and finding.name != TOLD_BY_READING:
             where = f" ({', '.join(finding.places)})" if finding.places else ""
             fix = f"; {_remedy(finding)}: {finding.fix}" if finding.fix else ""
-            say(f"warning: {finding.what}{where}{fix}")
+            log.warning(f"{finding.what}{where}{fix}")
     stop_on_errors(audit)
 
 

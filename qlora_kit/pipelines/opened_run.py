@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from qlora_kit.adapter.strange import refuse_strange_adapter
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError, UnreadableFileError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.say import say
 from qlora_kit.data.prepare import HeldOutRows, PreparedData, later_rows, prepare
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.model.source import locate_base
@@ -73,8 +73,8 @@ class OpenedRun:
             train = self._own(_without_eval_file(self.recipe.data)).train
         except RecipeError as error:
             train = None
-            say(
-                f"warning: nothing tells whether rows of {self.later.eval_file} were trained on, for the training rows "
+            log.warning(
+                f"nothing tells whether rows of {self.later.eval_file} were trained on, for the training rows "
                 f"cannot be read again: {error.problems[0].what}"
             )
         return self._later(train)

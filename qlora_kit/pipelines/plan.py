@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qlora_kit.core.console import SafeConsole
+from qlora_kit.core.console.safe import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json, typed_path

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.data.audit.audit import Audit, audit
 from qlora_kit.data.audit.embedding import beyond_embedding
@@ -106,7 +106,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
         )
     why = "the model's context" if fits == context else "the longest row" if fits == most else "what fits"
     row = f"the longest row has {counted(longest, 'token')}"
-    say(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, {row})")
+    log.info(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, {row})")
     return fits
 
 

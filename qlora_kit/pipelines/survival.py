@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.adapter.updates import Adapter, read_adapter
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.say import say
 from qlora_kit.export.delta_survival import DeltaSurvival, survey
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.names import checkpoint_names
@@ -38,7 +38,7 @@ def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, ada
     is_on_original = merge.base == MergeBase.original.name
     found = replace(found, is_on_original=is_on_original, remedies=written.remedies(job.settings))
     if text := found.warning(job.name):
-        say(f"warning: {text}")
+        log.warning(text)
     return found
 
 

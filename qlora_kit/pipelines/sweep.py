@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.core.say import say
 from qlora_kit.pipelines.job_process import SweepStop, run_process
 from qlora_kit.runs.as_written import note_recipe
 from qlora_kit.runs.best_job import SWEEP_RECORD
@@ -77,12 +77,12 @@ def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
         _begin(job)
         code = 0
         if not RunDirectory(job.folder).is_finished:
-            say(f"job {job.number}: {' '.join(job.overrides)}  (log: {job.folder / LOG})")
+            log.info(f"job {job.number}: {' '.join(job.overrides)}  (log: {job.folder / LOG})")
             command = [sys.executable, "-m", "qlora_kit", "train", f"resume={job.folder}"]
             code = run_process(command, job.folder / LOG, _environment(job), stop, sweep_process)
     row = _row(job, code)
     write_json(job.folder / JOB_RECORD, asdict(row))
-    say(f"job {job.number}: {row.error or f'{job.recipe.sweep.objective} {row.objective:.4f}'}")
+    log.info(f"job {job.number}: {row.error or f'{job.recipe.sweep.objective} {row.objective:.4f}'}")
     return _worst(job) if row.objective is None else row.objective
 
 

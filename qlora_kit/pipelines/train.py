@@ -10,10 +10,11 @@ from transformers import set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.adapter.saved import name_base
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.console.session import log_to
 from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.files import clear_left_overs, staged_directory, sync_folder, write_json
 from qlora_kit.core.lock import hold
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.signals import came_of_interrupt
 from qlora_kit.core.units import counted, human_bytes, human_count
@@ -64,6 +65,8 @@ def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with hold(run.path, "train"):
+        if run.recipe.exists():
+            log_to(run.log)
         clear_left_overs(run.path)
         stop = StopOnSignal()
         try:
@@ -96,6 +99,7 @@ def _train(
     packing = packing_of(recipe.data, data)
     gate(audit_of(recipe, data, packing, base_folder, tokenizer))
     describe(recipe, run, overrides, data)
+    log_to(run.log)
     note_base(run, base_folder)
     write_json(run.reach, reach.record())
 
@@ -104,12 +108,12 @@ def _train(
     step, logged = step_of(checkpoint) if checkpoint else 0, read_metrics(run.metrics)
     tokens_before = rewind_metrics(run.metrics, step)
     if checkpoint:
-        say(f"resuming from step {step_of(checkpoint)}")
+        log.info(f"resuming from step {step_of(checkpoint)}")
     free_before = free_memory_bytes() if torch.cuda.is_available() else None
     known = _known_base(base_folder, reach)
     planned = planned_memory(recipe, known, data, free_before)
     if planned is not None:
-        say(one_line(planned, on_gpu=torch.cuda.is_available()))
+        log.info(one_line(planned, on_gpu=torch.cuda.is_available()))
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
@@ -171,10 +175,10 @@ def planned_memory(
 def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: int) -> PeftModel:
     set_seed(recipe.trainer.seed)
     if others := idle_gpus():
-        say(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
+        log.info(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
     for line in reach.lines():
-        say(line)
-    say(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
+        log.info(line)
+    log.info(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
     base = load_base(base_folder, recipe.quant, recipe.model.attention)
     config = read_config(base_folder)
     with told_plainly(base_folder, config, "adapt"):
@@ -184,7 +188,7 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: in
         try_forward(model)
     size = adapter_size(model)
     modules = counted(size.modules, "module")
-    say(f"training {human_count(size.parameters)} weights in {modules} on {counted(rows, 'row')}")
+    log.info(f"training {human_count(size.parameters)} weights in {modules} on {counted(rows, 'row')}")
     return model
 
 
@@ -226,11 +230,11 @@ def _result(
 
 def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory, base_folder: Path) -> None:
     if result.eval_loss is not None:
-        say(f"held-out loss {result.eval_loss:.4f}")
+        log.info(f"held-out loss {result.eval_loss:.4f}")
     device = "GPU memory" if torch.cuda.is_available() else "memory"
     speed = counted(round(result.tokens_per_second), "token/s", "tokens/s")
-    say(f"{speed}, peak {device} {human_bytes(result.peak_memory_bytes)}")
-    say(f"done: {run.path}")
-    say(f"next: {line_to_export(run, base_folder)}")
+    log.info(f"{speed}, peak {device} {human_bytes(result.peak_memory_bytes)}")
+    log.info(f"done: {run.path}")
+    log.info(f"next: {line_to_export(run, base_folder)}")
     for warning in result.warnings:
-        say(f"warning: {warning}\n  try      {less_learning(recipe, run)}")
+        log.warning(f"{warning}\n  try      {less_learning(recipe, run)}")

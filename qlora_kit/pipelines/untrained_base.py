@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import clear_left_overs, read_json, remove, typed_path, write_json, write_text
 from qlora_kit.core.links import links_outside
 from qlora_kit.core.lock import BusyError, hold
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.data.audit.embedding import beyond_embedding
@@ -92,7 +92,7 @@ class UntrainedBase(Exportable):
         weights = sum(math.prod(tensor.shape) for tensor in read_headers(self.base.folder).values())
         fits = not torch.cuda.is_available() or weights * FP32_BYTES < free_memory_bytes()
         if not fits:
-            say("the base is scored in bfloat16: in float32 it does not fit into the GPU's memory")
+            log.info("the base is scored in bfloat16: in float32 it does not fit into the GPU's memory")
         dtype = torch.float32 if fits else torch.bfloat16
         model = load_base(self.base.folder, QuantConfig(kind=QuantKind.none), compute_dtype=dtype)
         return TorchScorer(model, int(self.tokenizer.pad_token_id)), None
@@ -110,7 +110,7 @@ class UntrainedBase(Exportable):
         report = write_sixteen_bit(self.base.folder, self.tokenizer, out)
         wider = sorted({tensor.dtype for tensor in read_headers(self.base.folder).values()} & {"F64", "F32", "F16"})
         rounded = f" rounded from {' and '.join(wider)} to BF16," if wider else ""
-        say(f"copied the base,{rounded} {human_bytes(report.size)} in {human_seconds(report.seconds)}")
+        log.info(f"copied the base,{rounded} {human_bytes(report.size)} in {human_seconds(report.seconds)}")
         return report
 
     def survival(self, job: ExportJob, folder: Path, merged: Path, merge: MergeReport) -> dict[str, object]:

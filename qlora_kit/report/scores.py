@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_kit.core.console import SafeConsole
+from qlora_kit.core.console.safe import SafeConsole
 from qlora_kit.core.units import human_bytes
 from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.report.table import print_table

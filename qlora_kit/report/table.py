@@ -1,12 +1,13 @@
 """Tables on the terminal."""
 
+import io
 from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from qlora_kit.core.console import SafeConsole
-from qlora_kit.core.say import show
+from qlora_kit.core.console.lines import log_result, show
+from qlora_kit.core.console.safe import SafeConsole
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -20,3 +21,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console = SafeConsole()
     widest = table.__rich_measure__(console, console.options.update(width=400)).maximum
     SafeConsole(width=max(console.width, widest)).print(table)
+    plain = io.StringIO()
+    SafeConsole(file=plain, width=widest).print(table)
+    log_result(plain.getvalue().rstrip("\n"))

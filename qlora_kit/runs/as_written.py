@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError, UnreadableFileError
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.overrides import read_overrides
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import shell_line
 from qlora_kit.runs.directory import RunDirectory
 
@@ -36,7 +36,7 @@ def refuse_edited(run: RunDirectory) -> None:
     if noted is None:
         if run.has_steps:
             state = "is damaged" if run.written.is_file() else "is not there"
-            say(f"{run.written} {state}, so nothing tells whether recipe and adapter are as the run wrote them")
+            log.info(f"{run.written} {state}, so nothing tells whether recipe and adapter are as the run wrote them")
         return
     problems = list(_problems(run, noted))
     if problems:
@@ -52,7 +52,7 @@ def _problems(run: RunDirectory, noted: dict[str, str]) -> Iterator[Problem]:
         return  # an adapter that is there by then is written again
     then = {file: digest for file, digest in noted.items() if file.startswith(_adapter(run))}
     if not then:
-        say(f"{run.written} does not name the files of {run.adapter}, so nothing tells whether they are as saved")
+        log.info(f"{run.written} does not name the files of {run.adapter}, so nothing tells whether they are as saved")
         return
     now = _of_adapter(run)
     if changed := sorted(file for file, digest in then.items() if now.get(file) != digest):

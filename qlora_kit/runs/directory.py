@@ -9,11 +9,11 @@ from glob import has_magic
 from itertools import count
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.links import refuse_links_outside
 from qlora_kit.core.lock import LOCK, Holder, busy, hold, holder
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.runs.best_job import best_job
 
@@ -77,6 +77,11 @@ class RunDirectory:
     def result(self) -> Path:
         """What the run came to; present once it finished."""
         return self.path / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """What commands told of this run, each line with its time and level."""
+        return self.path / "run.log"
 
     @property
     def checkpoints(self) -> Path:
@@ -192,7 +197,7 @@ def tell_latest(taken: Path, passed_over: Sequence[str] = ()) -> None:
     Args:
         passed_over: newer ones, each with the reason.
     """
-    say(f"latest is {taken}" + (f"; passed over {_first_of(passed_over)}" if passed_over else ""))
+    log.info(f"latest is {taken}" + (f"; passed over {_first_of(passed_over)}" if passed_over else ""))
 
 
 def _latest(*, finished: bool) -> RunDirectory:

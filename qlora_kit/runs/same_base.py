@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.core.say import say
 from qlora_kit.model.identity import TEXTS, identity
 from qlora_kit.runs.directory import RunDirectory
 
@@ -27,13 +27,13 @@ def refuse_other_base(run: RunDirectory, folder: Path, *, is_trained: bool) -> N
     """
     if not run.base.is_file():
         if run.has_steps:
-            say(f"{run.path} does not say what its base was, so nothing tells whether {folder} is still the same")
+            log.info(f"{run.path} does not say what its base was, so nothing tells whether {folder} is still the same")
         return
     try:
         noted = read_json(run.base)["files"]
         then = {str(name): str(digest) for name, digest in noted.items()}
     except (ValueError, KeyError, AttributeError):
-        say(f"{run.base} is damaged, so nothing tells whether {folder} is still the base of this run")
+        log.info(f"{run.base} is damaged, so nothing tells whether {folder} is still the base of this run")
         return
     now = identity(folder)
     skipped = TEXTS if is_trained else ()

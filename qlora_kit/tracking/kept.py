@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.terminal import printable
 from qlora_kit.tracking.record import Known, write_known
@@ -65,19 +65,19 @@ class KeptService:
                 self._shelve(f"while the run was closed: {reason(error)}")
         self._store()
         if not self._known.is_complete:
-            say(f"tracker: the record of {self.name} is incomplete; metrics.jsonl holds every step")
+            log.info(f"tracker: the record of {self.name} is incomplete; metrics.jsonl holds every step")
 
     def _shelve(self, why: str) -> None:
         self._service = None
         self._known.is_complete = False
-        say(f"tracker: {self.name} failed {why}; training goes on without it")
+        log.info(f"tracker: {self.name} failed {why}; training goes on without it")
         self._store()
 
     def _store(self) -> None:
         try:
             write_known(self._folder, self.name, self._known)
         except OSError as error:
-            say(f"tracker: cannot note in the run directory what {self.name} was told: {reason(error)}")
+            log.info(f"tracker: cannot note in the run directory what {self.name} was told: {reason(error)}")
 
 
 def reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.schema.tracker import TrackerConfig, TrackerMode
 
 Parameters = Mapping[str, str | int | float | bool]
@@ -71,7 +71,7 @@ def is_online(config: TrackerConfig, has_access: bool) -> bool:
 def say_offline(config: TrackerConfig, service: str) -> None:
     """Tell where the record is, unless that was asked for."""
     if config.mode is TrackerMode.auto:
-        say(f"tracker: no access to {service}, so its record stays in the run directory")
+        log.info(f"tracker: no access to {service}, so its record stays in the run directory")
 
 
 def set_unless_set(name: str, value: str) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError, StoppedError
 from qlora_kit.core.files import is_number, write_text
-from qlora_kit.core.say import say
 from qlora_kit.core.secrets import masked
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import recipe_yaml
@@ -153,7 +153,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows = [_numbers(line) for line in lines]
     if lost := sum("step" not in row for row in rows[:-1]):
-        say(f"{path}: {lost} damaged line{'s are' if lost > 1 else ' is'} left out")
+        log.info(f"{path}: {lost} damaged line{'s are' if lost > 1 else ' is'} left out")
     return [row for row in rows if "step" in row]
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import DamagedFileError
 from qlora_kit.core.files import quick_hash, read_json, remove, sync, write_json
-from qlora_kit.core.say import say
 from qlora_kit.core.shell import override, shell_line
 
 MARK = "complete.json"
@@ -75,9 +75,9 @@ def last_complete(folder: Path, strange: Callable[[Path], Iterator[str]] | None 
             damaged.append(f"{checkpoint} is damaged: {', '.join(faults)}")
         else:
             for line in [*damaged, *begun]:
-                say(f"{line}; going on from {checkpoint.name}")
+                log.info(f"{line}; going on from {checkpoint.name}")
             if not (checkpoint / MARK).exists():
-                say(f"{checkpoint} does not say what its files were, so they could not be verified")
+                log.info(f"{checkpoint} does not say what its files were, so they could not be verified")
             _remove_all(passed)
             return checkpoint
     if damaged:
@@ -85,7 +85,7 @@ def last_complete(folder: Path, strange: Callable[[Path], Iterator[str]] | None 
         what = "\n".join(["no checkpoint of this run is whole, so it can only start again from step 0", *damaged])
         raise DamagedFileError(what, str(folder), f"{shell_line(['rm', '-r', folder])} && {shell_line(again)}")
     for line in begun:
-        say(f"{line}; there is no other one")
+        log.info(f"{line}; there is no other one")
     _remove_all(passed)
     return None
 

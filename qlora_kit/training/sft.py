@@ -1,6 +1,5 @@
 """Supervised fine-tuning on TRL's SFTTrainer, with rows, masks and adapter prepared by the kit."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from qlora_kit.adapter.saved import BaseName
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.distributed import world_size
 from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
 from qlora_kit.data.order import epoch_order, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
@@ -70,8 +70,8 @@ def build_trainer(
         raise ValueError(f"data.batching={recipe.data.batching.name}, and packing is {packing}")
     optimizer, line = effective_optimizer(recipe.optim, has_gpu=torch.cuda.is_available())
     if line:
-        say(line)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+        log.info(line)
+    processes = world_size()
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
     undo, engine = _made_ready(model, recipe, packing, at_once)
     dataset = training_dataset(train, packing)

@@ -1,14 +1,14 @@
 """The recipe's engine on a model that is about to be trained, and what its memory allows each layer to keep."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.engine.layer.fast import FastEngine, speed_up
 from qlora_kit.engine.layer.recompute import (
@@ -39,15 +39,16 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
         return None
     engine = speed_up(model, config)
     for line in engine.said:
-        say(line)
+        log.info(line)
     if not engine.layers:
         return None
     memory = step_memory_of(model, tokens)
     levels = _levels(memory, config.recompute)
     engine.set_levels(levels)
     if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, levels, _free())):
-        say(f"engine: weights are kept unpacked too, {human_bytes(copies)} (engine.weight_copies=none gives it back)")
-    say(
+        back = "engine.weight_copies=none gives it back"
+        log.info(f"engine: weights are kept unpacked too, {human_bytes(copies)} ({back})")
+    log.info(
         f"engine: fast, {config.compute.name}, {counted(engine.fast_layers, 'layer')}; for {human_count(tokens)} "
         f"tokens {again(levels)}"
     )
@@ -90,7 +91,7 @@ def _levels(memory: StepMemory, recompute: str) -> list[int]:
     levels, budget = memory.levels(recompute, _free())
     if (needed := memory.needed(levels)) > budget:
         room = human_bytes(budget)
-        say(f"warning: layers keep {human_bytes(needed)} at the least, where there is room for {room}")
+        log.warning(f"layers keep {human_bytes(needed)} at the least, where there is room for {room}")
     _check_host(memory, levels)
     return levels
 
@@ -98,7 +99,7 @@ def _levels(memory: StepMemory, recompute: str) -> list[int]:
 def _check_host(memory: StepMemory, levels: Sequence[int]) -> None:
     """Refuse what the host's memory cannot hold: the system would end the process without a word."""
     layers = sum(level >= LAYER_FROM_HOST for level in levels)
-    needed = layers * memory.tokens * kept_bytes(memory.shape, LAYER_AGAIN) * _processes_here()
+    needed = layers * memory.tokens * kept_bytes(memory.shape, LAYER_AGAIN) * local_world_size()
     if layers and needed > (free := free_host_bytes()):
         raise RunError(
             f"a step of {human_count(memory.tokens)} tokens keeps {human_bytes(needed)} in the host's memory, where "
@@ -106,8 +107,3 @@ def _check_host(memory: StepMemory, levels: Sequence[int]) -> None:
             "data.max_tokens, trainer.batch_size",
             "lower one of them; or engine.recompute=all, if the GPU has room for it",
         )
-
-
-def _processes_here() -> int:
-    """Training processes on this machine, which share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

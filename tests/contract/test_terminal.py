@@ -78,14 +78,14 @@ def test_a_verb_that_is_not_there(capfd):
 
 
 def test_an_answer_of_a_model_keeps_its_lines(capfd):
-    from qlora_kit.core.say import show
+    from qlora_kit.core.console.lines import show
 
     show(f"one\n\ttwo{EVIL}", end="")
     assert capfd.readouterr().out == "one\n\ttwo␛]0;owned␇␛[2J\ufffd31m"
 
 
 def test_tables_and_consoles(capfd):
-    from qlora_kit.core.console import SafeConsole
+    from qlora_kit.core.console.safe import SafeConsole
     from qlora_kit.report.table import print_table
 
     print_table(f"title{EVIL}", ["name", f"size{EVIL}"], [[f"a{EVIL}", "pip install 'kit[gguf]'"]])

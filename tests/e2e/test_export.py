@@ -58,7 +58,7 @@ def test_a_run_directory_is_complete(trained):
     assert trained[1].stdout == ""  # no banner of a library
     run = only_run(trained[0])
     names = {"recipe.yaml", "overrides.txt", "environment.json", "base.json", "data.json"}
-    names |= {"metrics.jsonl", "result.json", "adapter"}
+    names |= {"metrics.jsonl", "result.json", "adapter", "run.log"}
     assert names <= {path.name for path in run.iterdir()}
     assert "data.max_tokens=128" in (run / "overrides.txt").read_text()
     assert read_json(run / "data.json")["train"]["rows"] == 32
@@ -67,6 +67,14 @@ def test_a_run_directory_is_complete(trained):
     card = (run / "adapter" / "README.md").read_text()
     assert "A LoRA adapter for base, trained with qlora-kit" in card and str(trained[0].parent) not in card
     assert not list((run / "checkpoints").rglob("README.md"))
+
+
+def test_the_log_has_what_each_command_printed(scored):
+    folder, done = scored
+    text = (only_run(folder) / "run.log").read_text()
+    for line in (*done.stdout.splitlines(), *done.stderr.splitlines()):
+        assert line.rstrip() in text, line
+    assert "info    done: " in text and "info    next: qlora-kit export" in text
 
 
 def test_every_export_is_written_and_measured(exported):

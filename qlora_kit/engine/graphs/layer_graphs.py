@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import human_bytes
 from qlora_kit.engine.graphs.recorded import Aim, GraphMemory, Recorded
 
@@ -157,7 +157,7 @@ class LayerGraphs:
 
     def _give_up(self, why: str) -> None:
         self._is_off = self._is_stale = True
-        say(f"layers are started kernel by kernel, not recorded as CUDA graphs: {why}")
+        log.info(f"layers are started kernel by kernel, not recorded as CUDA graphs: {why}")
 
     def _drop(self) -> None:
         if self._memory is None:

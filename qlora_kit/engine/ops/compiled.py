@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 
 _UNCOMPILED: set[Callable[..., Any]] = set()  # functions that did not compile in this process
 
@@ -26,7 +26,7 @@ def run_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         _UNCOMPILED.add(function)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        say(f"{function.__name__.lstrip('_')} was not compiled and runs slower: {reason}")
+        log.info(f"{function.__name__.lstrip('_')} was not compiled and runs slower: {reason}")
         return function(*arguments)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qlora_kit.core.say import say
+from qlora_kit.core.console.lines import log
 from qlora_kit.export.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
 from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
 from qlora_kit.weights.float_rows import StoredTensor, find_tensors
@@ -127,7 +127,7 @@ def fitting_rows(rows: Sequence[Sequence[int]], bytes_per_token: int) -> list[Se
     if share >= 1:
         return list(rows)
     count = max(1, int(len(rows) * share))
-    say(f"bits budget: measured on {count} of {len(rows)} calibration rows, to stay within 2 GiB of hidden states")
+    log.info(f"bits budget: measured on {count} of {len(rows)} calibration rows, to stay within 2 GiB of hidden states")
     return [rows[index * len(rows) // count] for index in range(count)]
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.say import say
 from qlora_kit.export.budget.allocate import Layer, Option, allocate, mean_bits
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Seque
     layers = [_layer(names, formats, rises, weights) for names in groups]
     chosen = allocate(layers, budget)
     spent = _spent(budget, layers, chosen, rises)
-    say(str(spent))
+    log.info(str(spent))
     return spent
 
 

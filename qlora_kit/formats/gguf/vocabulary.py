@@ -14,8 +14,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.say import say
 from qlora_kit.core.units import counted
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
@@ -132,7 +132,7 @@ def _tell_beyond(
         )
     if beyond:
         named = ", ".join(list(beyond.values())[:3])
-        say(
+        log.info(
             f"{counted(len(beyond), 'token of the tokenizer is', 'tokens of the tokenizer are')} beyond the "
             f"{rows:,} rows of the embedding; left out: {named}"
         )

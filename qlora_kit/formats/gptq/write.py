@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.core.say import say
 from qlora_kit.export.fit.fault import LeftOver
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
@@ -75,7 +75,7 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
         packed = _packed_tensors(made)
         _check_overrides(packed, plan, target)
         if left := _left_out(linear_shapes(model_dir), packed, plan):
-            say(f"GPTQ: {left}")
+            log.info(f"GPTQ: {left}")
             quantization["dynamic"] = {**(quantization.get("dynamic") or {}), **left_out_entry(left.names)}
         splice_checkpoint(model_dir, out_dir, packed, quantization)
 

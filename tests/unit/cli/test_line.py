@@ -96,5 +96,5 @@ def test_every_verb_that_takes_a_run_tells_its_key(outputs, capsys, verb, fix):
 @pytest.mark.parametrize("flag", ["--config-dir=/tmp", "-cd", "-sc", "--shell-completion", "--info", "--cfg"])
 def test_flags_of_hydra_are_not_passed_on(flag):
     ((what, fix),) = told(flag)
-    assert what == f"there is no flag '{flag}'; there are -h, --help, -m, --multirun"
+    assert what == f"there is no flag '{flag}'; there are -h, --help, -m, --multirun, --quiet, --verbose"
     assert fix == ("qlora-kit recipes show" if flag == "--cfg" else "")

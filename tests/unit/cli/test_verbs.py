@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from qlora_kit.cli.verbs import Verb, main, run_verb
+from qlora_kit.core.console.session import session
 from qlora_kit.core.errors import RecipeError, StoppedError
 from qlora_kit.core.shell import shell_line
 
@@ -167,9 +168,9 @@ def test_output_that_cannot_be_written_is_said(words):
 def test_what_cannot_be_said_ends_no_work():
     with Path("/dev/full").open("w") as full:
         code = (
-            "from qlora_kit.core import streams; from qlora_kit.core.say import say; from tqdm import tqdm\n"
+            "from qlora_kit.core import streams; from qlora_kit.core.console.lines import log; from tqdm import tqdm\n"
             "with streams.unfailing_streams():\n"
-            "    say('a' * 100_000)\n"
+            "    log.info('a' * 100_000)\n"
             "    list(tqdm(range(3), mininterval=0))\n"
             "    print('done')\n"
         )
@@ -192,16 +193,40 @@ def test_a_name_that_is_too_long_is_called_by_its_name(failing, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-@pytest.mark.parametrize("words", [["experiment=x"], ["resume=latest"], ["-m", "lora.r=4,8"]])
-def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, name, words):
+@pytest.mark.parametrize(
+    ("words", "doing"),
+    [
+        (["train", "experiment=x"], "a training"),
+        (["train", "resume=latest"], "a training"),
+        (["train", "-m", "lora.r=4,8"], "a training"),
+        (["export", "run=latest"], "an export"),
+        (["eval", "run=latest"], "an evaluation"),
+    ],
+)
+def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, name, words, doing):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, "2")
-    assert main(["train", *words]) == 2
+    assert main(words) == 2
     said = capsys.readouterr().err
-    assert f"{name}=2: a launcher started several processes, and a training is one process on one GPU" in said
-    assert f"fix      {shell_line(['qlora-kit', 'train', *words])}" in said
+    assert f"{name}=2: a launcher started several processes, and {doing} is one process on one GPU" in said
+    assert f"fix      {shell_line(['qlora-kit', *words])}" in said
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(name, "1")
-    assert main(["train", "--help"]) == 0
-    assert main(["train", *words]) == 2
+    assert main([words[0], "--help"]) == 0
+    assert main(words) == 2
     assert name not in capsys.readouterr().err
+
+
+def test_of_several_processes_that_are_refused_only_the_first_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "experiment=x"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_of_one_process_alone_is_told_by_it(failing, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with session():
+        assert run_verb(failing(RuntimeError("odd")), []) == 1
+    assert capsys.readouterr().err.startswith("error: RuntimeError: odd\n")
