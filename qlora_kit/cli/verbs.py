@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from qlora_kit import __version__
 from qlora_kit.cli.line import EVERYWHERE
-from qlora_kit.core.console.lines import NOTICE, log
-from qlora_kit.core.console.session import is_verbose, session
+from qlora_kit.core.console.lines import NOTICE, is_verbose, log
+from qlora_kit.core.console.session import session
 from qlora_kit.core.errors import (
     EXIT_BAD_RECIPE,
     EXIT_OK,

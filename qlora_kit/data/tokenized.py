@@ -1,7 +1,7 @@
 """Named sources -> one store of tokenized rows, from the cache where it was made before."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import sha256
@@ -9,8 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
+from qlora_kit.core.console.bar import BYTES, Bar, bar
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
@@ -18,7 +17,7 @@ from qlora_kit.data.formats.absent import absent, absent_problem
 from qlora_kit.data.formats.bad_rows import BadRowError
 from qlora_kit.data.formats.columns import REQUIRED
 from qlora_kit.data.formats.reader import RowReader, recognise
-from qlora_kit.data.pieces import EncodedPiece, Reading, encoded_pieces
+from qlora_kit.data.pieces import Reading, encoded_pieces
 from qlora_kit.data.problems import told_once
 from qlora_kit.data.sources.source import Piece, Source, open_source, parse
 from qlora_kit.data.store import StoreWriter, stored
@@ -236,12 +235,12 @@ def _fill(
             files.append(StoredFile(file, source.named.name, hashes[file], source.reader.format.name))
             readings.append(Reading(file, source.reader))
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress(files))
+        one = stack.enter_context(_progress(files))
         for piece in encoded_pieces(chain.from_iterable(all_pieces), encoder, readings, processes):
             writer.add(piece)
             if piece.unused_columns:
                 unused.setdefault(files[piece.file].source, set()).update(piece.unused_columns)
-            bar.update(_amount(piece, bar.unit == "B"))
+            one.advance(piece.bytes if one.unit == BYTES else piece.records)
     return files
 
 
@@ -250,14 +249,10 @@ def _renumbered(pieces: Iterator[Piece], first: int) -> Iterator[Piece]:
         yield Piece(piece.file + first, piece.lines, piece.records)
 
 
-def _progress(files: list[StoredFile]) -> "tqdm[None]":
+def _progress(files: list[StoredFile]) -> AbstractContextManager[Bar]:
     """A bar over bytes where the files are plain text, whose sizes are known; else over rows."""
     paths = [Path(file.path) for file in files]
     if all(path.suffix in (".jsonl", ".ndjson") and path.is_file() for path in paths):
         size = sum(path.stat().st_size for path in paths)
-        return tqdm(total=size, unit="B", unit_scale=True, desc="tokenize", delay=2, dynamic_ncols=True)
-    return tqdm(unit=" rows", unit_scale=True, desc="tokenize", delay=2, dynamic_ncols=True)
-
-
-def _amount(piece: EncodedPiece, in_bytes: bool) -> int:
-    return piece.bytes if in_bytes else piece.records
+        return bar("tokenize", size, BYTES, after=2)
+    return bar("tokenize", None, "row", after=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapter.updates import Adapter, read_adapter, refuse_unlearned
+from qlora_kit.core.console.bar import BYTES, bar
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import human_bytes
 from qlora_kit.export.merging.audit import audit_changes, audit_folder, changes_hash
@@ -133,10 +134,8 @@ def _rounded(base_folder: Path, trained: Adapter, quant: QuantConfig, stored: bo
 
 
 def _write(plan: Plan, rounding: Rounding, out: Path, journal: Journal) -> list[Written]:
-    from tqdm import tqdm
-
-    with tqdm(total=plan.size, desc="merge", unit="B", unit_scale=True, disable=None) as bar:
-        written = write_shards(plan, rounding, out, bar.update, journal.finished, journal.record)
+    with bar("merge", plan.size, BYTES) as one:
+        written = write_shards(plan, rounding, out, one.advance, journal.finished, journal.record)
     journal.close()
     return written
 

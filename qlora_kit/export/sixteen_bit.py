@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapter.updates import Adapter
+from qlora_kit.core.console.bar import BYTES, bar
 from qlora_kit.export.merge import MergeReport, refuse_full_disk
 from qlora_kit.export.merging.audit import audit_folder
 from qlora_kit.export.merging.carry import carry_files, says_tied
@@ -27,16 +28,14 @@ def write_sixteen_bit(base_folder: Path, tokenizer: Any, out: Path) -> MergeRepo
     Raises:
         RunError: a file of the base is damaged, there is no room, or the folder does not pass its audit.
     """
-    from tqdm import tqdm
-
     from qlora_kit.model.device import this_device
 
     began = time.perf_counter()
     base = read_headers(base_folder)
     plan = make_plan(base, Adapter(base_folder, {}, {}), says_tied(base_folder), rounded=(), merge_rounded=False)
     refuse_full_disk(plan.size, out, "the copy of the base")
-    with tqdm(total=plan.size, desc="copy", unit="B", unit_scale=True, disable=None) as bar:
-        write_shards(plan, Rounding(QuantConfig(kind=QuantKind.none), this_device()), out, bar.update)
+    with bar("copy", plan.size, BYTES) as one:
+        write_shards(plan, Rounding(QuantConfig(kind=QuantKind.none), this_device()), out, one.advance)
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
     audit_folder(out, base_folder, base)

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
-from qlora_kit.core.console.session import is_verbose
+from qlora_kit.core.console.lines import is_verbose
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted

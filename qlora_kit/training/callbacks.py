@@ -1,14 +1,14 @@
 """What happens around steps: progress, metrics, checkpoint marks, stops."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_kit.core.console.bar import Bar, bar
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.signals import on_stop_signals, repeats_by_itself, tell_at_once
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.tracking.tracker import Tracker
@@ -83,15 +83,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self.seconds = seconds_before
         self._tokens_before = tokens_before
         self._clock = StepClock()
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
+        self._open = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Open the progress bar at the step that training starts from."""
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
-        )
+        self._bar = self._open.enter_context(bar("train", state.max_steps, "step", done=state.global_step))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -104,7 +103,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
     ) -> None:
         """Move the bar, pass on a request to stop, and stop the clock for what is no training."""
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            self._bar.advance(state.global_step - self._bar.done)
         if self.stop.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -136,8 +135,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         if "loss" in metrics:
             metrics |= self._throughput(logs)
         self.tracker.log(state.global_step, metrics)
+        log.debug(f"step {state.global_step}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
         if self._bar is not None and "loss" in metrics:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s")
+            self._bar.note = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Declare the checkpoint whole, and let older ones go."""
@@ -151,8 +151,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Close the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the progress bar, however training ended."""
+        self._bar = None
+        self._open.close()
 
     def _throughput(self, logs: dict[str, float]) -> dict[str, float]:
         """Of the steps that this entry is of: all that ended since the last one."""

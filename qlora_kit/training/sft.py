@@ -1,6 +1,7 @@
 """Supervised fine-tuning on TRL's SFTTrainer, with rows, masks and adapter prepared by the kit."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -92,7 +93,7 @@ def build_trainer(
         held_out=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
         collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
         tokenizer=tokenizer,
-        callbacks=[watch],
+        watch=watch,
         order=epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed),
         base=BaseName(*(hub_name(source, revision) or (source, revision))),
         groups=groups_of(optimizer, recipe.optim),
@@ -158,7 +159,8 @@ def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
     if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
         trainer.take_up(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with closing(trainer.watch):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return Progress(trainer.state.global_step, trainer.args.max_steps)
 
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
@@ -22,6 +22,7 @@ from qlora_kit.data.collate import IGNORED_LABEL, Counted
 from qlora_kit.data.order import Order
 from qlora_kit.engine.head import one_pass_head
 from qlora_kit.engine.layer.fast import FastEngine
+from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
@@ -69,6 +70,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's trainer over rows that the kit prepared.
 
     Attributes:
+        watch: sees every step.
         order: of the training items.
         undo: what takes off the model again what was put on it for training.
         engine: of the decoder layers; None where they run plain.
@@ -89,7 +91,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         held_out: Dataset | None,
         collator: Counted,
         tokenizer: Any,
-        callbacks: Sequence[TrainerCallback],
+        watch: Watch,
         order: Order,
         base: BaseName,
         groups: Callable[[PeftModel], Groups] | None = None,
@@ -104,7 +106,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         """
         self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
         self._waiting: _Waiting | None = None
-        self.order, self.base, self.groups, self.engine = order, base, groups, engine
+        self.watch, self.order, self.base, self.groups, self.engine = watch, order, base, groups, engine
         self.logs_late = torch.cuda.is_available()
         super().__init__(
             model=model,
@@ -113,7 +115,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             eval_dataset=held_out,
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
         train_in_fp32(model)

@@ -86,7 +86,6 @@ def child(work: Path, what: str, peer: Path | None) -> None:
     """One copy or file, with all modules loaded as an export has them; prints its result as JSON on the last line."""
     import gguf
     import libgguf  # noqa: F401
-    from tqdm import tqdm  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from qlora_kit.formats.gguf.writer import write_gguf

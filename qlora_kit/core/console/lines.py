@@ -69,3 +69,13 @@ def show(text: str, end: str = "\n") -> None:
 def log_result(text: str) -> None:
     """Put a result that standard output has into the run's log."""
     log.info(text, extra={"is_result": True})
+
+
+def is_verbose() -> bool:
+    """Whether details are shown."""
+    return TERMINAL.level <= logging.DEBUG
+
+
+def is_quiet() -> bool:
+    """Whether what goes on is not shown: no bars either."""
+    return TERMINAL.level > logging.INFO

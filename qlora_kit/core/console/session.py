@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from qlora_kit.core.console.bar import leave_bars
 from qlora_kit.core.console.lines import NAMES, TERMINAL, log
 from qlora_kit.core.distributed import is_main
 from qlora_kit.core.terminal import printable
@@ -86,6 +87,7 @@ def session(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        leave_bars()
         TERMINAL.setLevel(level)
         log.removeHandler(run_log)
         run_log.close_file()
@@ -96,16 +98,6 @@ def log_to(path: Path) -> None:
     for handler in log.handlers:
         if isinstance(handler, RunLog):
             handler.open(path)
-
-
-def is_verbose() -> bool:
-    """Whether details are shown."""
-    return TERMINAL.level <= logging.DEBUG
-
-
-def is_quiet() -> bool:
-    """Whether what goes on is not shown: no bars either."""
-    return TERMINAL.level > logging.INFO
 
 
 def _level(quiet: bool, verbose: bool) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from qlora_kit.core.console.bar import Bar, bar
 from qlora_kit.core.console.lines import log
 from qlora_kit.export.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
 from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
@@ -67,8 +67,8 @@ class Fisher:
     def linears(self) -> Iterator[MeasuredLinear]:
         """Every linear layer once."""
         tokens = sum(len(row) for row in self.rows)
-        with tqdm(total=2 * len(self.layers), desc="bits budget", unit="layer", disable=None) as bar:
-            calls, states = self._forward(bar)
+        with bar("bits budget", 2 * len(self.layers), "layer") as one:
+            calls, states = self._forward(one)
             gradients = self._head_gradients([call.hidden for call in calls])
             for index in reversed(range(len(self.layers))):
                 layer = self._filled(index)
@@ -83,10 +83,10 @@ class Fisher:
                         None if moment is None else moment / tokens,
                     )
                 drop_weights(layer)
-                bar.update()
+                one.advance()
 
     @torch.no_grad()
-    def _forward(self, bar: Any) -> tuple[list[Call], list[list[Tensor]]]:
+    def _forward(self, one: Bar) -> tuple[list[Call], list[list[Tensor]]]:
         """Run all layers; the calls hold the last hidden states, the lists those that each layer was given."""
         calls = first_inputs(self.model, self.rows, self.device)
         states: list[list[Tensor]] = []
@@ -96,7 +96,7 @@ class Fisher:
             for call in calls:
                 call.hidden = run_layer(layer, call, index)
             drop_weights(layer)
-            bar.update()
+            one.advance()
         return calls, states
 
     def _filled(self, index: int) -> nn.Module:

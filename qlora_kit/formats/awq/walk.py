@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from qlora_kit.core.console.bar import each
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import check_group_size
@@ -37,7 +37,7 @@ def quantised_tensors(
     calls = first_inputs(model, calibration, device)
     replacements: dict[str, dict[str, Tensor]] = {}
     left_out: list[str] = []
-    for index in tqdm(range(len(layers)), desc="AWQ", unit="layer", disable=None):
+    for index in each(range(len(layers)), "AWQ", "layer"):
         # Widened where it lies then: in one step, torch would widen it on the CPU and carry twice the bytes.
         name, layer = f"{prefix}.{index}", layers[index].to(device).to(torch.float32)
         found = _advance(layer, calls, index, settings, stored, head_dim)

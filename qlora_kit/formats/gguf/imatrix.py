@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.bar import each
 from qlora_kit.core.errors import RunError
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.metadata import read_config
@@ -94,7 +95,6 @@ def mean_squared_inputs(model_dir: Path, rows: Sequence[Sequence[int]]) -> "dict
     """
     import torch
     from torch import nn
-    from tqdm import tqdm
 
     from qlora_kit.export.observe import decoder_layers, first_inputs, run_layer
     from qlora_kit.export.streamed_model import empty_model, fill_weights
@@ -107,7 +107,7 @@ def mean_squared_inputs(model_dir: Path, rows: Sequence[Sequence[int]]) -> "dict
     means: dict[str, Tensor] = {}
     with torch.no_grad():
         calls = first_inputs(model, rows, device)
-        for index in tqdm(range(len(layers)), desc="importance matrix", unit="layer", disable=None):
+        for index in each(range(len(layers)), "importance matrix", "layer"):
             name, layer = f"{inside}{index}", layers[index]
             fill_weights(model, (source for source in stored if source.startswith(f"{name}.")), stored, device)
             watch = _SquareSums(layer)

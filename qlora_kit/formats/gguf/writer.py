@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.families.family import GgufRules
@@ -203,8 +204,6 @@ def _write_head(writer: Any, file: Path, number: int, plan: _Plan) -> None:
 
 
 def _write_tensors(files: Sequence[Path], plan: _Plan, workers: int | None, title: str) -> None:
-    from tqdm import tqdm
-
     planned = {tensor.name: tensor for tensor in plan.tensors}
     placed: list[PlacedTensor] = []
     for file, part in zip(files, plan.parts, strict=True):
@@ -219,5 +218,5 @@ def _write_tensors(files: Sequence[Path], plan: _Plan, workers: int | None, titl
                 else:
                     placed.append(PlacedTensor(planned[name], file, offset))
     values = sum(tensor.stored.rows * tensor.stored.width for tensor in plan.tensors)
-    with tqdm(total=values, desc=title, unit=" weights", unit_scale=True, disable=None) as bar:
-        write_blocks(placed, workers, bar.update)
+    with bar(title, values, "weight") as one:
+        write_blocks(placed, workers, one.advance)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.group_sizes import WHOLE_ROW
 from qlora_kit.export.linear_shapes import linear_shapes
@@ -27,8 +28,6 @@ def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
     Raises:
         RecipeError: bits, group size, desc_act or an override do not fit.
     """
-    from tqdm import tqdm
-
     _check(target)
     shapes = linear_shapes(model_dir)
     plan = plan_layers(shapes, target)
@@ -46,8 +45,8 @@ def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
     }
     if dynamic := dynamic_entries(plan, target):
         quantization["dynamic"] = dynamic
-    with tqdm(total=len(quantised), desc="rounding", unit="layer", disable=None) as bar:
-        splice_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantised, target.sym, bar.update), quantization)
+    with bar("rounding", len(quantised), "layer") as one:
+        splice_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantised, target.sym, one.advance), quantization)
 
 
 def rounded_grid(weight: "Tensor", settings: LayerSettings, *, sym: bool) -> "Grid":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.bar import bar
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
@@ -141,15 +142,13 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(model_dir: Path) -> Iterator[Callable[..., None]]:
     """A bar on standard error, and the function that gptqmodel calls at the end of each layer."""
-    from tqdm import tqdm
-
     layers = read_json(model_dir / "config.json").get("num_hidden_layers")
-    with tqdm(total=layers, desc="GPTQ", unit="layer", disable=None) as bar:
+    with bar("GPTQ", layers, "layer") as one:
 
         def layer_done(layer_idx: int, submodule_finalized: bool) -> None:
             # Called twice a layer; the first call comes when its weights are chosen.
             if not submodule_finalized:
-                bar.update(layer_idx + 1 - bar.n)
+                one.advance(layer_idx + 1 - one.done)
 
         yield layer_done
 

@@ -168,10 +168,11 @@ def test_output_that_cannot_be_written_is_said(words):
 def test_what_cannot_be_said_ends_no_work():
     with Path("/dev/full").open("w") as full:
         code = (
-            "from qlora_kit.core import streams; from qlora_kit.core.console.lines import log; from tqdm import tqdm\n"
+            "from qlora_kit.core import streams; from qlora_kit.core.console.lines import log\n"
+            "from qlora_kit.core.console.bar import each\n"
             "with streams.unfailing_streams():\n"
             "    log.info('a' * 100_000)\n"
-            "    list(tqdm(range(3), mininterval=0))\n"
+            "    list(each(range(3), 'a', 'b'))\n"
             "    print('done')\n"
         )
         command = [sys.executable, "-c", code]
