@@ -11,7 +11,6 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
-from qlora_kit.formats.awq.gemm_twin import gemm_twin, is_gemv
 from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
 from qlora_kit.weights.names import tensor_shapes
 
@@ -27,9 +26,8 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
     """Load a GPTQ or AWQ folder through transformers, ready to score.
 
     On a GPU in the file's dtype (transformers turns AWQ to float16); without one on the CPU, in float32 around
-    kernels that multiply in bfloat16; there AWQ's GEMV layout has no kernel, and the same numbers are read from a twin
-    in GEMM's. A GPTQ file whose layers differ is loaded by gptqmodel itself, the way vLLM and SGLang read it:
-    transformers knows one number of bits for all.
+    kernels that multiply in bfloat16, of which AWQ's GEMV layout has none. A GPTQ file whose layers differ is loaded
+    by gptqmodel itself, the way vLLM and SGLang read it: transformers knows one number of bits for all.
 
     Raises:
         RecipeError: gptqmodel or optimum is not installed.
@@ -39,7 +37,7 @@ def load_quantized(folder: Path) -> "PreTrainedModel":
     set_up_gptqmodel()
     # The import prints a banner, loading prints a table.
     with contextlib.redirect_stdout(io.StringIO()):
-        require("gptqmodel", f"Loading {method.upper()} files")
+        require("gptqmodel", f"Loading {method.upper()} files", EXTRA)
         if method == "gptq":
             require("optimum", "Loading GPTQ files", EXTRA)
         return _load(folder, method)
@@ -65,9 +63,6 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and is_gemv(folder):
-        with gemm_twin(folder) as twin:
-            return _load(twin, method)
     try:
         if _layers_differ(folder):
             return _load_mixed(folder)

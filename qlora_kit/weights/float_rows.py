@@ -70,7 +70,7 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
     for tensor in read_header(file):
         if tensor.dtype not in _NUMPY_TYPES:
             raise RecipeError(
-                f"{file.name} holds '{tensor.name}' as {tensor.dtype}: a GGUF file is made from 16- or 32-bit weights",
+                f"{file.name} holds '{tensor.name}' as {tensor.dtype}, and files are made from 16- or 32-bit weights",
                 fix="export the merged 16-bit model first, and convert that folder",
             )
         found[tensor.name] = StoredTensor(file, tensor.offset, tensor.dtype, tensor.shape)

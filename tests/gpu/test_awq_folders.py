@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
+from qlora_kit.formats.awq.load import load_awq
 from qlora_kit.formats.awq.write import write_awq
-from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 from tests.tiny_models import build_tiny_model
 
@@ -43,7 +43,7 @@ def test_a_folder_computes_what_it_says(tmp_path, layout):
     source, out = build_tiny_model("llama", tmp_path / "llama", dtype=torch.bfloat16), tmp_path / "out"
     out.mkdir()
     write_awq(source, out, AwqTarget(group_size=GROUP, layout=layout), ROWS)
-    model, expected = load_quantized(out), expected_model(source, out, layout)
+    model, expected = load_awq(out), expected_model(source, out, layout)
     assert "Awq" in type(model.get_submodule("model.layers.0.mlp.down_proj")).__name__
     for count in TOKENS:
         sample = torch.tensor([[(31 * step + 5) % 600 for step in range(count)]])

@@ -87,11 +87,11 @@ class Awq(Format[AwqTarget]):
 
     def load(self, folder: Path) -> Any:
         """The model, with gptqmodel's layers."""
-        from qlora_kit.formats.gptqmodel_folders import load_quantized
+        from qlora_kit.formats.awq.load import load_awq
         from qlora_kit.model.load import quiet_libraries
 
         quiet_libraries()
-        return load_quantized(folder)
+        return load_awq(folder)
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.weights.float_rows import find_tensors, read_picked_rows, read_rows, read_stored_rows
 
 VALUES = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
@@ -44,3 +44,10 @@ def test_a_file_that_became_shorter_is_named(stored):
     with pytest.raises(RunError, match=r"model\.safetensors ends before its last tensor") as caught:
         read_rows(tensor, 0, 9)
     assert caught.value.problems[0].fix == "fetch or copy this file again"
+
+
+def test_weights_in_other_formats_are_named(tmp_path):
+    save_file({"w": VALUES.to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match="'w' as I8") as caught:
+        find_tensors(tmp_path)
+    assert "convert that folder" in caught.value.problems[0].fix

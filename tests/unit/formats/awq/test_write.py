@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
+from qlora_kit.formats.awq.load import load_awq
 from qlora_kit.formats.awq.write import write_awq
-from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 from tests.tiny_models import build_tiny_model
 
@@ -62,7 +62,7 @@ def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None
     source = source_folder(family, tmp_path)
     out = export(source, tmp_path / "out")
     wanted = dequantised_logits(source, out, 64)
-    model = load_quantized(out)
+    model = load_awq(out)
     assert "Awq" in type(model.get_submodule("model.layers.0.mlp.down_proj")).__name__
     # The kernel multiplies in bfloat16.
     assert apart(model(SAMPLE).logits.float(), wanted) < 0.03
@@ -83,7 +83,7 @@ def test_the_layout_for_one_request_holds_the_same_numbers(tmp_path: Path) -> No
         one, other = ({kind: part[f"{name}.{kind}"] for kind in KINDS} for part in (first, second))
         assert torch.equal(unpacked_weight(one, 64), unpacked_weight(other, 64, AwqLayout.gemv))
     if not torch.cuda.is_available():
-        assert torch.equal(load_quantized(gemm)(SAMPLE).logits, load_quantized(gemv)(SAMPLE).logits)
+        assert torch.equal(load_awq(gemm)(SAMPLE).logits, load_awq(gemv)(SAMPLE).logits)
     assert {path.name: path.read_bytes() for path in gemv.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gemm", "gemv", "llama"]
 
@@ -95,7 +95,7 @@ def test_symmetric_file_is_read_as_such(tmp_path: Path) -> None:
     out = export(source, tmp_path / "out", zero_point=False)
     tensors = load_file(out / "model.safetensors")
     assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].unique().tolist()) == {-0x77777778}
-    assert apart(load_quantized(out)(SAMPLE).logits.float(), dequantised_logits(source, out, 64)) < 0.03
+    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantised_logits(source, out, 64)) < 0.03
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
 def test_group_sizes_beyond_the_fast_kernel_are_read(group_size: int, tmp_path: Path) -> None:
     source = source_folder("llama", tmp_path)
     out = export(source, tmp_path / "out", group_size=group_size)
-    assert apart(load_quantized(out)(SAMPLE).logits.float(), dequantised_logits(source, out, group_size)) < 0.03
+    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantised_logits(source, out, group_size)) < 0.03
 
 
 @pytest.mark.parametrize(

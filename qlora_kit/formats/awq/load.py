@@ -1,19 +1,38 @@
-"""An AWQ folder in GEMV's layout as the same numbers in GEMM's, which can be read without a GPU too."""
+"""AWQ folders, loaded by transformers; one in GEMV's layout as the same numbers in GEMM's where there is no GPU."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.formats.gptqmodel_folders import load_quantized
 from qlora_kit.schema.export import AwqLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def is_gemv(folder: Path) -> bool:
     """Whether a folder holds AWQ weights in the layout that has kernels for GPUs alone."""
-    settings = read_json(folder / "config.json").get("quantization_config") or {}
+    config = folder / "config.json"
+    settings = (read_json(config).get("quantization_config") or {}) if config.is_file() else {}
     return settings.get("quant_method") == "awq" and settings.get("version") == AwqLayout.gemv.value
+
+
+def load_awq(folder: Path) -> "PreTrainedModel":
+    """Load an AWQ folder as `load_quantized` does, one in GEMV's layout from its twin where there is no GPU.
+
+    Raises:
+        RecipeError, RunError: as `load_quantized`.
+    """
+    import torch
+
+    if torch.cuda.is_available() or not is_gemv(folder):
+        return load_quantized(folder)
+    with gemm_twin(folder) as twin:
+        return load_quantized(twin)
 
 
 @contextmanager
