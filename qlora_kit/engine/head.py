@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from qlora_kit.data.collate import IGNORED_LABEL
 from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs
+from qlora_kit.objectives.sft.collate import IGNORED_LABEL
 
 # Settings of families whose logits are scaled, capped, or joined by a loss of the router.
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")

@@ -14,7 +14,6 @@ from peft import PeftModel
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import world_size
-from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator
 from qlora_kit.data.order import epoch_order, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
@@ -22,13 +21,14 @@ from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
 from qlora_kit.engine.attention.rows import attend_in_rows
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.source import hub_name
+from qlora_kit.objectives.sft.collate import Collator, Counted, Outline, PackedCollator
+from qlora_kit.objectives.sft.dataset import training_dataset
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import step_of
-from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.optimizers.groups import groups_of
 from qlora_kit.training.speed import put_engine

@@ -18,10 +18,10 @@ from trl import SFTConfig, SFTTrainer
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import IGNORED_LABEL, Counted
 from qlora_kit.data.order import Order
 from qlora_kit.engine.head import one_pass_head
 from qlora_kit.engine.layer.fast import FastEngine
+from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Counted
 from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign

@@ -8,13 +8,13 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.data.collate import Collator, PackedCollator, feature
 from qlora_kit.engine.attention.packed import isolate_samples
 from qlora_kit.engine.layer import mlp
 from qlora_kit.engine.layer.fast import speed_up
 from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
+from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention

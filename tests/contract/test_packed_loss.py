@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import Collator, PackedCollator, feature
 from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, isolate_samples
+from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.model import Attention
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model

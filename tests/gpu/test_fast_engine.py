@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.data.collate import Collator, feature
 from qlora_kit.engine.layer.fast import speed_up
 from qlora_kit.model.load import load_base
+from qlora_kit.objectives.sft.collate import Collator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig

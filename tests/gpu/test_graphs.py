@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.data.collate import Collator, Outline, PackedCollator, feature
 from qlora_kit.engine.attention.packed import isolate_samples
 from qlora_kit.engine.graphs.layer_graphs import REPEATS
 from qlora_kit.engine.graphs.recorded import GraphMemory, _drawing_goes_on, _recording
 from qlora_kit.engine.layer.fast import speed_up
 from qlora_kit.model.load import load_base
+from qlora_kit.objectives.sft.collate import Collator, Outline, PackedCollator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.data.collate import Collator, PackedCollator, feature
 from qlora_kit.engine.attention import packed as packed_attention
 from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
+from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.model import Attention
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model

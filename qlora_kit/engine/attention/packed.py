@@ -18,8 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import PackedCollator
 from qlora_kit.model.device import this_device
+from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
 
 SDPA_PACKED = "sdpa_packed"

@@ -13,12 +13,13 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import Collator, feature
 from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRows, TokenStore
 from qlora_kit.engine.attention.packed import SDPA_PACKED
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.objectives.sft.collate import Collator, feature
+from qlora_kit.objectives.sft.dataset import training_dataset
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.optimizers import OptimizerName
@@ -29,7 +30,6 @@ from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.checkpoint import last_complete
-from qlora_kit.training.dataset import training_dataset
 from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.sft import build_trainer, fit, held_out_loss
 from tests.drawn_rows import drawn_rows

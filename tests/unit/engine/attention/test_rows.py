@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.collate import PackedCollator
 from qlora_kit.engine.attention import packed as packed_attention
 from qlora_kit.engine.attention import rows as row_attention
 from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, isolate_samples
 from qlora_kit.engine.attention.rows import SDPA_ROWS, attend_in_rows
+from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
 from tests.tiny_models import FAMILIES, build_tiny_model
 

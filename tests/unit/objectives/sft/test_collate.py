@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.data.collate import Collator, Counted, Outline, PackedCollator, feature
+from qlora_kit.objectives.sft.collate import Collator, Counted, Outline, PackedCollator, feature
 from tests.stored_rows import stored_rows
 
 ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]

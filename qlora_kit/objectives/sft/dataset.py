@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from qlora_kit.data.collate import IGNORED_LABEL, Feature, feature
 from qlora_kit.data.packing import Packing
 from qlora_kit.data.tokens import Ints, TokenRows, TokenStore
+from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Feature, feature
 
 NOTHING_TRAINED = -1  # an item that fills a batch and adds nothing to a loss
 

@@ -1,0 +1,1 @@
+"""What is learned: a folder for each objective."""
