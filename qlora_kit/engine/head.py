@@ -21,7 +21,7 @@ SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "
 ROUTED = "output_router_logits"
 
 
-def one_pass_head(model: PreTrainedModel) -> Callable[[], None] | None:
+def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
     """Replace the fused forward that TRL put on this instance by one that goes over the logits once.
 
     Loss, gradients and accuracy stay the same. The entropy is zero: TRL 1.16 only logs it, the kit keeps it out of its
@@ -46,7 +46,7 @@ def one_pass_head(model: PreTrainedModel) -> Callable[[], None] | None:
             return fused(*args, fused_lm_head=fused_lm_head, labels=labels, **rest)
         rest.pop("num_items_in_batch", None)
         # Found before the layers are queued: to count them, the host may have to wait for the device.
-        trained = _Trained.of(labels, head.weight.device, count)
+        trained = _TargetTokens.of(labels, head.weight.device, count)
         hidden = self.base_model(*args, **rest | {"use_cache": False}).last_hidden_state
         return _scored(hidden.to(head.weight.device), trained, head)
 
@@ -66,7 +66,7 @@ def _is_frozen(head: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class _TargetTokens:
     """Where the next token is trained.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Trained:
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, labels: torch.Tensor, device: torch.device, count: int | None = None) -> "_Trained":
+    def of(cls, labels: torch.Tensor, device: torch.device, count: int | None = None) -> "_TargetTokens":
         """From labels `[rows, tokens]`, -100 where a token is not trained; `count` positions, if that is known."""
         following = torch.nn.functional.pad(labels.to(device)[:, 1:], (0, 1), value=IGNORED_LABEL)
         mask = following != IGNORED_LABEL
@@ -89,7 +89,7 @@ class _Trained:
         return cls(mask[:, :-1], positions, following.flatten().index_select(0, positions))
 
 
-def _scored(hidden: torch.Tensor, trained: _Trained, head: torch.nn.Linear) -> FusedCausalLMOutput:
+def _scored(hidden: torch.Tensor, trained: _TargetTokens, head: torch.nn.Linear) -> FusedCausalLMOutput:
     """Per-token results `[rows, tokens - 1]`, zero where untrained, from hidden states `[rows, tokens, width]`."""
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     log_probs, is_top1 = FusedLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped

@@ -17,8 +17,8 @@ from qlora_kit.core.distributed import world_size
 from qlora_kit.data.order import epoch_order, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
-from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
-from qlora_kit.engine.attention.rows import attend_in_rows
+from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
+from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.source import hub_name
 from qlora_kit.objectives.sft.collate import Collator, Counted, Outline, PackedCollator
@@ -108,11 +108,11 @@ def _made_ready(
     """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
     undo: list[Callable[[], None]] = []
     if packing is not None:
-        undo.append(isolate_samples(model.get_base_model(), recipe.model.attention))
+        undo.append(enable_packed_attention(model.get_base_model(), recipe.model.attention))
     engine = put_engine(model, recipe.engine, at_once)
     if engine is not None:
         undo.append(engine.undo)
-        if (back := attend_in_rows(model.get_base_model())) is not None:
+        if (back := enable_row_attention(model.get_base_model())) is not None:
             undo.append(back)
     if packing is not None:
         check_isolation(model, recipe.model.attention)

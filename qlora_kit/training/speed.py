@@ -10,7 +10,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import counted, human_bytes, human_count
-from qlora_kit.engine.layer.fast import FastEngine, speed_up
+from qlora_kit.engine.layer.fast import FastEngine, patch_model
 from qlora_kit.engine.layer.recompute import (
     LAYER_AGAIN,
     LAYER_FROM_HOST,
@@ -37,7 +37,7 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
     """
     if config.mode is EngineMode.plain:
         return None
-    engine = speed_up(model, config)
+    engine = patch_model(model, config)
     for line in engine.said:
         log.info(line)
     if not engine.layers:

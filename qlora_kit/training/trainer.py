@@ -19,7 +19,7 @@ from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.order import Order
-from qlora_kit.engine.head import one_pass_head
+from qlora_kit.engine.head import enable_fused_head
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Counted
 from qlora_kit.training.callbacks import Watch
@@ -119,7 +119,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         )
         self.remove_callback(PrinterCallback)
         train_in_fp32(model)
-        head = one_pass_head(model.get_base_model())
+        head = enable_fused_head(model.get_base_model())
         self.tells_counts = head is not None
         self.undo: Sequence[Callable[[], None]] = [*undo, *([] if head is None else [head])]
 

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.engine.attention.packed import isolate_samples
+from qlora_kit.engine.attention.packed import enable_packed_attention
 from qlora_kit.engine.layer import mlp
-from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
@@ -96,7 +96,7 @@ def error(found, expected):
 def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatch):
     model, batch = load(folder), padded(rows)
     loss, gradients = step(model, batch)
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     assert engine.said == [] and engine.fast_layers == len(engine.layers) == model.config.num_hidden_layers
     fast_loss, fast = step(model, batch)
     assert fast_loss == pytest.approx(loss, rel=1e-6)
@@ -119,7 +119,7 @@ def test_bf16_gradients_are_as_near_to_fp32_as_plain_ones(folder, rows):
     _, reference = step(load(folder), batch)
     model = load(folder, torch.bfloat16)
     _, gradients = step(model, batch)
-    speed_up(model, EngineConfig())
+    patch_model(model, EngineConfig())
     _, fast = step(model, batch)
     assert not torch.equal(*(next(iter(one.values())) for one in (fast, gradients)))
     assert error(fast, reference) <= ROUNDING * error(gradients, reference)
@@ -127,9 +127,9 @@ def test_bf16_gradients_are_as_near_to_fp32_as_plain_ones(folder, rows):
 
 def test_packed_samples_stay_apart(folder, rows):
     model, batch = load(folder), packed(rows)
-    isolate_samples(model.get_base_model(), Attention.sdpa)
+    enable_packed_attention(model.get_base_model(), Attention.sdpa)
     loss, gradients = step(model, batch)
-    engine = speed_up(model, EngineConfig(), [2] + [0] * (model.config.num_hidden_layers - 1))
+    engine = patch_model(model, EngineConfig(), [2] + [0] * (model.config.num_hidden_layers - 1))
     fast_loss, fast = step(model, batch)
     assert engine.fast_layers
     assert fast_loss == pytest.approx(loss, rel=1e-6)
@@ -149,7 +149,7 @@ def test_attention_is_asked_for_as_the_layer_asks(folder, rows, monkeypatch):
     step(model, batch)
     plain = asked.copy()
     asked.clear()
-    speed_up(model, EngineConfig())
+    patch_model(model, EngineConfig())
     step(model, batch)
     assert len(asked) == model.config.num_hidden_layers
     for (*found, settings), (*expected, wanted) in zip(asked, plain, strict=True):
@@ -161,7 +161,7 @@ def test_attention_is_asked_for_as_the_layer_asks(folder, rows, monkeypatch):
 def test_undo_leaves_nothing_behind_and_keys_never_change(folder, rows):
     model, batch = load(folder), padded(rows)
     before, keys = step(model, batch), list(model.state_dict())
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     layers = [fast.layer for fast in engine.layers]
     assert list(model.state_dict()) == keys
     assert all("forward" in vars(layer) for layer in layers)
@@ -179,7 +179,7 @@ def test_evaluation_and_generation_run_plain(tmp_path, monkeypatch):
         plain = model(input_ids=ids, use_cache=False).logits
         model.eval()
         text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     monkeypatch.setattr("qlora_kit.engine.layer.fast.project", lambda *_: pytest.fail("a layer ran fast"))
     with torch.no_grad():
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), text)
@@ -192,7 +192,7 @@ def test_evaluation_and_generation_run_plain(tmp_path, monkeypatch):
 def test_16_bit_bases_run_fast_too(tmp_path, rows):
     model, batch = load(llama(tmp_path), quant=QuantConfig(kind=QuantKind.none)), padded(rows)
     _, gradients = step(model, batch)
-    assert speed_up(model, EngineConfig()).fast_layers == 2
+    assert patch_model(model, EngineConfig()).fast_layers == 2
     assert difference(step(model, batch)[1], gradients) <= FP32
 
 
@@ -202,7 +202,7 @@ def test_fp8_products_move_gradients_by_rounding_only(tmp_path, rows, compute, l
     model, batch = load(llama(tmp_path), torch.bfloat16), padded(rows)
     _, gradients = step(model, batch)
     size = error(gradients, {name: torch.zeros_like(part) for name, part in gradients.items()})
-    assert speed_up(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate)).said == []
+    assert patch_model(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate)).said == []
     assert least < error(step(model, batch)[1], gradients) / size < most
 
 
@@ -211,7 +211,7 @@ def test_adapters_that_are_switched_off_stay_off(tmp_path, rows):
     model.get_input_embeddings().requires_grad_(True)  # something to train without an adapter
     with model.disable_adapter():
         loss, _ = step(model, batch)
-    assert speed_up(model, EngineConfig()).fast_layers == 2
+    assert patch_model(model, EngineConfig()).fast_layers == 2
     with model.disable_adapter():
         assert step(model, batch)[0] == loss
 
@@ -228,7 +228,7 @@ def test_what_is_not_known_runs_plain_and_is_said(tmp_path, rows, lora, reason):
     model, batch = load(llama(tmp_path), lora=lora), padded(rows)
     torch.manual_seed(0)
     loss, gradients = step(model, batch)
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     torch.manual_seed(0)
     fast_loss, fast = step(model, batch)
     assert engine.layers == [] and engine.fast_layers == 0
@@ -240,7 +240,7 @@ def test_one_plain_layer_among_fast_ones_still_computes_again(tmp_path, rows):
     model, batch = load(llama(tmp_path)), padded(rows)
     model.get_submodule("base_model.model.model.layers.1.mlp").act_fn = torch.nn.ReLU()
     _, gradients = step(model, batch)
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     assert engine.said == ["1 of 2 layers run plain, because the activation ReLU has no fast form"]
     assert (engine.fast_layers, len(engine.layers)) == (1, 2)
     for level in (0, 1, 2):
@@ -250,17 +250,17 @@ def test_one_plain_layer_among_fast_ones_still_computes_again(tmp_path, rows):
 
 def test_int8_bases_and_unknown_families_run_plain(tmp_path):
     model = load(llama(tmp_path), quant=QuantConfig(kind=QuantKind.int8))
-    assert speed_up(model, EngineConfig()).said == [
+    assert patch_model(model, EngineConfig()).said == [
         "2 of 2 layers run plain, because Linear8bitLt is not multiplied by the fast engine"
     ]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     other = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, vocab_size=32))
     adapted = attach_lora(other, LoraConfig(r=4, targets=["dense"]))
-    assert speed_up(adapted, EngineConfig()).said == [
+    assert patch_model(adapted, EngineConfig()).said == [
         "engine.mode=fast has no gpt_neox layers: they run plain, on transformers and peft"
     ]
 
 
 def test_levels_of_another_number_of_layers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 levels for 2 layers"):
-        speed_up(load(llama(tmp_path)), EngineConfig(), [0])
+        patch_model(load(llama(tmp_path)), EngineConfig(), [0])

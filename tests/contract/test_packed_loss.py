@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, isolate_samples
+from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, enable_packed_attention
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.model import Attention
 from tests.drawn_rows import drawn_rows
@@ -61,7 +61,7 @@ def test_packed_rows_equal_rows_alone(folder, rows):
     alone = [Collator(0)([feature(rows, [index])]) for index in range(len(rows))]
     model = load(folder, Attention.sdpa)
     expected = loss_and_gradients(model, alone)
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     packed = PackedCollator()([feature(rows, [0, 1, 2, 3]), feature(rows, [4, 5, 6])])
     assert_same(loss_and_gradients(model, [packed]), expected)
 
@@ -82,7 +82,7 @@ def test_the_smallest_and_the_only_sample_are_right_too(folder, rows):
     """A row of one sample has nothing that starts anew, and may still be longer than a window."""
     model = load(folder, Attention.sdpa)
     expected = loss_and_gradients(model, [Collator(0)([feature(rows, [0])])])
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     assert_same(loss_and_gradients(model, [PackedCollator()([feature(rows, [0])])]), expected)
 
 
@@ -100,7 +100,7 @@ def test_padded_batches_and_generation_are_untouched_before_and_after_undo(folde
             )
 
     expected = answers()
-    undo = isolate_samples(model, Attention.sdpa)
+    undo = enable_packed_attention(model, Attention.sdpa)
     assert model.config._attn_implementation == SDPA_PACKED
     isolated = answers()
     undo()
@@ -112,7 +112,7 @@ def test_padded_batches_and_generation_are_untouched_before_and_after_undo(folde
 
 def test_no_mask_of_all_tokens_by_all_tokens_is_made(rows, tmp_path, monkeypatch):
     model = load(build_tiny_model("gemma3", tmp_path / "base"), Attention.sdpa)
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     seen = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -128,7 +128,7 @@ def test_no_mask_of_all_tokens_by_all_tokens_is_made(rows, tmp_path, monkeypatch
 
 def test_the_check_passes_where_samples_are_isolated_and_leaves_the_mode(folder):
     model = load(folder, Attention.sdpa)
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     check_isolation(model, Attention.sdpa)
     assert model.training
 
@@ -152,7 +152,7 @@ def test_the_check_finds_a_model_that_drops_where_samples_begin(llama):
 
 
 def test_a_layer_that_is_not_told_where_samples_begin_is_refused(llama, rows):
-    isolate_samples(llama, Attention.sdpa)
+    enable_packed_attention(llama, Attention.sdpa)
     batch = PackedCollator()([feature(rows, [0, 1])])
     with pytest.raises(RunError, match="LlamaAttention is not told where packed samples begin"):
         llama(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
@@ -160,7 +160,7 @@ def test_a_layer_that_is_not_told_where_samples_begin_is_refused(llama, rows):
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
 def test_an_argument_that_would_change_numbers_is_refused(llama, rows, name):
-    isolate_samples(llama, Attention.sdpa)
+    enable_packed_attention(llama, Attention.sdpa)
     batch = PackedCollator()([feature(rows, [0, 1])])
     del batch["labels"]
     with pytest.raises(RunError, match=f"samples cannot be packed with sdpa: LlamaAttention asks for {name}"):
@@ -168,7 +168,7 @@ def test_an_argument_that_would_change_numbers_is_refused(llama, rows, name):
 
 
 def test_attention_that_reads_ahead_is_refused(llama, rows):
-    isolate_samples(llama, Attention.sdpa)
+    enable_packed_attention(llama, Attention.sdpa)
     llama.model.layers[0].self_attn.is_causal = False
     batch = PackedCollator()([feature(rows, [0, 1])])
     with pytest.raises(RunError, match="is_causal=False"):
@@ -176,7 +176,7 @@ def test_attention_that_reads_ahead_is_refused(llama, rows):
 
 
 def test_packed_rows_with_a_mask_are_refused(llama, rows):
-    isolate_samples(llama, Attention.sdpa)
+    enable_packed_attention(llama, Attention.sdpa)
     batch = PackedCollator()([feature(rows, [0, 1])])
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with pytest.raises(RunError, match="packed samples came with a mask"):
@@ -184,7 +184,7 @@ def test_packed_rows_with_a_mask_are_refused(llama, rows):
 
 
 def test_chunked_attention_is_refused(llama, rows):
-    isolate_samples(llama, Attention.sdpa)
+    enable_packed_attention(llama, Attention.sdpa)
     llama.config.attention_chunk_size = 8
     with pytest.raises(RunError, match="llama masks attention in a way that is not known here"):
         loss_of(llama, PackedCollator()([feature(rows, [0, 1])]))
@@ -192,17 +192,17 @@ def test_chunked_attention_is_refused(llama, rows):
 
 def test_eager_is_refused(llama):
     with pytest.raises(RunError, match="samples cannot be packed with eager"):
-        isolate_samples(llama, Attention.eager)
+        enable_packed_attention(llama, Attention.eager)
 
 
 def test_a_model_whose_attention_cannot_be_exchanged_is_refused(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(RunError, match="transformers cannot exchange the attention of this model"):
-        isolate_samples(llama, Attention.sdpa)
+        enable_packed_attention(llama, Attention.sdpa)
 
 
 def test_attention_of_transformers_is_left_alone(llama):
-    undo = isolate_samples(llama, Attention.flex_attention)
+    undo = enable_packed_attention(llama, Attention.flex_attention)
     undo()
     assert llama.config._attn_implementation == "sdpa"
 

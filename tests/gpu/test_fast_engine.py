@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
@@ -60,7 +60,7 @@ def test_gradients_are_as_near_to_exact_ones_as_plain_ones(folder, batch):
     exact = gradients(load(folder, ComputeDtype.float32), batch, ComputeDtype.float32)
     model = load(folder, ComputeDtype.bfloat16)
     plain = gradients(model, batch, ComputeDtype.bfloat16)
-    engine = speed_up(model, FAST)
+    engine = patch_model(model, FAST)
     assert engine.fast_layers == len(engine.layers) > 0
     fast = gradients(model, batch, ComputeDtype.bfloat16)
     print(f"\n{folder.parent.name}: plain {error(plain, exact):.5f}, fast {error(fast, exact):.5f} from fp32")
@@ -77,7 +77,7 @@ def test_fp8_moves_gradients_by_rounding_only(tmp_path, batch, compute, most):
     folder = build_tiny_model("llama", tmp_path / "base", spread=0.05, dtype=torch.bfloat16)
     model = load(folder, ComputeDtype.bfloat16)
     plain = gradients(model, batch, ComputeDtype.bfloat16)
-    speed_up(model, EngineConfig(mode=EngineMode.fast, compute=compute))
+    patch_model(model, EngineConfig(mode=EngineMode.fast, compute=compute))
     found = error(gradients(model, batch, ComputeDtype.bfloat16), plain)
     print(f"\n{compute.name}: {found:.4f} from bf16")
     assert 0.01 < found < most

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
-from qlora_kit.engine.attention.packed import isolate_samples
+from qlora_kit.engine.attention.packed import enable_packed_attention
+from qlora_kit.engine.graphs.captured_layer import GraphMemory, _capture, _keep_random_state
 from qlora_kit.engine.graphs.layer_graphs import REPEATS
-from qlora_kit.engine.graphs.recorded import GraphMemory, _drawing_goes_on, _recording
-from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, Outline, PackedCollator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
@@ -52,7 +52,7 @@ def load(folder):
 
 
 def engine_of(model, **settings):
-    return speed_up(model, EngineConfig(mode=EngineMode.fast, **settings))
+    return patch_model(model, EngineConfig(mode=EngineMode.fast, **settings))
 
 
 def on_gpu(batch):
@@ -80,7 +80,7 @@ def gradients(model, batch):
 def record(model, engine, batch):
     for _ in range(REPEATS + 1):
         gradients(model, batch)
-    assert len(engine.graphs.recorded) == len(engine.layers)
+    assert len(engine.graphs.captured) == len(engine.layers)
 
 
 def same(found, expected):
@@ -103,7 +103,7 @@ def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecord
     record(model, engine, batches[0])
     for batch, wanted in zip(batches, expected, strict=True):
         same(gradients(model, batch), wanted)
-    assert len(engine.graphs.recorded) == len(engine.layers)
+    assert len(engine.graphs.captured) == len(engine.layers)
 
 
 @pytest.mark.parametrize("compute", [Compute.fp8_backward, Compute.fp8])
@@ -146,16 +146,16 @@ def test_another_shape_and_evaluation_give_the_memory_back(llama, rows):
     plain_other = gradients(model, other)
     record(model, engine, batch)
     same(gradients(model, other), plain_other)
-    assert not engine.graphs.recorded
+    assert not engine.graphs.captured
     model.zero_grad()
     gradients(model, batch)
     for _ in range(3 * REPEATS):
         gradients(model, batch)
-    assert engine.graphs.recorded
+    assert engine.graphs.captured
     model.eval()
     with torch.no_grad():
         loss_of(model, batch)
-    assert not engine.graphs.recorded
+    assert not engine.graphs.captured
 
 
 def test_a_backward_pass_after_another_forward_pass_is_refused(llama, rows):
@@ -171,7 +171,7 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(llama, rows):
 
 def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
     model = load(folder)
-    isolate_samples(model.get_base_model(), Attention.sdpa)
+    enable_packed_attention(model.get_base_model(), Attention.sdpa)
     bins = [[0, 1, 2], [5, 4, 6], [8, 9, 10, 11], [3, 7]]
     plain = [on_gpu(PackedCollator()([feature(rows, indices)])) for indices in bins]
     collate = PackedCollator(256, 0, Outline(8, 93))
@@ -184,7 +184,7 @@ def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
     for batch, wanted in zip(same_shape, expected, strict=True):
         found = gradients(model, batch)
         assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2  # flash attention sums in another order
-    assert len(engine.graphs.recorded) == len(engine.layers)
+    assert len(engine.graphs.captured) == len(engine.layers)
 
 
 def test_after_a_failed_recording_random_numbers_go_on():
@@ -196,8 +196,8 @@ def test_after_a_failed_recording_random_numbers_go_on():
     with (
         torch.cuda.stream(memory.stream),
         pytest.raises(RuntimeError, match="not permitted when stream is capturing"),
-        _drawing_goes_on(),
-        _recording(torch.cuda.CUDAGraph(), memory),
+        _keep_random_state(),
+        _capture(torch.cuda.CUDAGraph(), memory),
     ):
         found.item()
     assert torch.equal(torch.rand(5, device="cuda"), expected)

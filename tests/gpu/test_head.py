@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.engine.head import _Trained
+from qlora_kit.engine.head import _TargetTokens
 from qlora_kit.engine.ops.fused_linear_cross_entropy import fold
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -39,11 +39,11 @@ def test_the_kernel_agrees_with_torch(wanted, dtype, vocabulary):
 def test_a_known_count_of_trained_positions_spares_the_wait():
     labels = torch.where(torch.rand(4, 300, device="cuda") < 0.5, 7, -100)
     count = int((labels[:, 1:] != -100).sum())
-    expected = _Trained.of(labels, labels.device)
+    expected = _TargetTokens.of(labels, labels.device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = _Trained.of(labels, labels.device, count)
+        found = _TargetTokens.of(labels, labels.device, count)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.positions, expected.positions) and torch.equal(found.targets, expected.targets)

@@ -82,13 +82,13 @@ def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
         drawn(rank, columns, dtype=dtype),
     )
     more = factors(tokens, columns, 16, dtype), factors(tokens, columns, 8, dtype)
-    product, thin = glu(gate, up, Activation.silu, more, down)
+    product, xa = glu(gate, up, Activation.silu, more, down)
     exact = gated_product.reference(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
     assert error(product, exact) < TOLERANCE[dtype]
-    assert (thin is None) == (rank > FUSED_RANK)
-    if thin is not None:
-        assert thin.dtype is dtype
-        assert error(thin, product.float() @ down.float().t()) < TOLERANCE[dtype]
+    assert (xa is None) == (rank > FUSED_RANK)
+    if xa is not None:
+        assert xa.dtype is dtype
+        assert error(xa, product.float() @ down.float().t()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

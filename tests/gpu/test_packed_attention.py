@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.engine.attention import packed as packed_attention
-from qlora_kit.engine.attention.packed import check_isolation, isolate_samples
+from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.model import Attention
 from tests.drawn_rows import drawn_rows
@@ -90,7 +90,7 @@ def test_packed_rows_equal_rows_alone(folder, rows, attention, dtype, monkeypatc
     flash = packed_attention._flash
     monkeypatch.setattr(packed_attention, "_flash", lambda *parts: flash_calls.append(1) or flash(*parts))
     model = load(folder, attention, dtype)
-    isolate_samples(model, attention)
+    enable_packed_attention(model, attention)
     check_isolation(model, attention)
     flash_calls.clear()
     packed = PackedCollator()([feature(rows, [0, 1, 2, 3]), feature(rows, [4, 5, 6])])
@@ -108,7 +108,7 @@ def test_packed_rows_equal_rows_alone(folder, rows, attention, dtype, monkeypatc
 def test_another_first_sample_changes_nothing_in_the_second(folder, rows, attention):
     """Bit for bit, in bfloat16, and over more tokens than the check at the start of a run takes."""
     model = load(folder, attention, torch.bfloat16).eval()
-    isolate_samples(model, attention)
+    enable_packed_attention(model, attention)
     found = []
     for changed in (0, 1):
         first = feature(rows, [0])
@@ -131,7 +131,7 @@ def test_no_mask_of_all_tokens_by_all_tokens_is_made(family, attention, tmp_path
     def peak(tokens, isolated):
         model = load(folder, attention, torch.bfloat16)
         if isolated:
-            isolate_samples(model, attention)
+            enable_packed_attention(model, attention)
         batch = PackedCollator()([feature(rows, range(tokens // 2048))])
         batch.pop("labels")
         batch = {name: part.to("cuda") if isinstance(part, torch.Tensor) else part for name, part in batch.items()}

@@ -45,7 +45,7 @@ OWN_TOKENS = 4  # of each of the two samples that `check_isolation` runs
 NOISE = 1e-2  # int8 layers and routers let a row move its neighbours' rounding, but not this much
 
 
-class Window(NamedTuple):
+class CausalWindow(NamedTuple):
     """Stands for a causal mask that is never made.
 
     Attributes:
@@ -73,7 +73,7 @@ class Samples(NamedTuple):
     dropout: float
 
 
-def isolate_samples(model: PreTrainedModel, attention: Attention) -> Callable[[], None]:
+def enable_packed_attention(model: PreTrainedModel, attention: Attention) -> Callable[[], None]:
     """Make a model keep the samples of a packed row apart.
 
     Batches that are padded, and generation, are computed as with the implementation that the model was loaded with.
@@ -141,13 +141,13 @@ def _mask(
     use_vmap: bool = False,
     local_size: int | None = None,
     **rest: Any,
-) -> "torch.Tensor | Window | None":
-    """What a layer gets as its mask: a `Window`, or transformers' own where rows are padded or come from a cache."""
+) -> "torch.Tensor | CausalWindow | None":
+    """A layer's mask: a `CausalWindow`, or transformers' own where rows are padded or come from a cache."""
     if attention_mask is None and q_length == kv_length:
         if use_vmap or getattr(config, "attention_chunk_size", None) is not None:
             raise _unfit(f"{config.model_type} masks attention in a way that is not known here", Attention.sdpa)
         # transformers clears this flag where it found that positions start anew
-        return Window(local_size, is_packed=not allow_is_causal_skip)
+        return CausalWindow(local_size, is_packed=not allow_is_causal_skip)
     known = {"attention_mask": attention_mask, "allow_is_causal_skip": allow_is_causal_skip, "use_vmap": use_vmap}
     mask: torch.Tensor | None = sdpa_mask(
         q_length=q_length, kv_length=kv_length, config=config, local_size=local_size, **known, **rest
@@ -160,7 +160,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: "torch.Tensor | Window | None",
+    attention_mask: "torch.Tensor | CausalWindow | None",
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -174,13 +174,13 @@ def _attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         return _whole_rows(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
-    if not isinstance(attention_mask, Window):
+    if not isinstance(attention_mask, CausalWindow):
         raise _unfit("packed samples came with a mask or a cache", Attention.sdpa)
     samples = Samples(cu_seq_lens_q, max_length_q, attention_mask.tokens, scaling, dropout)
-    return attend_apart(module, query, key, value, samples, rest), None
+    return attend_samples(module, query, key, value, samples, rest), None
 
 
-def attend_apart(
+def attend_samples(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -217,14 +217,14 @@ def _whole_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: "torch.Tensor | Window | None",
+    attention_mask: "torch.Tensor | CausalWindow | None",
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa, for rows that hold one sample each."""
-    if isinstance(attention_mask, Window):
+    if isinstance(attention_mask, CausalWindow):
         if attention_mask.is_packed:
             raise _unfit(f"{type(module).__name__} is not told where packed samples begin", Attention.sdpa)
-        attention_mask = band(query, attention_mask.tokens)
+        attention_mask = sliding_window_mask(query, attention_mask.tokens)
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
     return found
 
@@ -274,7 +274,7 @@ def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sam
     found = []
     for start, end in pairwise(samples.bounds.tolist()):
         parts = [part[:, :, start:end] for part in (query, key, value)]
-        mask = band(parts[0], samples.window)
+        mask = sliding_window_mask(parts[0], samples.window)
         settings: dict[str, Any] = {"dropout_p": samples.dropout, "scale": samples.scaling}
         found.append(
             scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, is_causal=mask is None, **settings)
@@ -282,7 +282,7 @@ def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sam
     return torch.cat(found, dim=2)
 
 
-def band(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def sliding_window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
     """The mask `[1, 1, tokens, tokens]` of a window; None where causality alone says the same."""
     tokens = query.shape[2]
     if window is None or tokens <= window:

@@ -13,13 +13,13 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_kit.engine.attention.packed import SDPA_PACKED, Samples, attend_apart, band
+from qlora_kit.engine.attention.packed import SDPA_PACKED, Samples, attend_samples, sliding_window_mask
 from qlora_kit.families.registry import FAMILIES
 
 SDPA_ROWS = "sdpa_rows"
 
 
-def attend_in_rows(model: PreTrainedModel) -> Callable[[], None] | None:
+def enable_row_attention(model: PreTrainedModel) -> Callable[[], None] | None:
     """Let a model of a known family attend without masks, while its batches are padded on the right alone, or packed.
 
     Returns:
@@ -61,8 +61,8 @@ def _attention(
         raise RuntimeError("rows without a mask came with a cache")
     if cu_seq_lens_q is not None and max_length_q is not None:
         samples = Samples(cu_seq_lens_q, max_length_q, sliding_window, scaling, dropout)
-        return attend_apart(module, query, key, value, samples, rest), None
-    mask = band(query, sliding_window)
+        return attend_samples(module, query, key, value, samples, rest), None
+    mask = sliding_window_mask(query, sliding_window)
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **rest
     )

@@ -18,33 +18,33 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import human_bytes
-from qlora_kit.engine.graphs.recorded import Aim, GraphMemory, Recorded
+from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
 SPARE = 1.1  # memory that has to be free, for what a step was seen to take: pools do not share their gaps
 
 
-class Compute(Protocol):
+class LayerForward(Protocol):
     """A layer: from hidden states `[rows, tokens, hidden]` and what the model hands to every layer to the next ones."""
 
     def __call__(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor: ...
 
 
-class Recordable(NamedTuple):
+class CapturableLayer(NamedTuple):
     """A layer as it can be recorded.
 
     Attributes:
         parameters: that it trains.
-        aim: tells `compute` where to write gradients.
+        set_grad_targets: tells `compute` where to write gradients.
     """
 
-    compute: Compute
+    compute: LayerForward
     parameters: Sequence[Tensor]
-    aim: Aim
+    set_grad_targets: SetGradTargets
 
 
-class Turns:
+class CaptureSchedule:
     """Decides when to record: counts how often one shape came in a row.
 
     A shape that did not stay makes the next wait twice as long, so that alternating shapes are soon left alone.
@@ -93,10 +93,10 @@ class LayerGraphs:
 
     def __init__(self) -> None:
         self.turn = 0
-        self.recorded: dict[int, Recorded] = {}
+        self.captured: dict[int, CapturedLayer] = {}
         self.gradient: Tensor | None = None
         self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
-        self._turns = Turns()
+        self._schedule = CaptureSchedule()
         self._replays = False
         self._is_off = False
         self._is_stale = False
@@ -104,7 +104,7 @@ class LayerGraphs:
         self._statics: dict[Hashable, Tensor] = {}
         self._memory: GraphMemory | None = None
 
-    def run(self, place: int, layer: Recordable, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    def run(self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The layer's result `[rows, tokens, hidden]`: computed, or replayed if its shape is recorded.
 
         Args:
@@ -115,18 +115,18 @@ class LayerGraphs:
             self._begin(shape, h)
         if not self._replays:
             return layer.compute(h, settings)
-        if place not in self.recorded and shape is not None and not self._is_off:
-            self._try_to_record(place, layer, h, settings, shape)
-        known = self.recorded.get(place)
+        if place not in self.captured and shape is not None and not self._is_off:
+            self._try_to_capture(place, layer, h, settings, shape)
+        known = self.captured.get(place)
         if known is None or known.shape != shape or not self._feed(known, h, settings):
             self._is_stale = True
             return layer.compute(h, settings)
         replayed: Tensor = Replay.apply(h, known, self, *layer.parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return replayed
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Give the memory of all recordings back; the next ones are made when a shape has come often enough again."""
-        self._turns.start_over()
+        self._schedule.start_over()
         self._drop()
 
     def _begin(self, shape: Hashable, h: Tensor) -> None:
@@ -135,11 +135,11 @@ class LayerGraphs:
         self._statics.clear()
         self._misfits += self._is_stale
         if self._misfits > MOST_MISFITS and not self._is_off:
-            self._give_up("they are called with other settings from step to step")
-        due = self._turns.is_due(shape) and not self._is_off
+            self._fall_back("they are called with other settings from step to step")
+        due = self._schedule.is_due(shape) and not self._is_off
         if self._is_stale or not due:
             self._drop()
-        if due and not self.recorded:
+        if due and not self.captured:
             due = self._open(h)
         self._replays, self._is_stale = due, False
 
@@ -149,13 +149,13 @@ class LayerGraphs:
         needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
         if free < SPARE * needed:
-            self._give_up(f"a step takes {human_bytes(needed)}, and {human_bytes(free)} are free")
+            self._fall_back(f"a step takes {human_bytes(needed)}, and {human_bytes(free)} are free")
             return False
         self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.gradient = torch.empty_like(h)
         return True
 
-    def _give_up(self, why: str) -> None:
+    def _fall_back(self, why: str) -> None:
         self._is_off = self._is_stale = True
         log.info(f"layers are started kernel by kernel, not recorded as CUDA graphs: {why}")
 
@@ -163,15 +163,15 @@ class LayerGraphs:
         if self._memory is None:
             return
         torch.cuda.synchronize()
-        self.recorded, self.gradient, self._memory, self._replays = {}, None, None, False
+        self.captured, self.gradient, self._memory, self._replays = {}, None, None, False
         self._fed.clear()
         self._statics.clear()
         torch.cuda.empty_cache()
 
-    def _try_to_record(
-        self, place: int, layer: Recordable, h: Tensor, settings: Mapping[str, Any], shape: Hashable
+    def _try_to_capture(
+        self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any], shape: Hashable
     ) -> None:
-        before = self.recorded.get(place - 1)
+        before = self.captured.get(place - 1)
         chained = before is not None and before.output.data_ptr() == h.data_ptr()
         fixed = {name: self._static(value) for name, value in _leaves(settings) if isinstance(value, Tensor)}
         try:
@@ -179,11 +179,11 @@ class LayerGraphs:
             assert self.gradient is not None and self._memory is not None
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            recorded = Recorded(shape, fixed, start, layer.parameters, self.gradient)
-            recorded.record(partial(layer.compute, settings=given), self._memory, layer.aim)
-            self.recorded[place] = recorded
+            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient)
+            captured.capture(partial(layer.compute, settings=given), self._memory, layer.set_grad_targets)
+            self.captured[place] = captured
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
-            self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
+            self._fall_back(next(iter(str(error).splitlines()), type(error).__name__))
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""
@@ -192,7 +192,7 @@ class LayerGraphs:
             self._statics[key] = torch.empty_like(value)
         return self._statics[key]
 
-    def _feed(self, known: "Recorded", h: Tensor, settings: Mapping[str, Any]) -> bool:
+    def _feed(self, known: "CapturedLayer", h: Tensor, settings: Mapping[str, Any]) -> bool:
         """Bring the inputs to where the recording reads them; False if another layer still needs what lies there."""
         given = {name: value for name, value in _leaves(settings) if isinstance(value, Tensor)}
         for name, static in known.fixed.items():
@@ -211,7 +211,7 @@ class Replay(Function):
     """A recorded layer: takes hidden states, the recording, the owner of all, and the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, known: Recorded, owner: LayerGraphs, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, known: CapturedLayer, owner: LayerGraphs, *_: Tensor) -> Tensor:
         """The hidden states after the layer, in memory that the next forward pass writes over."""
         ctx.known, ctx.owner, ctx.turn = known, owner, owner.turn
         known.forward_graph.replay()

@@ -5,7 +5,7 @@ For a layer input h of shape `[rows, tokens, hidden]`:
     q, k, v, residual = project(h)        norm, linear modules, norms of heads, rope
     h2 = project_add(attention, residual) output module, optional norm, residual
 
-What is kept for the backward is the input of each part, q and k before their norms, and the thin products of LoRA; the
+What is kept for the backward is the input of each part, q and k before their norms, and the products x A^T of LoRA; the
 norm of h is computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
 """
 
@@ -24,7 +24,7 @@ from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate
 
 
 @dataclass
-class Place:
+class GradTarget:
     """Where a layer is to write the gradient of its input `[rows, tokens, hidden]`; in new memory if nowhere."""
 
     tensor: Tensor | None = None
@@ -38,7 +38,7 @@ class Projection:
         group: q, k and v, or one module with the three side by side.
         heads: of q, of k and of v.
         q_norm: over the width of a head; None in most families, like `k_norm`.
-        place: is read when the gradient of the layer's input is written.
+        grad_target: is read when the gradient of the layer's input is written.
     """
 
     norm: Norm
@@ -47,7 +47,7 @@ class Projection:
     head_dim: int
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    place: Place = field(default_factory=Place)
+    grad_target: GradTarget = field(default_factory=GradTarget)
 
     @property
     def has_qk_norm(self) -> bool:
@@ -59,9 +59,9 @@ class Projection:
         """Columns of q, of k and of v."""
         return [n * self.head_dim for n in self.heads]
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> Sequence[LoraDelta | None]:
+    def deltas(self, xa: Tensor | None, dtype: torch.dtype) -> Sequence[LoraDelta | None]:
         """What adapters add to q, to k and to v."""
-        found = self.group.low_ranks(thin, dtype)
+        found = self.group.deltas(xa, dtype)
         if len(found) > 1 or (whole := found[0]) is None:
             return found * (3 // len(found))
         return [LoraDelta(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
@@ -108,13 +108,13 @@ class NormProject(Function):
         x, angles = parts.norm.forward(rows), _cos_sin(cos, sin)
         raw: list[Tensor] = []
         if angles is not None and not parts.has_qk_norm:
-            outputs, thin = parts.group.forward_apart(x)
+            outputs, xa = parts.group.forward_frozen(x)
             q, k, v = parts.split(outputs)
-            of_q, of_k, of_v = parts.low_ranks(thin, x.dtype)
+            of_q, of_k, of_v = parts.deltas(xa, x.dtype)
             q, k = rope(q, *angles, of_q), rope(k, *angles, of_k)
             v = add_n([v.flatten(1)], of_v).view_as(v)
         else:
-            outputs, thin = parts.group.forward(x)
+            outputs, xa = parts.group.forward(x)
             q, k, v = parts.split(outputs)
             raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
             q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
@@ -122,23 +122,23 @@ class NormProject(Function):
                 angles = repeat_angles(angles[0], q), repeat_angles(angles[1], q)
                 q, k = rotate(q, *angles, False), rotate(k, *angles, False)
         ctx.parts = parts
-        ctx.save_for_backward(h, cos, sin, thin, *raw)
+        ctx.save_for_backward(h, cos, sin, xa, *raw)
         return *(part.view(*h.shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v)), h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, residual: Tensor) -> Any:
-        h, cos, sin, thin, *raw = ctx.saved_tensors
+        h, cos, sin, xa, *raw = ctx.saved_tensors
         parts: Projection = ctx.parts
         rows = h.flatten(0, 1)
-        gradients = parts.group.room_for_gradients(rows)
+        gradients = parts.group.gradient_buffers(rows)
         through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad)]
         _project_backward(parts, through, _cos_sin(cos, sin), raw, gradients.outputs)
-        inner = parts.group.backward_inner(gradients)
-        dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
-        place = None if parts.place.tensor is None else parts.place.tensor.flatten(0, 1)
+        d_xa = parts.group.backward_xa(gradients)
+        dx = parts.group.backward_input(gradients, d_xa) if ctx.needs_input_grad[0] else None
+        place = None if parts.grad_target.tensor is None else parts.grad_target.tensor.flatten(0, 1)
         dh, x = parts.norm.backward_add(rows, dx, residual.flatten(0, 1), place)
-        trained = parts.group.backward_parameters(x, gradients, thin, inner)
+        trained = parts.group.backward_parameters(x, gradients, xa, d_xa)
         return None if dh is None else dh.view_as(h), None, None, None, *trained
 
 
@@ -147,20 +147,20 @@ class ProjectAdd(Function):
 
     @staticmethod
     def forward(ctx: Any, attention: Tensor, residual: Tensor, parts: Output, *_: Tensor) -> Tensor:
-        added, y, thin = add_to_residual(residual, attention.flatten(0, 1), parts.group, parts.after)
+        added, y, xa = add_to_residual(residual, attention.flatten(0, 1), parts.group, parts.after)
         ctx.parts = parts
-        ctx.save_for_backward(attention, thin, y)
+        ctx.save_for_backward(attention, xa, y)
         return added
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        attention, thin, y = ctx.saved_tensors
+        attention, xa, y = ctx.saved_tensors
         dy = grad.flatten(0, 1)
         if ctx.parts.after is not None:
             dy = ctx.parts.after.backward(y, dy)
         needs_input = ctx.needs_input_grad[0]
-        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), thin, needs_input=needs_input)
+        dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), xa, needs_input=needs_input)
         return None if dx is None else dx.view_as(attention), grad, None, *trained
 
 

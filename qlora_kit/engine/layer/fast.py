@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
-from qlora_kit.engine.graphs.layer_graphs import LayerGraphs, Recordable
+from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
 from qlora_kit.engine.layer.attention_blocks import project, project_add
 from qlora_kit.engine.layer.host_memory import SavedOnHost
-from qlora_kit.engine.layer.layer_parts import LayerParts, take_apart
+from qlora_kit.engine.layer.layer_parts import LayerParts, extract_parts
 from qlora_kit.engine.layer.recompute import KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
@@ -66,7 +66,7 @@ class FastLayer:
         """The next hidden states `[rows, tokens, hidden]`, as the layer's own forward returns them."""
         if not self.layer.training or not torch.is_grad_enabled():
             if self.graphs is not None and self.place == 0:
-                self.graphs.let_go()
+                self.graphs.release()
             return self.plain(hidden_states, *rest, **settings)
         if rest or settings.get("past_key_values") is not None:
             self.met_a_cache = True
@@ -79,7 +79,7 @@ class FastLayer:
         if self.graphs is None or self.level >= LAYER_FROM_HOST or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        layer = Recordable(self._fast, trained, parts.aim)
+        layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
         return self.graphs.run(self.place, layer, hidden_states, settings)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -107,11 +107,11 @@ class FastLayer:
         """Linear modules by their input; none where the layer runs plain."""
         return () if self.parts is None else self.parts.groups
 
-    def put_in(self) -> None:
+    def install(self) -> None:
         """Become the layer's forward."""
         self.layer.forward = self
 
-    def take_out(self) -> None:
+    def restore(self) -> None:
         """Leave the layer as it was."""
         if self._instance_forward is None:
             vars(self.layer).pop("forward", None)
@@ -131,7 +131,7 @@ class FastLayer:
 
 
 class FastEngine:
-    """What `speed_up` did to a model.
+    """What `patch_model` did to a model.
 
     Attributes:
         said: lines for the user: what runs plain, and why.
@@ -170,7 +170,7 @@ class FastEngine:
         """
         if len(levels) != len(self.layers):
             raise ValueError(f"{len(levels)} levels for {len(self.layers)} layers")
-        self._let_go()
+        self._release()
         for layer, level in zip(self.layers, levels, strict=True):
             layer.level = level
 
@@ -180,7 +180,7 @@ class FastEngine:
         Returns:
             The bytes taken.
         """
-        self._let_go()
+        self._release()
         taken = 0
         for _, group in self._groups:
             if 0 < group.copies_bytes <= room - taken:
@@ -194,17 +194,17 @@ class FastEngine:
 
     def undo(self) -> None:
         """Give every layer its own forward back."""
-        self._let_go()
+        self._release()
         for layer in self.layers:
-            layer.take_out()
+            layer.restore()
         self.layers, self._groups = [], []
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self.graphs is not None:
-            self.graphs.let_go()
+            self.graphs.release()
 
 
-def speed_up(
+def patch_model(
     model: PeftModel, config: EngineConfig, levels: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
 ) -> FastEngine:
     """Make the decoder layers of a model run by hand while it trains.
@@ -228,7 +228,7 @@ def speed_up(
     for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
         dtype = _compute_dtype(layer)
         try:
-            parts = take_apart(layer, family, partial(make, dtype=dtype))
+            parts = extract_parts(layer, family, partial(make, dtype=dtype))
         except (NotFastError, AttributeError) as reason:
             reasons[str(reason)] += 1
             parts = None
@@ -243,7 +243,7 @@ def speed_up(
     if levels is not None and engine.layers:
         engine.set_levels(levels)
     for fast in engine.layers:
-        fast.put_in()
+        fast.install()
     return engine
 
 

@@ -47,17 +47,17 @@ class LayerParts:
         """Every linear module of the layer."""
         return [linear for group in self.groups for linear in group.linears]
 
-    def aim(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
+    def set_grad_targets(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
         """Where the backward pass is to write gradients: that of the layer's input, and those of its adapters in turn.
 
         Args:
             of_parameters: one for each of A and B in the order of `linears`; in new memory if there are none.
         """
-        self.projection.place.tensor = of_input
+        self.projection.grad_target.tensor = of_input
         left = list(of_parameters)
         for group in self.groups:
             count = len(group.parameters())
-            group.places, left = left[:count], left[count:]
+            group.grad_targets, left = left[:count], left[count:]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, settings: Mapping[str, Any]) -> Tensor:
         """The layer's own attention, by the implementation that its model is set to.
@@ -83,7 +83,7 @@ class LayerParts:
         return found.flatten(2)
 
 
-def take_apart(layer: Any, family: Family, make_weight: MakeWeight) -> LayerParts:
+def extract_parts(layer: Any, family: Family, make_weight: MakeWeight) -> LayerParts:
     """Read the modules of a decoder layer.
 
     Raises:

@@ -4,7 +4,7 @@ The dense one for h of shape `[rows, tokens, hidden]`, with a backward written b
 
     h3 = gated_mlp(h2)                    norm, gate and up, activation, down, optional norm, residual
 
-What is kept for the backward is its input, gate and up, and the thin products of LoRA; the norm and the gated product
+What is kept for the backward is its input, gate and up, and the products x A^T of LoRA; the norm and the gated product
 are computed again, and frozen weights are dequantized again.
 """
 
@@ -18,7 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 from qlora_kit.engine.layer.norm import Norm, add_to_residual
 from qlora_kit.engine.layer.recompute import GATE_UP_AGAIN, IN_PIECES, PIECE
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.ops.glu import Activation, Sums, glu, glu_backward
+from qlora_kit.engine.ops.glu import Activation, GluPartials, glu, glu_backward
 from qlora_kit.engine.ops.lora_delta import LoraDelta
 from qlora_kit.engine.ops.split_k import Normed, PartialSum
 
@@ -62,20 +62,20 @@ class DenseMlp:
         pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
         return torch.cat([gated_mlp(piece, self, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
 
-    def gate_and_up(self, x: Tensor, thin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """gate and up `[T, width]` without what adapters add, and the thin product."""
-        outputs, thin = self.group.forward_apart(x, thin)
+    def gate_and_up(self, x: Tensor, xa: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """gate and up `[T, width]` without what adapters add, and xa."""
+        outputs, xa = self.group.forward_frozen(x, xa)
         gate, up = outputs if len(outputs) > 1 else self.split(outputs[0])
-        return gate, up, thin
+        return gate, up, xa
 
     def split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """gate and up `[T, width]` of the two side by side."""
         gate, up = outputs.chunk(2, dim=1)
         return gate, up
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> tuple[LoraDelta | None, LoraDelta | None]:
+    def deltas(self, xa: Tensor | None, dtype: torch.dtype) -> tuple[LoraDelta | None, LoraDelta | None]:
         """What adapters add to gate and to up."""
-        found = self.group.low_ranks(thin, dtype)
+        found = self.group.deltas(xa, dtype)
         if len(found) > 1:
             return found[0], found[1]
         if found[0] is None:
@@ -83,20 +83,20 @@ class DenseMlp:
         of_gate, of_up = found[0].right.chunk(2, dim=1)
         return LoraDelta(found[0].left, of_gate), LoraDelta(found[0].left, of_up)
 
-    def gradients_of_group(self, x: Normed, inner: Tensor | None, sums: Sums) -> list[Tensor]:
-        """Of the parameters of gate and up, from `inner [T, sum of ranks]`, the gradient of their thin product."""
-        if inner is None:
+    def gradients_of_group(self, x: Normed, d_xa: Tensor | None, sums: GluPartials) -> list[Tensor]:
+        """Of the parameters of gate and up, from `d_xa [T, sum of ranks]`, the gradient of their xa."""
+        if d_xa is None:
             return []
         of_b = [part for part in (sums.of_gate, sums.of_up) if part is not None]
         if len(self.group.linears) == 1:
             of_b = [PartialSum(torch.cat([part.parts for part in of_b], dim=1))]
-        return self.group.parameter_gradients(self.group.of_a(x, inner), of_b)
+        return self.group.parameter_gradients(self.group.of_a(x, d_xa), of_b)
 
-    def gradients_of_down(self, dy: Tensor, thin: Tensor | None, sums: Sums) -> list[Tensor]:
-        """Of the parameters of the down module, from the gradient of its output and its thin product."""
-        if thin is None or sums.of_product is None:
+    def gradients_of_down(self, dy: Tensor, xa: Tensor | None, sums: GluPartials) -> list[Tensor]:
+        """Of the parameters of the down module, from the gradient of its output and its xa."""
+        if xa is None or sums.of_product is None:
             return []
-        return self.down.parameter_gradients(sums.of_product, self.down.of_b(Gradients(dy), thin))
+        return self.down.parameter_gradients(sums.of_product, self.down.of_b(Gradients(dy), xa))
 
 
 def gated_mlp(h: Tensor, parts: DenseMlp, *, recompute_gate_up: bool = False) -> Tensor:
@@ -111,34 +111,34 @@ class GatedMlp(Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, parts: DenseMlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
-        gate, up, thin = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
-        more, down_a = parts.low_ranks(thin, h.dtype), parts.down.all_a(h.dtype)
-        product, thin_down = glu(gate, up, parts.activation, more, down_a)
-        added, y, thin_down = add_to_residual(h, product, parts.down, parts.after, thin_down)
+        gate, up, xa = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
+        more, down_a = parts.deltas(xa, h.dtype), parts.down.all_a(h.dtype)
+        product, down_xa = glu(gate, up, parts.activation, more, down_a)
+        added, y, down_xa = add_to_residual(h, product, parts.down, parts.after, down_xa)
         ctx.parts = parts
         kept = (None, None) if recompute_gate_up else (gate, up)
-        ctx.save_for_backward(h, thin, thin_down, y, *kept)
+        ctx.save_for_backward(h, xa, down_xa, y, *kept)
         return added
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        h, thin, thin_down, y, gate, up = ctx.saved_tensors
+        h, xa, down_xa, y, gate, up = ctx.saved_tensors
         parts: DenseMlp = ctx.parts
         rows, d_out = h.flatten(0, 1), grad.flatten(0, 1)
         if gate is None:
-            gate, up, _ = parts.gate_and_up(parts.norm.forward(rows), thin)
+            gate, up, _ = parts.gate_and_up(parts.norm.forward(rows), xa)
         dy = d_out if parts.after is None else parts.after.backward(y, d_out)
-        inner_down = parts.down.backward_inner(Gradients(dy))
+        down_d_xa = parts.down.backward_xa(Gradients(dy))
         d_product = parts.down.backward_input(Gradients(dy), None)
-        more = *parts.low_ranks(thin, h.dtype), parts.down.low_rank_of_input(inner_down)
-        gradients = parts.group.room_for_gradients(rows)
+        more = *parts.deltas(xa, h.dtype), parts.down.input_delta(down_d_xa)
+        gradients = parts.group.gradient_buffers(rows)
         through = parts.split(gradients.outputs)
         sums = glu_backward(gate, up, d_product, parts.activation, more, through)
         del d_product, gate, up
-        inner = parts.group.backward_inner(gradients)
-        dx = parts.group.backward_input(gradients, inner) if ctx.needs_input_grad[0] else None
+        d_xa = parts.group.backward_xa(gradients)
+        dx = parts.group.backward_input(gradients, d_xa) if ctx.needs_input_grad[0] else None
         dh, x = parts.norm.backward_add(rows, dx, d_out)
-        trained = parts.gradients_of_group(x, inner, sums)
-        of_down = parts.gradients_of_down(dy, thin_down, sums)
+        trained = parts.gradients_of_group(x, d_xa, sums)
+        of_down = parts.gradients_of_down(dy, down_xa, sums)
         return None if dh is None else dh.view_as(h), None, None, *trained, *of_down

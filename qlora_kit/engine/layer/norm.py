@@ -49,17 +49,17 @@ class Norm:
 
 
 def add_to_residual(
-    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, thin: Tensor | None = None
+    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, xa: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
 
     Returns:
-        With it the module's output where a norm stands after it, and the thin product.
+        With it the module's output where a norm stands after it, and xa.
     """
     rows = residual.flatten(0, 1)
     if after is not None:
-        (y,), thin = group.forward(x, thin)
-        return after.add_to(rows, y).view_as(residual), y, thin
-    (y,), thin = group.forward_apart(x, thin)
-    (more,) = group.low_ranks(thin, x.dtype)
-    return add_n([y, rows], more).view_as(residual), None, thin
+        (y,), xa = group.forward(x, xa)
+        return after.add_to(rows, y).view_as(residual), y, xa
+    (y,), xa = group.forward_frozen(x, xa)
+    (more,) = group.deltas(xa, x.dtype)
+    return add_n([y, rows], more).view_as(residual), None, xa

@@ -27,7 +27,7 @@ class LayerExtras:
     """What a layer keeps beside what its sizes say.
 
     Attributes:
-        ranks: of all its adapters together; one thin product is kept for each.
+        ranks: of all its adapters together; one product x A^T is kept for each.
         qk_norm: q and k are kept as they were before their norms too.
         post_norms: outputs of attention and MLP are kept as they were before their norms too.
         beside: tensors of the MLP's width that its backward makes beside gate and up: see `beside_gate_and_up`.

@@ -35,7 +35,7 @@ class AdaptedLinear:
 
     @property
     def rank(self) -> int:
-        """Columns that this module adds to the thin product."""
+        """Columns that this module adds to xa."""
         return 0 if self.a is None else self.a.shape[0]
 
     def is_as_made(self) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear
+from qlora_kit.engine.linear.concatenated_weights import ConcatenatedWeights
 from qlora_kit.engine.linear.fp8 import Fp8Weight
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
-from qlora_kit.engine.linear.joined_weights import JoinedWeights
 from qlora_kit.engine.ops.fp8_rows import Rounded, quantize_rows
 from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
 from qlora_kit.engine.ops.split_k import Normed, PartialSum, reduce_partials, split_k_matmul
@@ -29,43 +29,45 @@ class Gradients(NamedTuple):
 
     Attributes:
         outputs: side by side, `[T, sum of out]`.
-        joined: the same with room for the gradient of the thin product behind them, if they were made so:
+        with_xa: the same with room for the gradient of xa behind them, if they were made so:
             `[T, sum of out + sum of ranks filled up]`.
     """
 
     outputs: Tensor
-    joined: Tensor | None = None
+    with_xa: Tensor | None = None
 
 
 class LinearGroup:
-    """Modules that read one input, with a single thin product x (A_1 | A_2 | ...)^T for all of them.
+    """Modules that read one input, with a single product xa = x (A_1 | A_2 | ...)^T for all of them.
 
     Attributes:
-        joined: the frozen weights together; None where one of them is multiplied in fp8.
+        concatenated: the frozen weights together; None where one of them is multiplied in fp8.
         is_cast_with_others: somebody else calls `cast_adapters` before each forward pass.
-        places: for gradients of `parameters()`; new memory if there are none.
+        grad_targets: for gradients of `parameters()`; new memory if there are none.
     """
 
     def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
         self.linears = list(linears)
         self.adapted = [linear for linear in self.linears if linear.a is not None]
         in_16_bit = [one.weight for one in linears if isinstance(one.weight, Bf16Weight)]
-        self.joined = JoinedWeights(in_16_bit, self._filled_ranks) if len(in_16_bit) == len(linears) else None
+        self.concatenated = (
+            ConcatenatedWeights(in_16_bit, self._filled_ranks) if len(in_16_bit) == len(linears) else None
+        )
         self.is_cast_with_others = False
-        self.places: Sequence[Tensor] = ()
+        self.grad_targets: Sequence[Tensor] = ()
         self._cast: dict[torch.dtype, _Cast] = {}
 
     @property
     def copies_bytes(self) -> int:
         """Memory that `keep_copies` would take; 0 where nothing is unpacked, or all is kept."""
-        if self.joined is not None:
-            return self.joined.copies_bytes
+        if self.concatenated is not None:
+            return self.concatenated.copies_bytes
         return sum(one.weight.copies_bytes for one in self.linears if isinstance(one.weight, Fp8Weight))
 
     def keep_copies(self) -> None:
         """Unpack frozen weights once and for all instead of for each product; the numbers are the same."""
-        if self.joined is not None:
-            self.joined.keep()
+        if self.concatenated is not None:
+            self.concatenated.keep()
             self._cast.clear()
             return
         for linear in self.linears:
@@ -76,68 +78,70 @@ class LinearGroup:
         """A and B of each adapted module in turn; `backward` gives their gradients in this order."""
         return [part for linear in self.adapted for part in (linear.a, linear.b) if part is not None]
 
-    def forward(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """Outputs `[T, out]` of each module, and the thin product `[T, sum of ranks]` that `backward` needs.
+    def forward(self, x: Tensor, xa: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs `[T, out]` of each module, and xa `[T, sum of ranks]` that `backward` needs.
 
         Args:
             x: `[T, in]`.
-            thin: from an earlier call with the same x.
+            xa: from an earlier call with the same x.
         """
-        outputs, thin = self.forward_apart(x, thin)
-        pairs = zip(outputs, self.low_ranks(thin, x.dtype), strict=True)
-        return [add_n([y], more) for y, more in pairs], thin
+        outputs, xa = self.forward_frozen(x, xa)
+        pairs = zip(outputs, self.deltas(xa, x.dtype), strict=True)
+        return [add_n([y], more) for y, more in pairs], xa
 
-    def forward_apart(self, x: Tensor, thin: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """As `forward`, without what the adapters add: that is `low_ranks` of the thin product."""
-        if thin is None and (all_a := self.all_a(x.dtype)) is not None:
-            thin = x @ all_a.t()
-        return self._frozen_outputs(x), thin
+    def forward_frozen(self, x: Tensor, xa: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """As `forward`, without what the adapters add: that is `deltas` of xa."""
+        if xa is None and (all_a := self.all_a(x.dtype)) is not None:
+            xa = x @ all_a.t()
+        return self._frozen_outputs(x), xa
 
     def all_a(self, dtype: torch.dtype) -> Tensor | None:
-        """A of all modules as they are now, `[sum of ranks, in]`: a thin product is `x @ all_a^T`."""
+        """A of all modules as they are now, `[sum of ranks, in]`: a product xa is `x @ all_a^T`."""
         if not self.is_cast_with_others:
             cast_adapters([self], dtype)
         return self._held(dtype).all_a
 
-    def low_ranks(self, thin: Tensor | None, dtype: torch.dtype) -> list[LoraDelta | None]:
+    def deltas(self, xa: Tensor | None, dtype: torch.dtype) -> list[LoraDelta | None]:
         """What each module's adapter adds to its output, as factors."""
-        if thin is None:
+        if xa is None:
             return [None] * len(self.linears)
-        lefts = iter(torch.split(thin, [linear.rank for linear in self.adapted], dim=1))
+        lefts = iter(torch.split(xa, [linear.rank for linear in self.adapted], dim=1))
         of_b = iter(self._held(dtype).of_b)
         return [LoraDelta(next(lefts), next(of_b).t()) if linear.rank else None for linear in self.linears]
 
-    def low_rank_of_input(self, inner: Tensor | None) -> LoraDelta | None:
+    def input_delta(self, d_xa: Tensor | None) -> LoraDelta | None:
         """What the adapters add to the input's gradient, as factors."""
-        all_a = None if inner is None else self._held(inner.dtype).all_a
-        return None if inner is None or all_a is None else LoraDelta(inner, all_a)
+        all_a = None if d_xa is None else self._held(d_xa.dtype).all_a
+        return None if d_xa is None or all_a is None else LoraDelta(d_xa, all_a)
 
-    def room_for_gradients(self, like: Tensor) -> Gradients:
+    def gradient_buffers(self, like: Tensor) -> Gradients:
         """Where gradients for as many tokens as `like [T, ..]` has may be written, to be multiplied in one go."""
-        line = -(-self._joined_rows // LINE) * LINE
-        whole = like.new_empty(len(like), line)[:, : self._joined_rows]
+        line = -(-self._rows_with_a // LINE) * LINE
+        whole = like.new_empty(len(like), line)[:, : self._rows_with_a]
         return Gradients(whole[:, : self.out_features], whole)
 
     def backward(
-        self, x: Tensor, gradients: Gradients, thin: Tensor | None, *, needs_input: bool = True
+        self, x: Tensor, gradients: Gradients, xa: Tensor | None, *, needs_input: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the input `[T, in]` and of `parameters()`.
 
         Args:
             x: the input, `[T, in]`.
-            thin: what `forward` gave.
+            xa: what `forward` gave.
             needs_input: False where nothing below is trained; the products with frozen weights are then skipped.
         """
-        inner = self.backward_inner(gradients)
-        dx = self.backward_input(gradients, inner) if needs_input else None
-        return dx, self.backward_parameters(x, gradients, thin, inner)
+        d_xa = self.backward_xa(gradients)
+        dx = self.backward_input(gradients, d_xa) if needs_input else None
+        return dx, self.backward_parameters(x, gradients, xa, d_xa)
 
-    def backward_inner(self, gradients: Gradients) -> Tensor | None:
-        """Gradient of the thin product, `[T, sum of ranks]`, from those of the outputs."""
+    def backward_xa(self, gradients: Gradients) -> Tensor | None:
+        """Gradient of xa, `[T, sum of ranks]`, from those of the outputs."""
         if not self.adapted:
             return None
-        outputs, joined = gradients
-        room = outputs.new_empty(len(outputs), self._filled_ranks) if joined is None else joined[:, self.out_features :]
+        outputs, with_xa = gradients
+        room = (
+            outputs.new_empty(len(outputs), self._filled_ranks) if with_xa is None else with_xa[:, self.out_features :]
+        )
         start = 0
         for grad, b in zip(self._apart_adapted(outputs), self._held(outputs.dtype).of_b, strict=True):
             torch.mm(grad, b, out=room[:, start : start + b.shape[1]])
@@ -146,38 +150,38 @@ class LinearGroup:
             room[:, start:].zero_()
         return room[:, :start]
 
-    def backward_input(self, gradients: Gradients, inner: Tensor | None) -> Tensor:
-        """Gradient of the input `[T, in]`; `inner` is what `backward_inner` gave."""
-        joined = gradients.joined
-        all_a = None if joined is None else self._held(joined.dtype).all_a
-        if joined is not None and all_a is not None and self.joined is not None:
-            return joined @ self.joined.with_a(all_a)
+    def backward_input(self, gradients: Gradients, d_xa: Tensor | None) -> Tensor:
+        """Gradient of the input `[T, in]`; `d_xa` is what `backward_xa` gave."""
+        with_xa = gradients.with_xa
+        all_a = None if with_xa is None else self._held(with_xa.dtype).all_a
+        if with_xa is not None and all_a is not None and self.concatenated is not None:
+            return with_xa @ self.concatenated.with_a(all_a)
         # Summed at the end: cuBLAS is slower where it adds to what is there (2.92 against 2.62 ms for gate and up of an
         # 8B model at 8,192 tokens on an H100), and a product in fp8 cannot.
         pairs = zip(self.linears, self._apart(gradients.outputs), strict=True)
-        return add_n([linear.weight.backward(grad) for linear, grad in pairs], self.low_rank_of_input(inner))
+        return add_n([linear.weight.backward(grad) for linear, grad in pairs], self.input_delta(d_xa))
 
     def backward_parameters(
-        self, x: Tensor | Normed, gradients: Gradients, thin: Tensor | None, inner: Tensor | None
+        self, x: Tensor | Normed, gradients: Gradients, xa: Tensor | None, d_xa: Tensor | None
     ) -> list[Tensor]:
-        """Gradients of `parameters()`; `inner` is what `backward_inner` gave."""
-        if thin is None or inner is None:
+        """Gradients of `parameters()`; `d_xa` is what `backward_xa` gave."""
+        if xa is None or d_xa is None:
             return []
-        return self.parameter_gradients(self.of_a(x, inner), self.of_b(gradients, thin))
+        return self.parameter_gradients(self.of_a(x, d_xa), self.of_b(gradients, xa))
 
-    def of_a(self, x: Tensor | Normed, inner: Tensor) -> PartialSum:
+    def of_a(self, x: Tensor | Normed, d_xa: Tensor) -> PartialSum:
         """Gradient of A of all modules, `[sum of ranks, in]`."""
-        return PartialSum(split_k_matmul(inner, x)) if isinstance(x, Tensor) else x.product(inner)
+        return PartialSum(split_k_matmul(d_xa, x)) if isinstance(x, Tensor) else x.product(d_xa)
 
-    def of_b(self, gradients: Gradients, thin: Tensor) -> list[PartialSum]:
+    def of_b(self, gradients: Gradients, xa: Tensor) -> list[PartialSum]:
         """Gradient of B of each adapted module without its scaling, `[out, r]`."""
-        lefts = torch.split(thin, [linear.rank for linear in self.adapted], dim=1)
+        lefts = torch.split(xa, [linear.rank for linear in self.adapted], dim=1)
         pairs = zip(self._apart_adapted(gradients.outputs), lefts, strict=True)
         return [PartialSum(split_k_matmul(grad, left)) for grad, left in pairs]
 
     def parameter_gradients(self, of_a: PartialSum, of_b: Sequence[PartialSum]) -> list[Tensor]:
         """Gradients of `parameters()` in the dtype that each is held in, from what `of_a` and `of_b` give."""
-        found = self.places or [torch.empty_like(parameter) for parameter in self.parameters()]
+        found = self.grad_targets or [torch.empty_like(parameter) for parameter in self.parameters()]
         sums: list[PartialSum] = []
         parts = torch.split(of_a.parts, [linear.rank for linear in self.adapted], dim=1)
         for linear, a, b in zip(self.adapted, parts, of_b, strict=True):
@@ -204,16 +208,16 @@ class LinearGroup:
         return [part for linear, part in zip(self.linears, self._apart(outputs), strict=True) if linear.rank]
 
     @property
-    def _joined_rows(self) -> int:
+    def _rows_with_a(self) -> int:
         return self.out_features + self._filled_ranks
 
     def _frozen_outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs `[T, out]` of each module without its adapter."""
-        joined, are_alike = self.joined, len({linear.weight.out_features for linear in self.linears}) == 1
-        if x.is_cuda and len(self.linears) > 1 and are_alike and joined is not None and joined.are_4bit:
+        concatenated, are_alike = self.concatenated, len({linear.weight.out_features for linear in self.linears}) == 1
+        if x.is_cuda and len(self.linears) > 1 and are_alike and concatenated is not None and concatenated.are_4bit:
             # One product of twice the size: 2.77 against 2.81 ms for gate and up of an 8B model at 8,192 tokens on an
             # H100. Queries, keys and values, of different sizes, do not gain.
-            together = self._apart(x @ joined.frozen(x.dtype).t())
+            together = self._apart(x @ concatenated.frozen(x.dtype).t())
             return [_with_bias(y, linear) for y, linear in zip(together, self.linears, strict=True)]
         rounded = quantize_rows(x) if any(_rounds_forward(linear) for linear in self.linears) else None
         return [_frozen_output(linear, x, rounded) for linear in self.linears]
@@ -230,7 +234,7 @@ class LinearGroup:
             a = [linear.a for linear in self.adapted if linear.a is not None]
             ranks, all_a = sum(map(len, a)), None
             if a:
-                place = None if self.joined is None else self.joined.room_for_a(ranks, dtype)
+                place = None if self.concatenated is None else self.concatenated.a_buffer(ranks, dtype)
                 all_a = a[0].new_empty(ranks, a[0].shape[1], dtype=dtype) if place is None else place
             of_b = [torch.empty_like(linear.b, dtype=dtype) for linear in self.adapted if linear.b is not None]
             self._cast[dtype] = _Cast(all_a, of_b)

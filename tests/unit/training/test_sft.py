@@ -251,7 +251,7 @@ def test_attention_that_reads_across_samples_ends_the_run(base, rows, tmp_path):
 
 
 def test_a_leak_ends_the_run(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_kit.training.sft.isolate_samples", lambda model, attention: lambda: None)
+    monkeypatch.setattr("qlora_kit.training.sft.enable_packed_attention", lambda model, attention: lambda: None)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
     with pytest.raises(RunError, match="packed samples read each other with sdpa"):
         trainer_for(base, recipe_for(Batching.packed), *rows, tmp_path)

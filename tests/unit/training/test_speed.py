@@ -154,11 +154,12 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
     for copies in ("none", "all", "0.002GB"):
         trainer = trained(base, rows, tmp_path / copies, EngineConfig(mode=FAST, weight_copies=copies))
         groups = [group for layer in trainer.engine.layers for group in layer.parts.groups]
-        kept = [group.joined.kept is not None for group in groups]
+        kept = [group.concatenated.kept is not None for group in groups]
         assert all(kept) == (copies == "all") and any(kept) == (copies != "none")
         assert [group.copies_bytes == 0 for group in groups] == kept
         assert (
-            sum(group.joined.kept.nbytes for group in groups if group.joined.kept is not None) <= 2e6 or copies == "all"
+            sum(group.concatenated.kept.nbytes for group in groups if group.concatenated.kept is not None) <= 2e6
+            or copies == "all"
         )
         fit(trainer, None)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -170,7 +171,7 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
 def test_kept_weights_are_let_go_of_with_the_engine(base):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
     engine = put_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)
-    kept = [weakref.ref(group.joined.kept) for layer in engine.layers for group in layer.parts.groups]
+    kept = [weakref.ref(group.concatenated.kept) for layer in engine.layers for group in layer.parts.groups]
     engine.undo()
     gc.collect()
     assert kept and [ref() for ref in kept] == [None] * len(kept)
@@ -183,7 +184,7 @@ def test_kept_weights_need_no_adapter_in_their_group(base, rows, tmp_path):
         ids = torch.arange(12).view(1, 12)
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
         found.backward()
-        assert [group.joined.kept is not None for layer in engine.layers for group in layer.parts.groups] == [
+        assert [group.concatenated.kept is not None for layer in engine.layers for group in layer.parts.groups] == [
             copies == "all"
         ] * (4 * len(engine.layers))
         return found.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])

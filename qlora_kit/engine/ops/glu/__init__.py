@@ -30,7 +30,7 @@ class Activation(Enum):
     gelu_tanh = "gelu_tanh"
 
 
-class Sums(NamedTuple):
+class GluPartials(NamedTuple):
     """Sums over tokens with the left factor that belongs to x, of which gradients of LoRA are made; None without one.
 
     Attributes:
@@ -119,7 +119,7 @@ def _glu_backward(
     activation: Activation,
     deltas: tuple[LoraDelta | None, LoraDelta | None, LoraDelta | None],
     out: tuple[Tensor, Tensor],
-) -> Sums:
+) -> GluPartials:
     """Write the gradients of gate and up to the two `[T, N]` of `out`.
 
     Args:
@@ -133,7 +133,9 @@ def _glu_backward(
         place.copy_(part)
     pairs = zip(deltas[:2], out, strict=True)
     of_gate, of_up = (None if one is None else PartialSum(split_k_matmul(x, one.left)) for one, x in pairs)
-    return Sums(of_gate, of_up, None if deltas[2] is None else PartialSum(split_k_matmul(deltas[2].left, product)))
+    return GluPartials(
+        of_gate, of_up, None if deltas[2] is None else PartialSum(split_k_matmul(deltas[2].left, product))
+    )
 
 
 def _glu_backward_kernel(
@@ -143,9 +145,9 @@ def _glu_backward_kernel(
     activation: Activation,
     deltas: tuple[LoraDelta | None, LoraDelta | None, LoraDelta | None],
     out: tuple[Tensor, Tensor],
-) -> Sums:
+) -> GluPartials:
     parts = start_glu_backward(gate, up, grad, deltas, activation is Activation.silu, out)
-    return Sums(*(None if part is None else PartialSum(part) for part in parts))
+    return GluPartials(*(None if part is None else PartialSum(part) for part in parts))
 
 
 def _glu_backward_supported(

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention import packed as packed_attention
 from qlora_kit.engine.attention import rows as row_attention
-from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, isolate_samples
-from qlora_kit.engine.attention.rows import SDPA_ROWS, attend_in_rows
+from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, enable_packed_attention
+from qlora_kit.engine.attention.rows import SDPA_ROWS, enable_row_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -41,7 +41,7 @@ def test_real_tokens_see_what_they_saw(model, monkeypatch):
     )
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits[real]
-        undo = attend_in_rows(model)
+        undo = enable_row_attention(model)
         assert undo is not None
         found = model(**given, use_cache=False).logits[real]
     torch.testing.assert_close(found, expected)
@@ -59,7 +59,7 @@ def test_windows_hold(tmp_path):
     ids = batch(model)["input_ids"]
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        attend_in_rows(model)
+        enable_row_attention(model)
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
         model.config.sliding_window = None
         assert not torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4)
@@ -74,10 +74,10 @@ def packed(model):
 
 def test_packed_samples_see_what_they_saw(model):
     given = packed(model)
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits
-        undo = attend_in_rows(model)
+        undo = enable_row_attention(model)
         torch.testing.assert_close(model(**given, use_cache=False).logits, expected)
     assert undo is not None and model.config._attn_implementation == SDPA_ROWS
     check_isolation(model, Attention.sdpa)
@@ -89,10 +89,10 @@ def test_packed_samples_keep_their_windows(tmp_path):
     folder = build_tiny_model("mistral", tmp_path / "base", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", sliding_window=4).eval()
     given = packed(model)
-    isolate_samples(model, Attention.sdpa)
+    enable_packed_attention(model, Attention.sdpa)
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits
-        attend_in_rows(model)
+        enable_row_attention(model)
         torch.testing.assert_close(model(**given, use_cache=False).logits, expected)
         model.config.sliding_window = None
         assert not torch.allclose(model(**given, use_cache=False).logits, expected, atol=1e-4)
@@ -101,14 +101,14 @@ def test_packed_samples_keep_their_windows(tmp_path):
 def test_what_is_left_alone(tmp_path):
     folder = build_tiny_model("llama", tmp_path / "base")
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    assert attend_in_rows(eager) is None and eager.config._attn_implementation == "eager"
+    assert enable_row_attention(eager) is None and eager.config._attn_implementation == "eager"
 
 
 def test_a_cache_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         build_tiny_model("llama", tmp_path / "base"), attn_implementation="sdpa"
     )
-    attend_in_rows(model)
+    enable_row_attention(model)
     assert model.config._attn_implementation == SDPA_ROWS
     with pytest.raises(RuntimeError, match="came with a cache"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from qlora_kit.engine.graphs import layer_graphs as graphs
-from qlora_kit.engine.graphs.layer_graphs import MOST_MISFITS, REPEATS, LayerGraphs, Recordable, Turns, shape_of
-from qlora_kit.engine.graphs.recorded import GraphMemory, Recorded, _recording
+from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, _capture
+from qlora_kit.engine.graphs.layer_graphs import (
+    MOST_MISFITS,
+    REPEATS,
+    CapturableLayer,
+    CaptureSchedule,
+    LayerGraphs,
+    shape_of,
+)
 
 
 def due(turns, shape, times):
@@ -13,28 +20,28 @@ def due(turns, shape, times):
 
 
 def test_a_shape_is_recorded_once_it_came_often_enough_in_a_row():
-    turns = Turns()
+    turns = CaptureSchedule()
     assert due(turns, "a", REPEATS + 2) == [False] * REPEATS + [True, True]
 
 
 def test_a_shape_that_did_not_stay_makes_the_next_wait_longer():
-    turns = Turns()
+    turns = CaptureSchedule()
     due(turns, "a", REPEATS + 1)
     assert due(turns, "b", 2 * REPEATS + 1) == [False] * 2 * REPEATS + [True]
 
 
 def test_shapes_that_never_repeat_are_never_due_and_cost_no_patience():
-    turns = Turns()
+    turns = CaptureSchedule()
     assert not any(turns.is_due(number) for number in range(100))
     assert due(turns, "a", REPEATS + 1)[-1]
 
 
 def test_what_cannot_be_recorded_is_never_due():
-    assert not any(due(Turns(), None, 10))
+    assert not any(due(CaptureSchedule(), None, 10))
 
 
 def test_evaluation_costs_no_patience():
-    turns = Turns()
+    turns = CaptureSchedule()
     due(turns, "a", REPEATS + 1)
     turns.start_over()
     assert due(turns, "a", REPEATS + 1)[-1]
@@ -65,7 +72,7 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
     assert shape_of(h, {"bias": torch.zeros(3, requires_grad=True)}) is None
 
 
-DOUBLE = Recordable(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
+DOUBLE = CapturableLayer(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
 
 
 def without_cuda(monkeypatch, recorded):
@@ -74,7 +81,7 @@ def without_cuda(monkeypatch, recorded):
         return True
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(graphs, "Recorded", recorded)
+    monkeypatch.setattr(graphs, "CapturedLayer", recorded)
     monkeypatch.setattr(LayerGraphs, "_open", opened)
 
 
@@ -84,7 +91,7 @@ class Fails:
     def __init__(self, *_):
         pass
 
-    def record(self, *_):
+    def capture(self, *_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
@@ -94,7 +101,7 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monke
     for _ in range(2 * REPEATS + 2):
         for place in (0, 1):
             assert torch.equal(made.run(place, DOUBLE, h, {}), h * 2)
-        assert not made.recorded
+        assert not made.captured
     assert made.gradient is None
     assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted") == 1
 
@@ -105,7 +112,7 @@ class Misfit:
     def __init__(self, *_):
         self.shape = "another"
 
-    def record(self, *_):
+    def capture(self, *_):
         made.append(self)
 
 
@@ -138,15 +145,15 @@ class FakeGraph:
 
 def test_a_failed_recording_tells_what_failed():
     graph = FakeGraph()
-    with pytest.raises(RuntimeError, match="not permitted"), _recording(graph, GraphMemory(None, None)):
+    with pytest.raises(RuntimeError, match="not permitted"), _capture(graph, GraphMemory(None, None)):
         graph.calls.append("failed")
         raise RuntimeError("operation not permitted when stream is capturing")
     assert graph.calls == ["begin", "failed", "end"]
     graph = FakeGraph()
-    with pytest.raises(RuntimeError, match="previous error"), _recording(graph, GraphMemory(None, None)):
+    with pytest.raises(RuntimeError, match="previous error"), _capture(graph, GraphMemory(None, None)):
         graph.calls.append("failed")
     graph = FakeGraph()
-    with _recording(graph, GraphMemory(None, None)):
+    with _capture(graph, GraphMemory(None, None)):
         pass
     assert graph.calls == ["begin", "end"]
 
@@ -164,9 +171,9 @@ def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast():
             seen.append(torch.is_autocast_enabled("cpu"))
             return 2 * grad
 
-    recorded = Recorded.__new__(Recorded)  # its graphs need a GPU
+    recorded = CapturedLayer.__new__(CapturedLayer)  # its graphs need a GPU
     start = torch.ones(3, requires_grad=True)
     recorded.gradient, recorded.gradients, recorded.needs_input, recorded._wanted = torch.ones(3), [], True, [start]
     with torch.autocast("cpu", torch.bfloat16):
-        recorded._record_backward(Layer.apply(start))
+        recorded._capture_backward(Layer.apply(start))
     assert seen == [False] and recorded.gradient.tolist() == [2, 2, 2]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora_kit.engine.layer.layer_parts import take_apart
+from qlora_kit.engine.layer.layer_parts import extract_parts
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight, NotFastError
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.registry import FAMILIES
@@ -38,7 +38,7 @@ def test_every_family_of_the_kit_is_known():
 def test_a_layer_is_taken_apart():
     layer = layer_of(Qwen3Config(**SIZES, head_dim=16))
     layer.self_attn.q_norm.weight.data.fill_(3)
-    parts = take_apart(layer, FAMILIES["qwen3"], make)
+    parts = extract_parts(layer, FAMILIES["qwen3"], make)
     assert [linear.weight.out_features for linear in parts.linears] == [64, 32, 32, 32, 48, 48, 32]
     assert parts.projection.heads == (4, 2, 2)
     assert parts.projection.q_norm.weight is layer.self_attn.q_norm.weight
@@ -50,23 +50,23 @@ def test_a_layer_is_taken_apart():
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(NotFastError, match="the activation ReLU has no fast form"):
-        take_apart(layer_of(LlamaConfig(**SIZES, hidden_act="relu")), FAMILIES["llama"], make)
+        extract_parts(layer_of(LlamaConfig(**SIZES, hidden_act="relu")), FAMILIES["llama"], make)
 
 
 def test_dropout_of_the_residual_is_refused():
     with pytest.raises(NotFastError, match="resid_attn_dropout is above 0"):
-        take_apart(layer_of(Phi3Config(**SIZES, resid_pdrop=0.1)), FAMILIES["phi3"], make)
+        extract_parts(layer_of(Phi3Config(**SIZES, resid_pdrop=0.1)), FAMILIES["phi3"], make)
 
 
 def test_a_weight_that_is_trained_in_full_is_refused():
     layer = layer_of(LlamaConfig(**SIZES))
     layer.input_layernorm.weight.requires_grad_(True)
     with pytest.raises(NotFastError, match="input_layernorm is trained in full"):
-        take_apart(layer, FAMILIES["llama"], make)
+        extract_parts(layer, FAMILIES["llama"], make)
 
 
 def test_a_norm_of_another_kind_is_refused():
     layer = layer_of(LlamaConfig(**SIZES))
     layer.input_layernorm = torch.nn.LayerNorm(32).requires_grad_(False)
     with pytest.raises(NotFastError, match="LayerNorm stands where a frozen RMS norm is known"):
-        take_apart(layer, FAMILIES["llama"], make)
+        extract_parts(layer, FAMILIES["llama"], make)

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.schema.engine import EngineConfig
 
@@ -35,7 +35,7 @@ def layer_with(mlp):
     )  # fmt: skip
     settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_config(config), settings).train()
-    engine = speed_up(model, EngineConfig())
+    engine = patch_model(model, EngineConfig())
     fast = engine.layers[0]
     fast.parts = replace(fast.parts, mlp=mlp)
     return engine, fast

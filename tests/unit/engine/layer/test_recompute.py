@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from qlora_kit.engine.layer.fast import speed_up
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.layer.recompute import (
     IN_PIECES,
     PIECE,
@@ -62,7 +62,7 @@ def one_layer(make_config, **settings):
 )
 def test_a_real_layer_keeps_as_much(make_config, extras, level):
     model = one_layer(make_config)
-    layer = speed_up(model, EngineConfig(), [level]).layers[0].layer
+    layer = patch_model(model, EngineConfig(), [level]).layers[0].layer
     h = torch.randn(1, TOKENS, 64, dtype=torch.bfloat16).requires_grad_()
     angles = [torch.randn(1, TOKENS, 16, dtype=torch.bfloat16) for _ in range(2)]
     shared = {angle.untyped_storage().data_ptr() for angle in angles}

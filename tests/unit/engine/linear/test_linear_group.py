@@ -58,7 +58,7 @@ def close(found, expected):
     [{}, {"use_rslora": True}, {"rank_pattern": {"two": 7}}, {"target_modules": ["one", "three"]}],
     ids=["plain", "rslora", "ranks differ", "two of three"],
 )
-@pytest.mark.parametrize("are_joined", [True, False], ids=["joined", "apart"])
+@pytest.mark.parametrize("are_joined", [True, False], ids=["concatenated", "apart"])
 def test_outputs_and_gradients_equal_pefts(settings, are_joined):
     model = adapted(**settings)
     x = drawn(11, 32).requires_grad_()
@@ -66,10 +66,10 @@ def test_outputs_and_gradients_equal_pefts(settings, are_joined):
     expected = model(x)
     torch.autograd.backward(expected, grads)
     group = group_of(model)
-    outputs, thin = group.forward(x.detach())
-    gradients = group.room_for_gradients(x) if are_joined else Gradients(torch.empty(11, sum(WIDTHS.values())))
+    outputs, xa = group.forward(x.detach())
+    gradients = group.gradient_buffers(x) if are_joined else Gradients(torch.empty(11, sum(WIDTHS.values())))
     gradients.outputs.copy_(torch.cat(grads, dim=1))
-    dx, trained = group.backward(x.detach(), gradients, thin)
+    dx, trained = group.backward(x.detach(), gradients, xa)
 
     for found, wanted in zip(outputs, expected, strict=True):
         close(found, wanted.detach())
@@ -83,9 +83,9 @@ def test_outputs_and_gradients_equal_pefts(settings, are_joined):
 def test_one_thin_product_serves_all_modules_and_can_be_handed_in_again():
     group = group_of(adapted(rank_pattern={"two": 7}))
     x = drawn(11, 32)
-    outputs, thin = group.forward(x)
-    assert thin.shape == (11, 4 + 7 + 4)
-    again, _ = group.forward(x, 2 * thin)
+    outputs, xa = group.forward(x)
+    assert xa.shape == (11, 4 + 7 + 4)
+    again, _ = group.forward(x, 2 * xa)
     plain = [linear.weight.forward(x) + (0 if linear.bias is None else linear.bias) for linear in group.linears]
     for once, twice, base in zip(outputs, again, plain, strict=True):
         close(twice - base, 2 * (once - base))
@@ -94,19 +94,19 @@ def test_one_thin_product_serves_all_modules_and_can_be_handed_in_again():
 def test_without_an_adapter_nothing_is_trained():
     model = Three().requires_grad_(False)
     group, x = group_of(model), drawn(11, 32)
-    outputs, thin = group.forward(x)
-    dx, trained = group.backward(x, drawn_gradients(), thin)
-    assert thin is None and trained == [] and dx.shape == x.shape
+    outputs, xa = group.forward(x)
+    dx, trained = group.backward(x, drawn_gradients(), xa)
+    assert xa is None and trained == [] and dx.shape == x.shape
     close(outputs[0], model.one(x))
 
 
 def test_an_input_that_needs_no_gradient_costs_no_frozen_product(monkeypatch):
     group, x = group_of(adapted()), drawn(11, 32)
-    _, thin = group.forward(x)
+    _, xa = group.forward(x)
     gradients = drawn_gradients()
-    _, expected = group.backward(x, gradients, thin)
+    _, expected = group.backward(x, gradients, xa)
     monkeypatch.setattr(Bf16Weight, "matrix", lambda self: pytest.fail("a frozen weight was multiplied"))
-    dx, trained = group.backward(x, gradients, thin, needs_input=False)
+    dx, trained = group.backward(x, gradients, xa, needs_input=False)
     assert dx is None
     assert all(torch.equal(found, wanted) for found, wanted in zip(trained, expected, strict=True))
 
@@ -114,18 +114,18 @@ def test_an_input_that_needs_no_gradient_costs_no_frozen_product(monkeypatch):
 def test_16_bit_products_give_fp32_gradients():
     group = LinearGroup([adapted_linear("one", adapted().one, lambda _, linear: Bf16Weight(linear, torch.bfloat16))])
     x, grad = drawn(64, 32).bfloat16(), drawn(64, 24).bfloat16()
-    (y,), thin = group.forward(x)
-    dx, trained = group.backward(x, Gradients(grad), thin)
-    assert y.dtype is dx.dtype is thin.dtype is torch.bfloat16
+    (y,), xa = group.forward(x)
+    dx, trained = group.backward(x, Gradients(grad), xa)
+    assert y.dtype is dx.dtype is xa.dtype is torch.bfloat16
     assert [part.dtype for part in trained] == [torch.float32] * 2
 
 
 def test_gradients_are_written_where_they_are_wanted():
     group, x, grads = group_of(adapted()), drawn(11, 32), drawn_gradients()
-    _, thin = group.forward(x)
-    _, expected = group.backward(x, grads, thin)
+    _, xa = group.forward(x)
+    _, expected = group.backward(x, grads, xa)
     group.places = [torch.full_like(part, 7.0) for part in expected]
-    _, found = group.backward(x, grads, thin)
+    _, found = group.backward(x, grads, xa)
     assert [part.data_ptr() for part in found] == [place.data_ptr() for place in group.places]
     assert all(torch.equal(part, wanted) for part, wanted in zip(found, expected, strict=True))
 

@@ -9,7 +9,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
 import qlora_kit.engine.ops.fused_linear_cross_entropy as module
-from qlora_kit.engine.head import one_pass_head
+from qlora_kit.engine.head import enable_fused_head
 from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs, fold
 from tests.tiny_models import build_tiny_model
 
@@ -46,7 +46,7 @@ def step(model, trained, **settings):
 @pytest.mark.parametrize("trained", [0, 1, 5, 12])
 def test_numbers_equal_those_of_trl(model, trained):
     expected, expected_gradient = step(model, trained)
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     found, gradient = step(model, trained)
     told, told_gradient = step(model, trained, trained_tokens=2 * min(trained, 11))
     undo()
@@ -195,7 +195,7 @@ class Products(TorchFunctionMode):
 
 
 def test_a_product_for_the_logits_and_one_for_the_gradient_at_trained_positions(model):
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     with Products() as training:
         step(model, 5)
     with Products() as scoring, torch.no_grad():
@@ -215,7 +215,7 @@ def uses_trl(model, monkeypatch, **inputs):
 
 
 def test_a_frozen_head_is_replaced_and_restored(model, monkeypatch):
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     assert not uses_trl(model, monkeypatch)
     undo()
     assert uses_trl(model, monkeypatch)
@@ -223,14 +223,14 @@ def test_a_frozen_head_is_replaced_and_restored(model, monkeypatch):
 
 def test_labels_that_are_shifted_already_are_left_to_trl(model, monkeypatch):
     shifted = batch(5)["labels"].roll(-1, 1)
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     assert uses_trl(model, monkeypatch, shift_labels=shifted)
     assert not uses_trl(model, monkeypatch, num_items_in_batch=7)
     undo()
 
 
 def test_a_trained_head_keeps_trls_forward(model, monkeypatch):
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     model.get_output_embeddings().weight.requires_grad_(True)
     assert uses_trl(model, monkeypatch)
     model.get_output_embeddings().weight.requires_grad_(False)
@@ -241,13 +241,13 @@ def test_a_trained_head_keeps_trls_forward(model, monkeypatch):
 def test_a_head_that_does_more_than_a_product_keeps_trls_forward(model, setting, value):
     before = model.forward
     setattr(model.config, setting, value)
-    one_pass_head(model)
+    enable_fused_head(model)
     delattr(model.config, setting)
     assert model.forward == before
 
 
 def test_without_the_fused_head_logits_are_the_models_own(model):
     expected = model(**batch(5)).logits
-    undo = one_pass_head(model)
+    undo = enable_fused_head(model)
     assert torch.equal(model(**batch(5)).logits, expected)
     undo()

@@ -33,9 +33,9 @@ def test_products_gradients_and_sums_are_autograds():
         whole_grad = grad + more[2].left @ more[2].right
         gate_grad, up_grad = torch.autograd.grad(product, (whole, up), whole_grad)
         with torch.no_grad():
-            found, thin = glu(gate, up, activation, more[:2], drawn(RANK, COLUMNS))
+            found, xa = glu(gate, up, activation, more[:2], drawn(RANK, COLUMNS))
             torch.testing.assert_close(found, product)
-            assert thin is None  # left to whoever needs it
+            assert xa is None  # left to whoever needs it
             through = torch.empty(2, TOKENS, COLUMNS, dtype=torch.float64)
             sums = glu_backward(gate, up, grad, activation, more, tuple(through))
         for one, wanted in zip(through, (gate_grad, up_grad), strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Aim(Protocol):
+class SetGradTargets(Protocol):
     """Tells a layer where its backward pass is to write gradients; it may write elsewhere."""
 
     def __call__(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
@@ -25,7 +25,7 @@ class GraphMemory(NamedTuple):
 
 
 @contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[None]:
+def _capture(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[None]:
     """`torch.cuda.graph` without its waiting for the device and emptying of the cache, which 64 graphs would repeat.
 
     Raises:
@@ -42,7 +42,7 @@ def _recording(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[Non
 
 
 @contextmanager
-def _drawing_goes_on() -> Iterator[None]:
+def _keep_random_state() -> Iterator[None]:
     """Random numbers after a recording that failed: the generator would refuse to draw until one ends well."""
     try:
         yield
@@ -52,7 +52,7 @@ def _drawing_goes_on() -> Iterator[None]:
         raise
 
 
-class Recorded:
+class CapturedLayer:
     """One layer's forward and backward pass as two CUDA graphs.
 
     Both are recorded at once, and what the forward pass saved for the backward pass stays referenced, so that no later
@@ -84,29 +84,32 @@ class Recorded:
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
-    def record(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory, aim: Aim) -> None:
+    def capture(
+        self, compute: Callable[[Tensor], Tensor], memory: GraphMemory, set_grad_targets: SetGradTargets
+    ) -> None:
         """Run the layer and its backward once without any kernel being started, and keep what would have been.
 
         Args:
-            aim: of `compute`. The incoming gradient is done with when that of the input is written, over it.
+            set_grad_targets: of `compute`. The incoming gradient is done with when that of the input is written, over
+                it.
         Raises:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
         memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream), torch.enable_grad(), _drawing_goes_on():
-            with _recording(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
+        with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state():
+            with _capture(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
-            aim(self.gradient, self.gradients)
+            set_grad_targets(self.gradient, self.gradients)
             try:
-                with _recording(self.backward_graph, memory):
-                    self._record_backward(result)
+                with _capture(self.backward_graph, memory):
+                    self._capture_backward(result)
             finally:
-                aim(None, ())
+                set_grad_targets(None, ())
         self.output = result.detach()
 
-    def _record_backward(self, result: Tensor) -> None:
+    def _capture_backward(self, result: Tensor) -> None:
         # As in a step, where autocast ends with the loss: torch.compile would otherwise compile everything anew, and
         # what it tries out then cannot be recorded.
         with torch.autocast(result.device.type, enabled=False):

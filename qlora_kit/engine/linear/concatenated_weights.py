@@ -8,7 +8,7 @@ from torch import Tensor
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
 
 
-class JoinedWeights:
+class ConcatenatedWeights:
     """W_1, W_2, .. as rows of one matrix, with room for LoRA's A below them; kept, or made for each product.
 
     Args:
@@ -42,7 +42,7 @@ class JoinedWeights:
         for weight, place in zip(self._weights, self._places(self.kept), strict=True):
             weight.keep(place)
 
-    def room_for_a(self, ranks: int, dtype: torch.dtype) -> Tensor | None:
+    def a_buffer(self, ranks: int, dtype: torch.dtype) -> Tensor | None:
         """Where A `[ranks, in]` is to be written so that `with_a` need not copy it; None if nothing is kept."""
         return None if (kept := self._kept_in(dtype)) is None else kept[self._out_features :][:ranks]
 
