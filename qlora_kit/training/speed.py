@@ -10,14 +10,13 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import counted, human_bytes, human_count
-from qlora_kit.engine.layer.fast import FastEngine, patch_model
-from qlora_kit.engine.layer.recompute import (
-    LAYER_AGAIN,
-    LAYER_FROM_HOST,
+from qlora_kit.engine.layer.checkpoint_policy import (
+    CheckpointPolicy,
     LayerExtras,
     beside_gate_and_up,
     kept_bytes,
 )
+from qlora_kit.engine.layer.fast import FastEngine, patch_model
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
@@ -56,7 +55,7 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
 
 
 def layer_levels(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
-    """What each decoder layer computes again: see `engine/layer/recompute.py`."""
+    """What each decoder layer computes again: see `engine/layer/checkpoint_policy.py`."""
     return _levels(step_memory_of(model, tokens), config.recompute)
 
 
@@ -98,8 +97,8 @@ def _levels(memory: StepMemory, recompute: str) -> list[int]:
 
 def _check_host(memory: StepMemory, levels: Sequence[int]) -> None:
     """Refuse what the host's memory cannot hold: the system would end the process without a word."""
-    layers = sum(level >= LAYER_FROM_HOST for level in levels)
-    needed = layers * memory.tokens * kept_bytes(memory.shape, LAYER_AGAIN) * local_world_size()
+    layers = sum(level >= CheckpointPolicy.offload_input for level in levels)
+    needed = layers * memory.tokens * kept_bytes(memory.shape, CheckpointPolicy.recompute_layer) * local_world_size()
     if layers and needed > (free := free_host_bytes()):
         raise RunError(
             f"a step of {human_count(memory.tokens)} tokens keeps {human_bytes(needed)} in the host's memory, where "

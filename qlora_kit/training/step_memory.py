@@ -7,13 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_kit.engine.layer.recompute import (
-    GATE_UP_AGAIN,
-    IN_PIECES,
-    KEEP_ALL,
-    LAYER_AGAIN,
-    LAYER_FROM_HOST,
+from qlora_kit.engine.layer.checkpoint_policy import (
     Amount,
+    CheckpointPolicy,
     LayerExtras,
     Workspace,
     auto_budget,
@@ -38,12 +34,15 @@ TRAINED_BYTES = 12  # a gradient and two moments in 32 bit, of each trained weig
 # Beside a tile of logits the head and the norm before it hold, for each hidden value of a token: two copies of 32 bits
 # and the norm's result in the forward pass, then three gradients of 16 bits and one of 32.
 HEAD_BYTES = 22
-WHATEVER_IS_FREE = {Amount.none: KEEP_ALL, Amount.all: LAYER_AGAIN}  # of every layer
+WHATEVER_IS_FREE = {
+    Amount.none: CheckpointPolicy.keep_all,
+    Amount.all: CheckpointPolicy.recompute_layer,
+}  # of every layer
 AGAIN = {
-    GATE_UP_AGAIN: "gate and up",
-    LAYER_AGAIN: "whole layers",
-    LAYER_FROM_HOST: "whole layers, from the host's memory",
-    IN_PIECES: "whole layers, from the host's memory, some tokens at a time",
+    CheckpointPolicy.recompute_gate_up: "gate and up",
+    CheckpointPolicy.recompute_layer: "whole layers",
+    CheckpointPolicy.offload_input: "whole layers, from the host's memory",
+    CheckpointPolicy.chunked_mlp: "whole layers, from the host's memory, some tokens at a time",
 }
 COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
 COPY_BYTES = {Compute.bf16: 2, Compute.fp8_backward: 1, Compute.fp8: 2}  # of a weight that is kept unpacked
@@ -78,7 +77,7 @@ class StepMemory:
 
     def backward(self, levels: Sequence[int]) -> float:
         """Bytes of the layers' backward pass, with what they keep."""
-        in_pieces = IN_PIECES in levels
+        in_pieces = CheckpointPolicy.chunked_mlp in levels
         made = temporary_bytes(self.shape, self.tokens, in_pieces=in_pieces, beside=self.extras.beside)
         return self.needed(levels) + unpacked_bytes(self.shape) + made
 
@@ -107,7 +106,7 @@ class StepMemory:
         budget = self.budget(free_bytes) if wanted.amount is Amount.auto else wanted.budget_bytes
         levels = plan_levels(self.shape, self.tokens, budget, extras=self.extras)
         if wanted.amount is Amount.auto and self.needed(levels) > budget:
-            return [IN_PIECES] * self.shape.num_layers, self.budget(free_bytes, in_pieces=True)
+            return [CheckpointPolicy.chunked_mlp] * self.shape.num_layers, self.budget(free_bytes, in_pieces=True)
         return levels, budget
 
 

@@ -10,8 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.engine.attention.packed import enable_packed_attention
 from qlora_kit.engine.layer import mlp
+from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
-from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
@@ -108,7 +108,7 @@ def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatc
         assert all(torch.equal(again[name], fast[name]) for name in fast)
     monkeypatch.setattr(mlp, "PIECE", 50)  # of the batch's tokens, so that the last piece is a shorter one
     assert batch["input_ids"].numel() % 50 and batch["input_ids"].numel() > 100
-    engine.set_levels([IN_PIECES] * len(engine.layers))
+    engine.set_levels([CheckpointPolicy.chunked_mlp] * len(engine.layers))
     pieces_loss, pieces = step(model, batch)
     assert pieces_loss == pytest.approx(fast_loss, rel=1e-6)
     assert difference(pieces, fast) <= FP32  # sums over tokens are made in another order

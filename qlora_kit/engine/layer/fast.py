@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.core.units import counted
 from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
 from qlora_kit.engine.layer.attention_blocks import project, project_add
+from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts, extract_parts
-from qlora_kit.engine.layer.recompute import KEEP_ALL, LAYER_AGAIN, LAYER_FROM_HOST
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
@@ -44,7 +44,7 @@ class FastLayer:
 
     Attributes:
         parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
-        level: see `recompute.py`.
+        level: a `CheckpointPolicy`.
         graphs: of all layers; None where every kernel is started by itself.
         place: among the layers that have graphs.
         begin: what is to be done before a forward pass; None but for the first layer.
@@ -56,7 +56,7 @@ class FastLayer:
         self.plain: Callable[..., Any] = layer.forward
         self.parts = parts
         self.dtype = dtype
-        self.level = KEEP_ALL
+        self.level: int = CheckpointPolicy.keep_all
         self.met_a_cache = False
         self.graphs: LayerGraphs | None = None
         self.place = 0
@@ -76,7 +76,7 @@ class FastLayer:
         parts = self.parts
         if parts is None or not all(linear.is_as_made() for linear in parts.linears):
             return self._again(self.plain, hidden_states, settings)
-        if self.graphs is None or self.level >= LAYER_FROM_HOST or self._draws():
+        if self.graphs is None or self.level >= CheckpointPolicy.offload_input or self._draws():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
@@ -89,9 +89,11 @@ class FastLayer:
 
     def _again(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
         """The layer's result, of which less is kept than its backward needs, if its level says so."""
-        if self.level < LAYER_AGAIN and (self.parts is not None or self.level == KEEP_ALL):
+        if self.level < CheckpointPolicy.recompute_layer and (
+            self.parts is not None or self.level == CheckpointPolicy.keep_all
+        ):
             return run(hidden_states, **settings)
-        to_host = self.level >= LAYER_FROM_HOST
+        to_host = self.level >= CheckpointPolicy.offload_input
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
         with SavedOnHost() if to_host else nullcontext():
             return checkpoint(
@@ -163,7 +165,7 @@ class FastEngine:
         return any(layer.met_a_cache for layer in self.layers)
 
     def set_levels(self, levels: Sequence[int]) -> None:
-        """What each layer computes again from the next step on: one level of `recompute.py` for each layer in order.
+        """What each layer computes again from the next step on: one `CheckpointPolicy` for each layer in order.
 
         Raises:
             ValueError: there are more or fewer levels than layers.

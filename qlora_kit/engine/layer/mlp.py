@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from qlora_kit.engine.layer.checkpoint_policy import PIECE, CheckpointPolicy
 from qlora_kit.engine.layer.norm import Norm, add_to_residual
-from qlora_kit.engine.layer.recompute import GATE_UP_AGAIN, IN_PIECES, PIECE
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.ops.glu import Activation, GluPartials, glu, glu_backward
 from qlora_kit.engine.ops.lora_delta import LoraDelta
@@ -35,7 +35,7 @@ class Mlp(Protocol):
         """`h + mlp(h)` for h `[rows, tokens, hidden]`, with the gradients of h and of every adapter.
 
         Args:
-            level: what the backward pass computes again: see `recompute.py`.
+            level: what the backward pass computes again, a `CheckpointPolicy`.
         """
         ...
 
@@ -57,8 +57,8 @@ class DenseMlp:
 
     def forward(self, h: Tensor, level: int) -> Tensor:
         """See `Mlp`."""
-        if level != IN_PIECES:
-            return gated_mlp(h, self, recompute_gate_up=level == GATE_UP_AGAIN)
+        if level != CheckpointPolicy.chunked_mlp:
+            return gated_mlp(h, self, recompute_gate_up=level == CheckpointPolicy.recompute_gate_up)
         pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
         return torch.cat([gated_mlp(piece, self, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
 

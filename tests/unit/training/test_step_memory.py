@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_kit.engine.layer.recompute import beside_gate_and_up
+from qlora_kit.engine.layer.checkpoint_policy import beside_gate_and_up
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig

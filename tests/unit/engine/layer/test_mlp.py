@@ -6,11 +6,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
-from qlora_kit.engine.layer.recompute import IN_PIECES
 from qlora_kit.schema.engine import EngineConfig
 
-LEVELS = range(IN_PIECES + 1)
+LEVELS = range(CheckpointPolicy.chunked_mlp + 1)
 
 
 class Scaled:

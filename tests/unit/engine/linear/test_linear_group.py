@@ -124,9 +124,9 @@ def test_gradients_are_written_where_they_are_wanted():
     group, x, grads = group_of(adapted()), drawn(11, 32), drawn_gradients()
     _, xa = group.forward(x)
     _, expected = group.backward(x, grads, xa)
-    group.places = [torch.full_like(part, 7.0) for part in expected]
+    group.grad_targets = [torch.full_like(part, 7.0) for part in expected]
     _, found = group.backward(x, grads, xa)
-    assert [part.data_ptr() for part in found] == [place.data_ptr() for place in group.places]
+    assert [part.data_ptr() for part in found] == [place.data_ptr() for place in group.grad_targets]
     assert all(torch.equal(part, wanted) for part, wanted in zip(found, expected, strict=True))
 
 

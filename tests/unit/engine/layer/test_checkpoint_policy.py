@@ -7,12 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from qlora_kit.engine.layer.fast import patch_model
-from qlora_kit.engine.layer.recompute import (
-    IN_PIECES,
+from qlora_kit.engine.layer.checkpoint_policy import (
     PIECE,
     Amount,
     Asked,
+    CheckpointPolicy,
     LayerExtras,
     Workspace,
     auto_budget,
@@ -21,6 +20,7 @@ from qlora_kit.engine.layer.recompute import (
     peak_bytes,
     plan_levels,
 )
+from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.schema.engine import EngineConfig
 from qlora_kit.schema.model import ModelShape
 
@@ -33,7 +33,12 @@ def test_llama_8b_keeps_what_a_count_by_hand_gives():
     # h, h2, q, attention: 4096 each; k, v: 1024 each; gate, up: 14336 each; 7 adapters of rank 16; 32 heads of 4 bytes
     values = 4 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 16
     assert kept_bytes(LLAMA_8B, 0, extras=LayerExtras(ranks=7 * 16)) == 2 * values + 4 * 32 == 94_560
-    assert [kept_bytes(LLAMA_8B, level) for level in (1, 2, 3, IN_PIECES)] == [2 * 18432 + 128, 8192, 0, 0]
+    assert [kept_bytes(LLAMA_8B, level) for level in (1, 2, 3, CheckpointPolicy.chunked_mlp)] == [
+        2 * 18432 + 128,
+        8192,
+        0,
+        0,
+    ]
     assert kept_bytes(LLAMA_8B, 0, wide=4) - kept_bytes(LLAMA_8B, 0) == 2 * 47104
 
 
@@ -55,7 +60,7 @@ def one_layer(make_config, **settings):
     return get_peft_model(model, LoraConfig(r=RANK, target_modules=targets)).train()
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3, IN_PIECES])
+@pytest.mark.parametrize("level", [0, 1, 2, 3, CheckpointPolicy.chunked_mlp])
 @pytest.mark.parametrize(
     ("make_config", "extras"),
     [(LlamaConfig, LayerExtras(7 * RANK)), (Qwen3Config, LayerExtras(7 * RANK, qk_norm=True))],
@@ -143,4 +148,4 @@ def test_pieces_of_an_mlp_take_the_memory_of_their_tokens():
     spared = auto_budget(LLAMA_8B, 70e9, long, in_pieces=True) - auto_budget(LLAMA_8B, 70e9, long)
     assert spared == 2 * (long - PIECE) * 4 * 14336
     assert auto_budget(LLAMA_8B, 70e9, PIECE, in_pieces=True) == auto_budget(LLAMA_8B, 70e9, PIECE)
-    assert peak_bytes(LLAMA_8B, [IN_PIECES] * 32, long) == long * kept_bytes(LLAMA_8B, 1)
+    assert peak_bytes(LLAMA_8B, [CheckpointPolicy.chunked_mlp] * 32, long) == long * kept_bytes(LLAMA_8B, 1)

@@ -1,12 +1,8 @@
-"""What each layer keeps for its backward, and how much a budget of memory lets all layers keep.
-
-Level 0 keeps all that the backward needs. Level 1 computes gate and up again, level 2 the whole layer from its input,
-and level 3 does as level 2 with that input kept in the host's memory. Level 4 does as level 3, and its MLP takes some
-tokens at a time and computes their gate and up once more: for rows so long that one layer's work does not fit.
-"""
+"""What each layer keeps for its backward, and how much a budget of memory lets all layers keep; without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from qlora_kit.engine.ops.limits import FUSED_RANK
 from qlora_kit.schema.amount import Amount as Amount
@@ -14,12 +10,32 @@ from qlora_kit.schema.amount import Asked as Asked
 from qlora_kit.schema.amount import parse_amount as parse_amount
 from qlora_kit.schema.model import ModelShape
 
-KEEP_ALL, GATE_UP_AGAIN, LAYER_AGAIN, LAYER_FROM_HOST, IN_PIECES = range(5)
-LEVELS = range(IN_PIECES)  # that plans mix
 PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
 _FP32 = 4
 _SPARED_BESIDE = 4  # tensors of an MLP's width that a budget leaves room for at the least: one to spare
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
+
+
+class CheckpointPolicy(IntEnum):
+    """What a layer computes again in its backward pass; each keeps less on the device than the one before.
+
+    Attributes:
+        keep_all: nothing.
+        recompute_gate_up: gate and up of the MLP.
+        recompute_layer: the whole layer, from its input.
+        offload_input: the whole layer, from its input in the host's memory.
+        chunked_mlp: the same; and the MLP takes some tokens at a time, and computes their gate and up once more: for
+            rows so long that one layer's work does not fit.
+    """
+
+    keep_all = 0
+    recompute_gate_up = 1
+    recompute_layer = 2
+    offload_input = 3
+    chunked_mlp = 4
+
+
+LEVELS = tuple(CheckpointPolicy)[: CheckpointPolicy.chunked_mlp]  # that plans mix
 
 
 @dataclass(frozen=True)
@@ -70,19 +86,19 @@ def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras
     """Bytes on the device that one layer keeps for each token.
 
     Args:
-        level: 0 to 4.
+        level: a `CheckpointPolicy`, here as elsewhere.
         wide: bytes of an activation.
     """
     extras = extras or LayerExtras()
-    if level >= 2:
-        return wide * shape.hidden_size if level == 2 else 0
+    if level >= CheckpointPolicy.recompute_layer:
+        return wide * shape.hidden_size if level == CheckpointPolicy.recompute_layer else 0
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     values = 2 * shape.hidden_size + 2 * queries + 2 * keys + extras.ranks
     if extras.qk_norm:
         values += queries + keys
     if extras.post_norms:
         values += 2 * shape.hidden_size
-    if level == 0:
+    if level == CheckpointPolicy.keep_all:
         values += 2 * shape.intermediate_size
     return wide * values + _FP32 * shape.num_heads
 
@@ -94,13 +110,13 @@ def peak_bytes(
 
     While a layer computes again what it did not keep, later layers have already let go of theirs.
     """
-    whole = kept_bytes(shape, 0, wide, extras)
-    without_gate_up = kept_bytes(shape, 1, wide, extras)
+    whole = kept_bytes(shape, CheckpointPolicy.keep_all, wide, extras)
+    without_gate_up = kept_bytes(shape, CheckpointPolicy.recompute_gate_up, wide, extras)
     peak = below = 0
     for level in levels:
         below += kept_bytes(shape, level, wide, extras)
-        at_work = without_gate_up if level == IN_PIECES else whole
-        again = 0 if level == 0 else at_work - kept_bytes(shape, level, wide, extras)
+        at_work = without_gate_up if level == CheckpointPolicy.chunked_mlp else whole
+        again = 0 if level == CheckpointPolicy.keep_all else at_work - kept_bytes(shape, level, wide, extras)
         peak = max(peak, below + again)
     return peak * tokens
 
@@ -108,7 +124,7 @@ def peak_bytes(
 def plan_levels(
     shape: ModelShape, tokens: int, budget_bytes: float, wide: int = 2, extras: LayerExtras | None = None
 ) -> list[int]:
-    """The level of each layer that costs the least time within a budget; level 3 for all where nothing fits.
+    """The level of each layer that costs the least time within a budget; `offload_input` for all where nothing fits.
 
     The first layers compute again, since in their backward the others' activations are gone.
 
@@ -140,7 +156,7 @@ def auto_budget(
     Args:
         free_bytes: on the device, with the model and its adapter loaded.
         tokens: of one forward pass.
-        in_pieces: whether all layers are at level 4.
+        in_pieces: whether the MLPs of all layers are chunked.
         beside: see `LayerExtras`.
     """
     workspace = workspace or Workspace()
