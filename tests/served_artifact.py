@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.formats.registry import find_format
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.tiny_models import qwen_tokenizer
 
@@ -59,7 +60,7 @@ def facts(base: Path, run: RunDirectory) -> Made:
         name="tiny_q4",
         format=find_format("gguf"),
         file="tiny.Q4_K_M.gguf",
-        base=BaseFacts(str(base), base),
+        base=Base(str(base), base),
         tokenizer=qwen_tokenizer(),
         settings={"mix": "Q4_K_M"},
         run=run,

@@ -35,18 +35,17 @@ def run(arguments: list[str]) -> int:
         raise RecipeError([composed.problem(finding) for finding in found])
 
     from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
-    from qlora_kit.pipelines.evaluated import Evaluated, open_evaluated_base, open_evaluated_run
     from qlora_kit.pipelines.next_line import line_to_report
     from qlora_kit.report.scores import print_scores
+    from qlora_kit.runs.open import open_exports, open_idle_run
 
-    subject: Evaluated
     if recipe.base is None:
-        subject = open_evaluated_run("latest" if recipe.run is None else recipe.run, recipe.data)
+        subject = open_idle_run("latest" if recipe.run is None else recipe.run, recipe.data)
     else:
-        subject = open_evaluated_base(recipe.base)
+        subject = open_exports(recipe.base)
     rows = evaluate(subject, recipe.eval)
     table = [asdict(row) for row in rows]
-    print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference)
+    print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference_as_stored)
     log.info(f"next: {line_to_report(subject.directory)}")
     raise_what_went_wrong(rows, subject.directory.exports)
     return EXIT_OK

@@ -11,7 +11,7 @@ from qlora_kit.schema.export import ExportConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qlora_kit.pipelines.exportable import Exportable
+    from qlora_kit.runs.run import Run
     from qlora_kit.schema.root import ExportRecipe
 
 SUMMARY = "Merge a run's adapter once and write the named files; or write them from a base that was never trained."
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-def _run(recipe: "ExportRecipe") -> "Exportable":
+def _run(recipe: "ExportRecipe") -> "Run":
     from qlora_kit.model.source import locate_base
     from qlora_kit.runs.directory import find_run, refuse_at_work
     from qlora_kit.schema.compose import load_recipe
@@ -61,20 +61,19 @@ def _run(recipe: "ExportRecipe") -> "Exportable":
     trained = cast(TrainRecipe, load_recipe("train", found.recipe))
     _check_shapes(locate_base(trained.model), recipe.export)
 
-    from qlora_kit.pipelines.exportable import TrainedRun
-    from qlora_kit.pipelines.opened_run import open_run
+    from qlora_kit.runs.open import open_run
 
     later = LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows)
-    return TrainedRun.of(open_run(str(found.path), later))
+    return open_run(str(found.path), later)
 
 
-def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Exportable":
+def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Run":
     from qlora_kit.runs.named_base import named_base
 
     named = named_base(recipe)
     _check_shapes(named.folder, recipe.export)
 
-    from qlora_kit.pipelines.untrained_base import open_base
+    from qlora_kit.runs.open import open_base
 
     return open_base(recipe, named, overrides)
 

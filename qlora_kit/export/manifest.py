@@ -10,8 +10,8 @@ from qlora_kit.core.environment import package_versions
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.export.merge import MergeReport
+from qlora_kit.runs.directory import MANIFEST
 
-MANIFEST = "manifest.json"
 # What else is read of a manifest, which may be damaged or a stranger's.
 KINDS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("settings", "fidelity", "evaluation"), dict),

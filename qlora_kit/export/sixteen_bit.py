@@ -1,4 +1,4 @@
-"""A base as the folder that every format is made from: bf16 safetensors beside its tokenizer, nothing merged."""
+"""The 16-bit folder that every format is made from: a base with its adapter merged in, or a copy of the base alone."""
 
 import time
 from pathlib import Path
@@ -6,18 +6,46 @@ from typing import Any
 
 from qlora_kit.adapter.updates import Adapter
 from qlora_kit.core.console.bar import BYTES, bar
-from qlora_kit.export.merge import MergeReport, refuse_full_disk
+from qlora_kit.core.console.lines import log
+from qlora_kit.core.units import counted, human_bytes, human_seconds
+from qlora_kit.export.merge import MergeReport, merge, refuse_full_disk
 from qlora_kit.export.merging.audit import audit_folder
 from qlora_kit.export.merging.carry import carry_files, says_tied
 from qlora_kit.export.merging.plan import make_plan
 from qlora_kit.export.merging.rounded import Rounding
 from qlora_kit.export.merging.write_shards import write_shards
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.headers import read_headers
 
 
-def write_sixteen_bit(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
+def write_sixteen_bit(run: Run, merge_base: MergeBase, out: Path) -> MergeReport:
+    """Fill a folder with a run's weights in 16 bit, and say so.
+
+    Args:
+        merge_base: that the adapter is merged into.
+        out: an existing folder; after a kill, that of the same inputs is gone on with.
+
+    Raises:
+        RunError: a file is damaged, there is no room, or the folder does not pass its audit.
+    """
+    if not run.trained:
+        copied = copy_base(run.base.folder, run.tokenizer, out)
+        wider = sorted({tensor.dtype for tensor in read_headers(run.base.folder).values()} & {"F64", "F32", "F16"})
+        rounded = f" rounded from {' and '.join(wider)} to BF16," if wider else ""
+        log.info(f"copied the base,{rounded} {human_bytes(copied.size)} in {human_seconds(copied.seconds)}")
+        return copied
+    began = time.perf_counter()
+    report = merge(run.base.folder, run.directory.adapter, run.quant, merge_base, run.tokenizer, out)
+    seconds = human_seconds(time.perf_counter() - began)
+    before = f", {human_bytes(report.resumed)} of it written before" if report.resumed else ""
+    modules = f"{report.merged:,} of {counted(report.adapted, 'module')}"
+    log.info(f"merged {modules} into the {report.base} base in {seconds}{before}")
+    return report
+
+
+def copy_base(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
     """Copy a base tensor by tensor, every float rounded to bf16, and check the folder as a merge is checked.
 
     Args:

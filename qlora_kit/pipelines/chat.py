@@ -11,12 +11,12 @@ from qlora_kit.core.shell import shell_line
 from qlora_kit.core.verdict import Verdict, recorded_verdict
 from qlora_kit.data.conversation import Message
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal
-from qlora_kit.export.manifest import MANIFEST, read_manifest
+from qlora_kit.export.manifest import read_manifest
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.registry import find_format
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.opened_run import open_run
-from qlora_kit.runs.directory import RunDirectory, meant_run, newest_run
+from qlora_kit.runs.directory import MANIFEST, RunDirectory, meant_run, newest_run
+from qlora_kit.runs.open import open_run
 
 Messages = list[dict[str, str]]
 
@@ -101,7 +101,7 @@ def _run_speaker(name: str) -> Any:
 
     opened = open_run(name)
     log.info(f"loading {opened.directory.path}")
-    model = load_adapter(load_base(opened.base_folder, opened.recipe.quant), opened.directory.adapter)
+    model = load_adapter(load_base(opened.base.folder, opened.quant), opened.directory.adapter)
     return _torch_speaker(model.eval(), opened.tokenizer)
 
 

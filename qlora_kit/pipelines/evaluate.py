@@ -13,21 +13,24 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.harness import TaskScores, run_harness
+from qlora_kit.evaluation.exam import Exam, set_exam
+from qlora_kit.evaluation.harness import TaskScores, require_harness, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
 from qlora_kit.evaluation.judge import Yardstick, faults_of
 from qlora_kit.evaluation.perplexity import text_fit
+from qlora_kit.evaluation.record import asked, write_record
+from qlora_kit.evaluation.reference import open_models
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
 from qlora_kit.evaluation.tasks import judge
 from qlora_kit.evaluation.torch_scorer import TorchScorer
-from qlora_kit.export.manifest import MANIFEST, faults_of_export, read_manifest, record_scores
+from qlora_kit.export.manifest import faults_of_export, read_manifest, record_scores
+from qlora_kit.export.rows import rows_of_eval
+from qlora_kit.formats.exported import rejection
+from qlora_kit.formats.finish import rewrite_card
 from qlora_kit.formats.registry import find_format
-from qlora_kit.pipelines.eval_record import asked, write_record
-from qlora_kit.pipelines.evaluated import Evaluated
-from qlora_kit.pipelines.exam import Exam, set_exam
-from qlora_kit.pipelines.exported import rejection
-from qlora_kit.pipelines.finish_export import rewrite_card
+from qlora_kit.runs.directory import MANIFEST
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
 
@@ -83,44 +86,47 @@ class _Asked:
     manifest: Mapping[str, Any] | None = None
 
 
-def evaluate(subject: Evaluated, config: EvalConfig) -> list[Row | Unscored]:
+def evaluate(run: Run, config: EvalConfig) -> list[Row | Unscored]:
     """Score the artifacts that the recipe names and write eval.json and each manifest; a file that fails is a row.
 
     Raises:
         RecipeError: an artifact, the text file or a task of the harness is not there.
     """
-    with hold(subject.directory.path, "eval"):
-        log_to(subject.directory.log)
-        return _evaluate(subject, config)
+    with hold(run.directory.path, "eval"):
+        log_to(run.directory.log)
+        return _evaluate(run, config)
 
 
-def _evaluate(subject: Evaluated, config: EvalConfig) -> list[Row | Unscored]:
-    exports = exported_folders(subject.directory.exports)
-    wanted = _wanted(config.artifacts, subject, list(exports))
-    exam = set_exam(subject, config)
+def _evaluate(run: Run, config: EvalConfig) -> list[Row | Unscored]:
+    exports = exported_folders(run.directory.exports)
+    wanted = _wanted(config.artifacts, run, list(exports))
+    if config.lm_eval:
+        require_harness()
+    rows = rows_of_eval(run, config, config.stop_prompts if run.task is Task.none else config.task_rows)
+    exam = set_exam(run, rows.scored, rows.conversations, config)
 
-    models = subject.open_models()
+    models = open_models(run)
     yardstick = _yardstick(models, exam)
     table: list[Row | Unscored] = []
     for name, scorer in models.items():
         if name in wanted:
-            one = _Asked(name, size_on_disk(subject.folder_of(name)))
-            table.append(_row(subject, one, scorer, yardstick, exam))
+            one = _Asked(name, size_on_disk(run.directory.adapter if name == "adapter" else run.base.folder))
+            table.append(_row(run, one, scorer, yardstick, exam))
     for scorer in models.values():
         scorer.close()
 
     for name in wanted:
         if name in exports:
-            table.append(_score_or_say(subject, exports[name], yardstick, exam))
-    write_record(subject.directory.evaluation, _record(table, exam), _current(subject, exports, table))
+            table.append(_score_or_say(run, exports[name], yardstick, exam))
+    write_record(run.directory.evaluation, _record(table, exam), _current(run, exports, table))
     return table
 
 
-def _current(subject: Evaluated, exports: Mapping[str, Path], table: Sequence[Row | Unscored]) -> list[str]:
+def _current(run: Run, exports: Mapping[str, Path], table: Sequence[Row | Unscored]) -> list[str]:
     """Artifacts whose scores in eval.json are still theirs: a file that was written again has none in its manifest."""
     now = {row.name for row in table}
     held = (name for name, folder in exports.items() if name in now or read_manifest(folder).get("evaluation"))
-    return [*subject.models, *held]
+    return [*run.models, *held]
 
 
 def exported_folders(exports: Path) -> dict[str, Path]:
@@ -140,14 +146,14 @@ def exported_folders(exports: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in ordered}
 
 
-def _wanted(artifacts: Sequence[str], subject: Evaluated, exports: list[str]) -> list[str]:
-    known = [*subject.models, *exports]
+def _wanted(artifacts: Sequence[str], run: Run, exports: list[str]) -> list[str]:
+    known = [*run.models, *exports]
     if list(artifacts) == ["all"]:
         return known
     unknown = [name for name in artifacts if name not in known]
     if unknown:
         raise RecipeError(
-            f"{subject.directory.path} has no artifact named {', '.join(unknown)}; it has {', '.join(known)}",
+            f"{run.directory.path} has no artifact named {', '.join(unknown)}; it has {', '.join(known)}",
             "eval.artifacts",
             shell_line([f"eval.artifacts={hydra_value(known)}"]),
         )
@@ -161,10 +167,10 @@ def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
     return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
 
 
-def _score_or_say(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row | Unscored:
+def _score_or_say(run: Run, folder: Path, yardstick: Yardstick, exam: Exam) -> Row | Unscored:
     """Score a file; one that fails keeps its place, and the others go on."""
     try:
-        return _score_export(subject, folder, yardstick, exam)
+        return _score_export(run, folder, yardstick, exam)
     except Exception as error:
         exam.said.pop(folder.name, None)
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
@@ -172,22 +178,22 @@ def _score_or_say(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: 
         return Unscored(folder.name, size_on_disk(folder), f"{kind}{error}")
 
 
-def _score_export(subject: Evaluated, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
+def _score_export(run: Run, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
     manifest = read_manifest(folder)
     one = _Asked(folder.name, size_on_disk(folder), manifest)
-    pad = int(subject.tokenizer.pad_token_id)
-    scorer = find_format(manifest["format"]).open(folder / manifest["file"], pad, subject.base_folder)
+    pad = int(run.tokenizer.pad_token_id)
+    scorer = find_format(manifest["format"]).open(folder / manifest["file"], pad, run.base.folder)
     try:
-        row = _row(subject, one, scorer, yardstick, exam)
+        row = _row(run, one, scorer, yardstick, exam)
     finally:
         scorer.close()
     record_scores(folder, asdict(row), scored_on(exam.rows))
     if row.verdict != recorded_verdict(manifest).value and not folder.is_symlink():
-        rewrite_card(subject.exportable, read_manifest(folder), folder)
+        rewrite_card(run, read_manifest(folder), folder)
     return row
 
 
-def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
+def _row(run: Run, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
     config, reference = exam.config, yardstick.reference
     log.info(f"eval: {one.name} ...")
     scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
@@ -195,7 +201,7 @@ def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, 
     answers = Answers([], 0.0)
     if exam.prompts:
         answers = scorer.answer(exam.prompts, config.max_new_tokens, config.batch_size)
-    said = [subject.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers.token_ids]
+    said = [run.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers.token_ids]
     exam.said[one.name] = said[:SAMPLES]
     right = (
         [] if exam.task is Task.none else [judge(exam.task, *pair) for pair in zip(said, exam.expected, strict=True)]
@@ -218,7 +224,7 @@ def _row(subject: Evaluated, one: _Asked, scorer: Scorer, yardstick: Yardstick, 
         text_perplexity=text.perplexity if text else None,
         text_perplexity_interval=text.interval if text else None,
         text_tokens=text.tokens if text else 0,
-        lm_eval=_harness(subject, one.name, scorer, exam),
+        lm_eval=_harness(run, one.name, scorer, exam),
     )
     log.info(_told(row, exam.reference))
     return row
@@ -263,14 +269,14 @@ def _share(hits: Sequence[bool]) -> float | None:
     return sum(hits) / len(hits) if hits else None
 
 
-def _harness(subject: Evaluated, name: str, scorer: Scorer, exam: Exam) -> TaskScores:
+def _harness(run: Run, name: str, scorer: Scorer, exam: Exam) -> TaskScores:
     if not exam.harness.names:
         return {}
     if not isinstance(scorer, TorchScorer):
         log.info(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
         return {}
     with scorer.lent() as model:
-        return run_harness(model, subject.tokenizer, exam.harness, exam.config.batch_size, exam.config.lm_eval_limit)
+        return run_harness(model, run.tokenizer, exam.harness, exam.config.batch_size, exam.config.lm_eval_limit)
 
 
 def _told(row: Row, reference: str) -> str:

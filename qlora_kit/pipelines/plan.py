@@ -18,8 +18,9 @@ from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.model.demo import demo_place
+from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
-from qlora_kit.pipelines.rows import context_of, packing_of, rows_that_fit
+from qlora_kit.pipelines.rows import packing_of, rows_that_fit
 from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe

@@ -18,6 +18,7 @@ from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.template.prompt_check import prompt_finding
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits
+from qlora_kit.model.sizes import context_of, embedding_rows
 from qlora_kit.model.tokenizer import stop_ids
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.root import TrainRecipe
@@ -71,13 +72,6 @@ def audit_of(
     return replace(found, findings=by_level(findings))
 
 
-def embedding_rows(config: object) -> int | None:
-    """Rows of the token embedding, as config.json says."""
-    text = config.get("text_config") or config if isinstance(config, dict) else {}
-    size = text.get("vocab_size") if isinstance(text, dict) else None
-    return size if type(size) is int and size > 0 else None
-
-
 def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
     """Tokens that a row may have.
 
@@ -108,11 +102,3 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
     row = f"the longest row has {counted(longest, 'token')}"
     log.info(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, {row})")
     return fits
-
-
-def context_of(config: object) -> int:
-    """Positions that the model was made for, as config.json says."""
-    inner = config.get("text_config") if isinstance(config, dict) else None
-    text = inner if isinstance(inner, dict) else config if isinstance(config, dict) else {}
-    positions = text.get("max_position_embeddings")
-    return positions if type(positions) is int and positions > 0 else 2048

@@ -21,7 +21,6 @@ from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.export.serving.adapter_card import write_adapter_card
-from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.kind import read_config
@@ -38,6 +37,7 @@ from qlora_kit.pipelines.plan import one_line
 from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
 from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.runs.as_written import note_adapter
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.same_base import note_base, refuse_other_base
 from qlora_kit.schema.root import TrainRecipe
@@ -135,7 +135,7 @@ def _train(
         trainer.restore_model()
         with staged_directory(run.adapter) as folder:
             model.save_pretrained(folder)
-            base = BaseFacts(recipe.model.source, base_folder, recipe.model.revision)
+            base = Base(recipe.model.source, base_folder, recipe.model.revision)
             name_base(folder, base.name)
             write_adapter_card(folder, recipe.name, base)
             tokenizer.save_pretrained(folder)

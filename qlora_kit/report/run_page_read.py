@@ -13,14 +13,13 @@ from qlora_kit.report.run_page_artifacts import TRAINED, exported, samples_of, t
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing, RunPage, Source, Split, Untrained
 from qlora_kit.report.run_page_missing import what_is_missing
 from qlora_kit.report.run_page_records import as_record, as_records, numbers_of, texts_of, whole_of
-from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.directory import MANIFEST, RunDirectory
 from qlora_kit.schema.compose import load_recipe
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics
 
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-(\d\d)")
-MANIFEST = "manifest.json"
 BASE_SPLITS = {"training": "to calibrate on"}  # what a split of a recipe is for, where nothing is trained
 
 

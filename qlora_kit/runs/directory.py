@@ -18,6 +18,7 @@ from qlora_kit.core.shell import override, shell_line
 from qlora_kit.runs.best_job import best_job
 
 OUTPUTS = Path("outputs")
+MANIFEST = "manifest.json"  # in the folder of an exported file; there last
 MOST_NAMED = 3  # runs in a message
 JUST_MADE = 60  # seconds; an empty folder that is younger may be one that a run begins in
 
@@ -97,6 +98,11 @@ class RunDirectory:
     def exports(self) -> Path:
         """One folder an exported artifact."""
         return self.path / "exports"
+
+    @property
+    def has_exports(self) -> bool:
+        """Whether a file of it is complete."""
+        return any(self.exports.glob(f"[!.]*/{MANIFEST}"))
 
     @property
     def evaluation(self) -> Path:

@@ -16,7 +16,7 @@ from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.export.serving.adapter_card import adapter_card
-from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.model_card import model_card, served_of
 from qlora_kit.formats.registry import FORMATS
 from qlora_kit.pipelines.begun import describe
@@ -25,6 +25,7 @@ from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.report import report, report_base
 from qlora_kit.pipelines.train import _line_to_go_on, _tell
 from qlora_kit.report.inspect_page import inspect_page
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from qlora_kit.schema.quant import QuantKind
@@ -151,7 +152,7 @@ def test_lines_of_cards(capsys):
     counts, wrong = Counter(), []
     for number, name in enumerate(NAMES):
         folder = base_folder(name)
-        bases = (BaseFacts(HUB, folder, COMMIT), BaseFacts(str(folder), folder))
+        bases = (Base(HUB, folder, COMMIT), Base(str(folder), folder))
         for base in bases:
             wrong += judged(list(of_card("adapter/README.md", adapter_card(name, base))), counts)
             for place, kind in enumerate(FORMATS):
@@ -183,7 +184,7 @@ def trained_run(name, *, finished, exported):
         run.adapter.mkdir()
     if finished and exported:
         for kind in FORMATS:
-            manifest(run, kind, name, BaseFacts(str(base), base))
+            manifest(run, kind, name, Base(str(base), base))
     return run, recipe, (str(run.path), str(rows), str(base))
 
 
@@ -221,7 +222,7 @@ def test_lines_of_pages_of_bases(capsys):
             for exported in (False, True):
                 if exported:
                     for kind in list(FORMATS)[:-2]:
-                        manifest(made, kind, name, BaseFacts(base, Path("models") / name))
+                        manifest(made, kind, name, Base(base, Path("models") / name))
                 html = report_base(str(made.path)).read_text(encoding="utf-8")
                 lines = list(of_page(f"report.html of {name!r}", html))
                 wrong += judged(lines, counts, (base, str(made.path)))

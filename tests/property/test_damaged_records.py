@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_kit.core.errors import KitError
+from qlora_kit.evaluation.record import write_record
 from qlora_kit.export.manifest import faults_of_export, read_manifest
-from qlora_kit.pipelines.eval_record import write_record
 from qlora_kit.report import run_page_read
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_read import read_run

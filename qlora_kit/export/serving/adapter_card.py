@@ -6,12 +6,12 @@ from qlora_kit import __version__
 from qlora_kit.adapter.saved import CARD
 from qlora_kit.core.files import write_text
 from qlora_kit.export.licence import read_licence
-from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.markdown import code, plain
 from qlora_kit.export.serving.model_card import front_matter
+from qlora_kit.runs.base import Base
 
 
-def write_adapter_card(folder: Path, name: str, base: BaseFacts) -> None:
+def write_adapter_card(folder: Path, name: str, base: Base) -> None:
     """Write the card into an adapter's folder; no path of the machine is in it.
 
     Args:
@@ -20,7 +20,7 @@ def write_adapter_card(folder: Path, name: str, base: BaseFacts) -> None:
     write_text(folder / CARD, adapter_card(name, base))
 
 
-def adapter_card(name: str, base: BaseFacts) -> str:
+def adapter_card(name: str, base: Base) -> str:
     """The card's text."""
     licence = read_licence(base.folder)
     head = front_matter(

@@ -5,36 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.serving.commands import ServeCommand, Served
-from qlora_kit.model.source import hub_name
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """The base model: as the recipe names it, and where it lies."""
-
-    source: str
-    folder: Path
-    revision: str | None = None
-
-    @property
-    def hub_id(self) -> str | None:
-        """`owner/name` where the base came from the hub; None for a local folder."""
-        found = hub_name(self.source, self.revision)
-        return found[0] if found else None
-
-    @property
-    def name(self) -> BaseName:
-        """What a reader of an adapter loads under it: the hub's name, else the folder as the recipe names it."""
-        return BaseName(*(hub_name(self.source, self.revision) or (self.source, self.revision)))
-
-    @property
-    def shown(self) -> str:
-        """A name to print: the hub's, else the folder's last part; a path may hold what is nobody's business."""
-        return self.hub_id or Path(self.source).name or self.folder.resolve().name
 
 
 @dataclass(frozen=True)
@@ -86,7 +60,7 @@ class ServingFacts:
     name: str
     format: ServedFormat
     file: str
-    base: BaseFacts
+    base: Base
     tokenizer: Any
     settings: Mapping[str, object] = field(default_factory=dict)
     run: RunDirectory | None = None

@@ -12,7 +12,8 @@ from typing import Any
 from qlora_kit import __version__
 from qlora_kit.core.environment import package_versions
 from qlora_kit.core.files import file_hash, read_json, write_json
-from qlora_kit.export.serving.facts import BaseFacts, ServingFacts
+from qlora_kit.export.serving.facts import ServingFacts
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.weights.headers import raw_header
 
@@ -44,7 +45,7 @@ def lock_of(facts: ServingFacts) -> dict[str, object]:
     }
 
 
-def weights_of(base: BaseFacts) -> list[dict[str, object]]:
+def weights_of(base: Base) -> list[dict[str, object]]:
     """Size and header hash of each weight file of the base: quick to compute, and no two conversions share them.
 
     The header names every tensor with its type, shape and place; the numbers themselves are not read.

@@ -14,11 +14,11 @@ from markdown_it import MarkdownIt
 
 from qlora_kit.data.template.ollama import MODELFILE, Modelfile
 from qlora_kit.export.serving.commands import Served
-from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import write_model_card
 from qlora_kit.formats.gguf.modelfile import write_modelfile
 from qlora_kit.formats.gguf.serving import ollama_name
 from qlora_kit.formats.registry import FORMATS
+from qlora_kit.runs.base import Base
 from tests.served_artifact import Made
 
 NAMES = [
@@ -78,7 +78,7 @@ def test_a_shell_hands_names_over_as_they_are(name: str, kind: str, stubs: Path,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_card_shows_names_and_obeys_none(facts: Made, base: Path, tmp_path: Path, name: str) -> None:
-    made = facts(name=name, base=BaseFacts(f"./{name}", base, name), settings={"mix": name}, faults=(name,))
+    made = facts(name=name, base=Base(f"./{name}", base, name), settings={"mix": name}, faults=(name,))
     made.run.data.write_text(made.run.data.read_text().replace("rows.jsonl", "rows.jsonl`<b>"))
     write_model_card(tmp_path, made)
     assert metadata_load(tmp_path / "README.md")["license"] == "other"
@@ -92,7 +92,7 @@ def test_the_model_card_shows_names_and_obeys_none(facts: Made, base: Path, tmp_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_modelfile_has_one_base_whatever_its_names_hold(facts: Made, base: Path, tmp_path: Path, name: str) -> None:
-    write_modelfile(tmp_path, facts(name=name, base=BaseFacts(f"./{name}", base), file=f"{name}.gguf"))
+    write_modelfile(tmp_path, facts(name=name, base=Base(f"./{name}", base), file=f"{name}.gguf"))
     text = (tmp_path / MODELFILE).read_text("utf-8")
     assert sum(line.startswith("FROM") for line in text.splitlines()) == 1
     assert Modelfile.read(text).source == f"./{_as_line(name)}.gguf"

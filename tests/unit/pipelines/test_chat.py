@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.cli.chat import run as chat_verb
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_json
+from qlora_kit.formats.registry import find_format
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.chat import _export_speaker, _torch_speaker, chat
 from tests.tiny_models import build_tiny_model
@@ -97,7 +98,7 @@ def test_a_line_that_chat_does_not_take_is_told_with_the_one_that_it_does(tmp_pa
 
 
 def test_what_is_loaded_is_said_before_the_silence(folder, capsys):
-    _export_speaker("merged", folder)
+    _export_speaker(find_format("merged"), folder)
     assert capsys.readouterr().err.startswith(f"loading {folder}\n")
 
 

@@ -13,17 +13,18 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.data.prepare import prepare
+from qlora_kit.evaluation import exam
+from qlora_kit.evaluation.exam import set_exam
 from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.export.rows import rows_of_eval
 from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
-from qlora_kit.pipelines import evaluated, exam
 from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
-from qlora_kit.pipelines.evaluated import EvaluatedRun
-from qlora_kit.pipelines.exam import set_exam
-from qlora_kit.pipelines.opened_run import OpenedRun
 from qlora_kit.report.scores import print_scores
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -83,14 +84,14 @@ def opened(tmp_path_factory):
             processes=1,
         )
         write_json(run / "data.json", asdict(prepare(recipe.data, tokenizer, 128).summary))
-        yield OpenedRun(RunDirectory(run), recipe, base, tokenizer)
+        yield Run(RunDirectory(run), recipe, Base.of(recipe.model, base), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def table(opened):
-    text = str(opened.base_folder.parent / "text.txt")
+    text = str(opened.base.folder.parent / "text.txt")
     config = EvalConfig(max_new_tokens=NEW_TOKENS, text_file=text, text_window=32, text_windows=3, task_rows=4)
-    rows = evaluate(EvaluatedRun(opened), config)
+    rows = evaluate(opened, config)
     return {row.name: row for row in rows}, read_json(opened.directory.evaluation)
 
 
@@ -154,7 +155,7 @@ def test_stops_are_counted(opened, table):
 def with_task_none(opened):
     recipe = TrainRecipe()
     recipe.quant, recipe.data = opened.recipe.quant, DataConfig(**{**vars(opened.recipe.data), "task": Task.none})
-    return EvaluatedRun(OpenedRun(opened.directory, recipe, opened.base_folder, opened.tokenizer))
+    return Run(opened.directory, recipe, opened.base, opened.tokenizer)
 
 
 @pytest.mark.parametrize(("prompts", "answered"), [(0, 0), (2, 2)])
@@ -175,7 +176,7 @@ def test_the_harness_is_given_models_of_transformers_and_not_others(opened, monk
         seen.append((type(model).__name__, tasks.names, batch_size, limit))
         return {"arc_easy": {"acc,none": 0.25}}
 
-    monkeypatch.setattr(exam, "require_harness", lambda: None)
+    monkeypatch.setattr(evaluation, "require_harness", lambda: None)
     monkeypatch.setattr(evaluation, "run_harness", run_harness)
     config = EvalConfig(lm_eval=["arc_easy"], lm_eval_limit=9, batch_size=3)
     rows = evaluate(with_task_none(opened), config)
@@ -192,9 +193,9 @@ def test_the_harness_is_given_models_of_transformers_and_not_others(opened, monk
 
 
 def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
-    monkeypatch.setattr(evaluated, "open_trained", lambda *_: pytest.fail("loaded"))
-    text = str(opened.base_folder.parent / "text.txt")
-    monkeypatch.setattr(exam, "require_harness", lambda: None)
+    monkeypatch.setattr(evaluation, "open_models", lambda *_: pytest.fail("loaded"))
+    text = str(opened.base.folder.parent / "text.txt")
+    monkeypatch.setattr(evaluation, "require_harness", lambda: None)
     for config, what, fix in (
         (EvalConfig(artifacts=["awq"]), "no artifact named awq; it has base, adapter, merged_16bit, gguf_q8_0", "=["),
         (EvalConfig(text_file="absent.txt"), "cannot read absent.txt", "eval.text_file=null"),
@@ -206,14 +207,15 @@ def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
         ),
     ):
         with pytest.raises(RecipeError, match=what) as caught:
-            evaluate(EvaluatedRun(opened), config)
+            evaluate(opened, config)
         assert fix in str(caught.value)
 
 
 def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsys):
     prompts = iter([[], [1, 2], [3], [], [4]])
     monkeypatch.setattr(exam.Encoder, "prompt_ids", lambda *_: next(prompts))
-    found = set_exam(EvaluatedRun(opened), EvalConfig())
+    rows = rows_of_eval(opened, EvalConfig(), None)
+    found = set_exam(opened, rows.scored, rows.conversations, EvalConfig())
     assert found.prompts == [[1, 2], [3], [4]]
     assert found.expected == [f"The answer is {number * 7}." for number in (1, 2, 4)]
     assert "2 held-out rows are texts without a prompt" in capsys.readouterr().err
@@ -273,7 +275,7 @@ def test_a_part_that_is_scored_again_joins_the_others_in_eval_json(opened):
 
 def test_each_artifact_is_named_before_it_is_scored(opened, capsys):
     config = EvalConfig(artifacts=["base", "merged_16bit"], task_rows=1, max_new_tokens=NEW_TOKENS)
-    evaluate(EvaluatedRun(opened), config)
+    evaluate(opened, config)
     lines = [line.partition(" loss ")[0] for line in capsys.readouterr().err.splitlines()]
     told = [line for line in lines if line.startswith(("eval: ", "base:", "merged_16bit:"))]
     first = "eval: scoring adapter, which the others are held against, on 5 rows"

@@ -13,9 +13,9 @@ from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.data.prepare import prepare
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines.export import export
-from qlora_kit.pipelines.exportable import TrainedRun
-from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows
 from qlora_kit.schema.export import BnbTarget, ExportConfig, MergedTarget
@@ -51,7 +51,7 @@ def opened(tmp_path_factory):
     directory = RunDirectory(folder / "run")
     write_json(directory.data, asdict(prepare(recipe.data, tokenizer, 64).summary))
     write_text(directory.recipe, recipe_yaml(recipe))
-    return OpenedRun(directory, recipe, base, tokenizer)
+    return Run(directory, recipe, Base.of(recipe.model, base), tokenizer)
 
 
 def following(said):
@@ -59,7 +59,7 @@ def following(said):
 
 
 def test_a_file_that_nobody_measured_is_called_so_everywhere(opened, capsys):
-    (done,) = export(TrainedRun.of(opened), ExportConfig(merged=MERGED))
+    (done,) = export(opened, ExportConfig(merged=MERGED))
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].endswith("NOT MEASURED")
     assert "NOT MEASURED: this run has no held-out rows" in said.err
@@ -76,7 +76,7 @@ def test_rows_that_are_given_later_measure_each_file(opened, tmp_path, capsys):
     later = LaterRows(write_rows(tmp_path / "later.jsonl", 4, "and"))
     config = ExportConfig(merged=MERGED, bnb={"bnb_nf4": BnbTarget()}, max_mean_kl=0.01)
     with pytest.raises(FidelityError, match="bnb_nf4 is rejected: mean KL"):
-        export(TrainedRun.of(replace(opened, later=later)), config)
+        export(replace(opened, later=later), config)
     said = capsys.readouterr()
     assert following(said.err) == [
         f"next: qlora-kit chat {opened.directory.exports / 'merged_16bit'}",

@@ -6,9 +6,9 @@ import pytest
 
 from qlora_kit.cli.report import run as report_verb
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.pipelines.evaluated import open_evaluated_run
 from qlora_kit.pipelines.report import any_run, report
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.open import open_idle_run
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 
 RECIPE = recipe_yaml(
@@ -98,7 +98,7 @@ def test_exports_of_a_base_are_pointed_to_where_there_is_no_run(tmp_path, monkey
     made = tmp_path / "outputs" / "mine" / "1"
     made.mkdir(parents=True)
     (made / "export.yaml").write_text("base: x\n")
-    for call in (lambda: any_run("latest"), lambda: open_evaluated_run("latest")):
+    for call in (lambda: any_run("latest"), lambda: open_idle_run("latest")):
         with pytest.raises(RecipeError, match="run below outputs/, but there are exports of a base") as caught:
             call()
         assert caught.value.problems[0].fix == "base=latest, for outputs/mine/1"

@@ -8,9 +8,9 @@ from qlora_kit.cli import preflight
 from qlora_kit.cli.train import run as train_line
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.pipelines.opened_run import open_run
 from qlora_kit.runs.as_written import note_adapter, note_recipe, refuse_edited
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.open import open_run
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json")
 

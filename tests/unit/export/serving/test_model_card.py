@@ -7,14 +7,14 @@ from huggingface_hub import metadata_load
 
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.fit.fault import LeftOver
-from qlora_kit.export.serving.facts import BaseFacts
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
 
 
 def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: Path, base: Path) -> None:
-    made = facts(base=BaseFacts("owner/Tiny-1B", base, "abc123"))
+    made = facts(base=Base("owner/Tiny-1B", base, "abc123"))
     assert write_model_card(tmp_path, made) == "README.md"
     assert metadata_load(tmp_path / "README.md") == {
         "license": "other",
@@ -34,7 +34,7 @@ def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: 
     [("merged", "transformers", "finetune"), ("awq", "transformers", "quantized"), ("adapter", "peft", "adapter")],
 )
 def test_library_and_relation_by_format(facts: Made, base: Path, format_name: str, library: str, relation: str) -> None:
-    card = model_card(facts(format=format_name, file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    card = model_card(facts(format=format_name, file=".", base=Base("owner/Tiny-1B", base)))
     assert f"library_name: {library}\n" in card
     assert f"base_model_relation: {relation}\n" in card
 
@@ -82,7 +82,7 @@ def test_a_file_that_both_splits_are_of_is_listed_once(facts: Made, run: RunDire
 
 
 def test_a_base_that_was_never_trained(facts: Made, base: Path) -> None:
-    card = model_card(facts(run=None, format="merged", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    card = model_card(facts(run=None, format="merged", file=".", base=Base("owner/Tiny-1B", base)))
     assert "Trained on" not in card and "- qlora\n" not in card
     assert "quantized, not fine-tuned" in card
     assert "against the base." in card
@@ -102,7 +102,7 @@ def test_commands_and_licence(facts: Made) -> None:
 
 
 def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> None:
-    card = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    card = model_card(facts(format="adapter", file=".", base=Base("owner/Tiny-1B", base)))
     assert "vllm serve owner/Tiny-1B --enable-lora --lora-modules tiny_q4=. --max-lora-rank 64" in card
 
 
@@ -111,7 +111,7 @@ def test_what_the_commands_look_for_beside_an_adapter_is_told(facts: Made, base:
     assert "vllm serve ./Tiny-1B --enable-lora" in card
     assert "look for the base's folder, `Tiny-1B`, here too" in card
     assert "The base as a GGUF file, `base.gguf`" in model_card(facts(format="adapter_gguf", file="a.gguf"))
-    of_hub = model_card(facts(format="adapter", file=".", base=BaseFacts("owner/Tiny-1B", base)))
+    of_hub = model_card(facts(format="adapter", file=".", base=Base("owner/Tiny-1B", base)))
     assert "Run these in this folder.\n" in of_hub
 
 

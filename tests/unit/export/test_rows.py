@@ -5,10 +5,14 @@ import json
 import pytest
 
 from qlora_kit.export.general_text import passages
+from qlora_kit.export.rows import GENERAL_TOKENS, rows_of_export, rows_of_general_text
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.base_rows import GENERAL_TOKENS, rows_of_data, rows_of_general_text
+from qlora_kit.runs.base import Base
+from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import ExportConfig
+from qlora_kit.schema.root import ExportRecipe
 from tests.tiny_models import build_tiny_model
 
 
@@ -29,6 +33,11 @@ def write(path, count, head):
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return str(path)
+
+
+def rows_of_data(data, config, base, tokenizer):
+    recipe = ExportRecipe(base=str(base), export=config, data=data)
+    return rows_of_export(Run(RunDirectory(base), recipe, Base(str(base), base), tokenizer), config)
 
 
 def data_of(path, **more):

@@ -8,13 +8,14 @@ import pytest
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.export.rows import rows_of_eval, rows_of_export
 from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.pipelines.evaluate import evaluate
-from qlora_kit.pipelines.evaluated import EvaluatedRun, open_evaluated_base
-from qlora_kit.pipelines.opened_run import OpenedRun
-from qlora_kit.pipelines.untrained_base import open_base
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.named_base import named_base
+from qlora_kit.runs.open import note_export, open_base, open_exports
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import AUTO, DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig, GgufTarget
@@ -40,8 +41,8 @@ def exported(model, tmp_path, monkeypatch):
         data = data or DataConfig(max_tokens=AUTO, seed=7)
         recipe = ExportRecipe(base=str(model), out="there", export=config, data=data)
         base = open_base(recipe, named_base(recipe), ["base=models/mine", "export=gguf_q8_0"])
-        rows = base.rows(config)
-        base.begin(rows)
+        rows = rows_of_export(base, config)
+        note_export(base, rows.origin)
         folder = base.directory.exports / "gguf_q8_0"
         folder.mkdir(parents=True)
         write_gguf(model, folder / "m.gguf", "Q8_0")
@@ -67,9 +68,9 @@ def chats(tmp_path, **more):
 
 def test_the_rows_are_those_that_export_scored_on(exported):
     _, rows = exported()
-    subject = open_evaluated_base("there")
-    assert list(subject.rows(EvalConfig(), 0).scored) == list(rows.scored)
-    assert list(subject.rows(EvalConfig(kl_rows=3), 0).scored) == list(rows.scored[:3])
+    subject = open_exports("there")
+    assert list(rows_of_eval(subject, EvalConfig(), 0).scored) == list(rows.scored)
+    assert list(rows_of_eval(subject, EvalConfig(kl_rows=3), 0).scored) == list(rows.scored[:3])
 
 
 def test_the_command_is_kept(exported):
@@ -80,7 +81,7 @@ def test_the_command_is_kept(exported):
 @pytest.mark.slow
 def test_base_and_files_are_in_the_table(exported):
     base, _ = exported()
-    reference, file = evaluate(open_evaluated_base("there"), EvalConfig())
+    reference, file = evaluate(open_exports("there"), EvalConfig())
     assert (reference.name, file.name) == ("base", "gguf_q8_0")
     assert (reference.fidelity.mean_kl, reference.fidelity.loss_change) == (0, 0)
     assert 0 < file.fidelity.mean_kl < 0.02
@@ -95,8 +96,8 @@ def test_base_and_files_are_in_the_table(exported):
 @pytest.mark.slow
 def test_rows_of_data_are_masked_and_its_task_is_judged(exported, tmp_path):
     _, rows = exported(chats(tmp_path, task=Task.exact_match))
-    subject = open_evaluated_base("there")
-    held_out = subject.rows(EvalConfig(), 2)
+    subject = open_exports("there")
+    held_out = rows_of_eval(subject, EvalConfig(), 2)
     assert list(held_out.scored[:4]) == list(rows.scored) and len(held_out.scored) == 6
     assert not all(held_out.scored[0].trained)  # the question is not scored
     assert [row.messages[0].content for row in held_out.conversations] == ["beta 0", "beta 1"]
@@ -108,7 +109,7 @@ def test_rows_that_changed_are_refused(exported, tmp_path):
     exported(chats(tmp_path))
     write_chats(tmp_path / "b.jsonl", 7, "beta")
     with pytest.raises(RecipeError, match=r"b.jsonl changed since the files were exported, so its rows are other rows"):
-        open_evaluated_base("there").rows(EvalConfig(), 0)
+        rows_of_eval(open_exports("there"), EvalConfig(), 0)
 
 
 def refused(call):
@@ -121,13 +122,13 @@ def refused(call):
 def test_general_text_has_no_prompts(exported):
     exported()
     what = "these files were scored on general text, which holds no prompt to answer"
-    asked = refused(lambda: evaluate(open_evaluated_base("there"), EvalConfig(stop_prompts=2)))
+    asked = refused(lambda: evaluate(open_exports("there"), EvalConfig(stop_prompts=2)))
     assert asked == (what, "eval.stop_prompts", "eval.stop_prompts=0")
 
 
 def test_an_unknown_file(exported):
     exported()
-    what, where, fix = refused(lambda: evaluate(open_evaluated_base("there"), EvalConfig(artifacts=["adapter"])))
+    what, where, fix = refused(lambda: evaluate(open_exports("there"), EvalConfig(artifacts=["adapter"])))
     assert what == "there has no artifact named adapter; it has base, gguf_q8_0"
     assert (where, fix) == ("eval.artifacts", "'eval.artifacts=[base,gguf_q8_0]'")
 
@@ -136,7 +137,7 @@ def test_a_folder_without_a_finished_file(exported):
     base, _ = exported()
     (base.directory.exports / "gguf_q8_0").rename(base.directory.exports / ".gguf_q8_0.partial")
     base.directory.path.rename("over there")
-    assert refused(lambda: open_evaluated_base("over there")) == (
+    assert refused(lambda: open_exports("over there")) == (
         "over there holds no finished export that could be scored",
         "base=over there",
         f"qlora-kit export base=<model> {shell_line([override('out', 'over there')])} export=gguf_q4_k_m",
@@ -147,21 +148,21 @@ def test_a_base_that_is_gone_is_named_with_the_place_that_names_it(exported, tmp
     base, _ = exported()
     note = base.directory.export_recipe
     note.write_text(note.read_text().replace(str(base.base.folder), "qqq"))
-    what, where, _ = refused(lambda: open_evaluated_base("there"))
+    what, where, _ = refused(lambda: open_exports("there"))
     assert (what, where) == ("no such folder: qqq", "base=qqq in there/export.yaml")
 
 
 def test_a_damaged_note(exported):
     base, _ = exported()
     base.directory.export_recipe.write_text("base: [\n")
-    what, _, _ = refused(lambda: open_evaluated_base("there"))
+    what, _, _ = refused(lambda: open_exports("there"))
     assert what.startswith("there/export.yaml is no YAML")
 
 
 def test_without_its_record_of_rows_the_rows_are_taken_as_they_are(exported, tmp_path):
     base, _ = exported(replace(chats(tmp_path)))
     base.directory.data.unlink()
-    assert len(open_evaluated_base("there").rows(EvalConfig(), 0).scored) == 6
+    assert len(rows_of_eval(open_exports("there"), EvalConfig(), 0).scored) == 6
 
 
 @pytest.mark.parametrize(
@@ -169,5 +170,5 @@ def test_without_its_record_of_rows_the_rows_are_taken_as_they_are(exported, tmp
 )
 def test_the_table_names_the_model_that_was_trained(tmp_path, kind, stored):
     recipe = TrainRecipe(name="r", model=ModelConfig(source="b"), quant=QuantConfig(kind=QuantKind(kind)))
-    opened = OpenedRun(RunDirectory(tmp_path), recipe, tmp_path, None)
-    assert EvaluatedRun(opened).reference == f"the trained model (base {stored} + adapter)"
+    opened = Run(RunDirectory(tmp_path), recipe, Base.of(recipe.model, tmp_path), None)
+    assert opened.reference_as_stored == f"the trained model (base {stored} + adapter)"

@@ -5,8 +5,10 @@ import pytest
 from qlora_kit.core.errors import FidelityError, RunError
 from qlora_kit.core.files import write_json
 from qlora_kit.core.verdict import Verdict
+from qlora_kit.evaluation.exported import Exported
 from qlora_kit.evaluation.scores import Fidelity
-from qlora_kit.pipelines.exported import Exported, print_exported, raise_what_went_wrong
+from qlora_kit.formats.exported import raise_what_went_wrong
+from qlora_kit.report.exports import print_exported
 
 FIT = Fidelity(1.25, 3.49, 0.0125, 0.5, 0.975, 40, loss_change=0.02)
 

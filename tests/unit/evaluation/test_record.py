@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.pipelines.eval_record import write_record
+from qlora_kit.evaluation.record import write_record
 
 ROWS = {"rows": 5, "sha256": "a"}
 ANSWERS = {"prompts": 3, "task": "none"}

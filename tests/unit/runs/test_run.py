@@ -12,8 +12,10 @@ from qlora_kit.core.files import write_json
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.opened_run import OpenedRun, open_run, refuse_changed
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.open import open_run
+from qlora_kit.runs.run import Run, refuse_changed
 from qlora_kit.runs.same_base import note_base
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml
 from qlora_kit.schema.data import DataConfig, LaterRows, Task
@@ -63,7 +65,7 @@ def run(tmp_path):
         write_json(tmp_path / "run" / "data.json", asdict(prepare(config, TOKENIZER).summary))
         rows = LaterRows(write(tmp_path / "later.jsonl", *later), most) if later else LaterRows()
         recipe = TrainRecipe(data=config)
-        return OpenedRun(RunDirectory(tmp_path / "run"), recipe, tmp_path, TOKENIZER, rows)
+        return Run(RunDirectory(tmp_path / "run"), recipe, Base.of(recipe.model, tmp_path), TOKENIZER, rows)
 
     return opened
 
@@ -84,7 +86,7 @@ def test_a_run_whose_base_changed_or_whose_adapter_is_strange_is_not_opened(tmp_
     with pytest.raises(DamagedFileError, match="which no adapter of the kit has"):
         open_run(str(run.path))
     write_json(run.adapter / "adapter_config.json", settings)
-    assert open_run(str(run.path)).base_folder == base
+    assert open_run(str(run.path)).base.folder == base
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     with pytest.raises(RecipeError, match=r"config\.json of the base .* changed since the run was trained"):
@@ -130,7 +132,7 @@ def test_a_row_that_the_run_held_out_itself_was_not_trained_on(run):
 
 def test_training_rows_that_are_gone_are_said_and_the_rows_scored_all_the_same(run, capsys):
     opened = run([PAIRS[3]])
-    (opened.base_folder / "train.jsonl").unlink()
+    (opened.base.folder / "train.jsonl").unlink()
     assert len(opened.held_out().held_out) == 1
     said = capsys.readouterr().err
     assert "warning: nothing tells whether rows of" in said and "train.jsonl" in said

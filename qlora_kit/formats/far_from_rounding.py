@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qlora_kit.core.console.lines import log
+from qlora_kit.evaluation.reference import Reference
 from qlora_kit.evaluation.rounded_twin import score_rounded_twin
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
-from qlora_kit.pipelines.reference import Reference
 
 SUSPICIOUS_KL = 0.1  # nats; below, no twin is made
 FAR = 2.0  # times the twin's KL

@@ -8,11 +8,12 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
+from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.harness import HarnessTasks, harness_tasks, require_harness
+from qlora_kit.evaluation.harness import HarnessTasks, harness_tasks
 from qlora_kit.evaluation.perplexity import text_windows
-from qlora_kit.pipelines.evaluated import Evaluated
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import Task
 from qlora_kit.schema.eval import EvalConfig
 
@@ -37,28 +38,24 @@ class Exam:
     said: dict[str, list[str]] = field(default_factory=dict)
 
 
-def set_exam(subject: Evaluated, config: EvalConfig) -> Exam:
-    """The questions of a recipe.
+def set_exam(run: Run, rows: Sequence[TokenRow], conversations: Sequence[Conversation], config: EvalConfig) -> Exam:
+    """The questions of a recipe on held-out rows and conversations.
 
     Raises:
-        RecipeError: the rows, the text file or a task of the harness is not there or cannot be used.
+        RecipeError: the text file or a task of the harness is not there or cannot be used.
     """
-    encoder, task = Encoder.of(subject.tokenizer), subject.task
-    if config.lm_eval:
-        require_harness()
-    held_out = subject.rows(config, config.stop_prompts if task is Task.none else config.task_rows)
+    encoder, task = Encoder.of(run.tokenizer), run.task
     windows: list[TokenRow] = []
     if config.text_file is not None:
-        _refuse_long_window(subject.base_folder, config.text_window)
+        _refuse_long_window(run.base.folder, config.text_window)
         place, size, stride = Path(config.text_file), config.text_window, config.text_stride
-        windows = text_windows(place, subject.tokenizer, encoder.bos, size, stride, config.text_windows)
-    conversations = held_out.conversations
+        windows = text_windows(place, run.tokenizer, encoder.bos, size, stride, config.text_windows)
     prompts = [(ids, row) for row in conversations if (ids := encoder.prompt_ids(row))]
     if len(prompts) < len(conversations):
         texts = counted(len(conversations) - len(prompts), "held-out row is a text", "held-out rows are texts")
         log.info(f"{texts} without a prompt, so nothing answers them")
     return Exam(
-        rows=held_out.scored,
+        rows=rows,
         prompts=[ids for ids, _ in prompts],
         questions=["\n".join(message.content for message in row.messages[-2:-1]) for _, row in prompts],
         expected=[row.messages[-1].content for _, row in prompts],
@@ -66,7 +63,7 @@ def set_exam(subject: Evaluated, config: EvalConfig) -> Exam:
         windows=windows,
         harness=harness_tasks(config.lm_eval),
         config=config,
-        reference=subject.models[-1],
+        reference=run.models[-1],
     )
 
 

@@ -9,8 +9,8 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.units import counted
+from qlora_kit.evaluation.exam import Exam
 from qlora_kit.evaluation.scored_on import scored_on
-from qlora_kit.pipelines.exam import Exam
 
 MOST_EARLIER = 8
 # What a part of the questions fills in a row.

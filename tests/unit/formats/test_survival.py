@@ -6,7 +6,7 @@ from qlora_kit.core.units import kept_share
 from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
 from qlora_kit.formats.job import settings_of
 from qlora_kit.formats.registry import find_format
-from qlora_kit.pipelines.survival import record
+from qlora_kit.formats.survival import record
 from qlora_kit.schema.export import (
     AwqLayout,
     AwqTarget,

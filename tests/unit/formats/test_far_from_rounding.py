@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.evaluation.judge import Yardstick
+from qlora_kit.evaluation.reference import Reference
 from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.formats import far_from_rounding as far
 from qlora_kit.formats.job import ExportJob, settings_of
-from qlora_kit.pipelines import far_from_rounding as far
-from qlora_kit.pipelines.reference import Reference
 from qlora_kit.schema.export import (
     AwqTarget,
     BnbTarget,

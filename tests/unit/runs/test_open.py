@@ -10,10 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
+from qlora_kit.evaluation.reference import open_models
+from qlora_kit.export.rows import rows_of_export
+from qlora_kit.export.sixteen_bit import write_sixteen_bit
+from qlora_kit.formats.merge_bases import merge_bases
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.exportable import ExportRows
-from qlora_kit.pipelines.untrained_base import clear_killed, open_base
+from qlora_kit.runs.left_overs import clear_killed
 from qlora_kit.runs.named_base import named_base
+from qlora_kit.runs.open import note_export, open_base
 from qlora_kit.schema.data import AUTO, DataConfig
 from qlora_kit.schema.export import ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.root import ExportRecipe
@@ -44,7 +48,7 @@ def test_the_files_go_to_a_folder_named_after_the_base(recipe, tmp_path):
     assert base.directory.path.parts[:2] == ("outputs", "mine")
     assert base.directory.exports.name == "exports"
     assert (base.name, base.seed, base.trained, base.kind) == ("mine", 7, None, "base")
-    assert base.merge_bases(ExportConfig()) == [MergeBase.original]
+    assert merge_bases(base, ExportConfig()) == [MergeBase.original]
     assert list((tmp_path / "here" / base.directory.path).iterdir()) == []
     assert opened(recipe()).directory.path != base.directory.path  # two that begin in one second
     assert opened(recipe(out="there")).directory.path.name == "there"
@@ -52,8 +56,8 @@ def test_the_files_go_to_a_folder_named_after_the_base(recipe, tmp_path):
 
 def test_the_reference_is_the_base_in_float32(recipe):
     base = opened(recipe())
-    row = base.rows(ExportConfig(score_rows=1)).scored[0]
-    scorer, _ = base.open_reference()
+    row = rows_of_export(base, ExportConfig(score_rows=1)).scored[0]
+    scorer = open_models(base)["base"]
     scores = scorer.score([row], None, 4)
     model = AutoModelForCausalLM.from_pretrained(base.base.folder, dtype=torch.float32)
     with torch.no_grad():
@@ -64,7 +68,7 @@ def test_the_reference_is_the_base_in_float32(recipe):
 
 def test_what_is_exported_is_noted(recipe):
     base = opened(recipe(out="there"))
-    base.begin(ExportRows([], [], {"calibration": "x"}))
+    note_export(base, {"calibration": "x"})
     assert read_json(base.directory.data) == {"calibration": "x"}
     assert "base: " in (base.directory.path / "export.yaml").read_text(encoding="utf-8")
     assert base.directory.environment.is_file()
@@ -79,7 +83,7 @@ def test_a_place_that_is_taken(recipe, tmp_path):
     (here / "file").write_text("")
     (here / "a run").mkdir()
     (here / "a run" / "recipe.yaml").write_text("")
-    opened(recipe(out="other")).begin(ExportRows([], []))
+    note_export(opened(recipe(out="other")), {})
     build_tiny_model("llama", tmp_path / "models" / "second")
     cases = {
         "file": "file is a file, and out names a folder",
@@ -119,7 +123,7 @@ def test_the_copy_keeps_the_tokenizer(recipe, tmp_path):
     base = opened(recipe())
     out = tmp_path / "out"
     out.mkdir()
-    base.write_sixteen_bit(MergeBase.original, out)
+    write_sixteen_bit(base, MergeBase.original, out)
     text = "Grüße, 12 lamps"
     assert load_tokenizer(out)(text)["input_ids"] == base.tokenizer(text)["input_ids"]
     assert load_tokenizer(out).chat_template == base.tokenizer.chat_template

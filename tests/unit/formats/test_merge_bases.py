@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.formats.merge_bases import merge_bases
 from qlora_kit.pipelines.export import export, refuse_unmeasurable
-from qlora_kit.pipelines.exportable import TrainedRun
-from qlora_kit.pipelines.opened_run import OpenedRun
+from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
+from qlora_kit.runs.run import Run
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.export import BnbKind, BnbTarget, ExportConfig, GgufTarget, MergeBase
 from qlora_kit.schema.model import ModelConfig
@@ -21,7 +22,7 @@ DEQUANTIZED, ORIGINAL, MEASURE = MergeBase.dequantized, MergeBase.original, Merg
 def run_of(kind, **data):
     model, quant = ModelConfig(source="a/b", revision="c"), QuantConfig(kind=kind)
     recipe = TrainRecipe(name="mine", model=model, quant=quant, data=DataConfig(**data))
-    return TrainedRun.of(OpenedRun(RunDirectory(Path("run")), recipe, Path("base"), None))
+    return Run(RunDirectory(Path("run")), recipe, Base.of(model, Path("base")), None)
 
 
 def test_it_is_named_as_its_recipe_says():
@@ -41,7 +42,7 @@ def test_it_is_named_as_its_recipe_says():
     ],
 )
 def test_what_the_adapter_is_merged_into(kind, wanted, bases):
-    assert run_of(kind).merge_bases(ExportConfig(merge_base=wanted)) == bases
+    assert merge_bases(run_of(kind), ExportConfig(merge_base=wanted)) == bases
 
 
 BOTH = {"bnb": {"b": BnbTarget()}, "gguf": {"g": GgufTarget()}}
@@ -59,8 +60,8 @@ BOTH = {"bnb": {"b": BnbTarget()}, "gguf": {"g": GgufTarget()}}
     ],
 )
 def test_a_file_in_the_format_of_the_training_base_is_made_from_the_original_one(trained, targets, bases):
-    assert run_of(trained).merge_bases(ExportConfig(**targets)) == bases
-    assert run_of(trained).merge_bases(ExportConfig(merge_base=DEQUANTIZED, **targets)) == [DEQUANTIZED]
+    assert merge_bases(run_of(trained), ExportConfig(**targets)) == bases
+    assert merge_bases(run_of(trained), ExportConfig(merge_base=DEQUANTIZED, **targets)) == [DEQUANTIZED]
 
 
 def test_what_judges_by_held_out_rows_is_refused_where_there_are_none():
@@ -83,6 +84,6 @@ def test_a_run_with_held_out_rows_may_have_a_bound(held_out):
 
 
 def test_a_bound_without_rows_is_refused_before_any_row_is_read(monkeypatch):
-    monkeypatch.setattr(OpenedRun, "rows", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(Run, "rows", lambda _: pytest.fail("read"))
     with pytest.raises(RecipeError, match="is a bound on what is measured"):
         export(run_of(QuantKind.nf4), ExportConfig(max_mean_kl=0.05))

@@ -9,6 +9,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
 from qlora_kit.evaluation.contract_servers import ServerCheck
 from qlora_kit.evaluation.judge import faults_of
+from qlora_kit.evaluation.reference import Reference
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 from qlora_kit.export.manifest import Manifest
@@ -17,13 +18,13 @@ from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
+from qlora_kit.formats.far_from_rounding import far_from_rounding
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
 from qlora_kit.formats.servers import check_servers
+from qlora_kit.formats.survival import record, survival
 from qlora_kit.formats.token_contract import check_token_ids
-from qlora_kit.pipelines.exportable import Exportable
-from qlora_kit.pipelines.far_from_rounding import far_from_rounding
-from qlora_kit.pipelines.reference import Reference
+from qlora_kit.runs.run import Run
 
 TOP_TOKENS = 256
 
@@ -45,7 +46,7 @@ class Finished:
 
 
 def finish(
-    subject: Exportable,
+    run: Run,
     job: ExportJob,
     folder: Path,
     merged: Path,
@@ -62,24 +63,24 @@ def finish(
         merged: the 16-bit folder that it was made from.
         bits: what a budget of bits was spent on, for the record; empty without one.
     """
-    scores = _scores(subject, job, folder, reference) if reference else None
+    scores = _scores(run, job, folder, reference) if reference else None
     fidelity = compare(reference.scores, scores) if reference and scores else None
-    facts = _facts(subject, job, fidelity)
+    facts = _facts(run, job, fidelity)
     write_serving_files(folder, facts)
-    stops = served_stop_ids(subject.base.folder, subject.tokenizer)
-    contract = check_token_ids(job.format, folder, job.file, subject.tokenizer, stops)
+    stops = served_stop_ids(run.base.folder, run.tokenizer)
+    contract = check_token_ids(job.format, folder, job.file, run.tokenizer, stops)
     servers = check_servers(job.format, folder, job.file)
     far: list[str] = []
     if fidelity and reference:
         far = list(faults_of(fidelity, max_mean_kl, scores, reference.yardstick))
         if not far:
-            far = list(far_from_rounding(job, fidelity, merged, reference, int(subject.tokenizer.pad_token_id)))
+            far = list(far_from_rounding(job, fidelity, merged, reference, int(run.tokenizer.pad_token_id)))
     faults = (*far, *map(str, contract.failures), *_wrong_for(servers))
     verdict = verdict_on(is_measured=fidelity is not None, max_mean_kl=max_mean_kl, faults=faults)
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
     for note in contract.notes:
         log.info(f"{job.name}: {note}")
-    commands = facts.format.commands(served_of(facts, str(subject.directory.exports / job.name)))
+    commands = facts.format.commands(served_of(facts, str(run.directory.exports / job.name)))
     Manifest(
         name=job.name,
         format=job.format,
@@ -88,7 +89,7 @@ def finish(
         bits=bits,
         left_in_16_bit=job.left,
         merge=merge,
-        run=str(subject.directory.path),
+        run=str(run.directory.path),
         seconds=round(seconds, 1),
         fidelity=asdict(fidelity) if fidelity else {},
         max_mean_kl=max_mean_kl,
@@ -98,19 +99,19 @@ def finish(
         reader=find_format(job.format).reader,
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
-        survival=subject.survival(job, folder, merged, merge),
+        survival=record(survival(job, folder, merged, merge, run.trained.adapter)) if run.trained else {},
         serve=[asdict(command) for command in commands],
         scored_on=scored_on(reference.rows) if reference else {},
     ).write(folder)
     return Finished(verdict, fidelity, faults, seconds)
 
 
-def rewrite_card(subject: Exportable, manifest: Mapping[str, Any], folder: Path) -> None:
+def rewrite_card(run: Run, manifest: Mapping[str, Any], folder: Path) -> None:
     """Write a file's card anew, once `eval` came to another verdict than its export."""
     settings = dict(manifest.get("settings") or {})
     job = ExportJob(folder.name, manifest["format"], manifest["file"], settings, _written)
     fidelity = Fidelity.from_record(manifest["evaluation"]["fidelity"])
-    facts = replace(_facts(subject, job, fidelity), faults=manifest["faults"], verdict=recorded_verdict(manifest))
+    facts = replace(_facts(run, job, fidelity), faults=manifest["faults"], verdict=recorded_verdict(manifest))
     write_model_card(folder, facts)
 
 
@@ -118,9 +119,9 @@ def _written(folder: Path) -> None:
     raise AssertionError(f"{folder} is written already")
 
 
-def _scores(subject: Exportable, job: ExportJob, folder: Path, reference: Reference) -> Scores:
-    pad = int(subject.tokenizer.pad_token_id)
-    scorer = find_format(job.format).open(folder / job.file, pad, subject.base.folder)
+def _scores(run: Run, job: ExportJob, folder: Path, reference: Reference) -> Scores:
+    pad = int(run.tokenizer.pad_token_id)
+    scorer = find_format(job.format).open(folder / job.file, pad, run.base.folder)
     try:
         return scorer.score(reference.rows, reference.scores.ids, TOP_TOKENS)
     finally:
@@ -132,17 +133,17 @@ def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:
         yield from (f"{check.server}: {problem}" for problem in check.problems)
 
 
-def _facts(subject: Exportable, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
+def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
     return ServingFacts(
         name=job.name,
         format=find_format(job.format),
         file=job.file,
         settings=job.settings,
-        base=subject.base,
-        tokenizer=subject.tokenizer,
-        run=subject.trained,
-        directory=subject.directory,
-        seed=subject.seed,
+        base=run.base,
+        tokenizer=run.tokenizer,
+        run=run.trained,
+        directory=run.directory,
+        seed=run.seed,
         fidelity=asdict(fidelity) if fidelity else {},
         left=job.left,
     )
