@@ -109,9 +109,9 @@ def import_libraries(stack: str, target: str) -> None:
     import qlora_kit.formats.awq.walk  # noqa: F401
 
     if stack == "gptqmodel" or (stack, target) == ("qlora_kit", "gptq"):
-        from qlora_kit.formats.gptq.write import _set_up_environment
+        from qlora_kit.formats.gptqmodel_settings import set_up_gptqmodel
 
-        _set_up_environment()
+        set_up_gptqmodel()
         import gptqmodel  # noqa: F401
     elif (stack, target) != ("qlora_kit", "awq"):
         import llmcompressor  # noqa: F401
