@@ -42,6 +42,8 @@ class Format(ABC, Generic[Target]):
     """Those that a card has lines for."""
     tried_in: ClassVar[tuple[str, ...]] = (VLLM, SGLANG)
     """Servers in which a file is tried where they are installed, and held against their rules where they are not."""
+    compiles: ClassVar[str] = ""
+    """What a C++ compiler is wanted for, in words; empty for nothing."""
     is_beside_base: ClassVar[bool] = False
     """Whether it is no model by itself but is loaded beside its base."""
 

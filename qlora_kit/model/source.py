@@ -178,9 +178,9 @@ def _weight_problems(folder: Path) -> list[Problem]:
     if pickles:
         what = f"{folder} has its weights only as pickle ({pickles[0]}), which can run code; the kit reads safetensors"
         return [Problem(what, "model.source", "convert them with transformers: model.save_pretrained(<folder>)")]
-    gguf = sorted(entry.name for entry in folder.glob("*.gguf"))
+    other = sorted(entry.name for entry in folder.glob("*.gguf"))
     what = f"{folder} has no *.safetensors" + (
-        f", only {gguf[0]}; training starts from a safetensors model" if gguf else ""
+        f", only {other[0]}; training starts from a safetensors model" if other else ""
     )
     return [Problem(what, "model.source", "model.source=<folder of a model in Hugging Face format>")]
 

@@ -18,6 +18,7 @@ from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.extras import DISTRIBUTION, install_line
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import human_bytes
+from qlora_kit.formats.registry import FORMATS
 
 PYTHON_RANGE = ((3, 11), (3, 14))
 BUNDLES = frozenset({"all", "export", "dev"})  # extras made of other extras, or not for users
@@ -146,5 +147,6 @@ def _compiler() -> Finding:
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if found is None:
         fix = "install a C++ compiler, such as the packages g++ and python3-dev"
-        return Finding("c++ compiler", "none: GPTQ export compiles its packing kernel", Health.missing, fix)
+        wants = "; ".join(one.compiles for one in FORMATS.values() if one.compiles)
+        return Finding("c++ compiler", f"none: {wants}", Health.missing, fix)
     return Finding("c++ compiler", found)

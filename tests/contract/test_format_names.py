@@ -23,9 +23,8 @@ LEFT = {
     "cli/verbs.py": (3, "the line that tells what the verb export writes"),
     "core/environment.py": (3, "packages whose versions every run records"),
     "core/quiet.py": (1, "a library's logger"),
-    "model/demo.py": (26, "the weights of the demo base come in a file of that format"),
-    "model/source.py": (4, "a folder that holds no weights to train from is told by what it holds instead"),
-    "pipelines/diagnose.py": (1, "what a missing compiler is wanted for"),
+    "model/demo.py": (8, "the weights of the demo base come in a file of that format"),
+    "model/source.py": (1, "a folder that holds no weights to train from is told by what it holds instead"),
 }
 
 

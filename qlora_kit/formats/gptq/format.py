@@ -35,6 +35,7 @@ class Gptq(Format[GptqTarget]):
     name = "gptq"
     group = "gptq"
     turn = 5
+    compiles = "GPTQ export compiles its packing kernel"
     is_calibrated = True
     is_made_by_layer = True
     reader = "transformers with gptqmodel"
