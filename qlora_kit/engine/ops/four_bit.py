@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.device import runs_triton
-from qlora_kit.engine.ops.jit import jit, tl, triton
+from qlora_kit.engine.ops.jit import SAME_BITS, jit, tl, triton
 from qlora_kit.engine.ops.op import Op
 
 BLOCKS_EACH = 128  # of 64 values; one program unpacks 8,192 values
 ROWS_EACH = 128
-SAME_BITS = {"enable_fp_fusion": False}
 
 
 class Nested(NamedTuple):

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.device import runs_triton
-from qlora_kit.engine.ops.jit import jit, tl, triton
+from qlora_kit.engine.ops.jit import SAME_BITS, jit, tl, triton
 from qlora_kit.engine.ops.op import Op
 
 E4M3_LARGEST = 448.0
 FLOOR = 1e-30  # largest magnitude that a row of zeros is taken to have; gradients of single tokens are small
-SAME_BITS = {"enable_fp_fusion": False}
 
 
 class Rounded(NamedTuple):

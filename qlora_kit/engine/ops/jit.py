@@ -15,7 +15,9 @@ try:
 except ImportError:
     triton = tl = libdevice = None
 
-__all__ = ["jit", "libdevice", "tl", "triton"]
+__all__ = ["SAME_BITS", "jit", "libdevice", "tl", "triton"]
+
+SAME_BITS = {"enable_fp_fusion": False}  # for kernels that round as torch does: no fused multiply-add
 
 
 def jit(function: Callable[..., Any]) -> Any:

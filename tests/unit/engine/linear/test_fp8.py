@@ -7,112 +7,20 @@ made by torch's casts, and multiplied in float32, as a CPU has no such product.
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.engine.linear import fp8
 from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, require_fp8, weight_for
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight
 from qlora_kit.engine.ops.four_bit import FourBit
-from qlora_kit.engine.ops.fp8_rows import E4M3_LARGEST, quantize_rows
-from qlora_kit.model.load import disable_cpu_inference_packing
+from qlora_kit.engine.ops.fp8_rows import quantize_rows
 from qlora_kit.schema.engine import Compute
-
-OUT, IN, TOKENS = 96, 320, 40  # 480 blocks of 64: the second nested block of 256 is not full
-STEP = 2**-4  # largest relative error of rounding to four significant bits
-SMALLEST = 2**-10  # half a step of the subnormal numbers of e4m3
-STORAGES = [(kind, double) for kind in ("nf4", "fp4") for double in (False, True)]
-
-
-def quantized(kind="nf4", double=True, rows=OUT, columns=IN, **settings):
-    """A layer with outlier columns and rows, rows of zeros and one block of zeros."""
-    torch.manual_seed(5)
-    weight = torch.randn(rows, columns) * 0.02
-    weight[:, 7] *= 30
-    weight[3] *= 20
-    weight[9] = 0
-    weight[11, 64:128] = 0
-    linear = bitsandbytes.nn.Linear4bit(
-        columns, rows, False, torch.bfloat16, compress_statistics=double, quant_type=kind, **settings
-    )
-    linear.weight = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=linear, **settings
-    )
-    linear = linear.to("cpu")
-    disable_cpu_inference_packing(linear)
-    return linear
+from tests.four_bit_layers import IN, OUT, STORAGES, error, inputs, quantized, reference
 
 
 @pytest.fixture(scope="module", params=STORAGES, ids=str)
 def linear(request):
     return quantized(*request.param)
-
-
-def reference(linear, dtype=torch.float32):
-    """The weight by bitsandbytes, which rounds to the dtype in which the layer came."""
-    state = linear.weight.quant_state
-    assert state.dtype is torch.float32
-    return dequantize_4bit(linear.weight.data, state).to(dtype)
-
-
-def inputs(width, seed=1):
-    torch.manual_seed(seed)
-    x = torch.randn(TOKENS, width)
-    x[:, 5] *= 50  # a channel of outliers, as in the inputs of down_proj
-    x[3] = 0
-    return x.bfloat16()
-
-
-def error(found, expected):
-    return ((found.float() - expected).norm() / expected.norm()).item()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_unpacks_as_bitsandbytes_does(linear, dtype):
-    assert torch.equal(FourBit.of(linear).dense(dtype), reference(linear, dtype))
-
-
-def test_other_storage_of_the_same_bytes_unpacks_the_same():
-    linear = quantized(quant_storage=torch.bfloat16)
-    assert linear.weight.data.dtype is torch.bfloat16
-    assert torch.equal(FourBit.of(linear).dense(torch.float32), reference(quantized()))
-
-
-def test_the_first_of_two_values_is_in_the_high_half():
-    linear = quantized("nf4", double=False)
-    table, absmax = linear.weight.quant_state.code, linear.weight.quant_state.absmax
-    byte = int(linear.weight.data.flatten()[1])
-    pair = FourBit.of(linear).dense(torch.float32)[0, 2:4]
-    assert pair.tolist() == [float(table[byte >> 4] * absmax[0]), float(table[byte & 15] * absmax[0])]
-
-
-def test_fp8_weights_are_within_rounding_and_fill_the_format(linear):
-    weight, expected = FourBit.of(linear), reference(linear)
-    scale = expected.abs().amax(dim=1).clamp_min(1e-30) / E4M3_LARGEST
-    found = weight.fp8(1 / scale)
-    assert found.dtype is torch.float8_e4m3fn and found.is_contiguous()
-    restored = found.float() * scale[:, None]
-    torch.testing.assert_close(restored, expected, rtol=STEP, atol=float(scale.max()) * SMALLEST)
-    filled = found.float().abs().amax(dim=1)
-    assert set(filled[expected.abs().amax(dim=1) > 1e-20].tolist()) == {E4M3_LARGEST}
-
-
-def test_the_transpose_is_the_transpose(linear):
-    weight, expected = FourBit.of(linear), reference(linear)
-    inverse = E4M3_LARGEST / expected.abs().reshape(OUT, -1, 64).amax(dim=(0, 2))
-    found = weight.fp8_transposed(inverse)
-    assert found.shape == (IN, OUT) and found.is_contiguous()
-    columns = inverse.repeat_interleave(64)[:, None]
-    torch.testing.assert_close(found.float(), expected.t() * columns, rtol=STEP, atol=SMALLEST)
-
-
-def test_row_maxima_are_those_of_absmax(linear):
-    """What spares a scan of the values: exact but for a block of zeros, whose absmax double quantization moves."""
-    by_blocks = FourBit.of(linear).block_absmax().abs().amax(dim=1)
-    by_values = reference(linear).abs().amax(dim=1)
-    rows = [row for row in range(OUT) if row != 9]
-    assert torch.equal(by_blocks[rows], by_values[rows])
-    assert by_values[9] == 0
 
 
 def test_a_negative_absmax_bounds_its_block_too():
@@ -124,20 +32,6 @@ def test_a_negative_absmax_bounds_its_block_too():
     x, grad = inputs(IN), inputs(OUT)
     assert error(weight.forward(x), x.float() @ expected.t()) < 4e-2
     assert error(weight.backward(grad), grad.float() @ expected) < 4e-2
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_rows_are_rounded_to_a_scale_of_their_own(dtype):
-    x = inputs(IN) * torch.logspace(-9, 3, TOKENS)[:, None]
-    rows = quantize_rows(x, dtype)
-    assert rows.values.dtype is dtype and rows.scale.shape == (TOKENS, 1) and rows.scale.dtype is torch.float32
-    some = [row for row in range(TOKENS) if row != 3]
-    assert set(rows.values.float().abs().amax(dim=1)[some].tolist()) == {torch.finfo(dtype).max}
-    step = STEP if dtype is torch.float8_e4m3fn else 2 * STEP
-    restored = rows.values.float() * rows.scale
-    bound = step * x.float().abs() + rows.scale * torch.finfo(dtype).smallest_normal * step
-    assert bool(((restored - x.float()).abs() <= bound).all())
-    assert not rows.values[3].float().any() and torch.isfinite(rows.scale).all()
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -227,10 +121,3 @@ def test_layers_that_are_not_for_fp8_are_multiplied_in_16_bit():
     plain = torch.nn.Linear(IN, OUT, bias=False)
     for linear, compute in ((quantized(), Compute.bf16), (plain, Compute.fp8)):
         assert isinstance(weight_for("up_proj", linear, compute), Bf16Weight)
-
-
-def test_a_state_that_the_parameter_lost_is_found_on_the_layer():
-    linear = quantized()
-    expected, linear.quant_state = reference(linear), linear.weight.quant_state
-    linear.weight.quant_state = None
-    assert torch.equal(FourBit.of(linear).dense(torch.float32), expected)
