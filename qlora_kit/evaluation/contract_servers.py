@@ -62,7 +62,7 @@ def try_servers(
     folder: Path,
     refused: Callable[[str], Iterable[str]],
     *,
-    is_beside_base: bool = False,
+    needs_base: bool = False,
     timeout: float = 600.0,
 ) -> list[ServerCheck]:
     """Try servers on an artifact, each for its own time.
@@ -71,13 +71,13 @@ def try_servers(
         servers: `VLLM`, `SGLANG` or `OLLAMA`.
         folder: the artifact's.
         refused: what a server would refuse in the artifact's files; it is run only if that is nothing.
-        is_beside_base: whether the artifact is served on top of its base, which is not here.
+        needs_base: whether the artifact is served on top of its base, which is not here.
         timeout: seconds that one server may take.
     """
     checks = []
     for server in servers:
         problems = tuple(refused(server))
-        why = "its own files are wrong" if problems else _why_not_run(server, is_beside_base)
+        why = "its own files are wrong" if problems else _why_not_run(server, needs_base)
         if why:
             checks.append(ServerCheck(server, STATIC, problems, why))
             continue
@@ -88,12 +88,12 @@ def try_servers(
     return checks
 
 
-def _why_not_run(server: str, is_beside_base: bool) -> str:
+def _why_not_run(server: str, needs_base: bool) -> str:
     if server == OLLAMA:
         return "" if shutil.which("ollama") else "ollama is not on this machine"
     if not is_present(_MODULES[server]):
         return f"{_MODULES[server]} is not installed"
-    if is_beside_base:
+    if needs_base:
         return "an adapter is served on top of its base"
     import torch
 

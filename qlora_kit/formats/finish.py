@@ -80,14 +80,14 @@ def finish(
     write_model_card(folder, replace(facts, faults=faults, verdict=verdict))
     for note in contract.notes:
         log.info(f"{job.name}: {note}")
-    commands = facts.format.commands(served_of(facts, str(run.directory.exports / job.name)))
+    commands = facts.format.serve_commands(served_of(facts, str(run.directory.exports / job.name)))
     Manifest(
         name=job.name,
         format=job.format,
         file=job.file,
         settings=job.settings,
         bits=bits,
-        left_in_16_bit=job.left,
+        left_in_16_bit=job.unquantized,
         merge=merge,
         run=str(run.directory.path),
         seconds=round(seconds, 1),
@@ -145,5 +145,5 @@ def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
         directory=run.directory,
         seed=run.seed,
         fidelity=asdict(fidelity) if fidelity else {},
-        left=job.left,
+        unquantized=job.unquantized,
     )

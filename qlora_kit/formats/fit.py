@@ -8,11 +8,11 @@ from typing import Any
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.budget.reach import unreachable
-from qlora_kit.export.fit.fault import ELSEWHERE, LeftOver
+from qlora_kit.export.fit.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.fit.form import ModelForm, model_form
 from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.formats.registry import Asked, asked_for
+from qlora_kit.formats.registry import Requested, requested
 from qlora_kit.schema.budget import budgets
 from qlora_kit.schema.export import ExportConfig
 
@@ -25,11 +25,11 @@ class Fit:
 
     Attributes:
         problems: what cannot be written, and the line that mends it.
-        left: layers that a format will leave in 16 bit, by the name of the file.
+        unquantized: layers that a format will leave in 16 bit, by the name of the file.
     """
 
     problems: list[Problem] = field(default_factory=list)
-    left: dict[str, LeftOver] = field(default_factory=dict)
+    unquantized: dict[str, Unquantized] = field(default_factory=dict)
 
 
 def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
@@ -50,12 +50,12 @@ def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None =
 
 def fit_of_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
     """The same of a form, budgets of bits aside."""
-    files = list(asked_for(export))
+    files = list(requested(export))
     problems = [*_merge_problems(form, adapter), *_layer_by_layer(form, files)]
     for one in files:
         problems += one.format.problems(one.path, one.target, form, adapter or {})
-    left = {} if problems else {one.name: one.format.left(one.target, form) for one in files}
-    return Fit(problems, {name: found for name, found in left.items() if found is not None})
+    unquantized = {} if problems else {one.name: one.format.unquantized(one.target, form) for one in files}
+    return Fit(problems, {name: found for name, found in unquantized.items() if found is not None})
 
 
 def unreachable_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
@@ -68,8 +68,8 @@ def unreachable_budgets(base_folder: Path, export: ExportConfig) -> list[Problem
     if not wanted:
         return []
     shapes = linear_shapes(base_folder)
-    mixing = [one for one in asked_for(export) if one.path in wanted]
-    found = (unreachable(wanted[one.path], one.format.open_choices(one.target, shapes), shapes) for one in mixing)
+    mixing = [one for one in requested(export) if one.path in wanted]
+    found = (unreachable(wanted[one.path], one.format.layer_formats(one.target, shapes), shapes) for one in mixing)
     return [problem for problem in found if problem]
 
 
@@ -81,7 +81,7 @@ def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
     """
     widths = linear_input_widths(read_json(base_folder / "config.json"))
     problems = []
-    for one in asked_for(export):
+    for one in requested(export):
         size, path = one.format.group_size(one.target), f"{one.path}.group_size"
         if size is not None and (problem := check_group_size(size, widths)):
             fitting = [fit for fit in dividing_group_sizes(widths.values()) if 0 < fit <= LARGEST_USUAL]
@@ -91,7 +91,7 @@ def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
         raise RecipeError(problems)
 
 
-def _layer_by_layer(form: ModelForm, files: list[Asked]) -> Iterator[Problem]:
+def _layer_by_layer(form: ModelForm, files: list[Requested]) -> Iterator[Problem]:
     """Files that are made layer by layer, of a base whose files name layers otherwise than the model does."""
     if not form.is_stored_otherwise:
         return

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from qlora_kit.evaluation.contract_compare import TokenContract, Trained
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.export.budget.spend import Formats, Spent
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 Target = TypeVar("Target")
-Speaker = Callable[[list[dict[str, str]], int], Iterator[str]]  # messages, and the most tokens of an answer
+ChatStream = Callable[[list[dict[str, str]], int], Iterator[str]]  # messages, and the most tokens of an answer
 
 
 class Format(ABC, Generic[Target]):
@@ -32,7 +32,7 @@ class Format(ABC, Generic[Target]):
     """As manifests and cards have it."""
     group: ClassVar[str]
     """The field of `ExportConfig` that holds its targets."""
-    turn: ClassVar[int]
+    order: ClassVar[int]
     """When it is written: quick ones first."""
     reader: ClassVar[str]
     """What scores it here, as a user would load it."""
@@ -40,11 +40,11 @@ class Format(ABC, Generic[Target]):
     """How a hub files it."""
     servers: ClassVar[tuple[Server, ...]]
     """Those that a card has lines for."""
-    tried_in: ClassVar[tuple[str, ...]] = (VLLM, SGLANG)
+    checked_servers: ClassVar[tuple[str, ...]] = (VLLM, SGLANG)
     """Servers in which a file is tried where they are installed, and held against their rules where they are not."""
     compiles: ClassVar[str] = ""
     """What a C++ compiler is wanted for, in words; empty for nothing."""
-    is_beside_base: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
     """Whether it is no model by itself but is loaded beside its base."""
 
     is_calibrated: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class Format(ABC, Generic[Target]):
     is_made_by_layer: ClassVar[bool] = False
     """Whether a library finds the layers of the merged folder by the model's own names for them."""
 
-    def takes(self, target: Target) -> bool:
+    def accepts(self, target: Target) -> bool:
         """Whether a target of its group is written in this form."""
         return True
 
@@ -69,11 +69,11 @@ class Format(ABC, Generic[Target]):
         """
         yield from ()
 
-    def left(self, target: Target, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: Target, form: "ModelForm") -> "Unquantized | None":
         """Layers that stay in 16 bit by the format's limits."""
         return None
 
-    def open_choices(self, target: Target, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+    def layer_formats(self, target: Target, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
         """What a target with a budget of bits leaves open in a model's layers; only asked where budgets are possible.
 
         Args:
@@ -81,7 +81,7 @@ class Format(ABC, Generic[Target]):
         """
         raise NotImplementedError(f"a file of the format {self.name} has one number of bits")
 
-    def settled(self, target: Target, export: ExportConfig) -> Target:
+    def with_shared(self, target: Target, export: ExportConfig) -> Target:
         """The target with what the recipe says for all files."""
         return target
 
@@ -129,11 +129,11 @@ class Format(ABC, Generic[Target]):
         """
         raise RecipeError(f"transformers loads no file of the format '{self.name}'")
 
-    def speaker(self, path: Path) -> "Speaker | None":
+    def open_chat(self, path: Path) -> "ChatStream | None":
         """What answers token by token; None where that is the transformers model."""
         return None
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader | None":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader | None":
         """A reader of the weights that an artifact stands for, float32 [out_features, in_features], by the merged name.
 
         None for a format whose weights are not read back one by one.
@@ -160,7 +160,7 @@ class Format(ABC, Generic[Target]):
         """
         return ("more bits",)
 
-    def commands(self, served: Served) -> list[ServeCommand]:
+    def serve_commands(self, served: Served) -> list[ServeCommand]:
         """The servers that read it, with the lines to paste."""
         return [server.command(served) for server in self.servers]
 
@@ -169,7 +169,7 @@ class Format(ABC, Generic[Target]):
         """What a server would refuse in an artifact's own files.
 
         Args:
-            server: of `tried_in`.
+            server: of `checked_servers`.
             file: the path inside the folder that a reader opens.
         """
 
@@ -179,10 +179,10 @@ class Format(ABC, Generic[Target]):
 
         check_folder(contract, trained, folder)
 
-    def beside(self, facts: ServingFacts) -> str:
+    def serving_note(self, facts: ServingFacts) -> str:
         """What the lines of a card look for beside the files; empty for nothing."""
         return ""
 
-    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+    def write_server_files(self, folder: Path, facts: ServingFacts) -> list[str]:
         """Write what its servers need beside the file; returns the names."""
         return []

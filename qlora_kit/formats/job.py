@@ -35,8 +35,8 @@ class Source:
 class ExportJob:
     """One artifact: its folder's name, its format, the path inside it that a reader opens, and how it is made.
 
-    `write` fills a folder and says what a budget of bits was spent on, where there is one. `left` records the layers
-    that stay in 16 bit by the format's limits, where there are any.
+    `write` fills a folder and says what a budget of bits was spent on, where there is one. `unquantized` records the
+    layers that stay in 16 bit by the format's limits, where there are any.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ExportJob:
     file: str
     settings: dict[str, object]
     write: "Callable[[Path], Spent | None]"
-    left: Mapping[str, object] = field(default_factory=dict)
+    unquantized: Mapping[str, object] = field(default_factory=dict)
 
 
 def settings_of(target: Any) -> dict[str, object]:

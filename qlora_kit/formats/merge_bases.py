@@ -1,7 +1,7 @@
 """Which base an adapter is merged into for each file."""
 
 from qlora_kit.formats.job import settings_of
-from qlora_kit.formats.registry import asked_for
+from qlora_kit.formats.registry import requested
 from qlora_kit.runs.run import Run
 from qlora_kit.schema.export import ExportConfig, MergeBase
 from qlora_kit.schema.quant import QuantKind
@@ -12,7 +12,7 @@ def merge_bases(run: Run, config: ExportConfig) -> list[MergeBase]:
     if not run.trained:
         return [MergeBase.original]
     if config.merge_base is MergeBase.auto:
-        wanted = {base_for(run, one.format.rounds_to(settings_of(one.target))) for one in asked_for(config)}
+        wanted = {base_for(run, one.format.rounds_to(settings_of(one.target))) for one in requested(config)}
         return [base for base in (MergeBase.dequantized, MergeBase.original) if base in wanted]
     if config.merge_base is not MergeBase.measure:
         return [config.merge_base]

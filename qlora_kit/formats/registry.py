@@ -35,7 +35,7 @@ def find_format(name: str) -> Format[Any]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requested:
     """A file that a recipe asks for.
 
     Attributes:
@@ -48,17 +48,17 @@ class Asked:
     format: Format[Any]
 
 
-def asked_for(export: ExportConfig) -> Iterator[Asked]:
+def requested(export: ExportConfig) -> Iterator[Requested]:
     """The files of a recipe, in the order of its groups."""
     for one in export.targets():
-        found = next(each for each in FORMATS.values() if each.group == one.group and each.takes(one.target))
-        yield Asked(one.name, one.path, found.settled(one.target, export), found)
+        found = next(each for each in FORMATS.values() if each.group == one.group and each.accepts(one.target))
+        yield Requested(one.name, one.path, found.with_shared(one.target, export), found)
 
 
 def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
     """The jobs of a recipe, quick ones first."""
     made: dict[str, Callable[[str, Any], ExportJob]] = {}
-    for asked in sorted(asked_for(export), key=lambda one: one.format.turn):
+    for asked in sorted(requested(export), key=lambda one: one.format.order):
         if asked.format.name not in made:
             made[asked.format.name] = asked.format.jobs(source)
         yield made[asked.format.name](asked.name, asked.target)

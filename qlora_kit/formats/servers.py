@@ -16,9 +16,9 @@ def check_servers(format_name: str, folder: Path, file: str = ".", *, timeout: f
     """
     written = find_format(format_name)
     return try_servers(
-        written.tried_in,
+        written.checked_servers,
         folder,
         lambda server: written.server_problems(server, folder, file),
-        is_beside_base=written.is_beside_base,
+        needs_base=written.needs_base,
         timeout=timeout,
     )

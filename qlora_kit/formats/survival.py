@@ -32,7 +32,10 @@ def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, ada
     trained = read_adapter(adapter)
     scales_rows = any(update.magnitude is not None for update in trained.updates.values())
     written = find_format(job.format)
-    if scales_rows or (read := written.weights(folder if job.file == "." else folder / job.file, merged)) is None:
+    if (
+        scales_rows
+        or (read := written.dequantized_weights(folder if job.file == "." else folder / job.file, merged)) is None
+    ):
         return None
     found = survey(merged, _without(trained, merged), read)
     is_on_original = merge.base == MergeBase.original.name

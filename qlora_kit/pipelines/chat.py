@@ -76,7 +76,7 @@ def _open(place: str) -> Any:
         _tell_verdict(manifest)
         path = folder / manifest["file"]
         written = find_format(manifest["format"])
-        return written.speaker(path) or _export_speaker(written, path)
+        return written.open_chat(path) or _export_speaker(written, path)
     if place == "latest" or RunDirectory(folder).recipe.is_file():
         return _run_speaker(place)
     meant = meant_run(place, finished=True) or "latest"

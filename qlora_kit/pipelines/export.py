@@ -22,7 +22,7 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.exported import Exported
 from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.evaluation.reference import Reference, open_models
-from qlora_kit.export.fit.fault import LeftOver
+from qlora_kit.export.fit.fault import Unquantized
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.rows import rows_of_export
@@ -109,20 +109,20 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
         raise RecipeError(problems)
 
 
-def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, LeftOver]:
+def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
     """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
     settings = run.directory.adapter / CONFIG
     fit = fit_of(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
     if fit.problems:
         raise RecipeError(fit.problems)
-    for name, left in fit.left.items():
+    for name, left in fit.unquantized.items():
         log.info(f"{name}: {left}")
-    return fit.left
+    return fit.unquantized
 
 
-def _jobs(config: ExportConfig, source: Source, left: Mapping[str, LeftOver]) -> Iterator[ExportJob]:
+def _jobs(config: ExportConfig, source: Source, left: Mapping[str, Unquantized]) -> Iterator[ExportJob]:
     for job in export_jobs(config, source):
-        yield replace(job, left=left[job.name].record()) if job.name in left else job
+        yield replace(job, unquantized=left[job.name].record()) if job.name in left else job
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def _best(
 ) -> Finished:
     candidates = _chosen(run, config, candidates)
     job, merged = candidates[0]
-    if len(candidates) == 1 or find_format(job.format).is_beside_base:
+    if len(candidates) == 1 or find_format(job.format).needs_base:
         return _made(run, config, job, merged, reference, folder)
     found: dict[str, tuple[Path, Finished]] = {}
     with ExitStack() as folders:

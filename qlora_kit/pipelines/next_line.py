@@ -40,7 +40,7 @@ def lines_after_export(directory: RunDirectory, files: Sequence[Path]) -> list[s
         files: folders of files that were not rejected and whose model can be talked to.
     """
     # An adapter is talked to as its run.
-    talks = [folder for folder in files if not find_format(read_manifest(folder)["format"]).is_beside_base]
+    talks = [folder for folder in files if not find_format(read_manifest(folder)["format"]).needs_base]
     return [*(shell_line(["qlora-kit", "chat", folder]) for folder in talks[:1]), line_to_report(directory)]
 
 

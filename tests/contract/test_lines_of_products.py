@@ -158,7 +158,9 @@ def test_lines_of_cards(capsys):
             for place, kind in enumerate(FORMATS):
                 facts = facts_of(kind, name, base, **BOUNDS[(number + place) % len(BOUNDS)])
                 lines = list(of_card(f"{kind}: README.md", model_card(facts)))
-                shown = sum(len(parts(list(one.lines))[0]) or 1 for one in facts.format.commands(served_of(facts)))
+                shown = sum(
+                    len(parts(list(one.lines))[0]) or 1 for one in facts.format.serve_commands(served_of(facts))
+                )
                 assert len([line for line in lines if not line.text.startswith("pip ")]) == shown
                 wrong += judged(lines, counts)
     least = {"found": 1000, "composed": 38, "looked up": 800, "compiled": 200}
@@ -191,7 +193,7 @@ def trained_run(name, *, finished, exported):
 def manifest(directory, kind, name, base):
     """A finished file's record, with the lines that serve it from where the page is read."""
     facts = facts_of(kind, f"{name}_{kind}", base)
-    serve = [asdict(one) for one in facts.format.commands(served_of(facts, str(directory.exports / facts.name)))]
+    serve = [asdict(one) for one in facts.format.serve_commands(served_of(facts, str(directory.exports / facts.name)))]
     place = directory.exports / kind / "manifest.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps({"format": kind, "file": facts.file, "serve": serve, "verdict": "not measured"}))

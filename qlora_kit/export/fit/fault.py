@@ -21,7 +21,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class LeftOver:
+class Unquantized:
     """Layers that a format leaves in 16 bit.
 
     Attributes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
-from qlora_kit.export.fit.fault import LeftOver
+from qlora_kit.export.fit.fault import Unquantized
 from qlora_kit.weights.headers import read_headers
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -103,11 +103,11 @@ def model_form(folder: Path) -> ModelForm | None:
     )
 
 
-def experts_left(form: ModelForm) -> LeftOver | None:
+def experts_unquantized(form: ModelForm) -> Unquantized | None:
     """Experts, which no library takes for linear layers."""
     if not form.experts:
         return None
-    return LeftOver(form.experts, len(form.blocks) + len(form.experts), "experts lie in one parameter")
+    return Unquantized(form.experts, len(form.blocks) + len(form.experts), "experts lie in one parameter")
 
 
 def no_linear_layers(layout: str, form: ModelForm) -> str:

@@ -33,9 +33,9 @@ class ServedFormat(Protocol):
     def name(self) -> str: ...
     @property
     def hub(self) -> Hub: ...
-    def commands(self, served: Served) -> list[ServeCommand]: ...
-    def beside(self, facts: "ServingFacts") -> str: ...
-    def write_beside(self, folder: Path, facts: "ServingFacts") -> list[str]: ...
+    def serve_commands(self, served: Served) -> list[ServeCommand]: ...
+    def serving_note(self, facts: "ServingFacts") -> str: ...
+    def write_server_files(self, folder: Path, facts: "ServingFacts") -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ServingFacts:
         seed: of the run.
         fidelity: measured values by name.
         faults: why the artifact is rejected; none for a good one.
-        left: layers that stay in 16 bit by the format's limits, as the manifest has them; empty for none.
+        unquantized: layers that stay in 16 bit by the format's limits, as the manifest has them; empty for none.
         verdict: on the artifact.
     """
 
@@ -69,4 +69,4 @@ class ServingFacts:
     fidelity: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
     verdict: Verdict = Verdict.not_measured
-    left: Mapping[str, object] = field(default_factory=dict)
+    unquantized: Mapping[str, object] = field(default_factory=dict)

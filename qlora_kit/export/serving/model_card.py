@@ -91,9 +91,9 @@ def _what(facts: ServingFacts) -> str:
 
 
 def _left(facts: ServingFacts) -> Iterator[str]:
-    if isinstance(names := facts.left.get("layers"), list) and names:
-        count = f"{len(names)} of {facts.left.get('of')} linear layers stay in 16 bit"
-        yield from ("", f"{count}: {plain(str(facts.left.get('why')))}.")
+    if isinstance(names := facts.unquantized.get("layers"), list) and names:
+        count = f"{len(names)} of {facts.unquantized.get('of')} linear layers stay in 16 bit"
+        yield from ("", f"{count}: {plain(str(facts.unquantized.get('why')))}.")
 
 
 def _verdict(facts: ServingFacts) -> Iterator[str]:
@@ -167,9 +167,9 @@ def served_of(facts: ServingFacts, folder: str = ".") -> Served:
 
 
 def _serving(facts: ServingFacts) -> Iterator[str]:
-    commands = facts.format.commands(served_of(facts))
+    commands = facts.format.serve_commands(served_of(facts))
     if commands:
-        yield from ("", "## Serve", "", f"Run these in this folder.{facts.format.beside(facts)}")
+        yield from ("", "## Serve", "", f"Run these in this folder.{facts.format.serving_note(facts)}")
     for command in commands:
         yield from ("", f"**{command.server}** ({command.install})", "", *block(command.lines, "bash"))
 

@@ -21,4 +21,4 @@ def write_serving_files(folder: Path, facts: ServingFacts) -> list[str]:
     written = [write_model_card(folder, facts), write_lock(folder, facts), *copy_licence(facts.base.folder, folder)]
     if (folder / "config.json").is_file():
         written.append(write_generation_config(folder, facts.base.folder, facts.tokenizer))
-    return [*written, *facts.format.write_beside(folder, facts)]
+    return [*written, *facts.format.write_server_files(folder, facts)]

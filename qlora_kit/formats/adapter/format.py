@@ -25,11 +25,11 @@ class _Alone(Format[AdapterTarget]):
     """An adapter in either form."""
 
     group = "adapter"
-    turn = 0
-    is_beside_base = True
+    order = 0
+    needs_base = True
     form: ClassVar[AdapterFormat]
 
-    def takes(self, target: AdapterTarget) -> bool:
+    def accepts(self, target: AdapterTarget) -> bool:
         """Whether it has this form."""
         return target.format is self.form
 
@@ -83,7 +83,7 @@ class Adapter(_Alone):
         """What a server of LoRA would refuse in the folder."""
         return adapter_problems(folder)
 
-    def beside(self, facts: ServingFacts) -> str:
+    def serving_note(self, facts: ServingFacts) -> str:
         """Where the lines look for the base; a hub's name is found by itself."""
         if facts.base.hub_id:
             return ""
@@ -99,7 +99,7 @@ class GgufAdapter(_Alone):
     reader = "llama.cpp"
     hub = Hub("gguf", "adapter", ("gguf", "lora", "llama.cpp"))
     servers = GGUF_SERVERS
-    tried_in = ()
+    checked_servers = ()
 
     def open(self, path: Path, pad_token_id: int, base: Path | None = None) -> "Scorer":
         """llama.cpp's reading of the file, on the base as a GGUF file."""
@@ -121,11 +121,11 @@ class GgufAdapter(_Alone):
         """Note that there is nothing to compare."""
         contract.notes.append("a GGUF adapter has no tokenizer of its own: its base's GGUF file decides")
 
-    def beside(self, facts: ServingFacts) -> str:
+    def serving_note(self, facts: ServingFacts) -> str:
         """Where the lines look for the base."""
         return " The base as a GGUF file, `base.gguf`, is looked for here too: put it here, or change its path."
 
-    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+    def write_server_files(self, folder: Path, facts: ServingFacts) -> list[str]:
         """Write the Modelfile."""
         from qlora_kit.formats.gguf.modelfile import write_modelfile
 

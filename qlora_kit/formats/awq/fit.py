@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.export.fit.fault import Fault, LeftOver, mended
+from qlora_kit.export.fit.fault import Fault, Unquantized, mended
 from qlora_kit.export.fit.form import ModelForm
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE
@@ -29,14 +29,14 @@ def awq_problems(path: str, target: AwqTarget, form: ModelForm) -> Iterator[Prob
     yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
 
 
-def awq_left(target: AwqTarget, form: ModelForm) -> LeftOver | None:
+def awq_unquantized(target: AwqTarget, form: ModelForm) -> Unquantized | None:
     """Layers whose outputs do not fill what the kernels take at once, and experts."""
     at_once = OUTPUTS_AT_ONCE[target.layout]
     short = tuple(name for name, (outputs, _) in form.blocks.items() if outputs % at_once)
     whys = [f"AWQ's {target.layout.value} layout takes {at_once} outputs at once"] if short else []
     whys += ["experts lie in one parameter"] if form.experts else []
     names = (*short, *form.experts)
-    return LeftOver(names, len(form.blocks) + len(form.experts), ", and ".join(whys)) if names else None
+    return Unquantized(names, len(form.blocks) + len(form.experts), ", and ".join(whys)) if names else None
 
 
 def _faults(target: AwqTarget, form: ModelForm) -> list[Fault]:

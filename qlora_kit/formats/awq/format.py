@@ -15,7 +15,7 @@ from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
@@ -32,7 +32,7 @@ class Awq(Format[AwqTarget]):
 
     name = "awq"
     group = "awq"
-    turn = 6
+    order = 6
     is_calibrated = True
     is_made_by_layer = True
     layout: ClassVar[AwqLayout] = AwqLayout.gemm
@@ -40,7 +40,7 @@ class Awq(Format[AwqTarget]):
     hub = Hub("transformers", "quantized", ("awq",))
     servers: ClassVar[tuple[Server, ...]] = (transformers(*READER_PACKAGES), SERVE_VLLM, SERVE_SGLANG)
 
-    def takes(self, target: AwqTarget) -> bool:
+    def accepts(self, target: AwqTarget) -> bool:
         """Whether it has this layout."""
         return target.layout is self.layout
 
@@ -56,11 +56,11 @@ class Awq(Format[AwqTarget]):
 
         return awq_problems(path, target, form)
 
-    def left(self, target: AwqTarget, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: AwqTarget, form: "ModelForm") -> "Unquantized | None":
         """Layers that the kernels do not take, and experts."""
-        from qlora_kit.formats.awq.fit import awq_left
+        from qlora_kit.formats.awq.fit import awq_unquantized
 
-        return awq_left(target, form)
+        return awq_unquantized(target, form)
 
     def write(self, source: Source, target: AwqTarget, out: Path) -> None:
         """Quantize."""
@@ -68,7 +68,7 @@ class Awq(Format[AwqTarget]):
 
         write_awq(source.merged, out, target, source.calibration)
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""
         from qlora_kit.formats.awq.weights import awq_weights
 
@@ -105,4 +105,4 @@ class AwqGemv(Awq):
     layout = AwqLayout.gemv
     reader = "transformers with gptqmodel, without a GPU its gemm twin"
     servers = (transformers(*READER_PACKAGES),)
-    tried_in = ()
+    checked_servers = ()

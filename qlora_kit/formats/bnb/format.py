@@ -15,7 +15,7 @@ from qlora_kit.formats.job import Source
 from qlora_kit.schema.export import BnbTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
@@ -27,12 +27,12 @@ class Bnb(Format[BnbTarget]):
 
     name = "bnb"
     group = "bnb"
-    turn = 2
+    order = 2
     is_made_by_layer = True
     reader = "transformers with bitsandbytes"
     hub = Hub("transformers", "quantized", ("bitsandbytes",))
     servers = (transformers("bitsandbytes"), replace(SERVE_VLLM, install=f"{SERVE_VLLM.install} bitsandbytes"))
-    tried_in = (VLLM,)
+    checked_servers = (VLLM,)
 
     def problems(
         self, path: str, target: BnbTarget, form: "ModelForm", adapter: Mapping[str, Any]
@@ -42,11 +42,11 @@ class Bnb(Format[BnbTarget]):
 
         return bnb_problems(path, target, form)
 
-    def left(self, target: BnbTarget, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: BnbTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.export.fit.form import experts_left
+        from qlora_kit.export.fit.form import experts_unquantized
 
-        return experts_left(form)
+        return experts_unquantized(form)
 
     def write(self, source: Source, target: BnbTarget, out: Path) -> None:
         """Quantize."""
@@ -58,7 +58,7 @@ class Bnb(Format[BnbTarget]):
         """Its own kind: the values of a base in that format would be rounded to themselves, the update away."""
         return str(settings["kind"])
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""
         from qlora_kit.formats.bnb.weights import bnb_weights
 

@@ -15,7 +15,7 @@ from qlora_kit.formats.job import Source
 from qlora_kit.schema.export import CompressedTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
 
 _WEIGHT_BITS = {"W4A16": 4, "W8A16": 8, "NVFP4A16": 4}
@@ -26,7 +26,7 @@ class Compressed(Format[CompressedTarget]):
 
     name = "compressed"
     group = "compressed"
-    turn = 4
+    order = 4
     is_made_by_layer = True
     reader = "transformers with compressed-tensors"
     hub = Hub("transformers", "quantized", ("compressed-tensors",))
@@ -40,11 +40,11 @@ class Compressed(Format[CompressedTarget]):
 
         return compressed_problems(path, target, form)
 
-    def left(self, target: CompressedTarget, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: CompressedTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.export.fit.form import experts_left
+        from qlora_kit.export.fit.form import experts_unquantized
 
-        return experts_left(form)
+        return experts_unquantized(form)
 
     def write(self, source: Source, target: CompressedTarget, out: Path) -> None:
         """Quantize."""

@@ -30,7 +30,7 @@ class Fp8Block(Format[Fp8BlockTarget]):
 
     name = "fp8_block"
     group = "fp8_block"
-    turn = 2
+    order = 2
     is_made_by_layer = True
     reader = "transformers, its activations rounded as servers round them"
     hub = Hub("transformers", "quantized", ("fp8",))
@@ -67,7 +67,7 @@ class Fp8Block(Format[Fp8BlockTarget]):
         quiet_libraries()
         return load_fp8_block(folder)
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""
         from qlora_kit.formats.fp8_block.load import fp8_block_weights
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import ELSEWHERE, LeftOver
+from qlora_kit.export.fit.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.fit.form import ModelForm
 from qlora_kit.families.registry import ARCHITECTURES
 from qlora_kit.formats.gguf.architectures import find_architecture
@@ -34,7 +34,7 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
             yield Problem(what, f"{path}.{'imatrix' if is_matrix else 'overrides'}", fix)
 
 
-def gguf_left(target: GgufTarget, form: ModelForm) -> LeftOver | None:
+def gguf_unquantized(target: GgufTarget, form: ModelForm) -> Unquantized | None:
     """Matrices whose rows no block of the mix divides."""
     if target.mix in (GgufMix.F16, GgufMix.BF16):
         return None
@@ -44,7 +44,7 @@ def gguf_left(target: GgufTarget, form: ModelForm) -> LeftOver | None:
         return None
     asked = {kind for kind in _FLOATS if kind in {wanted.upper() for wanted in target.overrides.values()}}
     left = tuple(one.name for one in matrices if one.type in _FLOATS and one.type not in asked)
-    return LeftOver(left, len(matrices), "no block of weights divides their rows") if left else None
+    return Unquantized(left, len(matrices), "no block of weights divides their rows") if left else None
 
 
 def _fits(target: GgufTarget, form: ModelForm) -> bool:

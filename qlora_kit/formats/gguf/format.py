@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qlora_kit.evaluation.contract_compare import TokenContract, Trained
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.export.budget.spend import Formats, Spent
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
-    from qlora_kit.formats.format import Speaker
+    from qlora_kit.formats.format import ChatStream
     from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
     from qlora_kit.weights.reader import WeightReader
 
@@ -32,11 +32,11 @@ class Gguf(Format[GgufTarget]):
 
     name = "gguf"
     group = "gguf"
-    turn = 3
+    order = 3
     reader = "llama.cpp"
     hub = Hub("gguf", "quantized", ("gguf", "llama.cpp"))
     servers = SERVERS
-    tried_in = (OLLAMA,)
+    checked_servers = (OLLAMA,)
 
     def problems(
         self, path: str, target: GgufTarget, form: "ModelForm", adapter: Mapping[str, Any]
@@ -46,19 +46,19 @@ class Gguf(Format[GgufTarget]):
 
         return gguf_problems(path, target, form)
 
-    def left(self, target: GgufTarget, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: GgufTarget, form: "ModelForm") -> "Unquantized | None":
         """Matrices whose rows no block divides."""
-        from qlora_kit.formats.gguf.fit import gguf_left
+        from qlora_kit.formats.gguf.fit import gguf_unquantized
 
-        return gguf_left(target, form)
+        return gguf_unquantized(target, form)
 
-    def open_choices(self, target: GgufTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+    def layer_formats(self, target: GgufTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
         """The block types of each layer."""
         from qlora_kit.formats.gguf.budget import GgufFormats
 
         return GgufFormats(target, {}, shapes, {})
 
-    def settled(self, target: GgufTarget, export: ExportConfig) -> GgufTarget:
+    def with_shared(self, target: GgufTarget, export: ExportConfig) -> GgufTarget:
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
@@ -82,13 +82,13 @@ class Gguf(Format[GgufTarget]):
 
         return LlamaCppScorer(LlamaCppModel(path))
 
-    def speaker(self, path: Path) -> "Speaker":
+    def open_chat(self, path: Path) -> "ChatStream":
         """llama.cpp, with the tokenizer that lies beside the exports."""
-        from qlora_kit.formats.gguf.speaker import gguf_speaker
+        from qlora_kit.formats.gguf.chat import open_gguf_chat
 
-        return gguf_speaker(path)
+        return open_gguf_chat(path)
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the file stands for."""
         from qlora_kit.formats.gguf.weights import gguf_weights
 
@@ -123,7 +123,7 @@ class Gguf(Format[GgufTarget]):
         compare_all(contract, trained, TRANSFORMERS, reading_of(trained.tokenizer))
         check_gguf(contract, trained, folder, folder / file)
 
-    def write_beside(self, folder: Path, facts: ServingFacts) -> list[str]:
+    def write_server_files(self, folder: Path, facts: ServingFacts) -> list[str]:
         """Write the Modelfile."""
         from qlora_kit.formats.gguf.modelfile import write_modelfile
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import Fault, LeftOver, mended
+from qlora_kit.export.fit.fault import Fault, Unquantized, mended
 from qlora_kit.export.fit.form import HEAD, ModelForm
 from qlora_kit.export.group_sizes import WHOLE_ROW, dividing_group_sizes
 from qlora_kit.formats.gptq.layers import SERVED_AS_ONE, plan_layers
@@ -37,11 +37,11 @@ def gptq_problems(path: str, target: GptqTarget, form: ModelForm) -> Iterator[Pr
     yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
 
 
-def gptq_left(target: GptqTarget, form: ModelForm) -> LeftOver | None:
+def gptq_unquantized(target: GptqTarget, form: ModelForm) -> Unquantized | None:
     """Experts, which lie in one parameter."""
     if target.method is GptqMethod.rounding and form.experts:
         why = "experts lie in one parameter, which plain rounding does not take"
-        return LeftOver(form.experts, len(form.blocks) + len(form.experts), why)
+        return Unquantized(form.experts, len(form.blocks) + len(form.experts), why)
     return None
 
 

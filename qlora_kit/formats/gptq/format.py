@@ -17,7 +17,7 @@ from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
     from qlora_kit.export.budget.spend import Formats, Spent
-    from qlora_kit.export.fit.fault import LeftOver
+    from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
@@ -34,7 +34,7 @@ class Gptq(Format[GptqTarget]):
 
     name = "gptq"
     group = "gptq"
-    turn = 5
+    order = 5
     compiles = "GPTQ export compiles its packing kernel"
     is_calibrated = True
     is_made_by_layer = True
@@ -54,19 +54,19 @@ class Gptq(Format[GptqTarget]):
 
         return gptq_problems(path, target, form)
 
-    def left(self, target: GptqTarget, form: "ModelForm") -> "LeftOver | None":
+    def unquantized(self, target: GptqTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.formats.gptq.fit import gptq_left
+        from qlora_kit.formats.gptq.fit import gptq_unquantized
 
-        return gptq_left(target, form)
+        return gptq_unquantized(target, form)
 
-    def open_choices(self, target: GptqTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
+    def layer_formats(self, target: GptqTarget, shapes: Mapping[str, tuple[int, int]]) -> "Formats":
         """The numbers of bits of each layer."""
         from qlora_kit.formats.gptq.budget import GptqFormats
 
         return GptqFormats.of(target, shapes)
 
-    def settled(self, target: GptqTarget, export: ExportConfig) -> GptqTarget:
+    def with_shared(self, target: GptqTarget, export: ExportConfig) -> GptqTarget:
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
@@ -81,7 +81,7 @@ class Gptq(Format[GptqTarget]):
         write_gptq(source.merged, out, target, source.calibration)
         return spent
 
-    def weights(self, artifact: Path, merged: Path) -> "WeightReader":
+    def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""
         from qlora_kit.formats.gptq.weights import gptq_weights
 

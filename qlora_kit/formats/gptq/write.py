@@ -14,7 +14,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.export.fit.fault import LeftOver
+from qlora_kit.export.fit.fault import Unquantized
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.export.splice import splice_checkpoint, weight_files
@@ -175,11 +175,11 @@ def _packed_tensors(made: Path) -> dict[str, dict[str, "Tensor"]]:
 
 def _left_out(
     shapes: Mapping[str, object], packed: Mapping[str, object], plan: Mapping[str, LayerSettings]
-) -> LeftOver | None:
+) -> Unquantized | None:
     """Layers that the library left as they were, though nobody asked it to."""
     asked = [name for name in shapes if name not in plan or plan[name].quantised]
     left = tuple(name for name in asked if f"{name}.weight" not in packed)
-    return LeftOver(left, len(asked), "gptqmodel does not quantize them in this family") if left else None
+    return Unquantized(left, len(asked), "gptqmodel does not quantize them in this family") if left else None
 
 
 def _check_overrides(packed: Mapping[str, object], plan: Mapping[str, LayerSettings], target: GptqTarget) -> None:

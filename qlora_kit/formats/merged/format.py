@@ -18,7 +18,7 @@ class Merged(Format[MergedTarget]):
 
     name = "merged"
     group = "merged"
-    turn = 1
+    order = 1
     reader = "transformers"
     hub = Hub("transformers", "finetune")
     servers = (transformers("accelerate"), SERVE_VLLM, SERVE_SGLANG)

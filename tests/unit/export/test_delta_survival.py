@@ -283,7 +283,7 @@ def test_awq_s_factors_are_taken_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["merged", "compressed", "adapter", "adapter_gguf"])
 def test_formats_whose_weights_are_not_read_back(tmp_path: Path, name: str) -> None:
-    assert find_format(name).weights(tmp_path, tmp_path) is None
+    assert find_format(name).dequantized_weights(tmp_path, tmp_path) is None
 
 
 def test_weights_are_taken_together_by_kind() -> None:

@@ -9,7 +9,7 @@ from qlora_kit.formats.registry import FORMATS
 
 
 def lines(kind: str, served: Served) -> dict[str, tuple[str, ...]]:
-    return {command.server: command.lines for command in FORMATS[kind].commands(served)}
+    return {command.server: command.lines for command in FORMATS[kind].serve_commands(served)}
 
 
 def test_a_folder_seen_from_outside_and_from_inside() -> None:
@@ -43,7 +43,7 @@ def test_adapters_ask_for_a_rank_that_vllm_takes(rank: int, allowed: int) -> Non
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_has_servers_with_install_lines(kind: str) -> None:
-    for command in FORMATS[kind].commands(Served("m", "f", "a.gguf" if "gguf" in kind else ".")):
+    for command in FORMATS[kind].serve_commands(Served("m", "f", "a.gguf" if "gguf" in kind else ".")):
         assert command.install and command.lines
         if command.lines[0].startswith("python -"):
             body = command.lines[1:-1] if command.lines[-1] == "EOF" else ()

@@ -160,7 +160,7 @@ EXPORTS = sorted(path.stem for path in Path("recipes/export").glob("*.yaml"))
 def test_every_export_of_plain_families_fits(forms: dict[str, ModelForm], family: str) -> None:
     words = [f"export=[{','.join(name for name in EXPORTS if 'bits' not in name)}]"]
     found = fit(forms[family], *words)
-    assert found.problems == [] and found.left == {}
+    assert found.problems == [] and found.unquantized == {}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "phi3"])
@@ -171,12 +171,12 @@ def test_families_without_gptq_by_calibration_have_the_rest(forms: dict[str, Mod
 
 def test_layers_that_stay_in_16_bit_are_counted_and_named(forms: dict[str, ModelForm]) -> None:
     words = ("export=awq_4bit", "export.awq.awq_4bit.group_size=-1")
-    odd = fit(forms["odd"], *words).left["awq_4bit"]
+    odd = fit(forms["odd"], *words).unquantized["awq_4bit"]
     assert str(odd) == (
         "4 of 14 linear layers stay in 16 bit (k_proj, v_proj): AWQ's gemm layout takes 8 outputs at once"
     )
     assert len(odd.record()["layers"]) == 4  # type: ignore[arg-type]
-    gguf = fit(forms["odd"], "export=gguf_q4_k_m").left["gguf_q4_k_m"]
+    gguf = fit(forms["odd"], "export=gguf_q4_k_m").unquantized["gguf_q4_k_m"]
     assert "no block of weights divides their rows" in str(gguf)
 
 
@@ -184,7 +184,7 @@ def test_layers_that_stay_in_16_bit_are_counted_and_named(forms: dict[str, Model
 def test_experts_that_stay_in_16_bit_are_told(forms: dict[str, ModelForm], export: str) -> None:
     found = fit(forms["moe"], f"export={export}")
     assert found.problems == []
-    assert "experts lie in one parameter" in str(found.left[export])
+    assert "experts lie in one parameter" in str(found.unquantized[export])
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused(forms: dict[str, ModelForm]) -> None:

@@ -61,7 +61,7 @@ def test_a_shell_hands_names_over_as_they_are(name: str, kind: str, stubs: Path,
     work = tmp_path / "work"
     work.mkdir()
     served = Served(name, f"/x/{name}", f"{name}.gguf" if "gguf" in kind else ".", base=f"o/{name}")
-    lines = "\n".join(line for command in FORMATS[kind].commands(served) for line in command.lines)
+    lines = "\n".join(line for command in FORMATS[kind].serve_commands(served) for line in command.lines)
     environment = {**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", lines], check=True, cwd=work, env=environment, stdin=subprocess.DEVNULL)
     assert not list(work.iterdir())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.formats.job import Source
-from qlora_kit.formats.registry import FORMATS, asked_for, export_jobs
+from qlora_kit.formats.registry import FORMATS, export_jobs, requested
 from qlora_kit.schema.export import (
     AdapterFormat,
     AdapterTarget,
@@ -35,7 +35,7 @@ ALL = ExportConfig(
 
 
 def test_each_target_has_the_format_of_its_group_and_form() -> None:
-    assert [(one.path, one.format.name) for one in asked_for(ALL)] == [
+    assert [(one.path, one.format.name) for one in requested(ALL)] == [
         ("export.gguf.file", "gguf"),
         ("export.gptq.four", "gptq"),
         ("export.awq.gemv", "awq_gemv"),
@@ -47,12 +47,12 @@ def test_each_target_has_the_format_of_its_group_and_form() -> None:
         ("export.adapter.lora", "adapter_gguf"),
         ("export.adapter.peft", "adapter"),
     ]
-    assert {one.format.name for one in asked_for(ALL)} == set(FORMATS)
+    assert {one.format.name for one in requested(ALL)} == set(FORMATS)
 
 
 def test_a_shared_budget_is_the_targets_that_has_none() -> None:
-    assert {one.name: getattr(one.target, "bits_budget", None) for one in asked_for(ALL)}["file"] == 4.5
-    assert {one.name: getattr(one.target, "bits_budget", None) for one in asked_for(ALL)}["four"] == 3.5
+    assert {one.name: getattr(one.target, "bits_budget", None) for one in requested(ALL)}["file"] == 4.5
+    assert {one.name: getattr(one.target, "bits_budget", None) for one in requested(ALL)}["four"] == 3.5
 
 
 def test_quick_ones_are_written_first_and_those_of_a_group_in_their_order(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_asking_loads_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "from qlora_kit.export.serving.commands import Served\n"
         "from qlora_kit.formats.registry import FORMATS\n"
-        "assert all(one.commands(Served('m')) and one.remedies({}) is not None for one in FORMATS.values())\n"
+        "assert all(one.serve_commands(Served('m')) and one.remedies({}) is not None for one in FORMATS.values())\n"
         "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -95,7 +95,7 @@ def test_lines_of_cards(capsys: pytest.CaptureFixture[str]) -> None:
         for name in NAMES:
             file = f"{name}.gguf" if "gguf" in kind else "."
             served = Served(name, ".", file, base=f"o/{name}", rank=16, fp8_cache=True)
-            for command in FORMATS[kind].commands(served):
+            for command in FORMATS[kind].serve_commands(served):
                 shell, python = parts(list(command.lines))
                 installs = [command.install] if command.install.startswith("pip ") else []
                 faults = [fault_of(line) for line in (*shell, *installs)]
@@ -118,7 +118,7 @@ def test_a_folder_and_a_base_that_begin_with_a_dash_are_no_flags() -> None:
     found = {
         f"{kind}, {command.server}": command.lines
         for kind in ("gguf", "adapter")
-        for command in FORMATS[kind].commands(served)
+        for command in FORMATS[kind].serve_commands(served)
     }
     assert found["gguf, llama.cpp"][0].startswith("llama-server -m ./-x/-m.gguf ")
     assert found["gguf, Ollama"][0] == "ollama create m -f ./-x/Modelfile"
@@ -143,7 +143,7 @@ def test_a_folder_and_a_base_that_begin_with_a_dash_are_no_flags() -> None:
 )
 def test_ollama_is_given_a_name_that_it_takes(name: str, taken: str) -> None:
     assert ollama_name(name) == taken
-    create, run = FORMATS["gguf"].commands(Served(name))[1].lines
+    create, run = FORMATS["gguf"].serve_commands(Served(name))[1].lines
     assert create == f"ollama create {taken} -f Modelfile"
     assert run == f"ollama run {taken} Hello"
 

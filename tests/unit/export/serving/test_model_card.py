@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 from qlora_kit.core.verdict import Verdict
-from qlora_kit.export.fit.fault import LeftOver
+from qlora_kit.export.fit.fault import Unquantized
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
@@ -89,8 +89,8 @@ def test_a_base_that_was_never_trained(facts: Made, base: Path) -> None:
 
 
 def test_layers_in_16_bit_are_counted(facts: Made) -> None:
-    left = LeftOver(("a.k_proj", "a.v_proj"), 7, "the kernels take 8 outputs at once").record()
-    card = model_card(facts(left=left))
+    left = Unquantized(("a.k_proj", "a.v_proj"), 7, "the kernels take 8 outputs at once").record()
+    card = model_card(facts(unquantized=left))
     assert "\n2 of 7 linear layers stay in 16 bit: the kernels take 8 outputs at once.\n" in card
     assert "stay in 16 bit" not in model_card(facts())
 

@@ -104,7 +104,7 @@ def test_another_size_of_blocks_is_refused_by_servers(folder: Path, tmp_path: Pa
 
 
 def test_transformers_reads_the_weights_that_the_file_stands_for(source: Path, folder: Path) -> None:
-    model, read = load_fp8_block(folder), find_format("fp8_block").weights(folder, source)
+    model, read = load_fp8_block(folder), find_format("fp8_block").dequantized_weights(folder, source)
     assert read is not None
     before = load_file(source / "model.safetensors")
     for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"):

@@ -67,7 +67,7 @@ def test_sampling_is_the_bases_own(
 
 
 def test_an_adapter_stands_on_its_base(facts: Made, tmp_path: Path) -> None:
-    FORMATS["adapter_gguf"].write_beside(tmp_path, facts(format="adapter_gguf", file="adapter.gguf"))
+    FORMATS["adapter_gguf"].write_server_files(tmp_path, facts(format="adapter_gguf", file="adapter.gguf"))
     text = (tmp_path / "Modelfile").read_text("utf-8")
     read = Modelfile.read(text)
     assert (read.source, read.adapter) == ("./base.gguf", "./adapter.gguf")

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_kit.formats.format import Speaker
+from qlora_kit.formats.format import ChatStream
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
 from qlora_kit.model.tokenizer import load_tokenizer
 
 
-def gguf_speaker(path: Path) -> Speaker:
+def open_gguf_chat(path: Path) -> ChatStream:
     """What answers with a file at exports/<name>/<file>."""
     # exports/<name>/<file>: what lies beside exports/ holds the tokenizer that turns token ids into text.
     home = path.parent.parent.parent
