@@ -1,7 +1,7 @@
 """What a run will need, by arithmetic alone: bytes by part. An estimate, made before anything is loaded.
 
-Sources: Dettmers et al., QLoRA (2023), section 3, for the 4-bit state; bitsandbytes' functional.py for its block sizes;
-TRL's kernels/chunked_logprob.py for the loss. What a layer keeps for its backward pass was counted tensor by tensor on
+Sources: Dettmers et al., QLoRA (2023), section 3, for the 4-bit state; bitsandbytes' functional.py for its block sizes.
+What a layer keeps for its backward pass was counted tensor by tensor on
 transformers' Llama with peft, under bf16 autocast; tests/unit/memory repeats the count.
 """
 
@@ -11,6 +11,8 @@ from qlora_kit.memory.shapes import Linear, frozen_linears, other_parameters
 from qlora_kit.memory.shapes import shape_of_config as shape_of_config
 from qlora_kit.memory.trainable import target_names
 from qlora_kit.memory.trainable import trainable_parameters as trainable_parameters
+from qlora_kit.objectives.objective import Objective
+from qlora_kit.objectives.sft.sft import SFT
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelShape
 from qlora_kit.schema.optim import OptimConfig
@@ -19,8 +21,6 @@ from qlora_kit.schema.trainer import TrainerConfig
 
 BLOCK_4BIT = 64  # weights that share a scale
 BLOCK_DOUBLE = 256  # scales that share a scale of their own
-LOSS_TOKENS = 4096  # rows of the tile that the loss is computed in
-LOSS_VOCABULARY = 32768  # columns of it
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def estimate(
     optim: OptimConfig,
     trainer: TrainerConfig,
     tokens: int,
+    objective: Objective = SFT,
 ) -> MemoryEstimate:
     """Peak memory of one training step on transformers and peft.
 
@@ -81,7 +82,7 @@ def estimate(
         gradients=4.0 * trainable,
         optimizer=float(optim.name.value.state_bytes * trainable),
         activations=_activations(shape, lora, trainer, tokens, wide),
-        loss=_loss(shape, tokens, wide),
+        loss=objective.loss_bytes(shape, tokens, wide),
         workspace=_workspace(stored, quant, wide),
         trainable=trainable,
         frozen=sum(linear.weights for linear in linears) + other_parameters(shape),
@@ -117,12 +118,6 @@ def _activations(shape: ModelShape, lora: LoraConfig, trainer: TrainerConfig, to
     if trainer.gradient_checkpointing:
         return shape.num_layers * wide * shape.hidden_size * tokens + layer
     return shape.num_layers * layer
-
-
-def _loss(shape: ModelShape, tokens: int, wide: int) -> float:
-    """TRL never holds all logits: a tile of them, the hidden states twice and their gradient in 32 bit."""
-    tile = wide * min(tokens, LOSS_TOKENS) * min(shape.vocab_size, LOSS_VOCABULARY)
-    return tile + (2 * wide + 4) * tokens * shape.hidden_size
 
 
 def _workspace(stored: list[Linear], quant: QuantConfig, wide: int) -> float:

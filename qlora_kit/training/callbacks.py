@@ -11,12 +11,16 @@ from qlora_kit.core.console.bar import Bar, bar
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.signals import on_stop_signals, repeats_by_itself, tell_at_once
 from qlora_kit.model.device import peak_memory_bytes
+from qlora_kit.objectives.registry import OBJECTIVES
 from qlora_kit.tracking.tracker import Tracker
 from qlora_kit.training.checkpoint import keep_newest, mark_complete, whole_or_none
 from qlora_kit.training.finite import refuse_not_finite
 from qlora_kit.training.step_clock import StepClock
 
-KEPT_METRICS = ("epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy")
+KEPT_METRICS = (
+    *("epoch", "loss", "grad_norm", "learning_rate", "eval_loss"),
+    *(name for objective in OBJECTIVES.values() for name in objective.metrics),
+)
 WATCHED = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "held-out loss"}
 
 

@@ -21,8 +21,9 @@ from qlora_kit.engine.attention.packed import check_isolation, enable_packed_att
 from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.source import hub_name
-from qlora_kit.objectives.sft.collate import Collator, Counted, Outline, PackedCollator
-from qlora_kit.objectives.sft.dataset import training_dataset
+from qlora_kit.objectives.objective import Objective
+from qlora_kit.objectives.registry import OBJECTIVES
+from qlora_kit.objectives.sft.collate import Outline
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
@@ -75,7 +76,9 @@ def build_trainer(
     processes = world_size()
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
     undo, engine = _made_ready(model, recipe, packing, at_once)
-    dataset = training_dataset(train, packing)
+    objective = OBJECTIVES["sft"]
+    dataset = objective.dataset(train, packing)
+    outline = _outline(recipe, train, packing, engine)
     group = recipe.trainer.batch_size * processes
     source, revision = recipe.model.source, recipe.model.revision
     return KitTrainer(
@@ -89,9 +92,15 @@ def build_trainer(
             processes=processes,
             checkpoints_layers=recipe.trainer.gradient_checkpointing and engine is None,
         ),
+        objective,
         train=dataset,
-        held_out=_held_out_dataset(held_out, packing, recipe, processes) if held_out else None,
-        collator=_collator(recipe, tokenizer.pad_token_id, packing, _outline(recipe, train, packing, engine)),
+        held_out=_held_out_dataset(objective, held_out, packing, recipe, processes) if held_out else None,
+        collator=objective.collator(
+            tokenizer.pad_token_id,
+            is_packed=packing is not None,
+            filled_to=_filled_to(recipe, packing, outline),
+            outline=outline,
+        ),
         tokenizer=tokenizer,
         watch=watch,
         order=epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed),
@@ -119,12 +128,10 @@ def _made_ready(
     return undo, engine
 
 
-def _collator(recipe: TrainRecipe, pad_token_id: int, packing: Packing | None, outline: Outline | None) -> Counted:
-    if packing is None:
-        return Counted(Collator(pad_token_id))
-    if recipe.model.attention is Attention.flex_attention or outline is not None:
-        return Counted(PackedCollator(recipe.trainer.batch_size * packing.capacity, pad_token_id, outline))
-    return Counted(PackedCollator())
+def _filled_to(recipe: TrainRecipe, packing: Packing | None, outline: Outline | None) -> int | None:
+    """Tokens of every batch, for attention and layers that are compiled or recorded for one number of them."""
+    is_of_one_size = recipe.model.attention is Attention.flex_attention or outline is not None
+    return recipe.trainer.batch_size * packing.capacity if packing is not None and is_of_one_size else None
 
 
 def _outline(
@@ -140,10 +147,12 @@ def _outline(
     return Outline(recipe.trainer.batch_size * int(samples.max()), longest)
 
 
-def _held_out_dataset(rows: TokenRows, packing: Packing | None, recipe: TrainRecipe, processes: int) -> Dataset:
+def _held_out_dataset(
+    objective: Objective, rows: TokenRows, packing: Packing | None, recipe: TrainRecipe, processes: int
+) -> Dataset:
     alike = None if packing is None else pack(rows.lengths, max(packing.capacity, int(rows.lengths.max())))
     multiple = recipe.trainer.batch_size * processes if processes > 1 else 1
-    return training_dataset(rows, alike, multiple)
+    return objective.dataset(rows, alike, multiple)
 
 
 def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:

@@ -21,7 +21,8 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.order import Order
 from qlora_kit.engine.head import enable_fused_head
 from qlora_kit.engine.layer.fast import FastEngine
-from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Counted
+from qlora_kit.objectives.objective import Objective
+from qlora_kit.objectives.sft.collate import Counted
 from qlora_kit.training.callbacks import Watch
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
@@ -54,7 +55,7 @@ class _Waiting:
     """What is to be logged of a step, on its way from the device.
 
     Attributes:
-        values: float64 in the host's memory: loss, gradient norm, right answers, trained tokens, tokens.
+        values: float64 in the host's memory: loss, gradient norm, the objective's sums.
         arrived: when they are there; None on a CPU.
         steps: since the last log.
     """
@@ -70,6 +71,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's trainer over rows that the kit prepared.
 
     Attributes:
+        objective: what is learned.
         watch: sees every step.
         order: of the training items.
         undo: what takes off the model again what was put on it for training.
@@ -86,6 +88,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         self,
         model: PeftModel,
         settings: SFTConfig,
+        objective: Objective,
         *,
         train: Dataset,
         held_out: Dataset | None,
@@ -106,6 +109,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         """
         self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
         self._waiting: _Waiting | None = None
+        self.objective = objective
         self.watch, self.order, self.base, self.groups, self.engine = watch, order, base, groups, engine
         self.logs_late = torch.cuda.is_available()
         super().__init__(
@@ -125,7 +129,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     @cached_property
     def _unread(self) -> list[torch.Tensor]:
-        """Right answers, trained tokens and tokens of each batch since the last log, on the device."""
+        """The objective's sums of each batch since the last log, on the device."""
         return []
 
     def create_model_card(self, *arguments: object, **settings: object) -> None:
@@ -217,7 +221,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The sum over trained tokens by their number in the whole step, without waiting for the device.
+        """The objective's loss, without waiting for the device.
 
         TRL reads its metrics off the device after every forward pass, and the backward pass waits for that; here they
         are read when they are logged.
@@ -227,14 +231,9 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = {"trained_tokens": count} if self.tells_counts else {}
         outputs = model(**inputs, **counts, use_cache=False, fused_lm_head=True)
-        trained = outputs.label_mask.sum()
-        if "attention_mask" in inputs:
-            tokens = inputs["attention_mask"].sum()
-        else:
-            tokens = torch.full_like(trained, inputs["position_ids"].numel())
-        self._unread.append(torch.stack((outputs.is_top1.sum(), trained, tokens)).detach())
-        total = trained if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=trained.device)
-        loss = -outputs.log_probs.sum() / total.clamp(min=1)
+        found = self.objective.loss(outputs, inputs, num_items_in_batch)
+        self._unread.append(found.sums)
+        loss = found.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return loss
@@ -246,16 +245,18 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         return self.args.loss_type != "nll" or self.aux_loss_enabled or any(part is not None for part in special)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the accuracy and the tokens of all batches and processes since the last time."""
+        """Log, with the objective's metrics and the tokens of all batches and processes since the last time."""
         if self._unread:
             seen = self.accelerator.reduce(torch.stack(self._unread).sum(dim=0), reduction="sum")
             self._unread.clear()
-            self._count(*seen.tolist())
+            self._count(seen.tolist())
         super().log(logs, start_time)
 
-    def _count(self, right: float, trained: float, tokens: float) -> None:
-        self._total_train_tokens += int(tokens)
-        self._metrics["train"]["mean_token_accuracy"] = [right / max(trained, 1)]
+    def _count(self, sums: Sequence[float]) -> None:
+        progress = self.objective.read(sums)
+        self._total_train_tokens += progress.tokens
+        for name, value in progress.metrics.items():
+            self._metrics["train"][name] = [value]
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def _maybe_log_save_evaluate(
@@ -314,7 +315,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             waiting.arrived.synchronize()
         loss, grad_norm, *seen = waiting.values.tolist()
         self._total_loss_scalar += loss
-        self._count(*seen)
+        self._count(seen)
         self.store_flos()
         logs = {"loss": loss / waiting.steps, "grad_norm": grad_norm, "learning_rate": waiting.learning_rate}
         super().log(logs, waiting.start_time)  # self.log would count the step that is running
@@ -350,9 +351,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     ) -> tuple[torch.Tensor, Any, Any]:
         """Loss of one held-out batch; notes how many tokens it is the mean of."""
         found: tuple[torch.Tensor, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        loss = found[0].double()
-        tokens = (inputs["labels"][..., 1:] != IGNORED_LABEL).sum().to(loss)
-        self._held_out += torch.stack((loss * tokens, tokens))
+        self._held_out += self.objective.held_out(found[0], inputs)
         return found
 
     def evaluation_loop(
