@@ -93,8 +93,8 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
         if family is not None or not base.kind:
             extras = extras_of_recipe(base.shape, recipe.lora, family)
             step = StepMemory(base.shape, tokens, extras, plain.trainable)
-            memory, levels = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
-            return Forecast(memory, tokens, again(levels))
+            memory, policies = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
+            return Forecast(memory, tokens, again(policies))
     recomputed = recipe.trainer.gradient_checkpointing
     return Forecast(plain, tokens, "recomputed in the backward pass" if recomputed else "kept for the backward pass")
 

@@ -37,26 +37,26 @@ def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngin
     if config.mode is EngineMode.plain:
         return None
     engine = patch_model(model, config)
-    for line in engine.said:
+    for line in engine.messages:
         log.info(line)
     if not engine.layers:
         return None
     memory = step_memory_of(model, tokens)
-    levels = _levels(memory, config.recompute)
-    engine.set_levels(levels)
-    if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, levels, _free())):
+    policies = _policies(memory, config.recompute)
+    engine.set_policies(policies)
+    if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, policies, _free())):
         back = "engine.weight_copies=none gives it back"
         log.info(f"engine: weights are kept unpacked too, {human_bytes(copies)} ({back})")
     log.info(
         f"engine: fast, {config.compute.name}, {counted(engine.fast_layers, 'layer')}; for {human_count(tokens)} "
-        f"tokens {again(levels)}"
+        f"tokens {again(policies)}"
     )
     return engine
 
 
-def layer_levels(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
+def layer_policies(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
     """What each decoder layer computes again: see `engine/layer/checkpoint_policy.py`."""
-    return _levels(step_memory_of(model, tokens), config.recompute)
+    return _policies(step_memory_of(model, tokens), config.recompute)
 
 
 def step_memory_of(model: PeftModel, tokens: int) -> StepMemory:
@@ -85,19 +85,19 @@ def _free() -> float:
     return free_memory_bytes()
 
 
-def _levels(memory: StepMemory, recompute: str) -> list[int]:
-    """The levels that the recipe's word for it comes to; with a warning where even the last one is too much."""
-    levels, budget = memory.levels(recompute, _free())
-    if (needed := memory.needed(levels)) > budget:
+def _policies(memory: StepMemory, recompute: str) -> list[int]:
+    """The policies that the recipe's word for it comes to; with a warning where even the last one is too much."""
+    policies, budget = memory.policies(recompute, _free())
+    if (needed := memory.needed(policies)) > budget:
         room = human_bytes(budget)
         log.warning(f"layers keep {human_bytes(needed)} at the least, where there is room for {room}")
-    _check_host(memory, levels)
-    return levels
+    _check_host(memory, policies)
+    return policies
 
 
-def _check_host(memory: StepMemory, levels: Sequence[int]) -> None:
+def _check_host(memory: StepMemory, policies: Sequence[int]) -> None:
     """Refuse what the host's memory cannot hold: the system would end the process without a word."""
-    layers = sum(level >= CheckpointPolicy.offload_input for level in levels)
+    layers = sum(policy >= CheckpointPolicy.offload_input for policy in policies)
     needed = layers * memory.tokens * kept_bytes(memory.shape, CheckpointPolicy.recompute_layer) * local_world_size()
     if layers and needed > (free := free_host_bytes()):
         raise RunError(

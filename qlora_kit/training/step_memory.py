@@ -17,7 +17,7 @@ from qlora_kit.engine.layer.checkpoint_policy import (
     kept_bytes,
     parse_amount,
     peak_bytes,
-    plan_levels,
+    plan_policies,
     temporary_bytes,
     unpacked_bytes,
 )
@@ -75,45 +75,45 @@ class StepMemory:
         beside = self.extras.beside
         return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, beside=beside)
 
-    def backward(self, levels: Sequence[int]) -> float:
+    def backward(self, policies: Sequence[int]) -> float:
         """Bytes of the layers' backward pass, with what they keep."""
-        in_pieces = CheckpointPolicy.chunked_mlp in levels
+        in_pieces = CheckpointPolicy.chunked_mlp in policies
         made = temporary_bytes(self.shape, self.tokens, in_pieces=in_pieces, beside=self.extras.beside)
-        return self.needed(levels) + unpacked_bytes(self.shape) + made
+        return self.needed(policies) + unpacked_bytes(self.shape) + made
 
-    def needed(self, levels: Sequence[int]) -> float:
-        """Bytes that layers keep at these levels, and make again, at the most at once."""
-        return peak_bytes(self.shape, levels, self.tokens, extras=self.extras)
+    def needed(self, policies: Sequence[int]) -> float:
+        """Bytes that layers keep at these policies, and make again, at the most at once."""
+        return peak_bytes(self.shape, policies, self.tokens, extras=self.extras)
 
-    def room_for_copies(self, weight_copies: str, levels: Sequence[int], free_bytes: float) -> float:
-        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what levels say.
+    def room_for_copies(self, weight_copies: str, policies: Sequence[int], free_bytes: float) -> float:
+        """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what policies say.
 
         For auto there are none where memory is so short that something is computed again.
         """
         wanted = parse_amount(weight_copies)
         if wanted.amount is Amount.auto:
-            return 0.0 if any(levels) else COPIES_SHARE * (self.budget(free_bytes) - self.needed(levels))
+            return 0.0 if any(policies) else COPIES_SHARE * (self.budget(free_bytes) - self.needed(policies))
         return math.inf if wanted.amount is Amount.all else wanted.budget_bytes
 
-    def levels(self, recompute: str, free_bytes: float) -> tuple[list[int], float]:
-        """The levels that the recipe's word for it comes to, and the bytes that there are for what layers keep.
+    def policies(self, recompute: str, free_bytes: float) -> tuple[list[int], float]:
+        """The policies that the recipe's word for it comes to, and the bytes that there are for what layers keep.
 
-        Where even the last level needs more than there is, that is the caller's to say.
+        Where even the last policy needs more than there is, that is the caller's to say.
         """
         wanted = parse_amount(recompute)
         if wanted.amount in WHATEVER_IS_FREE:
             return [WHATEVER_IS_FREE[wanted.amount]] * self.shape.num_layers, math.inf
         budget = self.budget(free_bytes) if wanted.amount is Amount.auto else wanted.budget_bytes
-        levels = plan_levels(self.shape, self.tokens, budget, extras=self.extras)
-        if wanted.amount is Amount.auto and self.needed(levels) > budget:
+        policies = plan_policies(self.shape, self.tokens, budget, extras=self.extras)
+        if wanted.amount is Amount.auto and self.needed(policies) > budget:
             return [CheckpointPolicy.chunked_mlp] * self.shape.num_layers, self.budget(free_bytes, in_pieces=True)
-        return levels, budget
+        return policies, budget
 
 
 def fast_estimate(
     plain: MemoryEstimate, engine: EngineConfig, lora: LoraConfig, step: StepMemory, free_bytes: float | None
 ) -> tuple[MemoryEstimate, list[int]]:
-    """What the fast engine will need, and the level of recomputation of each layer.
+    """What the fast engine will need, and the checkpoint policy of each layer.
 
     Args:
         plain: the estimate of the plain engine, whose weights, adapter and optimizer are the same.
@@ -125,22 +125,22 @@ def fast_estimate(
         no_copies = "none" if parse_amount(engine.weight_copies).amount is Amount.auto else engine.weight_copies
         engine = replace(engine, recompute=least, weight_copies=no_copies)
     left = math.inf if free_bytes is None else max(0.0, free_bytes - plain.weights - plain.adapter)
-    levels, _ = step.levels(engine.recompute, left)
-    kept = float(step.tokens * sum(kept_bytes(step.shape, level, extras=step.extras) for level in levels))
-    room = step.room_for_copies(engine.weight_copies, levels, left)
+    policies, _ = step.policies(engine.recompute, left)
+    kept = float(step.tokens * sum(kept_bytes(step.shape, policy, extras=step.extras) for policy in policies))
+    room = step.room_for_copies(engine.weight_copies, policies, left)
     found = replace(
         plain,
         activations=kept,
         loss=step.head,
-        workspace=max(0.0, step.backward(levels) - kept - step.head),  # the head is done when that begins
+        workspace=max(0.0, step.backward(policies) - kept - step.head),  # the head is done when that begins
         copies=_copies(step.shape, lora, engine.compute, room),
     )
-    return found, levels
+    return found, policies
 
 
-def again(levels: Sequence[int]) -> str:
-    """In words, what layers at these levels compute again."""
-    counts = ", ".join(f"{count} {what}" for level, what in AGAIN.items() if (count := levels.count(level)))
+def again(policies: Sequence[int]) -> str:
+    """In words, what layers at these policies compute again."""
+    counts = ", ".join(f"{count} {what}" for policy, what in AGAIN.items() if (count := policies.count(policy)))
     return f"computed again in the backward pass: {counts}" if counts else "nothing is computed again"
 
 

@@ -97,18 +97,18 @@ def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatc
     model, batch = load(folder), padded(rows)
     loss, gradients = step(model, batch)
     engine = patch_model(model, EngineConfig())
-    assert engine.said == [] and engine.fast_layers == len(engine.layers) == model.config.num_hidden_layers
+    assert engine.messages == [] and engine.fast_layers == len(engine.layers) == model.config.num_hidden_layers
     fast_loss, fast = step(model, batch)
     assert fast_loss == pytest.approx(loss, rel=1e-6)
     assert difference(fast, gradients) <= FP32
-    for level in (1, 2, 3):
-        engine.set_levels([level] * len(engine.layers))
+    for policy in (1, 2, 3):
+        engine.set_policies([policy] * len(engine.layers))
         again_loss, again = step(model, batch)
         assert again_loss == fast_loss
         assert all(torch.equal(again[name], fast[name]) for name in fast)
     monkeypatch.setattr(mlp, "PIECE", 50)  # of the batch's tokens, so that the last piece is a shorter one
     assert batch["input_ids"].numel() % 50 and batch["input_ids"].numel() > 100
-    engine.set_levels([CheckpointPolicy.chunked_mlp] * len(engine.layers))
+    engine.set_policies([CheckpointPolicy.chunked_mlp] * len(engine.layers))
     pieces_loss, pieces = step(model, batch)
     assert pieces_loss == pytest.approx(fast_loss, rel=1e-6)
     assert difference(pieces, fast) <= FP32  # sums over tokens are made in another order
@@ -202,7 +202,9 @@ def test_fp8_products_move_gradients_by_rounding_only(tmp_path, rows, compute, l
     model, batch = load(llama(tmp_path), torch.bfloat16), padded(rows)
     _, gradients = step(model, batch)
     size = error(gradients, {name: torch.zeros_like(part) for name, part in gradients.items()})
-    assert patch_model(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate)).said == []
+    assert (
+        patch_model(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate)).messages == []
+    )
     assert least < error(step(model, batch)[1], gradients) / size < most
 
 
@@ -232,7 +234,7 @@ def test_what_is_not_known_runs_plain_and_is_said(tmp_path, rows, lora, reason):
     torch.manual_seed(0)
     fast_loss, fast = step(model, batch)
     assert engine.layers == [] and engine.fast_layers == 0
-    assert len(engine.said) == 1 and engine.said[0].startswith(f"2 of 2 layers run plain, because {reason}")
+    assert len(engine.messages) == 1 and engine.messages[0].startswith(f"2 of 2 layers run plain, because {reason}")
     assert fast_loss == loss and all(torch.equal(fast[name], gradients[name]) for name in gradients)
 
 
@@ -241,26 +243,26 @@ def test_one_plain_layer_among_fast_ones_still_computes_again(tmp_path, rows):
     model.get_submodule("base_model.model.model.layers.1.mlp").act_fn = torch.nn.ReLU()
     _, gradients = step(model, batch)
     engine = patch_model(model, EngineConfig())
-    assert engine.said == ["1 of 2 layers run plain, because the activation ReLU has no fast form"]
+    assert engine.messages == ["1 of 2 layers run plain, because the activation ReLU has no fast form"]
     assert (engine.fast_layers, len(engine.layers)) == (1, 2)
-    for level in (0, 1, 2):
-        engine.set_levels([level, level])
+    for policy in (0, 1, 2):
+        engine.set_policies([policy, policy])
         assert difference(step(model, batch)[1], gradients) <= FP32
 
 
 def test_int8_bases_and_unknown_families_run_plain(tmp_path):
     model = load(llama(tmp_path), quant=QuantConfig(kind=QuantKind.int8))
-    assert patch_model(model, EngineConfig()).said == [
+    assert patch_model(model, EngineConfig()).messages == [
         "2 of 2 layers run plain, because Linear8bitLt is not multiplied by the fast engine"
     ]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     other = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, vocab_size=32))
     adapted = attach_lora(other, LoraConfig(r=4, targets=["dense"]))
-    assert patch_model(adapted, EngineConfig()).said == [
+    assert patch_model(adapted, EngineConfig()).messages == [
         "engine.mode=fast has no gpt_neox layers: they run plain, on transformers and peft"
     ]
 
 
 def test_levels_of_another_number_of_layers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="1 levels for 2 layers"):
+    with pytest.raises(ValueError, match="1 policies for 2 layers"):
         patch_model(load(llama(tmp_path)), EngineConfig(), [0])

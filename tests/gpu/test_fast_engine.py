@@ -1,4 +1,4 @@
-"""On a GPU the fast engine's gradients are as near to exact ones as peft's, for every family and level."""
+"""On a GPU the fast engine's gradients are as near to exact ones as peft's, for every family and policy."""
 
 import pytest
 import torch
@@ -65,8 +65,8 @@ def test_gradients_are_as_near_to_exact_ones_as_plain_ones(folder, batch):
     fast = gradients(model, batch, ComputeDtype.bfloat16)
     print(f"\n{folder.parent.name}: plain {error(plain, exact):.5f}, fast {error(fast, exact):.5f} from fp32")
     assert error(fast, exact) < 1.05 * error(plain, exact)
-    for level in (1, 2, 3, 4):
-        engine.set_levels([level] * len(engine.layers))
+    for policy in (1, 2, 3, 4):
+        engine.set_policies([policy] * len(engine.layers))
         assert error(gradients(model, batch, ComputeDtype.bfloat16), fast) < 1e-3
     engine.undo()
     torch.testing.assert_close(gradients(model, batch, ComputeDtype.bfloat16), plain)

@@ -90,16 +90,16 @@ def same(found, expected):
 BATCHES = [[0, 1, 2, 3], [5, 4, 6, 7], [8, 9, 10, 11], [0, 4, 5, 8]]  # each 93 tokens wide
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecorded(folder, rows, level):
+@pytest.mark.parametrize("policy", [0, 1, 2])
+def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecorded(folder, rows, policy):
     model = load(folder)
     batches = [padded(rows, indices) for indices in BATCHES]
     engine = engine_of(model, cuda_graphs=False)
-    engine.set_levels([level] * len(engine.layers))
+    engine.set_policies([policy] * len(engine.layers))
     expected = [gradients(model, batch) for batch in batches]
     engine.undo()
     engine = engine_of(model)
-    engine.set_levels([level] * len(engine.layers))
+    engine.set_policies([policy] * len(engine.layers))
     record(model, engine, batches[0])
     for batch, wanted in zip(batches, expected, strict=True):
         same(gradients(model, batch), wanted)

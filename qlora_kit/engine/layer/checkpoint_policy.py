@@ -10,7 +10,9 @@ from qlora_kit.schema.amount import Asked as Asked
 from qlora_kit.schema.amount import parse_amount as parse_amount
 from qlora_kit.schema.model import ModelShape
 
-PIECE = 8192  # tokens of which an MLP holds gate and up at a time, at that level: enough for whole rounds of tiles
+PIECE = (
+    8192  # tokens of which an MLP holds gate and up at a time, where it is chunked: enough for whole rounds of tiles
+)
 _FP32 = 4
 _SPARED_BESIDE = 4  # tensors of an MLP's width that a budget leaves room for at the least: one to spare
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted
@@ -35,7 +37,7 @@ class CheckpointPolicy(IntEnum):
     chunked_mlp = 4
 
 
-LEVELS = tuple(CheckpointPolicy)[: CheckpointPolicy.chunked_mlp]  # that plans mix
+MIXED = tuple(CheckpointPolicy)[: CheckpointPolicy.chunked_mlp]  # that plans mix
 
 
 @dataclass(frozen=True)
@@ -82,29 +84,29 @@ def beside_gate_and_up(ranks: Sequence[int]) -> int:
     return 3 if max(ranks) <= FUSED_RANK else 9
 
 
-def kept_bytes(shape: ModelShape, level: int, wide: int = 2, extras: LayerExtras | None = None) -> int:
+def kept_bytes(shape: ModelShape, policy: int, wide: int = 2, extras: LayerExtras | None = None) -> int:
     """Bytes on the device that one layer keeps for each token.
 
     Args:
-        level: a `CheckpointPolicy`, here as elsewhere.
+        policy: a `CheckpointPolicy`, here as elsewhere.
         wide: bytes of an activation.
     """
     extras = extras or LayerExtras()
-    if level >= CheckpointPolicy.recompute_layer:
-        return wide * shape.hidden_size if level == CheckpointPolicy.recompute_layer else 0
+    if policy >= CheckpointPolicy.recompute_layer:
+        return wide * shape.hidden_size if policy == CheckpointPolicy.recompute_layer else 0
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     values = 2 * shape.hidden_size + 2 * queries + 2 * keys + extras.ranks
     if extras.qk_norm:
         values += queries + keys
     if extras.post_norms:
         values += 2 * shape.hidden_size
-    if level == CheckpointPolicy.keep_all:
+    if policy == CheckpointPolicy.keep_all:
         values += 2 * shape.intermediate_size
     return wide * values + _FP32 * shape.num_heads
 
 
 def peak_bytes(
-    shape: ModelShape, levels: Sequence[int], tokens: int, wide: int = 2, extras: LayerExtras | None = None
+    shape: ModelShape, policies: Sequence[int], tokens: int, wide: int = 2, extras: LayerExtras | None = None
 ) -> int:
     """The most that is kept at once, in bytes, over the backward of all layers from the last to the first.
 
@@ -113,18 +115,18 @@ def peak_bytes(
     whole = kept_bytes(shape, CheckpointPolicy.keep_all, wide, extras)
     without_gate_up = kept_bytes(shape, CheckpointPolicy.recompute_gate_up, wide, extras)
     peak = below = 0
-    for level in levels:
-        below += kept_bytes(shape, level, wide, extras)
-        at_work = without_gate_up if level == CheckpointPolicy.chunked_mlp else whole
-        again = 0 if level == CheckpointPolicy.keep_all else at_work - kept_bytes(shape, level, wide, extras)
+    for policy in policies:
+        below += kept_bytes(shape, policy, wide, extras)
+        at_work = without_gate_up if policy == CheckpointPolicy.chunked_mlp else whole
+        again = 0 if policy == CheckpointPolicy.keep_all else at_work - kept_bytes(shape, policy, wide, extras)
         peak = max(peak, below + again)
     return peak * tokens
 
 
-def plan_levels(
+def plan_policies(
     shape: ModelShape, tokens: int, budget_bytes: float, wide: int = 2, extras: LayerExtras | None = None
 ) -> list[int]:
-    """The level of each layer that costs the least time within a budget; `offload_input` for all where nothing fits.
+    """The policy of each layer that costs the least time within a budget; `offload_input` for all where nothing fits.
 
     The first layers compute again, since in their backward the others' activations are gone.
 
@@ -133,12 +135,12 @@ def plan_levels(
         budget_bytes: for kept activations and those that are computed again.
     """
     layers = shape.num_layers
-    for higher in LEVELS[1:]:
+    for higher in MIXED[1:]:
         for count in range(layers + 1):
-            levels = [higher] * count + [higher - 1] * (layers - count)
-            if peak_bytes(shape, levels, tokens, wide, extras) <= budget_bytes:
-                return levels
-    return [LEVELS[-1]] * layers
+            policies = [higher] * count + [higher - 1] * (layers - count)
+            if peak_bytes(shape, policies, tokens, wide, extras) <= budget_bytes:
+                return policies
+    return [MIXED[-1]] * layers
 
 
 def auto_budget(

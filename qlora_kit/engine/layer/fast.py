@@ -44,7 +44,7 @@ class FastLayer:
 
     Attributes:
         parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
-        level: a `CheckpointPolicy`.
+        policy: a `CheckpointPolicy`.
         graphs: of all layers; None where every kernel is started by itself.
         place: among the layers that have graphs.
         begin: what is to be done before a forward pass; None but for the first layer.
@@ -56,7 +56,7 @@ class FastLayer:
         self.plain: Callable[..., Any] = layer.forward
         self.parts = parts
         self.dtype = dtype
-        self.level: int = CheckpointPolicy.keep_all
+        self.policy: int = CheckpointPolicy.keep_all
         self.met_a_cache = False
         self.graphs: LayerGraphs | None = None
         self.place = 0
@@ -75,8 +75,8 @@ class FastLayer:
             self.begin()
         parts = self.parts
         if parts is None or not all(linear.is_as_made() for linear in parts.linears):
-            return self._again(self.plain, hidden_states, settings)
-        if self.graphs is None or self.level >= CheckpointPolicy.offload_input or self._draws():
+            return self._checkpointed(self.plain, hidden_states, settings)
+        if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
@@ -84,23 +84,23 @@ class FastLayer:
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            found: Tensor = self._again(self._by_hand, hidden_states.to(self.dtype), settings)
+            found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
         return found
 
-    def _again(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
-        """The layer's result, of which less is kept than its backward needs, if its level says so."""
-        if self.level < CheckpointPolicy.recompute_layer and (
-            self.parts is not None or self.level == CheckpointPolicy.keep_all
+    def _checkpointed(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
+        """The layer's result, of which less is kept than its backward needs, if its policy says so."""
+        if self.policy < CheckpointPolicy.recompute_layer and (
+            self.parts is not None or self.policy == CheckpointPolicy.keep_all
         ):
             return run(hidden_states, **settings)
-        to_host = self.level >= CheckpointPolicy.offload_input
+        to_host = self.policy >= CheckpointPolicy.offload_input
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
         with SavedOnHost() if to_host else nullcontext():
             return checkpoint(
-                partial(run, **settings), hidden_states, use_reentrant=False, preserve_rng_state=self._draws()
+                partial(run, **settings), hidden_states, use_reentrant=False, preserve_rng_state=self._has_dropout()
             )
 
-    def _draws(self) -> bool:
+    def _has_dropout(self) -> bool:
         """Whether a training step draws random numbers in this layer."""
         return self.parts is None or self.parts.attention.attention_dropout > 0
 
@@ -129,21 +129,21 @@ class FastLayer:
         rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
         q, k, v, residual = project(h, cos, sin, parts.projection)
         attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
-        return parts.mlp.forward(project_add(attention, residual, parts.output), self.level)
+        return parts.mlp.forward(project_add(attention, residual, parts.output), self.policy)
 
 
 class FastEngine:
     """What `patch_model` did to a model.
 
     Attributes:
-        said: lines for the user: what runs plain, and why.
+        messages: lines for the user: what runs plain, and why.
         layers: decoder layers that have another forward now; none where nothing could be sped up.
         graphs: of the layers; None without a GPU, or where the recipe wants none.
     """
 
-    def __init__(self, layers: list[FastLayer], said: list[str], graphs: LayerGraphs | None = None) -> None:
+    def __init__(self, layers: list[FastLayer], messages: list[str], graphs: LayerGraphs | None = None) -> None:
         self.layers = layers
-        self.said = said
+        self.messages = messages
         self.graphs = graphs
         recordable = [layer for layer in layers if layer.parts is not None]
         for place, layer in enumerate(recordable):
@@ -164,17 +164,17 @@ class FastEngine:
         """Whether a training step came with a cache, which makes every layer run plain: set `use_cache=False`."""
         return any(layer.met_a_cache for layer in self.layers)
 
-    def set_levels(self, levels: Sequence[int]) -> None:
+    def set_policies(self, policies: Sequence[int]) -> None:
         """What each layer computes again from the next step on: one `CheckpointPolicy` for each layer in order.
 
         Raises:
-            ValueError: there are more or fewer levels than layers.
+            ValueError: there are more or fewer policies than layers.
         """
-        if len(levels) != len(self.layers):
-            raise ValueError(f"{len(levels)} levels for {len(self.layers)} layers")
+        if len(policies) != len(self.layers):
+            raise ValueError(f"{len(policies)} policies for {len(self.layers)} layers")
         self._release()
-        for layer, level in zip(self.layers, levels, strict=True):
-            layer.level = level
+        for layer, policy in zip(self.layers, policies, strict=True):
+            layer.policy = policy
 
     def keep_copies(self, room: float) -> int:
         """Keep weights in the format that they are multiplied in as well, as many as fit into so many bytes.
@@ -207,18 +207,18 @@ class FastEngine:
 
 
 def patch_model(
-    model: PeftModel, config: EngineConfig, levels: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
+    model: PeftModel, config: EngineConfig, policies: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
 ) -> FastEngine:
     """Make the decoder layers of a model run by hand while it trains.
 
     A layer that holds what the engine does not know stays plain; so does a whole model of an unknown family.
 
     Args:
-        levels: see `FastEngine.set_levels`; without, everything is kept. Unused where no layer is fast.
+        policies: see `FastEngine.set_policies`; without, everything is kept. Unused where no layer is fast.
         make_weight: instead of the weights that `config.compute` asks for.
     Raises:
         RecipeError: `config.compute` is fp8, and this machine or this model has no fp8.
-        ValueError: `levels` does not fit the model.
+        ValueError: `policies` does not fit the model.
     """
     base: Any = model.get_base_model()
     kind = base.config.get_text_config().model_type
@@ -235,15 +235,15 @@ def patch_model(
             reasons[str(reason)] += 1
             parts = None
         found.append(FastLayer(layer, parts, dtype))
-    said = [
+    messages = [
         f"{count} of {counted(len(found), 'layer runs', 'layers run')} plain, because {why}"
         for why, count in reasons.items()
     ]
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
-    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, said, graphs)
-    if levels is not None and engine.layers:
-        engine.set_levels(levels)
+    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, messages, graphs)
+    if policies is not None and engine.layers:
+        engine.set_policies(policies)
     for fast in engine.layers:
         fast.install()
     return engine

@@ -31,11 +31,11 @@ class Mlp(Protocol):
         """Its linear modules by their input, in the order in which gradients are handed to their parameters."""
         ...
 
-    def forward(self, h: Tensor, level: int) -> Tensor:
+    def forward(self, h: Tensor, policy: int) -> Tensor:
         """`h + mlp(h)` for h `[rows, tokens, hidden]`, with the gradients of h and of every adapter.
 
         Args:
-            level: what the backward pass computes again, a `CheckpointPolicy`.
+            policy: what the backward pass computes again, a `CheckpointPolicy`.
         """
         ...
 
@@ -55,10 +55,10 @@ class DenseMlp:
         """See `Mlp`."""
         return self.group, self.down
 
-    def forward(self, h: Tensor, level: int) -> Tensor:
+    def forward(self, h: Tensor, policy: int) -> Tensor:
         """See `Mlp`."""
-        if level != CheckpointPolicy.chunked_mlp:
-            return gated_mlp(h, self, recompute_gate_up=level == CheckpointPolicy.recompute_gate_up)
+        if policy != CheckpointPolicy.chunked_mlp:
+            return gated_mlp(h, self, recompute_gate_up=policy == CheckpointPolicy.recompute_gate_up)
         pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
         return torch.cat([gated_mlp(piece, self, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
 

@@ -31,7 +31,7 @@ from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training import speed as module
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.sft import build_trainer, fit
-from qlora_kit.training.speed import layer_levels, put_engine, step_memory_of
+from qlora_kit.training.speed import layer_policies, put_engine, step_memory_of
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -88,20 +88,20 @@ def test_the_fast_engine_trains_as_the_plain_one(base, rows, tmp_path, batching,
 def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
 
-    def levels(recompute):
-        return layer_levels(model, EngineConfig(mode=FAST, recompute=recompute), 1000)
+    def policies(recompute):
+        return layer_policies(model, EngineConfig(mode=FAST, recompute=recompute), 1000)
 
-    assert levels("none") == [0, 0]
-    assert levels("all") == [2, 2]
-    assert levels("20GB") == [0, 0]
-    assert set(levels("0.008GB")) & {1, 2}
+    assert policies("none") == [0, 0]
+    assert policies("all") == [2, 2]
+    assert policies("20GB") == [0, 0]
+    assert set(policies("0.008GB")) & {1, 2}
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 100e9)
-    assert levels("auto") == [0, 0]
+    assert policies("auto") == [0, 0]
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e6)
     capsys.readouterr()
-    assert levels("auto") == [4, 4]
+    assert policies("auto") == [4, 4]
     assert "warning: layers keep" in capsys.readouterr().err
-    assert levels("1MB") == [3, 3]
+    assert policies("1MB") == [3, 3]
     made = put_engine(model, EngineConfig(mode=FAST), 1000)
     said = capsys.readouterr().err
     assert "computed again in the backward pass: 2 whole layers, from the host's memory, some tokens at a time" in said
@@ -115,17 +115,17 @@ def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
     config = EngineConfig(mode=FAST, recompute="1MB")
     kept = 2 * 1000 * 2 * model.config.hidden_size  # layers, tokens, bytes of a 16-bit activation
     monkeypatch.setattr(module, "free_host_bytes", lambda: float(kept))
-    assert layer_levels(model, config, 1000) == [3, 3]
+    assert layer_policies(model, config, 1000) == [3, 3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RunError) as caught:
-        layer_levels(model, config, 1000)
+        layer_policies(model, config, 1000)
     assert str(caught.value) == (
         f"a step of 1.0 k tokens keeps {human_bytes(2 * kept)} in the host's memory, "
         f"where {human_bytes(kept)} are free\n"
         "  set in   data.max_tokens, trainer.batch_size\n"
         "  do       lower one of them; or engine.recompute=all, if the GPU has room for it"
     )
-    assert layer_levels(model, EngineConfig(mode=FAST, recompute="all"), 1000) == [2, 2]
+    assert layer_policies(model, EngineConfig(mode=FAST, recompute="all"), 1000) == [2, 2]
 
 
 @pytest.mark.slow

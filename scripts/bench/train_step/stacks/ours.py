@@ -23,7 +23,7 @@ from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.callbacks import StopOnSignal, Watch
 from qlora_kit.training.sft import build_trainer, fit
-from qlora_kit.training.speed import layer_levels
+from qlora_kit.training.speed import layer_policies
 from qlora_kit.training.trainer import KitTrainer
 from train_step.clock import LEARNING_RATE, MEASURED, WARM_UP, StepClock
 from train_step.rows import ids_of, lengths_of, stored
@@ -105,13 +105,13 @@ def train(run: Run, base: Path, work: Path, *, profiled: bool = False) -> dict[s
 
 
 def _levels(trainer: KitTrainer) -> dict[str, object]:
-    """How many layers are fast, and how many run at each level of recomputation."""
+    """How many layers are fast, and how many run at each checkpoint policy."""
     if trainer.engine is None:
         return {}
-    levels = [layer.level for layer in trainer.engine.layers]
+    policies = [layer.policy for layer in trainer.engine.layers]
     return {
         "fast_layers": trainer.engine.fast_layers,
-        "levels": [levels.count(level) for level in range(max(levels) + 1)],
+        "levels": [policies.count(policy) for policy in range(max(policies) + 1)],
     }
 
 
@@ -127,9 +127,9 @@ def single_steps(run: Run, work: Path) -> Callable[[int], None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=device().type == "cuda")
 
-    def levels(tokens: int) -> list[int]:
+    def policies_of(tokens: int) -> list[int]:
         try:
-            return layer_levels(model, engine, tokens)
+            return layer_policies(model, engine, tokens)
         except RunError as error:
             raise RuntimeError(f"out of memory: {error}") from error
 
@@ -137,7 +137,7 @@ def single_steps(run: Run, work: Path) -> Callable[[int], None]:
         ids = torch.from_numpy(ids_of([tokens])[0])[None].to(device())
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         if trainer.engine is not None:
-            trainer.engine.set_levels(levels(tokens))
+            trainer.engine.set_policies(policies_of(tokens))
         try:
             with torch.autocast(device().type, dtype=torch.bfloat16):
                 loss = trainer.compute_loss(model, batch)

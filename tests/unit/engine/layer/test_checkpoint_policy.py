@@ -18,7 +18,7 @@ from qlora_kit.engine.layer.checkpoint_policy import (
     kept_bytes,
     parse_amount,
     peak_bytes,
-    plan_levels,
+    plan_policies,
 )
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.schema.engine import EngineConfig
@@ -33,7 +33,7 @@ def test_llama_8b_keeps_what_a_count_by_hand_gives():
     # h, h2, q, attention: 4096 each; k, v: 1024 each; gate, up: 14336 each; 7 adapters of rank 16; 32 heads of 4 bytes
     values = 4 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 16
     assert kept_bytes(LLAMA_8B, 0, extras=LayerExtras(ranks=7 * 16)) == 2 * values + 4 * 32 == 94_560
-    assert [kept_bytes(LLAMA_8B, level) for level in (1, 2, 3, CheckpointPolicy.chunked_mlp)] == [
+    assert [kept_bytes(LLAMA_8B, policy) for policy in (1, 2, 3, CheckpointPolicy.chunked_mlp)] == [
         2 * 18432 + 128,
         8192,
         0,
@@ -60,14 +60,14 @@ def one_layer(make_config, **settings):
     return get_peft_model(model, LoraConfig(r=RANK, target_modules=targets)).train()
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3, CheckpointPolicy.chunked_mlp])
+@pytest.mark.parametrize("policy", [0, 1, 2, 3, CheckpointPolicy.chunked_mlp])
 @pytest.mark.parametrize(
     ("make_config", "extras"),
     [(LlamaConfig, LayerExtras(7 * RANK)), (Qwen3Config, LayerExtras(7 * RANK, qk_norm=True))],
 )
-def test_a_real_layer_keeps_as_much(make_config, extras, level):
+def test_a_real_layer_keeps_as_much(make_config, extras, policy):
     model = one_layer(make_config)
-    layer = patch_model(model, EngineConfig(), [level]).layers[0].layer
+    layer = patch_model(model, EngineConfig(), [policy]).layers[0].layer
     h = torch.randn(1, TOKENS, 64, dtype=torch.bfloat16).requires_grad_()
     angles = [torch.randn(1, TOKENS, 16, dtype=torch.bfloat16) for _ in range(2)]
     shared = {angle.untyped_storage().data_ptr() for angle in angles}
@@ -81,7 +81,7 @@ def test_a_real_layer_keeps_as_much(make_config, extras, level):
         out = layer(h, position_embeddings=tuple(angles))
     counted = sum(size for place, size in kept.items() if place not in shared)
     assert out.requires_grad
-    assert counted == TOKENS * kept_bytes(SMALL, level, extras=extras)
+    assert counted == TOKENS * kept_bytes(SMALL, policy, extras=extras)
 
 
 @pytest.mark.parametrize("wanted", ["none", "some", "more", "most", "all"])
@@ -90,22 +90,23 @@ def test_a_plan_fits_and_none_that_costs_less_time_would(wanted):
     shape = ModelShape(64, 160, 4, 4, 2, 16, 32)
     whole = peak_bytes(shape, [0] * 4, TOKENS)
     budget = whole * {"none": 1.0, "some": 0.8, "more": 0.5, "most": 0.35, "all": 0.26}[wanted]
-    levels = plan_levels(shape, TOKENS, budget)
-    assert peak_bytes(shape, levels, TOKENS) <= budget
+    policies = plan_policies(shape, TOKENS, budget)
+    assert peak_bytes(shape, policies, TOKENS) <= budget
     adjacent = [
         plan
         for plan in itertools.product(range(4), repeat=4)
-        if max(plan) - min(plan) <= 1 and sum(cost[level] for level in plan) < sum(cost[level] for level in levels)
+        if max(plan) - min(plan) <= 1
+        and sum(cost[policy] for policy in plan) < sum(cost[policy] for policy in policies)
     ]
     assert all(peak_bytes(shape, plan, TOKENS) > budget for plan in adjacent)
 
 
 def test_plans_at_the_ends():
-    assert plan_levels(SMALL, TOKENS, 1e12) == [0, 0, 0]
-    assert plan_levels(SMALL, TOKENS, 0) == [3, 3, 3]
-    assert plan_levels(LLAMA_8B, 8192, 25e9) == [0] * 32  # 24.7 GB, as counted by hand
-    assert sorted(set(plan_levels(LLAMA_8B, 8192, 20e9))) == [0, 1]
-    assert sorted(set(plan_levels(LLAMA_8B, 8192, 8e9))) == [1, 2]
+    assert plan_policies(SMALL, TOKENS, 1e12) == [0, 0, 0]
+    assert plan_policies(SMALL, TOKENS, 0) == [3, 3, 3]
+    assert plan_policies(LLAMA_8B, 8192, 25e9) == [0] * 32  # 24.7 GB, as counted by hand
+    assert sorted(set(plan_policies(LLAMA_8B, 8192, 20e9))) == [0, 1]
+    assert sorted(set(plan_policies(LLAMA_8B, 8192, 8e9))) == [1, 2]
 
 
 def test_layers_that_compute_again_come_first_and_use_the_memory_of_later_ones():

@@ -10,7 +10,7 @@ from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.schema.engine import EngineConfig
 
-LEVELS = range(CheckpointPolicy.chunked_mlp + 1)
+POLICIES = range(CheckpointPolicy.chunked_mlp + 1)
 
 
 class Scaled:
@@ -19,10 +19,10 @@ class Scaled:
     groups = ()
 
     def __init__(self, factor):
-        self.factor, self.levels = factor, []
+        self.factor, self.policies = factor, []
 
-    def forward(self, h, level):
-        self.levels.append(level)
+    def forward(self, h, policy):
+        self.policies.append(policy)
         return h + self.factor * h
 
 
@@ -41,9 +41,9 @@ def layer_with(mlp):
     return engine, fast
 
 
-def step(mlp, level):
+def step(mlp, policy):
     engine, fast = layer_with(mlp)
-    engine.set_levels([level])
+    engine.set_policies([policy])
     h = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     angles = torch.linspace(0, 3, 5 * 16).view(1, 5, 16)
     out = fast.layer(h, position_embeddings=(angles.cos(), angles.sin()))
@@ -53,11 +53,11 @@ def step(mlp, level):
 
 def test_what_a_layer_gives_goes_through_whatever_mlp_it_has():
     nothing, twofold = Scaled(0.0), Scaled(1.0)
-    for level in LEVELS:
-        out, grad, of_a = step(nothing, level)
-        twice, twice_grad, twice_of_a = step(twofold, level)
+    for policy in POLICIES:
+        out, grad, of_a = step(nothing, policy)
+        twice, twice_grad, twice_of_a = step(twofold, policy)
         assert torch.equal(twice, 2 * out)
         assert torch.equal(twice_grad, 2 * grad)
         assert len(of_a) == 4  # of attention alone: this MLP has no linear modules
         assert all(torch.equal(one, 2 * other) for one, other in zip(twice_of_a, of_a, strict=True))
-    assert set(nothing.levels) == set(LEVELS)
+    assert set(nothing.policies) == set(POLICIES)
