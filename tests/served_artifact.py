@@ -1,4 +1,4 @@
-"""Fixtures: a base with a licence, a finished run of it, and facts about an artifact made from both."""
+"""Fixtures: a base with a license, a finished run of it, and facts about an artifact made from both."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.tiny_models import qwen_tokenizer
 
-README = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\nlanguage: [en]\n---\n# Tiny\n"
+README = "---\nlicense: other\nlicense_name: tiny-license\nlicense_link: LICENSE\nlanguage: [en]\n---\n# Tiny\n"
 SECRET = "/home/somebody/private"
 
 Made = Callable[..., ServingFacts]

@@ -23,7 +23,7 @@ def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
 def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Problem | None:
     """What is wrong with a group size for these layers (name to in_features), or None.
 
-    A size that does not divide an input width leaves a short last group, which quantisers write without a word and
+    A size that does not divide an input width leaves a short last group, which quantizers write without a word and
     kernels then refuse.
     """
     fix = f"group_size: {' | '.join(map(str, dividing_group_sizes(widths_by_module.values())))}"

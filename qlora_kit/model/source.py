@@ -19,7 +19,7 @@ _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/?$")  # as hu
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 CONFIG_FILES = [CONFIG]
-# README.md names the licence.
+# README.md names the license.
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Second copies of the same weights.
 HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]

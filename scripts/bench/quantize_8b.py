@@ -1,9 +1,9 @@
-"""Times quantisation of a random Llama of 8B shape on one GPU: the kit's exports and the libraries' own examples.
+"""Times quantization of a random Llama of 8B shape on one GPU: the kit's exports and the libraries' own examples.
 
 Both sides get the same checkpoint (random weights, made here; a number of the decoder layers, all of embedding and
-head) and the same calibration rows, each run in a process of its own, from the 16-bit folder to the quantised one.
+head) and the same calibration rows, each run in a process of its own, from the 16-bit folder to the quantized one.
 With two numbers of layers, `per_layer_s` is the difference by layer and `whole_s` what it gives for all 32; with one,
-the seconds by layer. `output_error` compares the last hidden states of the dequantised checkpoint with the source's,
+the seconds by layer. `output_error` compares the last hidden states of the dequantized checkpoint with the source's,
 so that a run that is fast and wrong shows. Each run is made once before on a tiny model, for what a first use compiles
 and keeps. Writes results/<device>/quantize_8b-<date>.json after every run:
 
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for the checkpoint three times")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="decoder layers that are quantised")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="decoder layers that are quantized")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit", type=float, default=120, help="seconds for each run")

@@ -1,4 +1,4 @@
-"""How far a quantised checkpoint's outputs are from its source's, whatever layout it is stored in."""
+"""How far a quantized checkpoint's outputs are from its source's, whatever layout it is stored in."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,9 @@ def keep_expected(work: Path, folder: Path) -> None:
 
 
 def output_error(work: Path, folder: Path, made: Path) -> float:
-    """|h - h0| / |h0| of the last hidden states, from the weights that the quantised checkpoint stands for.
+    """|h - h0| / |h0| of the last hidden states, from the weights that the quantized checkpoint stands for.
 
-    Channel scales that were moved from one weight to another cancel out in it. The activations are not quantised.
+    Channel scales that were moved from one weight to another cancel out in it. The activations are not quantized.
     """
     from safetensors.torch import load_file
 
@@ -46,7 +46,7 @@ def _hidden(work: Path, folder: Path, weights: Tensors) -> "Tensor":
         missing, unexpected = model.load_state_dict({name: value.float() for name, value in weights.items()}, False)
         missing = [name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
         if missing or unexpected:
-            raise ValueError(f"the quantised checkpoint lacks {missing[:3]} and has {unexpected[:3]}")
+            raise ValueError(f"the quantized checkpoint lacks {missing[:3]} and has {unexpected[:3]}")
     with torch.no_grad():
         rows = [model.model(input_ids=row[None].to(device)).last_hidden_state for row in scored_rows(work)]
     return torch.cat(rows).float().cpu()

@@ -1,4 +1,4 @@
-"""What quantize_8b.py times: a 16-bit folder in, a quantised folder out, by the kit and by libraries as they advise.
+"""What quantize_8b.py times: a 16-bit folder in, a quantized folder out, by the kit and by libraries as they advise.
 
 The libraries' settings are those of their own examples: llmcompressor's GPTQ (`GPTQModifier`, W4A16), AWQ
 (`AWQModifier(duo_scaling="both")` before a W4A16_ASYM `QuantizationModifier`) and FP8_DYNAMIC; gptqmodel's
@@ -66,8 +66,8 @@ def _recipe(target: str) -> list[Any]:
         return [GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])]
     if target == "fp8":
         return [QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])]
-    quantise = QuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM", ignore=["lm_head"])
-    return [AWQModifier(duo_scaling="both"), quantise]
+    quantize = QuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM", ignore=["lm_head"])
+    return [AWQModifier(duo_scaling="both"), quantize]
 
 
 def _dataset(rows: Rows) -> Any:

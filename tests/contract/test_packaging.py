@@ -47,7 +47,7 @@ def test_the_source_archive_builds_the_same_recipes(tmp_path):
     assert {"LICENSE", "NOTICE", "README.md", "constraints.txt", "pyproject.toml", "scripts/quickstart"} <= names
 
 
-def test_whoever_is_named_in_the_notice_has_a_copyright_line_and_a_licence():
+def test_whoever_is_named_in_the_notice_has_a_copyright_line_and_a_license():
     parts = (ROOT / "NOTICE").read_text(encoding="utf-8").split("\n\n\n")
     assert [part.strip().splitlines()[0].split(" (")[0] for part in parts] == [
         "qlora-kit",

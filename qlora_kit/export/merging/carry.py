@@ -1,11 +1,11 @@
-"""The small files of a merged folder: config.json that fits its tensors, generation settings, licences."""
+"""The small files of a merged folder: config.json that fits its tensors, generation settings, licenses."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.export.licence import licence_files
+from qlora_kit.export.license import license_files
 from qlora_kit.export.merging.plan import Plan
 
 GENERATION = "generation_config.json"
@@ -24,7 +24,7 @@ def says_tied(folder: Path) -> bool:
 
 
 def carry_files(base: Path, plan: Plan, out: Path) -> None:
-    """Write config.json for the merged tensors, and copy the base's generation settings and licences."""
+    """Write config.json for the merged tensors, and copy the base's generation settings and licenses."""
     config = dict(read_json(base / "config.json"))
     config.pop("quantization_config", None)
     levels = [config]
@@ -45,7 +45,7 @@ def carry_files(base: Path, plan: Plan, out: Path) -> None:
 def carried(base: Path) -> list[Path]:
     """The files of a base that every model made from it keeps."""
     generation = base / GENERATION
-    return sorted({*licence_files(base), *([generation] if generation.is_file() else [])})
+    return sorted({*license_files(base), *([generation] if generation.is_file() else [])})
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_kit import __version__
 from qlora_kit.adapter.saved import CARD
 from qlora_kit.core.files import write_text
-from qlora_kit.export.licence import read_licence
+from qlora_kit.export.license import read_license
 from qlora_kit.export.serving.markdown import code, plain
 from qlora_kit.export.serving.model_card import front_matter
 from qlora_kit.runs.base import Base
@@ -22,12 +22,12 @@ def write_adapter_card(folder: Path, name: str, base: Base) -> None:
 
 def adapter_card(name: str, base: Base) -> str:
     """The card's text."""
-    licence = read_licence(base.folder)
+    license = read_license(base.folder)
     head = front_matter(
         {
-            "license": licence.id,
-            "license_name": licence.name,
-            "license_link": licence.link,
+            "license": license.id,
+            "license_name": license.name,
+            "license_link": license.link,
             "base_model": base.hub_id,
             "base_model_relation": "adapter" if base.hub_id else None,
             "library_name": "peft",
@@ -44,6 +44,6 @@ def adapter_card(name: str, base: Base) -> str:
         f"A LoRA adapter for {plain(base.shown)}{at}, trained with qlora-kit {__version__}.",
         "It needs that base beside it; `qlora-kit export` merges both and writes files to serve.",
         "",
-        f"Licence of the base: {plain(licence.shown)}.",
+        f"Licence of the base: {plain(license.shown)}.",
     ]
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict
-from qlora_kit.export.licence import Licence, licence_files, read_licence
+from qlora_kit.export.license import License, license_files, read_license
 from qlora_kit.export.serving.commands import Served
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.lock import LOCK, data_hashes
@@ -39,9 +39,9 @@ def write_model_card(folder: Path, facts: ServingFacts) -> str:
 
 def model_card(facts: ServingFacts) -> str:
     """The card's text: front matter for the hub, then Markdown."""
-    licence = read_licence(facts.base.folder)
+    license = read_license(facts.base.folder)
     sections = [
-        *_front_matter(facts, licence),
+        *_front_matter(facts, license),
         "",
         f"# {plain(facts.name)}",
         "",
@@ -51,20 +51,20 @@ def model_card(facts: ServingFacts) -> str:
         *_measured(facts),
         *_trained_on(facts.run),
         *_serving(facts),
-        *_licence(facts, licence),
+        *_license(facts, license),
     ]
     return "\n".join(sections) + "\n"
 
 
-def _front_matter(facts: ServingFacts, licence: Licence) -> Iterator[str]:
+def _front_matter(facts: ServingFacts, license: License) -> Iterator[str]:
     hub = facts.format.hub
     relation = "quantized" if facts.run is None and hub.relation == "finetune" else hub.relation
     trained = ("qlora",) if facts.run is not None else ()
     yield from front_matter(
         {
-            "license": licence.id,
-            "license_name": licence.name,
-            "license_link": licence.link,
+            "license": license.id,
+            "license_name": license.name,
+            "license_link": license.link,
             "base_model": facts.base.hub_id,
             "base_model_relation": relation if facts.base.hub_id else None,
             "library_name": hub.library,
@@ -182,11 +182,11 @@ def _rank(facts: ServingFacts) -> int:
     return max([int(config.get("r") or 16), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())])
 
 
-def _licence(facts: ServingFacts, licence: Licence) -> Iterator[str]:
-    files = ", ".join(code(path.name) for path in licence_files(facts.base.folder))
+def _license(facts: ServingFacts, license: License) -> Iterator[str]:
+    files = ", ".join(code(path.name) for path in license_files(facts.base.folder))
     yield from (
         "",
         "## Licence",
         "",
-        f"That of the base: {plain(licence.shown)}." + (f" See {files}." if files else ""),
+        f"That of the base: {plain(license.shown)}." + (f" See {files}." if files else ""),
     )

@@ -1,6 +1,6 @@
 """Moving channel scales into the operation before, so that the model computes the same function.
 
-A layer (x s) (W / s)^T equals x W^T; the s is multiplied into the weights before they are quantised and divided out
+A layer (x s) (W / s)^T equals x W^T; the s is multiplied into the weights before they are quantized and divided out
 of whatever makes x: a norm's gain, or the rows of the linear layer before.
 """
 

@@ -1,4 +1,4 @@
-"""Quantising one layer of a model: scale, check, shrink ranges, round, pack."""
+"""Quantizing one layer of a model: scale, check, shrink ranges, round, pack."""
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,7 +28,7 @@ SAME_FUNCTION = 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantise: code bits, inputs per group (-1: all of them), whether zero is a code of its own, the layout."""
+    """How to quantize: code bits, inputs per group (-1: all of them), whether zero is a code of its own, the layout."""
 
     bits: int
     group_size: int
@@ -40,14 +40,14 @@ class Settings:
 
 
 @dataclass
-class Quantised:
+class Quantized:
     """A layer's new tensors, named within the layer: those of linears, and the other weights that folding changed."""
 
     linears: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
 
 
-def quantise_layer(
+def quantize_layer(
     layer: nn.Module,
     readings: Sequence[Reading],
     run: Callable[[], Tensor],
@@ -56,16 +56,16 @@ def quantise_layer(
     skip: AbstractSet[str] = frozenset(),
     stored: torch.dtype,
     head_dim: int,
-) -> Quantised:
-    """Quantise every linear layer that was read, in place, and give the packed tensors.
+) -> Quantized:
+    """Quantize every linear layer that was read, in place, and give the packed tensors.
 
     Args:
-        layer: in float32; afterwards it computes with the quantised weights.
+        layer: in float32; afterwards it computes with the quantized weights.
         run: runs the layer on one row of calibration data.
         skip: linear layers that keep their weights.
-        stored: dtype of the unquantised weights in the file.
+        stored: dtype of the unquantized weights in the file.
     """
-    result = Quantised()
+    result = Quantized()
     for reading in readings:
         if not skip.isdisjoint(reading.linears):
             continue
@@ -75,7 +75,7 @@ def quantise_layer(
             reading.moment = reading.moment / factors / factors[:, None]
     for reading in readings:
         names = [name for name in reading.linears if name not in skip]
-        packed = _quantise_linears(_linears(layer, names), reading.moment, settings)
+        packed = _quantize_linears(_linears(layer, names), reading.moment, settings)
         result.linears |= dict(zip(names, packed, strict=True))
     return result
 
@@ -101,7 +101,7 @@ def _fold_norm(
     run: Callable[[], Tensor],
     settings: Settings,
     stored: torch.dtype,
-    result: Quantised,
+    result: Quantized,
 ) -> Tensor | None:
     if reading.norm is None:
         return None
@@ -174,7 +174,7 @@ def _keep_if_same(modules: Sequence[nn.Module], fold: Callable[[], Tensor], run:
     return None
 
 
-def _quantise_linears(linears: Sequence[nn.Linear], moment: Tensor, settings: Settings) -> list[dict[str, Tensor]]:
+def _quantize_linears(linears: Sequence[nn.Linear], moment: Tensor, settings: Settings) -> list[dict[str, Tensor]]:
     """Round layers that read one input, as if they were one; afterwards they compute with the rounded weights."""
     if not linears:
         return []

@@ -32,7 +32,7 @@ def channel_scales(
     group_size: int,
     zero_point: bool,
 ) -> Tensor:
-    """The factor of each input channel, float32 [in_features], that makes quantised weights err least.
+    """The factor of each input channel, float32 [in_features], that makes quantized weights err least.
 
     Args:
         weights: the [out_features, in_features] float32 weights of all layers that read the same input.

@@ -1,4 +1,4 @@
-"""Quantising a whole model: one layer widened, quantised and dropped at a time."""
+"""Quantizing a whole model: one layer widened, quantized and dropped at a time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.export.observe import Call, decoder_layers, first_inputs, observe_layer, run_layer
-from qlora_kit.formats.awq.layer import Quantised, Settings, quantise_layer
+from qlora_kit.formats.awq.layer import Quantized, Settings, quantize_layer
 from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE
 
 
-def quantised_tensors(
+def quantized_tensors(
     model_dir: Path, settings: Settings, calibration: Sequence[Sequence[int]]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Every tensor of a checkpoint that quantising changes, and the linear layers that stay in 16 bits.
+    """Every tensor of a checkpoint that quantizing changes, and the linear layers that stay in 16 bits.
 
     Returns:
         source tensor name to the tensors that replace it (on the CPU), and full module names. Left in 16 bits are
@@ -49,7 +49,7 @@ def quantised_tensors(
 
 def _advance(
     layer: nn.Module, calls: Sequence[Call], index: int, settings: Settings, stored: torch.dtype, head_dim: int
-) -> Quantised:
+) -> Quantized:
     readings, outputs = observe_layer(layer, calls, index)
     at_once = OUTPUTS_AT_ONCE[settings.layout]
     # Experts are one parameter, but for libraries that take them apart once they are imported: here they never count.
@@ -60,7 +60,7 @@ def _advance(
     def run() -> Tensor:
         return run_layer(layer, calls[0], index)
 
-    found = quantise_layer(layer, readings, run, settings, skip=skip, stored=stored, head_dim=head_dim)
+    found = quantize_layer(layer, readings, run, settings, skip=skip, stored=stored, head_dim=head_dim)
     for call, output in zip(calls, outputs, strict=True):
         call.hidden = output
     return found
@@ -70,7 +70,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear))
 
 
-def _named(layer: str, found: Quantised) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _named(layer: str, found: Quantized) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for linear, tensors in found.linears.items():
         name = f"{layer}.{linear}"
         yield f"{name}.weight", {f"{name}.{kind}": tensor for kind, tensor in tensors.items()}

@@ -11,7 +11,7 @@ BITS = 4
 
 
 def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> None:
-    """Quantise a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
+    """Quantize a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
 
     Channel scales and group ranges are chosen by output error (Lin et al. 2023), the rounding makes up for its own
     errors (Frantar et al. 2022); both only choose numbers, the layouts are AutoAWQ's.
@@ -31,10 +31,10 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
     import torch
 
     from qlora_kit.formats.awq.layer import Settings
-    from qlora_kit.formats.awq.walk import quantised_tensors
+    from qlora_kit.formats.awq.walk import quantized_tensors
 
     with torch.no_grad():
-        replacements, left_out = quantised_tensors(
+        replacements, left_out = quantized_tensors(
             model_dir, Settings(target.bits, target.group_size, target.zero_point, target.layout), rows
         )
     quantization = {

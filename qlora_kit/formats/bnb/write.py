@@ -18,7 +18,7 @@ _INT8_SETTINGS = ("llm_int8_", "load_in_")
 
 
 def write_bnb(model_dir: Path, out_dir: Path, target: BnbTarget) -> None:
-    """Quantise a merged 16-bit model folder with bitsandbytes, without calibration; the output head stays as it is.
+    """Quantize a merged 16-bit model folder with bitsandbytes, without calibration; the output head stays as it is.
 
     NF4 has blocks of 64 weights (Dettmers et al. 2023), int8 rows (Dettmers et al. 2022).
 
@@ -26,16 +26,16 @@ def write_bnb(model_dir: Path, out_dir: Path, target: BnbTarget) -> None:
         out_dir: an existing, empty folder.
 
     Raises:
-        RunError: bitsandbytes quantised no layer of the model.
+        RunError: bitsandbytes quantized no layer of the model.
     """
     with tempfile.TemporaryDirectory(prefix=".bnb-", dir=out_dir) as work:
-        made = Path(work) / "quantised"
-        _quantise(model_dir, made, target)
+        made = Path(work) / "quantized"
+        _quantize(model_dir, made, target)
         settings = _portable(read_json(made / "config.json")["quantization_config"])
         splice_checkpoint(model_dir, out_dir, changed_tensors(model_dir, made, (MARKS[target.kind],)), settings)
 
 
-def _quantise(model_dir: Path, made: Path, target: BnbTarget) -> None:
+def _quantize(model_dir: Path, made: Path, target: BnbTarget) -> None:
     from qlora_kit.model.load import load_base
 
     kind = QuantKind.nf4 if target.kind is BnbKind.nf4 else QuantKind.int8

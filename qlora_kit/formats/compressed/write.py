@@ -45,7 +45,7 @@ def needs_calibration(target: CompressedTarget) -> bool:
 def write_compressed(
     model_dir: Path, out_dir: Path, target: CompressedTarget, calibration: Sequence[Sequence[int]]
 ) -> None:
-    """Quantise a merged 16-bit model folder with llmcompressor, on a GPU when there is one.
+    """Quantize a merged 16-bit model folder with llmcompressor, on a GPU when there is one.
 
     Integer weights are rounded by GPTQ (Frantar et al. 2022); W8A8 first moves outliers of the activations into the
     weights (SmoothQuant, Xiao et al. 2022). The output head stays as it is.
@@ -75,9 +75,9 @@ def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[
         return
     extras.require("llmcompressor", "compressed-tensors export", EXTRA)
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
-        made = Path(work) / "quantised"
+        made = Path(work) / "quantized"
         with _quiet():
-            _quantise(model_dir, made, target, rows)
+            _quantize(model_dir, made, target, rows)
         quantization = read_json(made / "config.json")["quantization_config"]
         marks = ("weight_scale", "weight_packed")
         replaced = changed_tensors(model_dir, made, marks)
@@ -107,7 +107,7 @@ def _check(model_dir: Path, target: CompressedTarget) -> None:
             raise RecipeError(what, where="scheme", fix="scheme: FP8_DYNAMIC")
 
 
-def _quantise(model_dir: Path, made: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
+def _quantize(model_dir: Path, made: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
     import torch
     from llmcompressor import oneshot, reset_session
     from transformers import AutoModelForCausalLM

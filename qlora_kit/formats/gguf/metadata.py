@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.licence import front_matter
+from qlora_kit.export.license import front_matter
 from qlora_kit.families.family import ConfigFields, GgufRules
 from qlora_kit.formats.gguf.architectures import (
     head_width,
@@ -46,7 +46,7 @@ def stop_token_ids(model_dir: Path, config: ConfigFields) -> list[int]:
 
 
 def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, file_type: int) -> None:
-    """Write general.*: type, name, base model's licence and languages from README.md, file type.
+    """Write general.*: type, name, base model's license and languages from README.md, file type.
 
     Args:
         writer: an open `gguf.GGUFWriter`.
@@ -62,9 +62,9 @@ def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, f
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     card = front_matter(model_dir / "README.md")
-    licence = card.get("license") or config.get("license")
-    if isinstance(licence, str):
-        writer.add_license(licence)
+    license = card.get("license") or config.get("license")
+    if isinstance(license, str):
+        writer.add_license(license)
     if isinstance(card.get("tags"), list):
         writer.add_tags([str(tag) for tag in card["tags"]])
     languages = card.get("language")

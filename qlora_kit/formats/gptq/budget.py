@@ -46,7 +46,7 @@ class GptqFormats:
         """Layers that get one format together, since servers read them as one matrix; skipped layers are in none."""
         found: dict[str, list[str]] = {}
         for name, settings in self.plan.items():
-            if settings.quantised:
+            if settings.quantized:
                 block, _, leaf = name.rpartition(".")
                 served = next((whole for whole, parts in SERVED_AS_ONE.items() if leaf in parts), leaf)
                 found.setdefault(f"{block}.{served}", []).append(name)
@@ -99,7 +99,7 @@ class GptqFormats:
         """The target with the formats as overrides, layer by layer."""
         overrides = {
             name: GptqOverride(bits=_bits(formats[name]), group_size=settings.group_size)
-            if settings.quantised
+            if settings.quantized
             else GptqOverride(skip=True)
             for name, settings in self.plan.items()
         }

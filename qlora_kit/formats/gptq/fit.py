@@ -87,7 +87,7 @@ def _odd(target: GptqTarget, form: ModelForm) -> Mapping[str, tuple[int, int]]:
     return {
         name: form.blocks[name]
         for name, settings in plan.items()
-        if settings.quantised and any(size % PER_BLOCK for size in form.blocks[name])
+        if settings.quantized and any(size % PER_BLOCK for size in form.blocks[name])
     }
 
 

@@ -1,4 +1,4 @@
-"""Which linear layers a GPTQ file quantises, and how: the target's settings and what patterns change in them."""
+"""Which linear layers a GPTQ file quantizes, and how: the target's settings and what patterns change in them."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,13 +19,13 @@ ABOUT_A_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer is stored; 16 bits stand for a layer that is not quantised."""
+    """How one layer is stored; 16 bits stand for a layer that is not quantized."""
 
     bits: int
     group_size: int
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.bits in BITS
 
 
@@ -44,7 +44,7 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
 
     Raises:
         RecipeError: a pattern matches nothing or is no pattern, bits or a group size do not fit, layers that servers
-            read as one matrix differ, or nothing is left to quantise.
+            read as one matrix differ, or nothing is left to quantize.
     """
     base = LayerSettings(target.bits, target.group_size)
     taken = _taken(shapes, target.overrides)
@@ -55,7 +55,7 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
         plan[name] = _changed(base, target.overrides[pattern]) if pattern is not None else base
     used = set(taken_by.values())
     problems = [*_unused(shapes, taken, used, target.overrides), *_bad_sizes(shapes, plan), *_torn_apart(plan)]
-    if not problems and not any(settings.quantised for settings in plan.values()):
+    if not problems and not any(settings.quantized for settings in plan.values()):
         problems.append(Problem("the overrides skip every layer, so nothing would be quantized", "overrides"))
     if problems:
         raise RecipeError(problems)
@@ -65,7 +65,7 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
 def dynamic_entries(plan: Mapping[str, LayerSettings], target: GptqTarget) -> dict[str, dict[str, int]]:
     """The overrides in gptqmodel's `dynamic` form, which vLLM and SGLang read too: pattern to settings.
 
-    A pattern starts with `-:` (not quantised) or `+:`, names its layers one by one, so that no two overlap, and takes
+    A pattern starts with `-:` (not quantized) or `+:`, names its layers one by one, so that no two overlap, and takes
     in the names under which servers read several of them as one.
     """
     base = LayerSettings(target.bits, target.group_size)
@@ -74,8 +74,8 @@ def dynamic_entries(plan: Mapping[str, LayerSettings], target: GptqTarget) -> di
         if settings != base:
             alike.setdefault(settings, []).append(name)
     return {
-        ("+:" if settings.quantised else "-:") + _pattern(names): (
-            {"bits": settings.bits, "group_size": settings.group_size} if settings.quantised else {}
+        ("+:" if settings.quantized else "-:") + _pattern(names): (
+            {"bits": settings.bits, "group_size": settings.group_size} if settings.quantized else {}
         )
         for settings, names in alike.items()
     }
@@ -135,7 +135,7 @@ def _unused(
 
 
 def _bad_sizes(shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, LayerSettings]) -> Iterator[Problem]:
-    for size in sorted({settings.group_size for settings in plan.values() if settings.quantised}):
+    for size in sorted({settings.group_size for settings in plan.values() if settings.quantized}):
         widths = {name: shapes[name][1] for name, settings in plan.items() if settings.group_size == size}
         if problem := check_group_size(size, widths):
             yield problem

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
-    """Quantise a merged 16-bit model folder by rounding to the nearest value, one tensor at a time.
+    """Quantize a merged 16-bit model folder by rounding to the nearest value, one tensor at a time.
 
     Args:
         out_dir: an existing, empty folder.
@@ -31,8 +31,8 @@ def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
     _check(target)
     shapes = linear_shapes(model_dir)
     plan = plan_layers(shapes, target)
-    quantised = {name: settings for name, settings in plan.items() if settings.quantised}
-    _check_shapes({name: shapes[name] for name in quantised})
+    quantized = {name: settings for name, settings in plan.items() if settings.quantized}
+    _check_shapes({name: shapes[name] for name in quantized})
     quantization: dict[str, object] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -45,8 +45,8 @@ def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
     }
     if dynamic := dynamic_entries(plan, target):
         quantization["dynamic"] = dynamic
-    with bar("rounding", len(quantised), "layer") as one:
-        splice_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantised, target.sym, one.advance), quantization)
+    with bar("rounding", len(quantized), "layer") as one:
+        splice_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantized, target.sym, one.advance), quantization)
 
 
 def rounded_grid(weight: "Tensor", settings: LayerSettings, *, sym: bool) -> "Grid":

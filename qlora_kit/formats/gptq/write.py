@@ -43,7 +43,7 @@ KEPT_META = ("quantizer", "uri", "damp_percent", "static_groups", "true_sequenti
 
 
 def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: Sequence[Sequence[int]]) -> None:
-    """Quantise a merged 16-bit model folder with GPTQ (Frantar et al. 2022), on a GPU when there is one.
+    """Quantize a merged 16-bit model folder with GPTQ (Frantar et al. 2022), on a GPU when there is one.
 
     With `target.method` rounding the same layout is filled by plain rounding.
 
@@ -54,7 +54,7 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
     Raises:
         RecipeError: bits, a group size or an override do not fit the model, no calibration rows, or gptqmodel is not
             installed.
-        RunError: gptqmodel left layers unquantised.
+        RunError: gptqmodel left layers unquantized.
     """
     if target.method is GptqMethod.rounding:
         write_rounding(model_dir, out_dir, target)
@@ -67,11 +67,11 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
     model_dir = model_dir.resolve()
     # A stopped library's threads still write, and what cannot be removed yet must not hide why it stopped.
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out_dir.resolve(), ignore_cleanup_errors=True) as work:
-        made = Path(work) / "quantised"
+        made = Path(work) / "quantized"
         set_up_gptqmodel()
         # It writes a folder `logs` into the working folder.
         with contextlib.chdir(work), _quiet(), _progress(model_dir) as layer_done:
-            _quantise(model_dir, made, _config(target, plan, Path(work) / "offloaded"), rows, layer_done)
+            _quantize(model_dir, made, _config(target, plan, Path(work) / "offloaded"), rows, layer_done)
         quantization = _portable(read_json(made / "config.json")["quantization_config"])
         packed = _packed_tensors(made)
         _check_overrides(packed, plan, target)
@@ -92,7 +92,7 @@ def _plan(model_dir: Path, target: GptqTarget) -> dict[str, LayerSettings]:
 
 def _config(target: GptqTarget, plan: Mapping[str, LayerSettings], offloaded: Path) -> Any:
     gptqmodel = require("gptqmodel", "GPTQ export", EXTRA)
-    sizes = {target.group_size, *(layer.group_size for layer in plan.values() if layer.quantised)}
+    sizes = {target.group_size, *(layer.group_size for layer in plan.values() if layer.quantized)}
     return gptqmodel.QuantizeConfig(
         bits=target.bits,
         group_size=target.group_size,
@@ -107,7 +107,7 @@ def _config(target: GptqTarget, plan: Mapping[str, LayerSettings], offloaded: Pa
     )
 
 
-def _quantise(model_dir: Path, made: Path, config: Any, rows: list[list[int]], layer_done: Callable[..., None]) -> None:
+def _quantize(model_dir: Path, made: Path, config: Any, rows: list[list[int]], layer_done: Callable[..., None]) -> None:
     gptqmodel = require("gptqmodel", "GPTQ export", EXTRA)
     import torch
 
@@ -169,7 +169,7 @@ def _packed_tensors(made: Path) -> dict[str, dict[str, "Tensor"]]:
             if kind in PACKED:
                 found.setdefault(f"{module}.weight", {})[name] = tensor
     if not found:
-        raise RunError("gptqmodel quantised no layer of this model")
+        raise RunError("gptqmodel quantized no layer of this model")
     return found
 
 
@@ -177,17 +177,17 @@ def _left_out(
     shapes: Mapping[str, object], packed: Mapping[str, object], plan: Mapping[str, LayerSettings]
 ) -> Unquantized | None:
     """Layers that the library left as they were, though nobody asked it to."""
-    asked = [name for name in shapes if name not in plan or plan[name].quantised]
+    asked = [name for name in shapes if name not in plan or plan[name].quantized]
     left = tuple(name for name in asked if f"{name}.weight" not in packed)
     return Unquantized(left, len(asked), "gptqmodel does not quantize them in this family") if left else None
 
 
 def _check_overrides(packed: Mapping[str, object], plan: Mapping[str, LayerSettings], target: GptqTarget) -> None:
     base = LayerSettings(target.bits, target.group_size)
-    wanted = [name for name, settings in plan.items() if settings.quantised and settings != base]
+    wanted = [name for name, settings in plan.items() if settings.quantized and settings != base]
     left = [name for name in wanted if f"{name}.weight" not in packed]
     if left:
         raise RunError(
-            f"gptqmodel quantised {len(wanted) - len(left)} of {len(wanted)} layers that overrides name; not {left[0]}",
+            f"gptqmodel quantized {len(wanted) - len(left)} of {len(wanted)} layers that overrides name; not {left[0]}",
             fix=f"overrides: {{'{left[0]}': {{skip: true}}}} in front of the others",
         )

@@ -1,3 +1,3 @@
-"""A base with a licence."""
+"""A base with a license."""
 
 from tests.served_artifact import base as base

@@ -1,4 +1,4 @@
-"""A base with a licence, a finished run of it, and facts about an artifact made from both."""
+"""A base with a license, a finished run of it, and facts about an artifact made from both."""
 
 from tests.served_artifact import base as base
 from tests.served_artifact import facts as facts

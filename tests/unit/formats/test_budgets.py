@@ -200,7 +200,7 @@ def test_layers_that_are_skipped_stay_out_and_other_group_sizes_stay(folder: Pat
     own = {"*.o_proj": GptqOverride(skip=True), "*.down_proj": GptqOverride(group_size=32)}
     target, spent = spend_gptq(folder, GptqTarget(group_size=64, overrides=own), 4.5, ROWS)
     plan = plan_layers(linear_shapes(folder), target)
-    assert all(plan[name].quantised != name.endswith("o_proj") for name in plan)
+    assert all(plan[name].quantized != name.endswith("o_proj") for name in plan)
     assert {plan[name].group_size for name in plan if name.endswith("down_proj")} == {32}
     assert not any(name.endswith("o_proj") for name in spent.layers)
 

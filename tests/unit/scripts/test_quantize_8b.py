@@ -1,4 +1,4 @@
-"""The benchmark of quantisation, on a tiny shape: what it writes, how a run fails, and what its error says."""
+"""The benchmark of quantization, on a tiny shape: what it writes, how a run fails, and what its error says."""
 
 import argparse
 import json

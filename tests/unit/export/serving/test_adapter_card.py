@@ -12,7 +12,7 @@ def test_a_base_of_the_hub_is_named_with_its_revision(base: Path, tmp_path: Path
     write_adapter_card(tmp_path, "my_run", Base("owner/Tiny-1B", base, "abc123"))
     assert metadata_load(tmp_path / "README.md") == {
         "license": "other",
-        "license_name": "tiny-licence",
+        "license_name": "tiny-license",
         "license_link": "LICENSE",
         "base_model": "owner/Tiny-1B",
         "base_model_relation": "adapter",

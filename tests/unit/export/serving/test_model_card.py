@@ -18,7 +18,7 @@ def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: 
     assert write_model_card(tmp_path, made) == "README.md"
     assert metadata_load(tmp_path / "README.md") == {
         "license": "other",
-        "license_name": "tiny-licence",
+        "license_name": "tiny-license",
         "license_link": "LICENSE",
         "base_model": "owner/Tiny-1B",
         "base_model_relation": "quantized",
@@ -95,10 +95,10 @@ def test_layers_in_16_bit_are_counted(facts: Made) -> None:
     assert "stay in 16 bit" not in model_card(facts())
 
 
-def test_commands_and_licence(facts: Made) -> None:
+def test_commands_and_license(facts: Made) -> None:
     card = model_card(facts())
     assert "```bash\nllama-server -m ./tiny.Q4_K_M.gguf --alias tiny_q4 --jinja --port 8080\n```" in card
-    assert "That of the base: tiny-licence. See `LICENSE`, `NOTICE.txt`, `USE_POLICY.md`." in card
+    assert "That of the base: tiny-license. See `LICENSE`, `NOTICE.txt`, `USE_POLICY.md`." in card
 
 
 def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.export.observe import Reading, decoder_layers, first_inputs, observe_layer, run_layer
 from qlora_kit.formats.awq.folding import divide_norm, gain_offset, shared_over_heads, spread_over_heads
-from qlora_kit.formats.awq.layer import Settings, quantise_layer
+from qlora_kit.formats.awq.layer import Settings, quantize_layer
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[5, 9, 77, 300, 12, 44, 3], [8, 100, 201, 302, 403, 504, 505, 506, 7, 1]]
@@ -58,9 +58,9 @@ def test_every_fold_is_made_and_kept(family: str, tmp_path: Path, monkeypatch: p
     # Scales that are far from one, and weights left as they are, show folding alone.
     monkeypatch.setattr("qlora_kit.formats.awq.layer._search", lambda reading, linears, m, settings: 0.5 + m / m.mean())
     monkeypatch.setattr(
-        "qlora_kit.formats.awq.layer._quantise_linears", lambda linears, moment, settings: [{}] * len(linears)
+        "qlora_kit.formats.awq.layer._quantize_linears", lambda linears, moment, settings: [{}] * len(linears)
     )
-    found = quantise_layer(
+    found = quantize_layer(
         layer,
         readings,
         lambda: run_layer(layer, calls[0], 0),
@@ -103,10 +103,10 @@ def test_fold_that_would_change_the_model_is_undone(monkeypatch: pytest.MonkeyPa
         "qlora_kit.formats.awq.layer._search", lambda reading, linears, m, settings: torch.linspace(0.5, 2, 16)
     )
     monkeypatch.setattr(
-        "qlora_kit.formats.awq.layer._quantise_linears", lambda linears, moment, settings: [{}] * len(linears)
+        "qlora_kit.formats.awq.layer._quantize_linears", lambda linears, moment, settings: [{}] * len(linears)
     )
     moment = reading.moment.clone()
-    quantise_layer(layer, [reading], lambda: layer(hidden), Settings(4, 16, True), stored=torch.float32, head_dim=16)
+    quantize_layer(layer, [reading], lambda: layer(hidden), Settings(4, 16, True), stored=torch.float32, head_dim=16)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert torch.equal(reading.moment, moment)
 

@@ -8,7 +8,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.export.feedback import DAMPING, TRUST, compensated_codes
 from qlora_kit.export.grid import Grid, decode, encode, nearest, ranges, span
 from qlora_kit.formats.awq import search
-from qlora_kit.formats.awq.layer import Settings, _quantise_linears
+from qlora_kit.formats.awq.layer import Settings, _quantize_linears
 from qlora_kit.formats.awq.layout import gemm_tensors, gemv_tensors, pack_columns, unpack_columns, unpacked_weight
 from qlora_kit.formats.awq.search import channel_scales, clipped_grid, output_error
 from qlora_kit.schema.export import AwqLayout
@@ -98,14 +98,14 @@ def test_layers_that_read_one_input_are_rounded_as_each_alone(weight: Tensor, in
         return made
 
     moment, settings, together, apart = inputs.T @ inputs, Settings(4, GROUP, True), linears(), linears()
-    packed = _quantise_linears(together, moment, settings)
+    packed = _quantize_linears(together, moment, settings)
     for one, other, found in zip(together, apart, packed, strict=True):
-        (alone,) = _quantise_linears([other], moment, settings)
+        (alone,) = _quantize_linears([other], moment, settings)
         assert {name: part.shape for name, part in found.items()} == {name: part.shape for name, part in alone.items()}
         assert torch.equal(found["scales"], alone["scales"])
         # A value halfway between two codes may fall either way: products of other sizes add up in another order.
         assert (one.weight == other.weight).float().mean() > 0.995
-    assert _quantise_linears([], moment, settings) == []
+    assert _quantize_linears([], moment, settings) == []
 
 
 def test_channel_scales_leave_even_inputs_alone(weight: Tensor) -> None:
@@ -136,7 +136,7 @@ def test_shrunk_ranges_are_the_best_of_all_tried(weight: Tensor, inputs: Tensor)
 
 
 def column_by_column(weight: Tensor, moment: Tensor, grid: Grid) -> Tensor:
-    """Optimal brain quantisation as its formulas read: after each column, invert what is left of the moment."""
+    """Optimal brain quantization as its formulas read: after each column, invert what is left of the moment."""
     energy = moment.diagonal().double()
     moment = TRUST * moment.double() + (1 - TRUST) * energy.diag()
     moment += DAMPING * energy.mean() * torch.eye(len(moment), dtype=torch.float64)

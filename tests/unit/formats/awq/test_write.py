@@ -36,7 +36,7 @@ def export(
 
 
 @torch.no_grad()
-def dequantised_logits(source: Path, out: Path, group_size: int) -> torch.Tensor:
+def dequantized_logits(source: Path, out: Path, group_size: int) -> torch.Tensor:
     """Logits in float32 of the source model with the weights that the packed tensors stand for."""
     tensors = load_file(out / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -61,7 +61,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None:
     source = source_folder(family, tmp_path)
     out = export(source, tmp_path / "out")
-    wanted = dequantised_logits(source, out, 64)
+    wanted = dequantized_logits(source, out, 64)
     model = load_awq(out)
     assert "Awq" in type(model.get_submodule("model.layers.0.mlp.down_proj")).__name__
     # The kernel multiplies in bfloat16.
@@ -95,11 +95,11 @@ def test_symmetric_file_is_read_as_such(tmp_path: Path) -> None:
     out = export(source, tmp_path / "out", zero_point=False)
     tensors = load_file(out / "model.safetensors")
     assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].unique().tolist()) == {-0x77777778}
-    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantised_logits(source, out, 64)) < 0.03
+    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantized_logits(source, out, 64)) < 0.03
 
 
 @pytest.mark.slow
-def test_only_what_was_quantised_differs(tmp_path: Path) -> None:
+def test_only_what_was_quantized_differs(tmp_path: Path) -> None:
     source = source_folder("qwen2", tmp_path)
     out = export(source, tmp_path / "out", group_size=128)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in source.iterdir())
@@ -131,11 +131,11 @@ def test_activations_choose_better_codes_than_rounding(tmp_path: Path, monkeypat
     source = source_folder("llama", tmp_path)
     with torch.no_grad():
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(SAMPLE).logits
-    searched = apart(dequantised_logits(source, export(source, tmp_path / "searched"), 64), original)
+    searched = apart(dequantized_logits(source, export(source, tmp_path / "searched"), 64), original)
     monkeypatch.setattr("qlora_kit.formats.awq.search.SCALE_STEPS", 1)
     monkeypatch.setattr("qlora_kit.formats.awq.search.SHRINK_STEPS", 1)
     monkeypatch.setattr("qlora_kit.export.feedback.TRUST", 0.0)
-    rounded = apart(dequantised_logits(source, export(source, tmp_path / "rounded"), 64), original)
+    rounded = apart(dequantized_logits(source, export(source, tmp_path / "rounded"), 64), original)
     assert searched < rounded
 
 
@@ -152,7 +152,7 @@ def test_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
 def test_group_sizes_beyond_the_fast_kernel_are_read(group_size: int, tmp_path: Path) -> None:
     source = source_folder("llama", tmp_path)
     out = export(source, tmp_path / "out", group_size=group_size)
-    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantised_logits(source, out, group_size)) < 0.03
+    assert apart(load_awq(out)(SAMPLE).logits.float(), dequantized_logits(source, out, group_size)) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_int8_rows_have_a_scale_each(source: Path, tmp_path: Path, caplog: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BnbKind)
-def test_only_what_was_quantised_differs_and_nothing_is_local(kind: BnbKind, source: Path, tmp_path: Path) -> None:
+def test_only_what_was_quantized_differs_and_nothing_is_local(kind: BnbKind, source: Path, tmp_path: Path) -> None:
     out = write(source, tmp_path / "out", BnbTarget(kind))
     names = {path.name for path in source.iterdir()}
     assert {path.name for path in out.iterdir()} == names

@@ -173,7 +173,7 @@ def test_other_schemes_hold_weights_near_the_source(scheme: CompressedScheme, so
 
 
 @pytest.mark.slow
-def test_only_what_was_quantised_differs_and_nothing_is_local(source: Path, tmp_path: Path) -> None:
+def test_only_what_was_quantized_differs_and_nothing_is_local(source: Path, tmp_path: Path) -> None:
     out = write(source, tmp_path / "out", CompressedTarget(group_size=64))
     names = {path.name for path in source.iterdir()}
     assert {path.name for path in out.iterdir()} == names

@@ -48,7 +48,7 @@ def test_summary_says_what_is_in_the_file(llama: Path, tmp_path: Path) -> None:
     assert summary.bytes == (tmp_path / "model.gguf").stat().st_size
 
 
-def test_metadata_names_model_mix_and_licence(llama: Path, tmp_path: Path) -> None:
+def test_metadata_names_model_mix_and_license(llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path / "my-model")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en, de]\n---\n# Mine\n")
     write_gguf(folder, tmp_path / "model.gguf", "Q5_K_S")

@@ -52,7 +52,7 @@ def test_first_pattern_that_matches_counts_and_null_takes_the_target_s() -> None
             "*.self_attn.o_proj": GptqOverride(group_size=32),
         }
     )
-    assert not plan["model.layers.3.mlp.down_proj"].quantised
+    assert not plan["model.layers.3.mlp.down_proj"].quantized
     assert plan["model.layers.4.mlp.down_proj"] == LayerSettings(8, 64)
     assert plan["model.layers.4.self_attn.o_proj"] == LayerSettings(4, 32)
     assert plan["model.layers.4.mlp.up_proj"] == LayerSettings(4, 64)

@@ -62,7 +62,7 @@ def unpack(words: Tensor) -> Tensor:
     return (words.long()[..., None] >> torch.arange(0, 32, 4)) & 15
 
 
-def dequantised_weight(tensors: dict[str, Tensor], module: str) -> Tensor:
+def dequantized_weight(tensors: dict[str, Tensor], module: str) -> Tensor:
     """GPTQ's layout: codes packed along the inputs, zero points along the outputs and less one."""
     words = tensors[f"{module}.qweight"]
     codes = unpack(words).transpose(1, 2).reshape(-1, words.shape[1])
@@ -72,13 +72,13 @@ def dequantised_weight(tensors: dict[str, Tensor], module: str) -> Tensor:
 
 
 @torch.no_grad()
-def dequantised_logits(source: Path, out: Path) -> Tensor:
+def dequantized_logits(source: Path, out: Path) -> Tensor:
     tensors = load_file(out / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
         if f"{module}.qweight" in tensors:
-            parameter.copy_(dequantised_weight(tensors, module))
+            parameter.copy_(dequantized_weight(tensors, module))
     logits: Tensor = model(SAMPLE).logits
     return logits
 
@@ -90,7 +90,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 @pytest.mark.slow
 @torch.no_grad()
 def test_reader_computes_what_the_file_says(exported: Exported) -> None:
-    wanted = dequantised_logits(exported.source, exported.out)
+    wanted = dequantized_logits(exported.source, exported.out)
     model = load_quantized(exported.out)
     assert hasattr(model.get_submodule("model.layers.1.mlp.down_proj"), "qzeros")
     # The kernel multiplies in bfloat16.
@@ -100,7 +100,7 @@ def test_reader_computes_what_the_file_says(exported: Exported) -> None:
 
 
 @pytest.mark.slow
-def test_only_what_was_quantised_differs(exported: Exported) -> None:
+def test_only_what_was_quantized_differs(exported: Exported) -> None:
     names = {path.name for path in exported.source.iterdir()}
     assert {path.name for path in exported.out.iterdir()} == names
     for name in names - {"config.json", "model.safetensors"}:
@@ -234,7 +234,7 @@ def test_a_layer_that_the_library_leaves_alone_is_named(
     whole = gptq._packed_tensors
     monkeypatch.setattr(gptq, "_packed_tensors", lambda made: {k: v for k, v in whole(made).items() if name not in k})
     target = GptqTarget(group_size=64, overrides={"*.down_proj": GptqOverride(bits=8)})
-    with pytest.raises(RunError, match=f"quantised 1 of 2 layers that overrides name; not {name}"):
+    with pytest.raises(RunError, match=f"quantized 1 of 2 layers that overrides name; not {name}"):
         write_gptq(exported.source, out, target, ROWS)
 
 
@@ -303,7 +303,7 @@ def test_files_that_the_library_still_writes_do_not_hide_why_it_stopped(
             else:
                 settings["onerror"](os.rmdir, path, sys.exc_info())
 
-    monkeypatch.setattr(gptq, "_quantise", stopped)
+    monkeypatch.setattr(gptq, "_quantize", stopped)
     monkeypatch.setattr(shutil, "rmtree", busy)
     with pytest.raises(KeyboardInterrupt):
         write_gptq(exported.source, tmp_path, GptqTarget(group_size=64), ROWS)

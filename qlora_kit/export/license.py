@@ -1,4 +1,4 @@
-"""The base's licence: its id, and its files, which go along with everything made from it."""
+"""The base's license: its id, and its files, which go along with everything made from it."""
 
 import shutil
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 _PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
-# What a licence's own text begins with, for bases without a model card.
+# What a license's own text begins with, for bases without a model card.
 _KNOWN_TEXTS = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT License", "Permission is hereby granted")}
 _TEXT_LOOKED_AT = 2_000
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """As the base's model card states it; every part may be missing.
 
     Attributes:
@@ -30,29 +30,29 @@ class Licence:
         return self.name or self.id or "not stated by the base"
 
 
-def licence_files(base_folder: Path) -> list[Path]:
-    """The base's licence, notice and use policy, sorted."""
+def license_files(base_folder: Path) -> list[Path]:
+    """The base's license, notice and use policy, sorted."""
     found = {path for pattern in _PATTERNS for path in base_folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
 
-def read_licence(base_folder: Path) -> Licence:
-    """The licence by the base's README.md, else by the text of its licence file."""
+def read_license(base_folder: Path) -> License:
+    """The license by the base's README.md, else by the text of its license file."""
     card = front_matter(base_folder / "README.md")
     if isinstance(card.get("license"), str):
-        return Licence(card["license"], _text(card, "license_name"), _text(card, "license_link"))
-    for path in licence_files(base_folder):
+        return License(card["license"], _text(card, "license_name"), _text(card, "license_link"))
+    for path in license_files(base_folder):
         head = path.read_text(encoding="utf-8", errors="replace")[:_TEXT_LOOKED_AT]
         for name, words in _KNOWN_TEXTS.items():
             if all(word in head for word in words):
-                return Licence(name)
-    return Licence()
+                return License(name)
+    return License()
 
 
-def copy_licence(base_folder: Path, folder: Path) -> list[str]:
-    """Copy the base's licence files; returns their names."""
+def copy_license(base_folder: Path, folder: Path) -> list[str]:
+    """Copy the base's license files; returns their names."""
     names = []
-    for path in licence_files(base_folder):
+    for path in license_files(base_folder):
         shutil.copyfile(path, folder / path.name)
         names.append(path.name)
     return names
@@ -67,7 +67,7 @@ def front_matter(readme: Path) -> Mapping[str, Any]:
     try:
         return metadata_load(readme) or {}
     except ValueError:
-        return {}  # a licence line is not worth failing an export for
+        return {}  # a license line is not worth failing an export for
 
 
 def _text(card: Mapping[str, Any], key: str) -> str | None:
