@@ -11,7 +11,7 @@ from qlora_kit.runs.directory import RunDirectory, find_run, new_run
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
-    "qlora-kit train experiment=llama3_1_8b_chat_24gb model.source=/models/llama data.train_file=chats.jsonl",
+    "qlora-kit train experiment=llama3_1_8b_chat_24gb model.source=/models/base data.train_file=chats.jsonl",
     "qlora-kit train resume=latest",
     "qlora-kit train -m experiment=smollm2_135m_home_commands_cpu lora.r=4,16 optim.learning_rate=1e-4,1e-3",
 ]

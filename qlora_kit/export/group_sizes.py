@@ -39,7 +39,7 @@ def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Pr
 
 
 def linear_input_widths(config: Mapping[str, object]) -> dict[str, int]:
-    """Input width of each kind of linear layer in a decoder, by the name it has in Llama-like models.
+    """Input width of each kind of linear layer in a decoder, by its usual name.
 
     Reads `hidden_size`, `intermediate_size`, `num_attention_heads`, `head_dim` or `v_head_dim` and, for mixtures of
     experts, `moe_intermediate_size`, from a config.json or from its `text_config`.

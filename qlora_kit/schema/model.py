@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from qlora_kit.families.demo import NAME
+from qlora_kit.families.registry import CHAT_TEMPLATES
 from qlora_kit.schema.field import MISSING, Sealed, knob
 
 
@@ -33,10 +35,10 @@ class ModelShape(Sealed):
 class ModelConfig(Sealed):
     """The base model."""
 
-    source: str = knob(MISSING, "A local folder, a hub id, or `demo` (SmolLM2-135M-Instruct from a PyPI wheel).")
+    source: str = knob(MISSING, f"A local folder, a hub id, or `demo` ({NAME} from a PyPI wheel).")
     revision: str | None = knob(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
     chat_template: str | None = knob(
-        None, "Replaces the model's own: a Jinja file, or chatml, gemma, llama3, mistral, phi3."
+        None, f"Replaces the model's own: a Jinja file, or {', '.join(sorted(CHAT_TEMPLATES))}."
     )
     attention: Attention = knob(Attention.sdpa, "Attention implementation.")
     takes_images: bool = knob(

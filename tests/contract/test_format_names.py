@@ -23,7 +23,7 @@ LEFT = {
     "cli/verbs.py": (3, "the line that tells what the verb export writes"),
     "core/environment.py": (3, "packages whose versions every run records"),
     "core/quiet.py": (1, "a library's logger"),
-    "model/demo.py": (8, "the weights of the demo base come in a file of that format"),
+    "model/demo.py": (6, "the weights of the demo base come in a file of that format"),
     "model/source.py": (1, "a folder that holds no weights to train from is told by what it holds instead"),
 }
 

@@ -1,6 +1,6 @@
 """A chat template that keeps its own date where a server would give it another.
 
-Llama 3.1's template writes a fixed date unless it is given `date_string`. transformers gives none, so training saw the
+A widespread template writes a fixed date unless it is given `date_string`. transformers gives none, so training saw the
 fixed one; llama.cpp gives today's to every template.
 """
 

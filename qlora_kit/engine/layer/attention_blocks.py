@@ -74,7 +74,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Output:
-    """From attention back to the residual stream; `after` is a norm of what is added, in Gemma."""
+    """From attention back to the residual stream; `after` is a norm of what is added, if there is one."""
 
     group: LinearGroup
     after: Norm | None = None

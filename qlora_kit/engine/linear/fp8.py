@@ -65,7 +65,7 @@ class Fp8Weight:
     as every block holds a value of code 1.0 or -1.0. Columns of the weight, the rows of its transpose, get the largest
     absmax of the 64 columns that share blocks: fp8 is a floating-point format with 2^14.8 from its largest to its
     smallest normal number, and a code other than 0 is at least 0.08 of its absmax (FP4: 0.005), so that a scale too
-    large by tens loses no bits. On SmolLM2-135M the rounding error of the transposes is 2.64% of their norm; with
+    large by tens loses no bits. On the demo base the rounding error of the transposes is 2.64% of their norm; with
     scales from a scan for the true column maxima it would be 2.60%.
 
     Args:

@@ -13,8 +13,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tenso
     """RMS norm over the last dimension: x `[T, width]`, weight `[width]`; sums in fp32, result in x's dtype.
 
     Args:
-        unit_offset: the weight is an offset from one, and multiplied before rounding to x's dtype (Gemma); else it is
-            multiplied after (Llama).
+        unit_offset: the weight is an offset from one, and multiplied before rounding to x's dtype; else it is
+            multiplied after.
     """
     wide = x.float()
     normed = wide * _rms_scale(x, eps)

@@ -16,7 +16,7 @@ CHAINS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
 
 
 def gain_offset(norm: nn.Module, width: int) -> float:
-    """What a norm adds to its stored weight before multiplying: 1 for Gemma's kind, 0 for the others."""
+    """What a norm adds to its stored weight before multiplying: 1 for an offset from one, 0 for the others."""
     probe = copy.deepcopy(norm)
     parameters = dict(probe.named_parameters())
     with torch.no_grad():

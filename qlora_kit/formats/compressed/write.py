@@ -82,7 +82,7 @@ def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[
         marks = ("weight_scale", "weight_packed")
         replaced = changed_tensors(model_dir, made, marks)
         if not _moves_outliers(target):
-            # What the library computes with, such as Gemma's norms with the one added, comes back rounded.
+            # What the library computes with, such as norms with the one added, comes back rounded.
             replaced = {source: new for source, new in replaced.items() if set(new) != {source}}
         splice_checkpoint(model_dir, out_dir, _in_readers_dtype(model_dir, replaced, target.scheme), quantization)
 
@@ -182,13 +182,14 @@ def _integer_scheme(bits: int, group_size: int) -> dict[str, object]:
 def smoothed_layers(module_names: set[str]) -> list[tuple[list[str], str]]:
     """Pairs of linear layers and the norm whose output they read, as patterns of llmcompressor.
 
-    The library's own table gives Gemma the norm after attention, whose output no linear layer reads.
+    Where norms stand around attention, the library's own table names the one after it, whose output no linear layer
+    reads.
 
     Args:
         module_names: last parts of the names of a model's modules.
 
     Raises:
-        RecipeError: the model has other layers than Llama-like models have.
+        RecipeError: the model has other layers than are known here.
     """
     attention = module_names & {"q_proj", "k_proj", "v_proj", "qkv_proj"}
     mlp = module_names & {"gate_proj", "up_proj", "gate_up_proj"}

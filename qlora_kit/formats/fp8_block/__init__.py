@@ -1,4 +1,4 @@
-"""FP8 in blocks of 128 x 128 weights, as DeepSeek-V3 and Qwen3 are published: vLLM, SGLang and transformers load it.
+"""FP8 in blocks of 128 x 128 weights, as large models are published: vLLM, SGLang and transformers load it.
 
 Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 3.3.
 """

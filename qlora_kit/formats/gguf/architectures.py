@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.families.family import ConfigFields, GgufRules
+from qlora_kit.families.family import ROPE_BY_WAVELENGTH, ConfigFields, GgufRules
 from qlora_kit.families.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def extra_tensors(architecture: GgufRules, config: ConfigFields) -> dict[str, "n
 
     rope = rope_settings(config)
     kind = rope.get("rope_type")
-    if kind == "llama3":
-        return {"rope_freqs.weight": np.array(_llama3_factors(rope, head_width(config)), dtype=np.float32)}
+    if kind == ROPE_BY_WAVELENGTH:
+        return {"rope_freqs.weight": np.array(_factors_by_wavelength(rope, head_width(config)), dtype=np.float32)}
     if kind == "longrope" and architecture.long_rope:
         factors = {}
         for length in ("long", "short"):
@@ -90,8 +90,8 @@ def rotary_width(config: ConfigFields) -> int:
     return int(share * head_width(config))
 
 
-def _llama3_factors(rope: Mapping[str, Any], width: int) -> list[float]:
-    """Divisor of each rotary frequency under Llama 3.1's scaling (transformers, `modeling_rope_utils.py`)."""
+def _factors_by_wavelength(rope: Mapping[str, Any], width: int) -> list[float]:
+    """Divisor of each rotary frequency under the scaling by wavelength (transformers, `modeling_rope_utils.py`)."""
     original = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     factors = []

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.license import front_matter
-from qlora_kit.families.family import ConfigFields, GgufRules
+from qlora_kit.families.family import ROPE_BY_WAVELENGTH, ConfigFields, GgufRules
 from qlora_kit.formats.gguf.architectures import (
     head_width,
     rope_settings,
@@ -117,7 +117,7 @@ def _add_rope(writer: Any, architecture: GgufRules, config: ConfigFields) -> Non
         _add_yarn(writer, rope, config)
     elif kind == "longrope" and architecture.long_rope:
         _add_longrope(writer, rope, config)
-    elif kind not in ("default", "llama3"):  # llama3 is a tensor: extra_tensors
+    elif kind not in ("default", ROPE_BY_WAVELENGTH):  # that one is a tensor: extra_tensors
         raise RecipeError(
             f"rotary scaling '{kind}' has no counterpart in llama.cpp for this architecture",
             where="config.json, rope_parameters",

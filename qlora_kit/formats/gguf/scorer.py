@@ -11,7 +11,7 @@ from qlora_kit.evaluation.scores import Answers, Scores, gather_scores, predicte
 from qlora_kit.evaluation.stopping import ended_early
 
 
-class _LlamaModel(Protocol):
+class _Opened(Protocol):
     def log_probabilities(self, token_ids: Sequence[int], positions: Sequence[int]) -> Any: ...
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]: ...
@@ -22,7 +22,7 @@ class _LlamaModel(Protocol):
 class LlamaCppScorer:
     """A GGUF file, alone or with an adapter, read by llama.cpp itself."""
 
-    def __init__(self, model: _LlamaModel) -> None:
+    def __init__(self, model: _Opened) -> None:
         self._model = model
 
     def score(self, rows: Sequence[TokenRow], ids: torch.Tensor | None, top_tokens: int) -> Scores:

@@ -1,6 +1,6 @@
 """Tokenizer -> GGUF vocabulary: tokens, types, merges or scores, special ids, stop tokens, chat template.
 
-Two kinds exist in llama.cpp for these models (`src/llama-vocab.cpp`): "gpt2", byte-level BPE with merges, and "llama",
+Two kinds exist in llama.cpp for these models (`src/llama-vocab.cpp`): byte-level BPE with merges, and
 sentencepiece-like BPE with scores. Both are read from what transformers loads for the folder, so that the file and
 training agree whichever files the folder holds.
 """
@@ -19,6 +19,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
+from qlora_kit.families.splits import BYTE_LEVEL, SENTENCEPIECE
 from qlora_kit.formats.gguf.pre_tokenizers import name_of_pre_tokenizer
 
 _SPACE = "▁"  # stands for a space in sentencepiece-like vocabularies
@@ -39,7 +40,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything under tokenizer.*; `scores` belong to kind "llama", `merges` and `pre` to kind "gpt2"."""
+    """Everything under tokenizer.*; `scores` belong to SENTENCEPIECE, `merges` and `pre` to BYTE_LEVEL."""
 
     kind: str
     pre: str
@@ -96,7 +97,7 @@ def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config
     tokens, types = _tokens_and_types(content, rows, None if is_bytes else usable.get("unk"))
     _add_stop_ids(usable, stop_ids, tokens, keep_eos=add_eos)
     return Vocabulary(
-        kind="gpt2" if is_bytes else "llama",
+        kind=BYTE_LEVEL if is_bytes else SENTENCEPIECE,
         pre=name_of_pre_tokenizer(content, where) if is_bytes else "default",
         tokens=tuple(tokens),
         types=tuple(types),
@@ -175,7 +176,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types([int(kind) for kind in vocabulary.types])
-    if vocabulary.kind == "llama":
+    if vocabulary.kind == SENTENCEPIECE:
         writer.add_token_scores(list(vocabulary.scores))
         writer.add_add_space_prefix(vocabulary.add_space_prefix)
     else:
