@@ -10,7 +10,7 @@ from qlora_kit.data.tokens import Ints
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.trainer import TrainerConfig
 
-Order = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
+SamplerOrder = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
 GROUPS_IN_A_POOL = 50  # rows are sorted by length inside pools, so that batches still differ from epoch to epoch
 
@@ -46,7 +46,7 @@ def by_length(lengths: Ints, group: int, seed: int, epoch: int) -> Ints:
     return order
 
 
-def epoch_order(batching: Batching, lengths: Ints, items: int, group: int, seed: int) -> Order:
+def epoch_order(batching: Batching, lengths: Ints, items: int, group: int, seed: int) -> SamplerOrder:
     """The order that a recipe asks for.
 
     Args:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-    from qlora_kit.objectives.sft.collate import Counted, Outline
+    from qlora_kit.objectives.sft.collate import CountingCollator, StaticBatchShape
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,18 @@ class Objective(Protocol):
         """
 
     def collator(
-        self, pad_token_id: int, *, is_packed: bool, filled_to: int | None = None, outline: "Outline | None" = None
-    ) -> "Counted":
+        self,
+        pad_token_id: int,
+        *,
+        is_packed: bool,
+        filled_to: int | None = None,
+        batch_shape: "StaticBatchShape | None" = None,
+    ) -> "CountingCollator":
         """Items -> the tensors of one forward pass.
 
         Args:
             filled_to: tokens that every packed batch is filled up to; None fills nothing.
-            outline: that packed batches get too.
+            batch_shape: that packed batches get too.
         """
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any], trained: "torch.Tensor | int | None") -> BatchLoss:

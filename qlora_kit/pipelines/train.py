@@ -42,13 +42,13 @@ from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.same_base import note_base, refuse_other_base
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
-from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.checkpoint_contents import strange_contents
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.result import TrainResult, curve_of
-from qlora_kit.training.sft import build_trainer, fit, held_out_loss
+from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 
 
 def train(recipe: TrainRecipe, run: RunDirectory, overrides: list[str] | None) -> TrainResult:
@@ -119,13 +119,15 @@ def _train(
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         with base_fits(recipe, run):
             model = _adapted_base(recipe, base_folder, reach, len(data.train))
-        watch = Watch(tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints)
+        callback = MetricsCallback(
+            tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints
+        )
         with told_plainly(base_folder, read_config(base_folder), "train"):
             trainer = build_trainer(
-                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, watch, packing
+                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, callback, packing
             )
         with stop.at_a_step(), first_step_told(trainer, base_folder, goes_on=checkpoint is not None):
-            progress = fit(trainer, checkpoint)
+            progress = run_training(trainer, checkpoint)
         if stop.asked or not progress.is_finished:
             what = f"stopped at step {progress.step} of {progress.last_step}; the checkpoint is saved"
             raise StoppedError(what, fix=_line_to_go_on(run))

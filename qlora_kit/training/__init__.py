@@ -1,1 +1,1 @@
-"""SFT on TRL's SFTTrainer."""
+"""The loop: a run on TRL's trainer, resumable to the bit."""

@@ -63,7 +63,7 @@ class StopOnSignal:
         self.asked = True
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Progress bar, metrics, checkpoint marks, and the stop for a loss that is no number.
 
     Args:

@@ -18,12 +18,12 @@ from trl import SFTConfig, SFTTrainer
 from qlora_kit.adapter.attach import train_in_fp32
 from qlora_kit.adapter.saved import BaseName, name_base
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.order import Order
+from qlora_kit.data.order import SamplerOrder
 from qlora_kit.engine.head import enable_fused_head
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.objectives.objective import Objective
-from qlora_kit.objectives.sft.collate import Counted
-from qlora_kit.training.callbacks import Watch
+from qlora_kit.objectives.sft.collate import CountingCollator
+from qlora_kit.training.callbacks import MetricsCallback
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
@@ -38,7 +38,7 @@ class EpochSampler(Sampler[int]):
     one of several processes (`skip_first_batches`), and a resumed run would read the rows of another epoch.
     """
 
-    def __init__(self, order: Order, items: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, order: SamplerOrder, items: int, epoch: Callable[[], int]) -> None:
         self.order = order
         self.items = items
         self.epoch = epoch
@@ -72,7 +72,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     Attributes:
         objective: what is learned.
-        watch: sees every step.
+        callback: sees every step.
         order: of the training items.
         undo: what takes off the model again what was put on it for training.
         engine: of the decoder layers; None where they run plain.
@@ -92,10 +92,10 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         *,
         train: Dataset,
         held_out: Dataset | None,
-        collator: Counted,
+        collator: CountingCollator,
         tokenizer: Any,
-        watch: Watch,
-        order: Order,
+        callback: MetricsCallback,
+        order: SamplerOrder,
         base: BaseName,
         groups: Callable[[PeftModel], Groups] | None = None,
         undo: Sequence[Callable[[], None]] = (),
@@ -110,7 +110,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
         self._waiting: _Waiting | None = None
         self.objective = objective
-        self.watch, self.order, self.base, self.groups, self.engine = watch, order, base, groups, engine
+        self.callback, self.order, self.base, self.groups, self.engine = callback, order, base, groups, engine
         self.logs_late = torch.cuda.is_available()
         super().__init__(
             model=model,
@@ -119,7 +119,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             eval_dataset=held_out,
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[watch],
+            callbacks=[callback],
         )
         self.remove_callback(PrinterCallback)
         train_in_fp32(model)

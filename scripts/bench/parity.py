@@ -39,8 +39,8 @@ from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit, held_out_loss
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 
 RESULTS = Path(__file__).parent / "results"
 ENGINES = {
@@ -123,15 +123,15 @@ def run(chosen: argparse.Namespace, name: str, seed: int, train: TokenRows, held
     recipe = recipe_of(chosen, ENGINES[name], seed)
     model = attach_lora(load_base(chosen.base, QuantConfig()), recipe.lora)
     losses = Losses()
-    watch = Watch(AllTrackers([]), StopOnSignal())
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
     with tempfile.TemporaryDirectory() as work:
         trainer = build_trainer(
-            model, load_tokenizer(chosen.base), recipe, train, held_out, Path(work) / "checkpoints", watch
+            model, load_tokenizer(chosen.base), recipe, train, held_out, Path(work) / "checkpoints", callback
         )
         trainer.add_callback(losses)
         before = held_out_loss(trainer)
         began = time.perf_counter()
-        fit(trainer, None)
+        run_training(trainer, None)
         seconds = time.perf_counter() - began
         after = held_out_loss(trainer)
         trainer.restore_model()

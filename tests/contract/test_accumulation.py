@@ -27,8 +27,8 @@ from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit, held_out_loss
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -72,9 +72,9 @@ def built(folder, batching, checkpoints, dropout=0.0, **loop):
     torch.manual_seed(0)
     model = attach_lora(load_base(folder / "base", recipe.quant), recipe.lora)
     packing = pack(rows.lengths, 64) if batching is Batching.packed else None
-    watch = Watch(AllTrackers([]), StopOnSignal())
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
     tokenizer = load_tokenizer(folder / "base")
-    trainer = build_trainer(model, tokenizer, recipe, rows, held_out, checkpoints, watch, packing)
+    trainer = build_trainer(model, tokenizer, recipe, rows, held_out, checkpoints, callback, packing)
     notes = Notes()
     trainer.add_callback(notes)
     trainer.args.adam_epsilon = 1.0
@@ -111,7 +111,7 @@ def test_rows_of_a_step_may_be_dealt_over_forward_passes(folder, tmp_path, batch
             folder, batching, tmp_path / str(rows), batch_size=rows, gradient_accumulation=passes, max_steps=2
         )
         before = adapter(trainer.model)
-        fit(trainer, None)
+        run_training(trainer, None)
         runs.append((notes, moved({"before": before, "weights": adapter(trainer.model)})))
     (expected, moved_there), *others = runs
     assert len(expected.losses) == len(expected.gradients) == 2
@@ -130,9 +130,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, batching):
     last = IN_THE_SECOND_EPOCH[batching]
     settings = {"batch_size": 4, "max_steps": last + 2, "save_every_steps": last, "dropout": 0.1}
     whole, whole_notes = built(folder, batching, tmp_path, **settings)
-    fit(whole, None)
+    run_training(whole, None)
     resumed, notes = built(folder, batching, tmp_path, **settings)
-    fit(resumed, tmp_path / f"checkpoint-{last}")
+    run_training(resumed, tmp_path / f"checkpoint-{last}")
     assert notes.losses == whole_notes.losses[-2:]
     assert_equal(adapter(resumed.model), adapter(whole.model))
 
@@ -162,10 +162,10 @@ def in_each_process(rank, processes, port, folder, out, batching, rows):
     settings = {"batch_size": rows, "max_steps": last + 2, "save_every_steps": last}
     trainer, notes = built(folder, batching, checkpoints, **settings)
     before = adapter(trainer.model)
-    fit(trainer, None)
+    run_training(trainer, None)
     held_out = held_out_loss(trainer)
     again, _ = built(folder, batching, checkpoints, **settings)
-    fit(again, checkpoints / f"checkpoint-{last}")
+    run_training(again, checkpoints / f"checkpoint-{last}")
     found = {
         "losses": notes.losses,
         "gradients": notes.gradients,

@@ -9,7 +9,7 @@ from qlora_kit.engine.graphs.captured_layer import GraphMemory, _capture, _keep_
 from qlora_kit.engine.graphs.layer_graphs import REPEATS
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.load import load_base
-from qlora_kit.objectives.sft.collate import Collator, Outline, PackedCollator, feature
+from qlora_kit.objectives.sft.collate import Collator, PackedCollator, StaticBatchShape, feature
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention
@@ -174,7 +174,7 @@ def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
     enable_packed_attention(model.get_base_model(), Attention.sdpa)
     bins = [[0, 1, 2], [5, 4, 6], [8, 9, 10, 11], [3, 7]]
     plain = [on_gpu(PackedCollator()([feature(rows, indices)])) for indices in bins]
-    collate = PackedCollator(256, 0, Outline(8, 93))
+    collate = PackedCollator(256, 0, StaticBatchShape(8, 93))
     same_shape = [on_gpu(collate([feature(rows, indices)])) for indices in bins]
     engine = engine_of(model, cuda_graphs=False)
     expected = [gradients(model, batch) for batch in plain]

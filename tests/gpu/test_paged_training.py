@@ -16,8 +16,8 @@ from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.run import build_trainer
 from tests.e2e.conftest import only_run, train_line, write_rows
 from tests.stored_rows import stored_rows
 from tests.tiny_models import build_tiny_model
@@ -74,8 +74,8 @@ def test_each_optimizer_is_the_one_that_was_named(name, tmp_path):
     )
     rows = stored_rows(tmp_path / "rows", [(range(5, 45), (False,) * 20 + (True,) * 20)])
     model = attach_lora(load_base(folder, QuantConfig()), recipe.lora)
-    watch = Watch(AllTrackers([]), StopOnSignal())
-    trainer = build_trainer(model, load_tokenizer(folder), recipe, rows, None, tmp_path / "checkpoints", watch)
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
+    trainer = build_trainer(model, load_tokenizer(folder), recipe, rows, None, tmp_path / "checkpoints", callback)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert getattr(optimizer, "is_paged", False) is name.name.startswith("paged")

@@ -19,8 +19,8 @@ from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -54,13 +54,15 @@ def test_no_step_waits_for_the_device(tmp_path, lengths, batching):
     model = attach_lora(load_base(base, QuantConfig()), recipe.lora)
     rows = drawn_rows(tmp_path / "rows", lengths, seed=1)
     packing = pack(rows.lengths, 48) if batching is Batching.packed else None
-    watch = Watch(AllTrackers([]), StopOnSignal())
-    trainer = build_trainer(model, load_tokenizer(base), recipe, rows, None, tmp_path / "checkpoints", watch, packing)
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
+    trainer = build_trainer(
+        model, load_tokenizer(base), recipe, rows, None, tmp_path / "checkpoints", callback, packing
+    )
     trainer.add_callback(Listener())
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            fit(trainer, None)
+            run_training(trainer, None)
             torch.cuda.set_sync_debug_mode("warn")
             torch.ones(1, device="cuda").item()
     finally:

@@ -53,7 +53,7 @@ class Collator:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class Outline(NamedTuple):
+class StaticBatchShape(NamedTuple):
     """What every packed batch can be made to look like, whatever its samples are.
 
     Attributes:
@@ -72,13 +72,15 @@ class PackedCollator:
         filled_to: tokens that every batch is filled up to, by samples of which nothing is trained; None fills nothing.
             For attention that is compiled for one length, and layers that are recorded for one.
         filler: the token it is filled with.
-        outline: that batches get too; one that does not fit into it keeps its own.
+        batch_shape: that batches get too; one that does not fit into it keeps its own.
     """
 
-    def __init__(self, filled_to: int | None = None, filler: int = 0, outline: Outline | None = None) -> None:
+    def __init__(
+        self, filled_to: int | None = None, filler: int = 0, batch_shape: StaticBatchShape | None = None
+    ) -> None:
         self.filled_to = filled_to
         self.filler = filler
-        self.outline = outline
+        self.batch_shape = batch_shape
 
     def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor | int]":
         """A batch of T tokens in S samples, without padding and without an attention mask.
@@ -87,7 +89,7 @@ class PackedCollator:
             `input_ids`, `labels` and `position_ids`: int64 of shape (1, T); positions start anew in each sample, and
             the first token of a sample has the label -100, since another sample would predict it.
             `cu_seq_lens_q`, `cu_seq_lens_k`: int32 of shape (S + 1,), where each sample begins, and T.
-            `max_length_q`, `max_length_k`: tokens of the longest sample, or of the outline's.
+            `max_length_q`, `max_length_k`: tokens of the longest sample, or of the batch shape's.
         """
         import torch
 
@@ -98,15 +100,15 @@ class PackedCollator:
         if missing > 0:
             input_ids = np.append(input_ids, np.full(missing, self.filler))
             labels = np.append(labels, np.full(missing, IGNORED_LABEL))
-            lengths = np.append(lengths, _pieces(missing, self.outline.longest if self.outline else missing))
+            lengths = np.append(lengths, _pieces(missing, self.batch_shape.longest if self.batch_shape else missing))
         bounds = np.concatenate(([0], np.cumsum(lengths)))
         labels[bounds[:-1]] = IGNORED_LABEL
         position_ids = np.arange(len(input_ids)) - np.repeat(bounds[:-1], lengths)
         rows = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         longest = int(lengths.max())
-        if self.outline and longest <= self.outline.longest and len(lengths) <= self.outline.samples:
-            bounds = np.append(bounds, np.full(self.outline.samples - len(lengths), bounds[-1]))
-            longest = self.outline.longest
+        if self.batch_shape and longest <= self.batch_shape.longest and len(lengths) <= self.batch_shape.samples:
+            bounds = np.append(bounds, np.full(self.batch_shape.samples - len(lengths), bounds[-1]))
+            longest = self.batch_shape.longest
         starts = torch.from_numpy(bounds.astype(np.int32))
         return {
             **{name: torch.from_numpy(array)[None] for name, array in rows.items()},
@@ -117,7 +119,7 @@ class PackedCollator:
         }
 
 
-class Counted:
+class CountingCollator:
     """Another collator's batches, with the number of positions whose next token is trained: `trained_tokens`.
 
     Counted here, where the labels are made, it need not be read from the device, which waits for all that it has to do.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.packing import Packing
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.objectives.objective import BatchLoss, Progress
-from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Collator, Counted, Outline, PackedCollator
+from qlora_kit.objectives.sft.collate import IGNORED_LABEL, Collator, CountingCollator, PackedCollator, StaticBatchShape
 from qlora_kit.schema.model import ModelShape
 
 if TYPE_CHECKING:
@@ -30,12 +30,17 @@ class Sft:
         return training_dataset(rows, packing, multiple)
 
     def collator(
-        self, pad_token_id: int, *, is_packed: bool, filled_to: int | None = None, outline: Outline | None = None
-    ) -> Counted:
+        self,
+        pad_token_id: int,
+        *,
+        is_packed: bool,
+        filled_to: int | None = None,
+        batch_shape: StaticBatchShape | None = None,
+    ) -> CountingCollator:
         """Rows side by side, or packed ones one after another."""
         if not is_packed:
-            return Counted(Collator(pad_token_id))
-        return Counted(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, outline))
+            return CountingCollator(Collator(pad_token_id))
+        return CountingCollator(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, batch_shape))
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any], trained: "torch.Tensor | int | None") -> BatchLoss:
         """The sum over trained tokens by their number in the whole step; sums: right answers, trained tokens, tokens.

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.finite import NotFiniteError, refuse_weights_not_finite
 
 
@@ -22,11 +22,11 @@ def test_no_line_is_written_with_a_number_that_is_not_finite(tmp_path, key, name
         def log(self, step, metrics):
             rows.append(metrics)
 
-    watch = Watch(Kept([]), StopOnSignal())
+    callback = MetricsCallback(Kept([]), StopOnSignal())
     logs = {"loss": 1.0, "grad_norm": 1.0, key: value, "epoch": 0.5}
     args = TrainingArguments(output_dir=str(tmp_path))
     with pytest.raises(NotFiniteError, match=f"the {name} became {value} by step 7") as told:
-        watch.on_log(args, TrainerState(global_step=7), TrainerControl(), logs)
+        callback.on_log(args, TrainerState(global_step=7), TrainerControl(), logs)
     assert told.value.step == 7
     assert rows == []
 

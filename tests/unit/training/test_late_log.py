@@ -13,8 +13,8 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training import step_clock
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -28,7 +28,7 @@ LENGTHS = [9, 40, 3, 21, 33, 14] * 2
 ROWS, LAST, SAVED = len(LENGTHS), 7, 4
 
 
-def made(base, folder, watch, *, late, every=1, accumulation=1, evaluates=False, save_every=100):
+def made(base, folder, callback, *, late, every=1, accumulation=1, evaluates=False, save_every=100):
     """The trainer of a run of seven steps."""
     folder.mkdir()
     rows = drawn_rows(folder / "train", LENGTHS, 1)
@@ -47,14 +47,14 @@ def made(base, folder, watch, *, late, every=1, accumulation=1, evaluates=False,
     torch.manual_seed(0)
     model = attach_lora(load_base(base, recipe.quant), recipe.lora)
     held_out = drawn_rows(folder / "held_out", [5, 8], 2) if evaluates else None
-    trainer = build_trainer(model, load_tokenizer(base), recipe, rows, held_out, folder / "run", watch)
+    trainer = build_trainer(model, load_tokenizer(base), recipe, rows, held_out, folder / "run", callback)
     trainer.logs_late = late
     return trainer
 
 
 def logged(base, folder, **settings):
     """What a run of seven steps logs, and when: pairs of (last step begun, entry)."""
-    trainer = made(base, folder, Watch(AllTrackers([]), StopOnSignal()), **settings)
+    trainer = made(base, folder, MetricsCallback(AllTrackers([]), StopOnSignal()), **settings)
     began = []
 
     class Seen(TrainerCallback):
@@ -67,7 +67,7 @@ def logged(base, folder, **settings):
 
     when = []
     trainer.add_callback(Seen())
-    fit(trainer, None)
+    run_training(trainer, None)
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime")
     entries = [
         {name: value for name, value in entry.items() if name not in timed and "per_second" not in name}
@@ -146,8 +146,8 @@ def test_each_line_divides_the_tokens_of_its_steps_by_their_time(base, tmp_path,
     kept, tokens, seconds = [], 0, 0.0
     for checkpoint in (None, SAVED):
         tracker = Kept()
-        watch = Watch(tracker, StopOnSignal(), tokens, seconds)
-        trainer = made(base, tmp_path / str(checkpoint), watch, late=late, **settings)
+        callback = MetricsCallback(tracker, StopOnSignal(), tokens, seconds)
+        trainer = made(base, tmp_path / str(checkpoint), callback, late=late, **settings)
 
         def spend(module, inputs, named):
             if torch.is_grad_enabled():
@@ -155,7 +155,7 @@ def test_each_line_divides_the_tokens_of_its_steps_by_their_time(base, tmp_path,
 
         trainer.model.register_forward_pre_hook(spend, with_kwargs=True)
         trainer.add_callback(Pauses(clock))
-        fit(trainer, checkpoint and tmp_path / "None" / "run" / f"checkpoint-{checkpoint}")
+        run_training(trainer, checkpoint and tmp_path / "None" / "run" / f"checkpoint-{checkpoint}")
         lines = [row for row in tracker.rows if "loss" in row]
         assert lines[-1]["step"] == LAST
         assert [row["tokens_per_second"] for row in lines] == pytest.approx([TOKENS_A_SECOND] * len(lines))

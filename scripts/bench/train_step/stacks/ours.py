@@ -21,9 +21,9 @@ from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit
-from qlora_kit.training.speed import layer_policies
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.engine_setup import layer_policies
+from qlora_kit.training.run import build_trainer, run_training
 from qlora_kit.training.trainer import KitTrainer
 from train_step.clock import LEARNING_RATE, MEASURED, WARM_UP, StepClock
 from train_step.rows import ids_of, lengths_of, stored
@@ -69,10 +69,10 @@ def trainer_for(run: Run, work: Path, steps: int, engine: EngineConfig | None = 
     packing = _repeated(pack(rows.lengths, run.batch.seq_len), steps) if run.packs else None
     if packing is None:
         rows = rows.select(np.tile(np.arange(len(rows)), steps))
-    watch = Watch(AllTrackers([]), StopOnSignal())
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
     quiet_libraries()
     model = attach_lora(random_base(run.shape), recipe.lora)
-    trainer = build_trainer(model, tiny_tokenizer(), recipe, rows, None, work / "checkpoints", watch, packing)
+    trainer = build_trainer(model, tiny_tokenizer(), recipe, rows, None, work / "checkpoints", callback, packing)
     items = len(trainer.train_dataset)
     trainer.order = lambda epoch: np.arange(items)
     return trainer
@@ -97,7 +97,7 @@ def train(run: Run, base: Path, work: Path, *, profiled: bool = False) -> dict[s
     tokens = sum(lengths)
     clock = StepClock(profile)
     trainer.add_callback(clock)
-    fit(trainer, None)
+    run_training(trainer, None)
     found = clock.result(tokens) | _levels(trainer)
     if profile is not None:
         found["profile"] = profile.table(trainer.model.config, tokens)

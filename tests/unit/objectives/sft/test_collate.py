@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.objectives.sft.collate import Collator, Counted, Outline, PackedCollator, feature
+from qlora_kit.objectives.sft.collate import Collator, CountingCollator, PackedCollator, StaticBatchShape, feature
 from tests.stored_rows import stored_rows
 
 ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]
@@ -70,7 +70,7 @@ def test_a_packed_batch_is_filled_up_by_a_sample_of_its_own(rows):
 
 
 def test_an_outline_gives_batches_of_other_samples_one_look(rows):
-    collate = PackedCollator(filled_to=14, filler=3, outline=Outline(samples=6, longest=4))
+    collate = PackedCollator(filled_to=14, filler=3, batch_shape=StaticBatchShape(samples=6, longest=4))
     batch = collate([feature(rows, [1, 0])])
     assert batch["input_ids"].tolist() == [[7, 2, 5, 6, 2, *[3] * 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0]]
@@ -82,10 +82,10 @@ def test_an_outline_gives_batches_of_other_samples_one_look(rows):
 
 
 def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
-    many = PackedCollator(filled_to=5, outline=Outline(samples=1, longest=4))([feature(rows, [1, 0])])
+    many = PackedCollator(filled_to=5, batch_shape=StaticBatchShape(samples=1, longest=4))([feature(rows, [1, 0])])
     assert many["cu_seq_lens_q"].tolist() == [0, 2, 5]
     assert many["max_length_q"] == 3
-    long = PackedCollator(filled_to=4, outline=Outline(samples=3, longest=2))([feature(rows, [2])])
+    long = PackedCollator(filled_to=4, batch_shape=StaticBatchShape(samples=3, longest=2))([feature(rows, [2])])
     assert long["cu_seq_lens_q"].tolist() == [0, 4]
     assert long["max_length_q"] == 4
 
@@ -93,7 +93,7 @@ def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
 @pytest.mark.parametrize("collator", [Collator(2), PackedCollator(), PackedCollator(filled_to=20)], ids=type)
 def test_trained_positions_are_counted_as_labels_are_shifted(rows, collator):
     features = [feature(rows, [2, 1]), feature(rows, [0])]
-    plain, counted = collator(features), Counted(collator)(features)
+    plain, counted = collator(features), CountingCollator(collator)(features)
     assert counted.pop("trained_tokens") == sum(label != -100 for row in plain["labels"].tolist() for label in row[1:])
     assert counted.keys() == plain.keys()
     assert all(torch.equal(torch.as_tensor(counted[name]), torch.as_tensor(plain[name])) for name in plain)

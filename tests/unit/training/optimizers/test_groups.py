@@ -13,10 +13,10 @@ from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 from qlora_kit.training.optimizers.groups import RULES, groups_of, loraplus_groups
-from qlora_kit.training.sft import build_trainer, fit
+from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 from tests.trained_weights import OPTIMIZERS
@@ -57,8 +57,8 @@ def trainer_of(base, recipe, rows, folder):
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zeros would leave A without a gradient
                 weight.normal_(std=0.02)
-    watch = Watch(AllTrackers([]), StopOnSignal())
-    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, watch)
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
+    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, callback)
 
 
 def trained(model):
@@ -78,7 +78,7 @@ def test_a_step_moves_b_that_much_farther(base, rows, tmp_path):
     """AdamW's first step is the rate for every weight, whatever its gradient."""
     trainer = trainer_of(base, recipe_of(max_steps=1), rows, tmp_path)
     before = {name: weight.detach().clone() for name, weight in trained(trainer.model).items()}
-    fit(trainer, None)
+    run_training(trainer, None)
     for name, weight in trained(trainer.model).items():
         moved = float((weight.detach() - before[name]).abs().median())
         assert moved == pytest.approx(16 * RATE if "lora_B" in name else RATE, rel=0.01), name
@@ -87,9 +87,9 @@ def test_a_step_moves_b_that_much_farther(base, rows, tmp_path):
 def test_a_resumed_run_ends_with_the_same_weights(base, rows, tmp_path):
     recipe = recipe_of(max_steps=4, save_every_steps=2, keep_checkpoints=9)
     whole = trainer_of(base, recipe, rows, tmp_path)
-    fit(whole, None)
+    run_training(whole, None)
     resumed = trainer_of(base, recipe, rows, tmp_path)
-    fit(resumed, tmp_path / "checkpoint-2")
+    run_training(resumed, tmp_path / "checkpoint-2")
     assert resumed.state.global_step == 4
     for (name, weight), other in zip(trained(resumed.model).items(), trained(whole.model).values(), strict=True):
         assert torch.equal(weight, other), name

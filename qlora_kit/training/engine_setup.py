@@ -24,7 +24,7 @@ from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.training.step_memory import MLP, StepMemory, again
 
 
-def put_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
+def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
     """Make a model's decoder layers fast, as the recipe says; None where they stay plain.
 
     Args:

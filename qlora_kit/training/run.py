@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on TRL's SFTTrainer, with rows, masks and adapter prepared by the kit."""
+"""A run on TRL's trainer, with rows, masks and adapter prepared by the kit."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -23,16 +23,16 @@ from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.source import hub_name
 from qlora_kit.objectives.objective import Objective
 from qlora_kit.objectives.registry import OBJECTIVES
-from qlora_kit.objectives.sft.collate import Outline
+from qlora_kit.objectives.sft.collate import StaticBatchShape
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.arguments import sft_config
-from qlora_kit.training.callbacks import Watch
+from qlora_kit.training.callbacks import MetricsCallback
 from qlora_kit.training.checkpoint import step_of
+from qlora_kit.training.engine_setup import enable_engine
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.optimizers.groups import groups_of
-from qlora_kit.training.speed import put_engine
 from qlora_kit.training.trainer import KitTrainer
 
 
@@ -56,7 +56,7 @@ def build_trainer(
     train: TokenRows,
     held_out: TokenRows | None,
     checkpoints: Path,
-    watch: Watch,
+    callback: MetricsCallback,
     packing: Packing | None = None,
 ) -> KitTrainer:
     """A trainer over prepared rows whose own preparation is off.
@@ -75,10 +75,10 @@ def build_trainer(
         log.info(line)
     processes = world_size()
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
-    undo, engine = _made_ready(model, recipe, packing, at_once)
+    undo, engine = _prepare_model(model, recipe, packing, at_once)
     objective = OBJECTIVES["sft"]
     dataset = objective.dataset(train, packing)
-    outline = _outline(recipe, train, packing, engine)
+    batch_shape = _batch_shape(recipe, train, packing, engine)
     group = recipe.trainer.batch_size * processes
     source, revision = recipe.model.source, recipe.model.revision
     return KitTrainer(
@@ -98,11 +98,11 @@ def build_trainer(
         collator=objective.collator(
             tokenizer.pad_token_id,
             is_packed=packing is not None,
-            filled_to=_filled_to(recipe, packing, outline),
-            outline=outline,
+            filled_to=_filled_to(recipe, packing, batch_shape),
+            batch_shape=batch_shape,
         ),
         tokenizer=tokenizer,
-        watch=watch,
+        callback=callback,
         order=epoch_order(recipe.data.batching, train.lengths, len(dataset), group, recipe.trainer.seed),
         base=BaseName(*(hub_name(source, revision) or (source, revision))),
         groups=groups_of(optimizer, recipe.optim),
@@ -111,14 +111,14 @@ def build_trainer(
     )
 
 
-def _made_ready(
+def _prepare_model(
     model: PeftModel, recipe: TrainRecipe, packing: Packing | None, at_once: int
 ) -> tuple[list[Callable[[], None]], FastEngine | None]:
     """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(enable_packed_attention(model.get_base_model(), recipe.model.attention))
-    engine = put_engine(model, recipe.engine, at_once)
+    engine = enable_engine(model, recipe.engine, at_once)
     if engine is not None:
         undo.append(engine.undo)
         if (back := enable_row_attention(model.get_base_model())) is not None:
@@ -128,15 +128,15 @@ def _made_ready(
     return undo, engine
 
 
-def _filled_to(recipe: TrainRecipe, packing: Packing | None, outline: Outline | None) -> int | None:
+def _filled_to(recipe: TrainRecipe, packing: Packing | None, batch_shape: StaticBatchShape | None) -> int | None:
     """Tokens of every batch, for attention and layers that are compiled or recorded for one number of them."""
-    is_of_one_size = recipe.model.attention is Attention.flex_attention or outline is not None
+    is_of_one_size = recipe.model.attention is Attention.flex_attention or batch_shape is not None
     return recipe.trainer.batch_size * packing.capacity if packing is not None and is_of_one_size else None
 
 
-def _outline(
+def _batch_shape(
     recipe: TrainRecipe, rows: TokenRows, packing: Packing | None, engine: FastEngine | None
-) -> Outline | None:
+) -> StaticBatchShape | None:
     """What packed batches look like for layers that are recorded; None where none are."""
     if packing is None or engine is None or engine.graphs is None:
         return None
@@ -144,7 +144,7 @@ def _outline(
     longest = int(lengths.max())
     filled = np.add.reduceat(lengths, packing.offsets[:-1])
     samples = np.diff(packing.offsets) + -(-(packing.capacity - filled) // longest)
-    return Outline(recipe.trainer.batch_size * int(samples.max()), longest)
+    return StaticBatchShape(recipe.trainer.batch_size * int(samples.max()), longest)
 
 
 def _held_out_dataset(
@@ -155,7 +155,7 @@ def _held_out_dataset(
     return objective.dataset(rows, alike, multiple)
 
 
-def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
+def run_training(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
     """Train to the end, or until a stop was asked for.
 
     From a checkpoint the same rows come in the same order, with the same random numbers and optimizer states. On a CPU
@@ -168,7 +168,7 @@ def fit(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
     if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
         trainer.take_up(checkpoint)
     else:
-        with closing(trainer.watch):
+        with closing(trainer.callback):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return Progress(trainer.state.global_step, trainer.args.max_steps)
 

@@ -28,10 +28,10 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.arguments import sft_config
-from qlora_kit.training.callbacks import StopOnSignal, Watch
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete
 from qlora_kit.training.finite import NotFiniteError
-from qlora_kit.training.sft import build_trainer, fit, held_out_loss
+from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 from tests.drawn_rows import drawn_rows
 from tests.stored_rows import stored_rows
 from tests.tiny_models import build_tiny_model
@@ -65,8 +65,8 @@ def trainer_for(base, recipe, train, held_out, folder):
     packing = pack(train.lengths, 64) if recipe.data.batching is Batching.packed else None
     torch.manual_seed(0)
     model = attach_lora(load_base(base, recipe.quant, recipe.model.attention), recipe.lora)
-    watch = Watch(AllTrackers([]), StopOnSignal())
-    return build_trainer(model, load_tokenizer(base), recipe, train, held_out, folder, watch, packing)
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
+    return build_trainer(model, load_tokenizer(base), recipe, train, held_out, folder, callback, packing)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def built(base, rows, tmp_path):
 @pytest.mark.libraries
 def test_checkpoints_name_the_base_as_the_recipe_does_and_hold_no_cards(base, rows, tmp_path):
     recipe = replace(recipe_for(save_every_steps=1), model=ModelConfig(source="owner/model", revision="0a1b"))
-    fit(trainer_for(base, recipe, rows[0], None, tmp_path), None)
+    run_training(trainer_for(base, recipe, rows[0], None, tmp_path), None)
     assert not list(tmp_path.rglob("README.md"))
     settings = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/model", "0a1b")
@@ -100,7 +100,7 @@ def test_trl_prepares_nothing(base, rows, tmp_path, monkeypatch, batching):
 
     monkeypatch.setattr(SFTTrainer, "_prepare_dataset", prepare)
     trainer = trainer_for(base, recipe_for(batching, max_steps=1), *rows, tmp_path)
-    fit(trainer, None)
+    run_training(trainer, None)
     held_out_loss(trainer)
 
 
@@ -239,9 +239,9 @@ def test_padded_rows_leave_the_attention_alone(built):
 def test_packing_and_the_recipe_must_agree(base, rows, tmp_path):
     recipe = recipe_for(Batching.packed)
     model = attach_lora(load_base(base, recipe.quant), recipe.lora)
-    watch = Watch(AllTrackers([]), StopOnSignal())
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
     with pytest.raises(ValueError, match=r"data.batching=packed, and packing is None"):
-        build_trainer(model, load_tokenizer(base), recipe, rows[0], None, tmp_path, watch)
+        build_trainer(model, load_tokenizer(base), recipe, rows[0], None, tmp_path, callback)
 
 
 def test_attention_that_reads_across_samples_ends_the_run(base, rows, tmp_path):
@@ -251,7 +251,7 @@ def test_attention_that_reads_across_samples_ends_the_run(base, rows, tmp_path):
 
 
 def test_a_leak_ends_the_run(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_kit.training.sft.enable_packed_attention", lambda model, attention: lambda: None)
+    monkeypatch.setattr("qlora_kit.training.run.enable_packed_attention", lambda model, attention: lambda: None)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
     with pytest.raises(RunError, match="packed samples read each other with sdpa"):
         trainer_for(base, recipe_for(Batching.packed), *rows, tmp_path)
@@ -297,6 +297,6 @@ def test_a_weight_that_the_last_update_broke_is_not_saved(built, tmp_path):
     trainer = built(max_steps=3, save_every_steps=1, keep_checkpoints=2)
     trainer.add_callback(Breaks())
     with pytest.raises(NotFiniteError, match="after step 3"):
-        fit(trainer, None)
+        run_training(trainer, None)
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"

@@ -29,9 +29,9 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training import speed as module
-from qlora_kit.training.callbacks import StopOnSignal, Watch
-from qlora_kit.training.sft import build_trainer, fit
-from qlora_kit.training.speed import layer_policies, put_engine, step_memory_of
+from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.engine_setup import enable_engine, layer_policies, step_memory_of
+from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
@@ -60,12 +60,12 @@ def trained(base, rows, folder, engine, batching=Batching.padded):
     torch.manual_seed(0)
     model = attach_lora(load_base(base, recipe.quant), recipe.lora)
     packing = pack(rows.lengths, 64) if batching is Batching.packed else None
-    watch = Watch(AllTrackers([]), StopOnSignal())
-    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, watch, packing)
+    callback = MetricsCallback(AllTrackers([]), StopOnSignal())
+    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, callback, packing)
 
 
 def losses(trainer):
-    fit(trainer, None)
+    run_training(trainer, None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -102,11 +102,11 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert policies("auto") == [4, 4]
     assert "warning: layers keep" in capsys.readouterr().err
     assert policies("1MB") == [3, 3]
-    made = put_engine(model, EngineConfig(mode=FAST), 1000)
+    made = enable_engine(model, EngineConfig(mode=FAST), 1000)
     said = capsys.readouterr().err
     assert "computed again in the backward pass: 2 whole layers, from the host's memory, some tokens at a time" in said
     made.undo()
-    put_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
+    enable_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
     assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
     def engine(free, **settings):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
         monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
-        made = put_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
+        made = enable_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
         weights = [linear.weight for layer in made.layers for linear in layer.parts.linears]
         said = "weights are kept unpacked too" in capsys.readouterr().err
         return said, {weight._kept_transposed is not None for weight in weights}
@@ -161,7 +161,7 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
             sum(group.concatenated.kept.nbytes for group in groups if group.concatenated.kept is not None) <= 2e6
             or copies == "all"
         )
-        fit(trainer, None)
+        run_training(trainer, None)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
     assert losses[0] == losses[1] == losses[2]
@@ -170,7 +170,7 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
 @pytest.mark.slow
 def test_kept_weights_are_let_go_of_with_the_engine(base):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
-    engine = put_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)
+    engine = enable_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)
     kept = [weakref.ref(group.concatenated.kept) for layer in engine.layers for group in layer.parts.groups]
     engine.undo()
     gc.collect()
@@ -180,7 +180,7 @@ def test_kept_weights_are_let_go_of_with_the_engine(base):
 def test_kept_weights_need_no_adapter_in_their_group(base, rows, tmp_path):
     def loss(copies):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora).train()
-        engine = put_engine(model, EngineConfig(mode=FAST, weight_copies=copies), 100)
+        engine = enable_engine(model, EngineConfig(mode=FAST, weight_copies=copies), 100)
         ids = torch.arange(12).view(1, 12)
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
         found.backward()
@@ -201,7 +201,7 @@ def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):
     lora = TrainRecipe().lora
     lora.dropout = 0.1
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora)
-    assert put_engine(model, EngineConfig(mode=FAST), 100) is None
+    assert enable_engine(model, EngineConfig(mode=FAST), 100) is None
     assert "2 of 2 layers run plain, because lora.dropout is above 0" in capsys.readouterr().err
 
 
