@@ -202,9 +202,8 @@ def test_fp8_products_move_gradients_by_rounding_only(tmp_path, rows, compute, l
     model, batch = load(llama(tmp_path), torch.bfloat16), padded(rows)
     _, gradients = step(model, batch)
     size = error(gradients, {name: torch.zeros_like(part) for name, part in gradients.items()})
-    assert (
-        patch_model(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate)).messages == []
-    )
+    engine = patch_model(model, EngineConfig(), None, partial(weight_for, compute=compute, product=emulate))
+    assert engine.messages == []
     assert least < error(step(model, batch)[1], gradients) / size < most
 
 

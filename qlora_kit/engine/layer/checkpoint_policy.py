@@ -10,9 +10,7 @@ from qlora_kit.schema.amount import Asked as Asked
 from qlora_kit.schema.amount import parse_amount as parse_amount
 from qlora_kit.schema.model import ModelShape
 
-PIECE = (
-    8192  # tokens of which an MLP holds gate and up at a time, where it is chunked: enough for whole rounds of tiles
-)
+PIECE = 8192  # tokens of which a chunked MLP holds gate and up at a time: enough for whole rounds of tiles
 _FP32 = 4
 _SPARED_BESIDE = 4  # tensors of an MLP's width that a budget leaves room for at the least: one to spare
 _SPARED_PARTS = 20  # a twentieth of the free memory is left to fragmentation and to what is not counted

@@ -89,9 +89,8 @@ class FastLayer:
 
     def _checkpointed(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
         """The layer's result, of which less is kept than its backward needs, if its policy says so."""
-        if self.policy < CheckpointPolicy.recompute_layer and (
-            self.parts is not None or self.policy == CheckpointPolicy.keep_all
-        ):
+        keeps_all = self.policy == CheckpointPolicy.keep_all
+        if keeps_all or (self.parts is not None and self.policy < CheckpointPolicy.recompute_layer):
             return run(hidden_states, **settings)
         to_host = self.policy >= CheckpointPolicy.offload_input
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
