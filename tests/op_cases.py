@@ -32,12 +32,14 @@ class Case(NamedTuple):
         expected: what is returned and written, from the arguments, in float64.
         written: arguments that the operation writes to, by their place.
         rounding: share of the largest entry that it may be off by beside what `dtype` allows.
+        of_kernel: dtypes that the kernel takes.
     """
 
     arguments: Callable[[torch.dtype], tuple[Any, ...]]
     expected: Callable[..., Any]
     written: tuple[int, ...] = ()
     rounding: float = 0.0
+    of_kernel: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 def outcome(case: Case, run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -336,6 +338,17 @@ CASES: dict[str, Case] = {
         )
         for kind in Activation
         for ranks in ((16, 16, 16), (8, 0, 24), (0, 33, 1))
+    },
+    **{
+        f"split_k_matmul: {tokens} tokens": Case(
+            lambda dtype, tokens=tokens: (
+                drawn(tokens, 19, dtype=dtype)[:, 1:17],
+                drawn(tokens, COLUMNS, dtype=dtype, seed=1),
+            ),
+            lambda left, right: wide(left).t() @ wide(right),
+            of_kernel=(torch.bfloat16,),
+        )
+        for tokens in (1024, TOKENS)  # in four parts, and in one
     },
     "reduce_partials": Case(_sums, _reduce, (1,)),
     **{

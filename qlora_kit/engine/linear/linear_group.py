@@ -171,13 +171,13 @@ class LinearGroup:
 
     def of_a(self, x: Tensor | Normed, d_xa: Tensor) -> PartialSum:
         """Gradient of A of all modules, `[sum of ranks, in]`."""
-        return PartialSum(split_k_matmul(d_xa, x)) if isinstance(x, Tensor) else x.product(d_xa)
+        return split_k_matmul(d_xa, x) if isinstance(x, Tensor) else x.product(d_xa)
 
     def of_b(self, gradients: Gradients, xa: Tensor) -> list[PartialSum]:
         """Gradient of B of each adapted module without its scaling, `[out, r]`."""
         lefts = torch.split(xa, [linear.rank for linear in self.adapted], dim=1)
         pairs = zip(self._apart_adapted(gradients.outputs), lefts, strict=True)
-        return [PartialSum(split_k_matmul(grad, left)) for grad, left in pairs]
+        return [split_k_matmul(grad, left) for grad, left in pairs]
 
     def parameter_gradients(self, of_a: PartialSum, of_b: Sequence[PartialSum]) -> list[Tensor]:
         """Gradients of `parameters()` in the dtype that each is held in, from what `of_a` and `of_b` give."""

@@ -30,6 +30,7 @@ OPS: dict[str, Op[Any, Any]] = {
         glu.gated_product_backward,
         glu.glu,
         glu.glu_backward,
+        split_k.split_k_matmul,
         split_k.reduce_partials_op,
         four_bit.unpack,
         four_bit.unpack_transposed,

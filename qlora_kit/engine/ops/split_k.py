@@ -42,6 +42,32 @@ class PartialSum(NamedTuple):
     scale: float = 1.0
 
 
+def _split_k_matmul(left: Tensor, right: Tensor) -> PartialSum:
+    """`left^T @ right` `[r, n]` for left `[T, r]`, right `[T, n]`, in fp32 parts over tokens; one if it is not cut."""
+    return PartialSum((left.t() @ right).float()[None])
+
+
+def _split_k_matmul_kernel(left: Tensor, right: Tensor) -> PartialSum:
+    """By cuBLAS, without a rounding between.
+
+    The result is small and the sum long, so that it would keep a quarter of an H100 busy: tokens are cut into parts
+    whose products are made side by side.
+    """
+    tokens, narrow, wide = len(left), *sorted((left.shape[1], right.shape[1]))
+    parts = next((parts for parts in PARTS if tokens % parts == 0 and tokens // parts >= SHORTEST_PART), 1)
+    if wide > WIDE_ENOUGH or narrow > NARROW or parts == 1:
+        return PartialSum(torch.mm(left.t(), right, out_dtype=torch.float32)[None])
+    cut_left, cut_right = (factor.view(parts, tokens // parts, factor.shape[1]) for factor in (left, right))
+    return PartialSum(torch.bmm(cut_left.transpose(1, 2), cut_right, out_dtype=torch.float32))
+
+
+def _split_k_matmul_supported(left: Tensor, right: Tensor) -> bool:
+    return left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)
+
+
+split_k_matmul = Op("split_k_matmul", _split_k_matmul, _split_k_matmul_kernel, _split_k_matmul_supported)
+
+
 class Normed(NamedTuple):
     """An input `h * scale * weight` that is not made: what an RMS norm gives.
 
@@ -58,23 +84,7 @@ class Normed(NamedTuple):
     def product(self, inner: Tensor) -> PartialSum:
         """`inner^T @ x`, for inner `[T, r]`."""
         scaled = torch.mul(inner, self.scale, out=torch.empty_like(inner))
-        return PartialSum(split_k_matmul(scaled, self.h), self.weight)
-
-
-def split_k_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left^T @ right` for left `[T, r]`, right `[T, n]`, in fp32 parts `[parts, r, n]`; one part if it is not cut.
-
-    On a GPU 16-bit factors are never rounded between. The result is small and the sum long, so that cuBLAS would keep a
-    quarter of an H100 busy: tokens are cut into parts whose products are made side by side.
-    """
-    if not (left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)):
-        return (left.t() @ right).float()[None]
-    tokens, narrow, wide = len(left), *sorted((left.shape[1], right.shape[1]))
-    parts = next((parts for parts in PARTS if tokens % parts == 0 and tokens // parts >= SHORTEST_PART), 1)
-    if wide > WIDE_ENOUGH or narrow > NARROW or parts == 1:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)[None]
-    cut_left, cut_right = (factor.view(parts, tokens // parts, factor.shape[1]) for factor in (left, right))
-    return torch.bmm(cut_left.transpose(1, 2), cut_right, out_dtype=torch.float32)
+        return split_k_matmul(scaled, self.h)._replace(factor=self.weight)
 
 
 def reduce_partials(sums: Sequence[PartialSum], places: Sequence[Tensor]) -> None:

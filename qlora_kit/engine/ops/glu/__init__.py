@@ -132,10 +132,8 @@ def _glu_backward(
     for place, part in zip(out, found, strict=True):
         place.copy_(part)
     pairs = zip(deltas[:2], out, strict=True)
-    of_gate, of_up = (None if one is None else PartialSum(split_k_matmul(x, one.left)) for one, x in pairs)
-    return GluPartials(
-        of_gate, of_up, None if deltas[2] is None else PartialSum(split_k_matmul(deltas[2].left, product))
-    )
+    of_gate, of_up = (None if one is None else split_k_matmul(x, one.left) for one, x in pairs)
+    return GluPartials(of_gate, of_up, None if deltas[2] is None else split_k_matmul(deltas[2].left, product))
 
 
 def _glu_backward_kernel(
