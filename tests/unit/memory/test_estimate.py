@@ -91,7 +91,7 @@ def test_total_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("targets", [["all_linear"], ["q_proj", "v_proj"]])
 def test_a_layer_keeps_what_autograd_keeps(targets):
-    """CountingCollator on a real step: transformers' Llama, peft's LoRA in fp32, bf16 autocast, no checkpointing."""
+    """Counted on a real step: transformers' Llama, peft's LoRA in fp32, bf16 autocast, no checkpointing."""
     shape = ModelShape(256, 896, 2, 4, 2, 64, 320, False)
     # what two further layers keep for 256 further tokens: copies of weights, which do not grow with tokens, drop out
     counted = _layers_keep(shape, targets, 512) - _layers_keep(shape, targets, 256)
