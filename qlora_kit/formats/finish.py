@@ -7,11 +7,11 @@ from typing import Any
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.contract_servers import ServerCheck
 from qlora_kit.evaluation.judge import faults_of
 from qlora_kit.evaluation.reference import Reference
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
+from qlora_kit.evaluation.servers.run import ServerCheck
 from qlora_kit.export.manifest import Manifest
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.serving.facts import ServingFacts
@@ -23,7 +23,7 @@ from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
 from qlora_kit.formats.servers import check_servers
 from qlora_kit.formats.survival import record, survival
-from qlora_kit.formats.token_contract import check_token_ids
+from qlora_kit.formats.token_parity import check_token_ids
 from qlora_kit.runs.run import Run
 
 TOP_TOKENS = 256

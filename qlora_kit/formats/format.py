@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.evaluation.contract_static import SGLANG, VLLM
+from qlora_kit.evaluation.servers.requirements import SGLANG, VLLM
 from qlora_kit.export.serving.commands import ServeCommand, Served, Server
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.formats.job import ExportJob, Source, settings_of
 from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
-    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
     from qlora_kit.evaluation.scores import Scorer
+    from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
@@ -173,9 +173,9 @@ class Format(ABC, Generic[Target]):
             file: the path inside the folder that a reader opens.
         """
 
-    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+    def check_tokens(self, contract: "TokenParity", trained: "Trained", folder: Path, file: str) -> None:
         """Add what its readers see otherwise than training did; of most, what transformers makes of the folder."""
-        from qlora_kit.evaluation.contract_folder import check_folder
+        from qlora_kit.evaluation.token_parity.folder import check_folder
 
         check_folder(contract, trained, folder)
 

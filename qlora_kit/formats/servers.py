@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_kit.evaluation.contract_servers import ServerCheck, try_servers
+from qlora_kit.evaluation.servers.run import ServerCheck, try_servers
 from qlora_kit.formats.registry import find_format
 
 

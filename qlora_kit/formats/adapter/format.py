@@ -16,8 +16,8 @@ from qlora_kit.formats.job import ExportJob, Source, settings_of
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
     from qlora_kit.evaluation.scores import Scorer
+    from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
     from qlora_kit.export.fit.form import ModelForm
 
 
@@ -117,7 +117,7 @@ class GgufAdapter(_Alone):
         """None is asked."""
         yield from ()
 
-    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+    def check_tokens(self, contract: "TokenParity", trained: "Trained", folder: Path, file: str) -> None:
         """Note that there is nothing to compare."""
         contract.notes.append("a GGUF adapter has no tokenizer of its own: its base's GGUF file decides")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_kit.core.files import read_json
-from qlora_kit.evaluation.contract_static import Required, required_problems
+from qlora_kit.evaluation.servers.requirements import Required, required_problems
 
 # vLLM's PEFTHelper and SGLang's LoRA manager refuse adapters that are more than low-rank products.
 _ADAPTER = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.evaluation.contract_static import Required, quantized_problems
+from qlora_kit.evaluation.servers.requirements import Required, quantized_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, Server, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format

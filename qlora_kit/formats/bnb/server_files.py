@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_kit.evaluation.contract_static import Required
+from qlora_kit.evaluation.servers.requirements import Required
 
 REQUIRED = (Required(("quant_method",), ("bitsandbytes",)),)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.evaluation.contract_static import quantized_problems
+from qlora_kit.evaluation.servers.requirements import quantized_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.compressed.server_files import REQUIRED, group_problems

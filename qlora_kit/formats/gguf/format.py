@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.evaluation.contract_static import OLLAMA
+from qlora_kit.evaluation.servers.requirements import OLLAMA
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.gguf.server_files import gguf_problems
@@ -17,8 +17,8 @@ from qlora_kit.formats.job import ExportJob, Source, settings_of
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.evaluation.contract_compare import TokenContract, Trained
     from qlora_kit.evaluation.scores import Scorer
+    from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
     from qlora_kit.export.budget.spend import Formats, Spent
     from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
@@ -114,11 +114,11 @@ class Gguf(Format[GgufTarget]):
         """What Ollama would refuse."""
         return gguf_problems(folder, folder / file)
 
-    def check_tokens(self, contract: "TokenContract", trained: "Trained", folder: Path, file: str) -> None:
+    def check_tokens(self, contract: "TokenParity", trained: "Trained", folder: Path, file: str) -> None:
         """Compare llama.cpp, and the Modelfile beside the file, with the trained tokenizer."""
-        from qlora_kit.evaluation.contract_compare import compare_all
-        from qlora_kit.evaluation.contract_folder import TRANSFORMERS, reading_of
-        from qlora_kit.formats.gguf.token_contract import check_gguf
+        from qlora_kit.evaluation.token_parity.compare import compare_all
+        from qlora_kit.evaluation.token_parity.folder import TRANSFORMERS, reading_of
+        from qlora_kit.formats.gguf.token_parity import check_gguf
 
         compare_all(contract, trained, TRANSFORMERS, reading_of(trained.tokenizer))
         check_gguf(contract, trained, folder, folder / file)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
-from qlora_kit.evaluation.contract_stops import Stops
+from qlora_kit.evaluation.token_parity.stops import Stops
 from qlora_kit.formats.gguf.keys import whole_numbers
 
 _KEYS = {

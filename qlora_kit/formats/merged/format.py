@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.evaluation.contract_static import sixteen_bit_problems
+from qlora_kit.evaluation.servers.requirements import sixteen_bit_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.data.template.own_date import with_own_date
-from qlora_kit.evaluation.contract_compare import TokenContract
+from qlora_kit.evaluation.token_parity.compare import TokenParity
 from qlora_kit.formats.gguf.writer import write_gguf
-from qlora_kit.formats.token_contract import check_token_ids
+from qlora_kit.formats.token_parity import check_token_ids
 from tests.chat_templates import FAMILIES as TEMPLATES
 from tests.tiny_models import build_tiny_model, set_stop_tokens
 
@@ -65,7 +65,7 @@ def modelfile(template: str, stop: str, source: str = "./m.gguf", more: str = ""
     return f'FROM {source}\nTEMPLATE """{template}"""\n{more}PARAMETER stop "{stop}"\n'
 
 
-def told(contract: TokenContract) -> str:
+def told(contract: TokenParity) -> str:
     return "\n".join(map(str, contract.failures))
 
 

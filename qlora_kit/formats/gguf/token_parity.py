@@ -4,11 +4,11 @@ from pathlib import Path
 
 from qlora_kit.data.template.ollama import MODELFILE, Modelfile
 from qlora_kit.data.template.probes import as_turns, composed, stripped
-from qlora_kit.evaluation.contract_compare import (
+from qlora_kit.evaluation.token_parity.compare import (
     Failure,
     Messages,
     Rewriting,
-    TokenContract,
+    TokenParity,
     Trained,
     compare_all,
     judge_stops,
@@ -26,7 +26,7 @@ _LLAMA_CPP_LIMITS: dict[str, Rewriting] = {_NOT_COMPOSED: composed}
 _OLLAMA_LIMITS: dict[str, Rewriting] = {_NOT_COMPOSED: composed, _NOT_TRIMMED: stripped}
 
 
-def check_gguf(contract: TokenContract, trained: Trained, folder: Path, file: Path) -> None:
+def check_gguf(contract: TokenParity, trained: Trained, folder: Path, file: Path) -> None:
     """Compare llama.cpp's own template, tokenizer and stop tokens, and the Modelfile's template and stop lines."""
     with LlamaCppModel(file) as model:
 
@@ -39,7 +39,7 @@ def check_gguf(contract: TokenContract, trained: Trained, folder: Path, file: Pa
             _check_modelfile(contract, trained, folder, model)
 
 
-def _check_modelfile(contract: TokenContract, trained: Trained, folder: Path, model: LlamaCppModel) -> None:
+def _check_modelfile(contract: TokenParity, trained: Trained, folder: Path, model: LlamaCppModel) -> None:
     try:
         modelfile = Modelfile.read((folder / MODELFILE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -58,7 +58,7 @@ def _check_modelfile(contract: TokenContract, trained: Trained, folder: Path, mo
     compare_all(contract, trained, OLLAMA, read, _OLLAMA_LIMITS)
 
 
-def _check_stop_lines(contract: TokenContract, trained: Trained, modelfile: Modelfile, model: LlamaCppModel) -> None:
+def _check_stop_lines(contract: TokenParity, trained: Trained, modelfile: Modelfile, model: LlamaCppModel) -> None:
     ids = {text: model.tokenize(text, add_special=False, parse_special=True) for text in modelfile.stops}
     for text, tokens in ids.items():
         if len(tokens) != 1 or tokens[0] not in trained.stop_ids:

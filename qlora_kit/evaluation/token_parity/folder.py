@@ -4,21 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.template.probes import as_turns
-from qlora_kit.evaluation.contract_compare import (
+from qlora_kit.evaluation.token_parity.compare import (
     Failure,
     Messages,
     Reading,
-    TokenContract,
+    TokenParity,
     Trained,
     compare_all,
     judge_stops,
 )
-from qlora_kit.evaluation.contract_stops import transformers_stops
+from qlora_kit.evaluation.token_parity.stops import transformers_stops
 
 TRANSFORMERS = "transformers"
 
 
-def check_folder(contract: TokenContract, trained: Trained, folder: Path) -> None:
+def check_folder(contract: TokenParity, trained: Trained, folder: Path) -> None:
     """Compare the tokenizer, template and generation settings of a Hugging Face folder."""
     from transformers import AutoTokenizer
 

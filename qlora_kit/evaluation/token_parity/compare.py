@@ -9,7 +9,7 @@ from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.template.closing import closing_id
 from qlora_kit.data.template.probes import PROBES, Probe
-from qlora_kit.evaluation.contract_stops import Stops, stop_problems
+from qlora_kit.evaluation.token_parity.stops import Stops, stop_problems
 
 _AROUND = 40  # characters of a text shown before and after a difference
 
@@ -44,7 +44,7 @@ class Failure:
 
 
 @dataclass
-class TokenContract:
+class TokenParity:
     """What was compared, and what differed.
 
     Attributes:
@@ -120,7 +120,7 @@ def _prompt_ids(encoder: Encoder, messages: Messages) -> list[int] | None:
 Reading = Callable[[Messages], list[int]]
 
 
-def judge_stops(contract: TokenContract, trained: Trained, reader: str, stops: Stops) -> None:
+def judge_stops(contract: TokenParity, trained: Trained, reader: str, stops: Stops) -> None:
     """Add what is wrong with a reader's end-of-generation tokens."""
     show = trained.tokenizer.convert_ids_to_tokens
     for what in stop_problems(stops, trained.stop_ids, trained.closing, lambda token: str(show(token))):
@@ -128,7 +128,7 @@ def judge_stops(contract: TokenContract, trained: Trained, reader: str, stops: S
 
 
 def compare_all(
-    contract: TokenContract, trained: Trained, reader: str, read: Reading, limits: Mapping[str, Rewriting] | None = None
+    contract: TokenParity, trained: Trained, reader: str, read: Reading, limits: Mapping[str, Rewriting] | None = None
 ) -> None:
     """Compare a reader's ids of each conversation with those of training.
 

@@ -1,7 +1,7 @@
 """What counts as a difference between a reader and training, and how it is told."""
 
 from qlora_kit.data.template.probes import stripped
-from qlora_kit.evaluation.contract_compare import Failure, Messages, TokenContract, Trained, compare_all
+from qlora_kit.evaluation.token_parity.compare import Failure, Messages, TokenParity, Trained, compare_all
 from tests.tiny_models import qwen_tokenizer
 
 
@@ -13,7 +13,7 @@ def test_a_rewriting_that_training_would_have_told_apart_mends_nothing() -> None
         same = [expected.ids for expected in trained.prompts[:-1] if expected.probe.messages == messages]
         return same[0] if same else blanks.ids if messages == stripped(blanks.probe.messages) else []
 
-    contract = TokenContract()
+    contract = TokenParity()
     compare_all(contract, trained, "reader", read, {"trims": stripped})
     assert [failure.conversation for failure in contract.failures] == ["blanks around texts"]
     assert contract.notes == []

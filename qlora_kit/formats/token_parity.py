@@ -10,13 +10,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.evaluation.contract_compare import TokenContract, Trained
+from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
 from qlora_kit.formats.registry import find_format
 
 
 def check_token_ids(
     format_name: str, folder: Path, file: str, tokenizer: Any, stop_ids: Collection[int]
-) -> TokenContract:
+) -> TokenParity:
     """Compare every reader of an artifact with the trained tokenizer.
 
     Args:
@@ -27,6 +27,6 @@ def check_token_ids(
         stop_ids: ids that may end an answer, the trained one among them.
     """
     trained = Trained.of(tokenizer, stop_ids)
-    contract = TokenContract(notes=trained.notes)
+    contract = TokenParity(notes=trained.notes)
     find_format(format_name).check_tokens(contract, trained, folder, file)
     return contract

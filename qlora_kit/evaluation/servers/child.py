@@ -1,6 +1,6 @@
 """Loads a folder in vLLM or SGLang, asks one question, and prints the answer as one line; run as a child process.
 
-python -m qlora_kit.evaluation.contract_child vllm <folder>
+python -m qlora_kit.evaluation.servers.child vllm <folder>
 """
 
 import json

@@ -19,8 +19,8 @@ from typing import Any
 
 from qlora_kit.core.extras import is_present
 from qlora_kit.data.template.ollama import MODELFILE
-from qlora_kit.evaluation.contract_child import ANSWER_MARK
-from qlora_kit.evaluation.contract_static import OLLAMA, SGLANG, VLLM
+from qlora_kit.evaluation.servers.child import ANSWER_MARK
+from qlora_kit.evaluation.servers.requirements import OLLAMA, SGLANG, VLLM
 
 RAN, STATIC = "ran", "checked statically"
 _MODULES = {VLLM: "vllm", SGLANG: "sglang"}
@@ -113,7 +113,7 @@ def _tried(server: str, folder: Path, timeout: float) -> tuple[str, str]:
 
 
 def _python_server(module: str, folder: Path, timeout: float) -> str:
-    line = [sys.executable, "-m", "qlora_kit.evaluation.contract_child", module, str(folder.resolve())]
+    line = [sys.executable, "-m", "qlora_kit.evaluation.servers.child", module, str(folder.resolve())]
     output = _run(line, dict(os.environ), timeout)
     marked = [line for line in output.splitlines() if line.startswith(ANSWER_MARK)]  # servers print on their way out
     if not marked:

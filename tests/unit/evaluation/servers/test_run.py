@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.evaluation import contract_child, contract_servers
-from qlora_kit.evaluation.contract_servers import RAN, STATIC, ServerCheck
+from qlora_kit.evaluation.servers import child, run
+from qlora_kit.evaluation.servers.run import RAN, STATIC, ServerCheck
 from qlora_kit.formats.servers import check_servers
 from tests.tiny_models import build_tiny_model
 
@@ -124,7 +124,7 @@ def test_wrong_files_are_told_without_running_anything(
 
 
 def test_absent_python_servers_are_static_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract_servers, "is_present", lambda module: False)
+    monkeypatch.setattr(run, "is_present", lambda module: False)
     folder = build_tiny_model("qwen3", tmp_path / "tiny")
     assert [str(check) for check in check_servers("merged", folder)] == [
         "vLLM: checked statically (vllm is not installed): good",
@@ -135,13 +135,13 @@ def test_absent_python_servers_are_static_checks(tmp_path: Path, monkeypatch: py
 
 
 def test_a_python_server_without_a_gpu_is_a_static_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract_servers, "is_present", lambda module: True)
+    monkeypatch.setattr(run, "is_present", lambda module: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     folder = build_tiny_model("qwen3", tmp_path / "tiny")
     assert {check.why for check in check_servers("merged", folder)} == {"this machine has no GPU"}
 
 
-# Stands for the real packages: what contract_child calls of them, and no more.
+# Stands for the real packages: what child calls of them, and no more.
 FAKE_VLLM = """
 import sys
 class SamplingParams:
@@ -182,8 +182,8 @@ def test_python_servers_run_in_a_child(
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "vllm.py").write_text(FAKE_VLLM)
-    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{Path(contract_child.__file__).parents[2]}")
-    monkeypatch.setattr(contract_servers, "is_present", lambda module: module == "vllm")
+    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{Path(child.__file__).parents[3]}")
+    monkeypatch.setattr(run, "is_present", lambda module: module == "vllm")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     folder = build_tiny_model("qwen3", tmp_path / name)
     ran, static = check_servers("merged", folder, timeout=60)
@@ -200,7 +200,7 @@ def test_sglang_gets_the_tokens_of_the_template(tmp_path: Path, monkeypatch: pyt
 
     text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     count = len(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"])
-    assert contract_child.answer_of_sglang(str(folder)) == f"{count} tokens"
+    assert child.answer_of_sglang(str(folder)) == f"{count} tokens"
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_workers_of_a_child_end_with_it(tmp_path: Path) -> None:
         time.sleep(60)
     """)
     with pytest.raises(subprocess.TimeoutExpired):
-        contract_servers._run([sys.executable, "-c", code], dict(os.environ), 2)
+        run._run([sys.executable, "-c", code], dict(os.environ), 2)
     time.sleep(0.2)
     status = Path(f"/proc/{mark.read_text()}/status")
     assert not status.exists() or "Z (zombie)" in status.read_text()

@@ -1,0 +1,1 @@
+"""Whether a reader of an artifact sees the tokens that were trained."""
