@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.budget.reach import unreachable
+from qlora_kit.export.budget.feasible import infeasible
 from qlora_kit.export.fit.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.fit.form import ModelForm, model_form
 from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
@@ -44,7 +44,7 @@ def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None =
         return Fit()
     fit = fit_of_form(form, export, adapter)
     if not fit.problems:
-        fit.problems.extend(unreachable_budgets(base, export))
+        fit.problems.extend(infeasible_budgets(base, export))
     return fit
 
 
@@ -58,7 +58,7 @@ def fit_of_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any
     return Fit(problems, {name: found for name, found in unquantized.items() if found is not None})
 
 
-def unreachable_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
+def infeasible_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
     """What is wrong with the budgets of bits of an export of this base.
 
     Raises:
@@ -69,7 +69,7 @@ def unreachable_budgets(base_folder: Path, export: ExportConfig) -> list[Problem
         return []
     shapes = linear_shapes(base_folder)
     mixing = [one for one in requested(export) if one.path in wanted]
-    found = (unreachable(wanted[one.path], one.format.layer_formats(one.target, shapes), shapes) for one in mixing)
+    found = (infeasible(wanted[one.path], one.format.layer_formats(one.target, shapes), shapes) for one in mixing)
     return [problem for problem in found if problem]
 
 

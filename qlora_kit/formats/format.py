@@ -16,7 +16,7 @@ from qlora_kit.schema.export import ExportConfig
 if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
-    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.budget.choose import Allocation, Formats
     from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
@@ -93,7 +93,7 @@ class Format(ABC, Generic[Target]):
 
         return job
 
-    def write(self, source: Source, target: Target, out: Path) -> "Spent | None":
+    def write(self, source: Source, target: Target, out: Path) -> "Allocation | None":
         """Fill an empty folder; returns what a budget of bits was spent on, where there is one."""
         raise NotImplementedError(f"the jobs of {self.name} write by themselves")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapter.saved import BaseName
 
 if TYPE_CHECKING:
-    from qlora_kit.export.budget.spend import Spent
+    from qlora_kit.export.budget.choose import Allocation
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ExportJob:
     format: str
     file: str
     settings: dict[str, object]
-    write: "Callable[[Path], Spent | None]"
+    write: "Callable[[Path], Allocation | None]"
     unquantized: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.export.budget.spend import Spent, spend
+from qlora_kit.export.budget.choose import Allocation, choose_formats
 from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import find_architecture
@@ -81,9 +81,9 @@ class GgufFormats:
         return replace(self.target, overrides={**self.target.overrides, **found})
 
 
-def spend_gguf(
+def allocate_gguf(
     model_dir: Path, target: GgufTarget, budget: float, imatrix: "ImportanceMatrix"
-) -> tuple[GgufTarget, Spent]:
+) -> tuple[GgufTarget, Allocation]:
     """Spend a budget on the matrices of a GGUF file's blocks; embeddings and output matrix keep the mix's types.
 
     Args:
@@ -98,7 +98,7 @@ def spend_gguf(
     shapes = linear_shapes(model_dir)
     importance = imatrix.means if target.imatrix else {}
     formats = GgufFormats(target, gguf_names_of(model_dir, shapes), shapes, importance)
-    spent = spend(model_dir, formats, budget, imatrix.rows)
+    spent = choose_formats(model_dir, formats, budget, imatrix.rows)
     return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent
 
 

@@ -19,7 +19,7 @@ from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget
 if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
-    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.budget.choose import Allocation, Formats
     from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.formats.format import ChatStream
@@ -130,12 +130,12 @@ class Gguf(Format[GgufTarget]):
         return [write_modelfile(folder, facts)]
 
 
-def _write(source: Source, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Spent | None":
-    from qlora_kit.formats.gguf.budget import spend_gguf
+def _write(source: Source, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Allocation | None":
+    from qlora_kit.formats.gguf.budget import allocate_gguf
     from qlora_kit.formats.gguf.target import write_gguf_target
 
     spent = None
     if target.bits_budget is not None:
-        target, spent = spend_gguf(source.merged, target, target.bits_budget, imatrix)
+        target, spent = allocate_gguf(source.merged, target, target.bits_budget, imatrix)
     write_gguf_target(source.merged, target, source.name, imatrix, out)
     return spent

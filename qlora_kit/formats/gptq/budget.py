@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.export.budget.spend import Spent, spend
+from qlora_kit.export.budget.choose import Allocation, choose_formats
 from qlora_kit.export.group_sizes import WHOLE_ROW
 from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.formats.gptq.layers import SERVED_AS_ONE, LayerSettings, plan_layers
@@ -110,9 +110,9 @@ def _bits(format: str) -> int:
     return int(format.partition(" ")[0])
 
 
-def spend_gptq(
+def allocate_gptq(
     model_dir: Path, target: GptqTarget, budget: float, rows: Sequence[Sequence[int]]
-) -> tuple[GptqTarget, Spent]:
+) -> tuple[GptqTarget, Allocation]:
     """Spend a budget on the layers of a GPTQ file.
 
     Args:
@@ -128,5 +128,5 @@ def spend_gptq(
         RecipeError: a budget that no choice meets, or no calibration rows.
     """
     formats = GptqFormats.of(target, linear_shapes(model_dir))
-    spent = spend(model_dir, formats, budget, rows)
+    spent = choose_formats(model_dir, formats, budget, rows)
     return formats.chosen({name: kind for name, (kind, _) in spent.layers.items()}), spent

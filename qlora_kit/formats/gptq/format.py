@@ -16,7 +16,7 @@ from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.budget.spend import Formats, Spent
+    from qlora_kit.export.budget.choose import Allocation, Formats
     from qlora_kit.export.fit.fault import Unquantized
     from qlora_kit.export.fit.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
@@ -70,14 +70,14 @@ class Gptq(Format[GptqTarget]):
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
-    def write(self, source: Source, target: GptqTarget, out: Path) -> "Spent | None":
+    def write(self, source: Source, target: GptqTarget, out: Path) -> "Allocation | None":
         """Spend the budget, where there is one, and quantize."""
-        from qlora_kit.formats.gptq.budget import spend_gptq
+        from qlora_kit.formats.gptq.budget import allocate_gptq
         from qlora_kit.formats.gptq.write import write_gptq
 
         spent = None
         if target.bits_budget is not None:
-            target, spent = spend_gptq(source.merged, target, target.bits_budget, source.calibration)
+            target, spent = allocate_gptq(source.merged, target, target.bits_budget, source.calibration)
         write_gptq(source.merged, out, target, source.calibration)
         return spent
 

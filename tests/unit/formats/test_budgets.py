@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.export.budget.choose import Allocation, predicted_loss_increases
 from qlora_kit.export.budget.fisher import Fisher
-from qlora_kit.export.budget.spend import Spent, predicted_rises
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.formats.gguf.budget import GgufFormats, gguf_names_of, spend_gguf
+from qlora_kit.formats.gguf.budget import GgufFormats, allocate_gguf, gguf_names_of
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
-from qlora_kit.formats.gptq.budget import GptqFormats, spend_gptq
+from qlora_kit.formats.gptq.budget import GptqFormats, allocate_gptq
 from qlora_kit.formats.gptq.layers import plan_layers
 from qlora_kit.formats.job import Source
 from qlora_kit.formats.registry import export_jobs
@@ -49,7 +49,7 @@ def of_layer(name: str) -> int:
 def test_gptq_gives_the_bits_to_the_layer_that_matters(folder: Path) -> None:
     # 4 and 8 bit in groups of 64 have 4.3125 and 8.375: one layer of four in 8 bit
     budget = 4.3125 + (8.375 - 4.3125) / LAYERS
-    target, spent = spend_gptq(folder, GPTQ, budget, ROWS)
+    target, spent = allocate_gptq(folder, GPTQ, budget, ROWS)
     assert {name: kind for name, (kind, _) in spent.layers.items()} == {
         name: "8 bit" if of_layer(name) == SENSITIVE else "4 bit" for name in linear_shapes(folder)
     }
@@ -64,7 +64,7 @@ def test_gptq_gives_the_bits_to_the_layer_that_matters(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_gguf_gives_the_bits_to_the_layer_that_matters(folder: Path) -> None:
-    target, spent = spend_gguf(folder, GgufTarget(), 4.0, ImportanceMatrix(folder, ROWS))
+    target, spent = allocate_gguf(folder, GgufTarget(), 4.0, ImportanceMatrix(folder, ROWS))
     bits = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
     by_layer: dict[int, list[float]] = {}
     for name, (kind, _) in spent.layers.items():
@@ -84,7 +84,7 @@ def test_files_hold_what_was_chosen_and_the_record_says_so(
         out = tmp_path / job.name
         out.mkdir()
         spent = job.write(out)
-        assert isinstance(spent, Spent)
+        assert isinstance(spent, Allocation)
         written[job.name] = spent.record()
         assert job.settings["bits_budget"] == 4.5
         assert (out / job.file).exists()
@@ -129,7 +129,7 @@ def test_the_predicted_rise_is_the_divergence_that_rounding_causes(folder: Path,
     wanted = {"GPTQ": "4 bit", "GGUF": "Q3_K"}[kind]
     predicted, changed = 0.0, {}
     for linear in Fisher(folder, ROWS * 4).linears():
-        predicted += predicted_rises(linear, formats)[wanted]
+        predicted += predicted_loss_increases(linear, formats)[wanted]
         changed[f"{linear.name}.weight"] = formats.rounded(linear.name, linear.weight, wanted).detach()
     assert predicted == pytest.approx(measured_kl(folder, changed), rel=0.25)
 
@@ -137,9 +137,9 @@ def test_the_predicted_rise_is_the_divergence_that_rounding_causes(folder: Path,
 def test_a_sample_of_rows_stands_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = GptqFormats.of(GPTQ, linear_shapes(folder))
     linears = list(Fisher(folder, ROWS).linears())
-    whole = sum(predicted_rises(linear, formats)["4 bit"] for linear in linears)
-    monkeypatch.setattr("qlora_kit.export.budget.spend._MOST_WEIGHTS_ROUNDED", 1 << 14)
-    sampled = sum(predicted_rises(linear, formats)["4 bit"] for linear in linears)
+    whole = sum(predicted_loss_increases(linear, formats)["4 bit"] for linear in linears)
+    monkeypatch.setattr("qlora_kit.export.budget.choose._MOST_WEIGHTS_ROUNDED", 1 << 14)
+    sampled = sum(predicted_loss_increases(linear, formats)["4 bit"] for linear in linears)
     assert sampled != whole
     assert sampled == pytest.approx(whole, rel=0.1)
 
@@ -162,8 +162,8 @@ def test_gptq_makes_up_for_errors_where_inputs_go_together(folder: Path) -> None
 
 @pytest.mark.slow
 def test_gptq_is_predicted_to_cost_less_than_rounding_and_rounding_measures_no_inputs(folder: Path) -> None:
-    _, plain = spend_gptq(folder, GPTQ, 4.5, ROWS)
-    _, fitted = spend_gptq(folder, GptqTarget(group_size=64), 4.5, ROWS)
+    _, plain = allocate_gptq(folder, GPTQ, 4.5, ROWS)
+    _, fitted = allocate_gptq(folder, GptqTarget(group_size=64), 4.5, ROWS)
     assert plain.uniform_rise is not None and fitted.uniform_rise is not None
     assert fitted.uniform_rise < 0.8 * plain.uniform_rise
     assert GptqFormats.of(GptqTarget(group_size=64), linear_shapes(folder)).needs_moments
@@ -174,11 +174,11 @@ def test_a_layer_that_nothing_reaches_costs_nothing(folder: Path) -> None:
     formats = GptqFormats.of(GPTQ, linear_shapes(folder))
     linear = next(Fisher(folder, ROWS).linears())
     linear.fisher.zero_()
-    assert predicted_rises(linear, formats) == {"4 bit": 0.0, "8 bit": 0.0}
+    assert predicted_loss_increases(linear, formats) == {"4 bit": 0.0, "8 bit": 0.0}
 
 
 def gptq(target: GptqTarget, budget: float, rows: list[list[int]] = ROWS) -> Callable[[Path], object]:
-    return lambda folder: spend_gptq(folder, target, budget, rows)
+    return lambda folder: allocate_gptq(folder, target, budget, rows)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_what_cannot_be_spent_is_refused(folder: Path, spend: Callable[[Path], o
 @pytest.mark.slow
 def test_layers_that_are_skipped_stay_out_and_other_group_sizes_stay(folder: Path) -> None:
     own = {"*.o_proj": GptqOverride(skip=True), "*.down_proj": GptqOverride(group_size=32)}
-    target, spent = spend_gptq(folder, GptqTarget(group_size=64, overrides=own), 4.5, ROWS)
+    target, spent = allocate_gptq(folder, GptqTarget(group_size=64, overrides=own), 4.5, ROWS)
     plan = plan_layers(linear_shapes(folder), target)
     assert all(plan[name].quantized != name.endswith("o_proj") for name in plan)
     assert {plan[name].group_size for name in plan if name.endswith("down_proj")} == {32}
@@ -208,7 +208,7 @@ def test_layers_that_are_skipped_stay_out_and_other_group_sizes_stay(folder: Pat
 @pytest.mark.slow
 def test_overrides_outside_the_blocks_stay(folder: Path) -> None:
     own = GgufTarget(mix=GgufMix.Q8_0, imatrix=False, overrides={"token_embd.weight": "F16"})
-    target, _ = spend_gguf(folder, own, 6, ImportanceMatrix(folder, ROWS))
+    target, _ = allocate_gguf(folder, own, 6, ImportanceMatrix(folder, ROWS))
     assert target.overrides["token_embd.weight"] == "F16"
     assert len(target.overrides) == 1 + 7 * LAYERS
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.formats.fit import unreachable_budgets
+from qlora_kit.formats.fit import infeasible_budgets
 from qlora_kit.formats.gguf.budget import gguf_names_of
 from qlora_kit.schema.export import ExportConfig, GgufTarget, GptqTarget
 from tests.tiny_models import build_tiny_model
@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(folder: Path, config: ExportConfig) -> list[tuple[str, str, str]]:
-    return [(problem.what, problem.where, problem.fix) for problem in unreachable_budgets(folder, config)]
+    return [(problem.what, problem.where, problem.fix) for problem in infeasible_budgets(folder, config)]
 
 
 def test_budgets_within_reach_pass(folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_narrow_model_has_the_types_of_its_widths(tmp_path: Path) -> None:
     # 96 is no multiple of 256, so only down_proj may have fewer than 4.5 bits: 96 x 256 of the weights 2.625
     attention, mlp = 2 * 96 * 96 + 2 * 96 * 48, 3 * 96 * 256
     smallest = (4.5 * (attention + 2 * mlp / 3) + 2.625 * mlp / 3) / (attention + mlp)
-    (problem,) = unreachable_budgets(narrow, ExportConfig(gguf={"a": GgufTarget()}, bits_budget=3))
+    (problem,) = infeasible_budgets(narrow, ExportConfig(gguf={"a": GgufTarget()}, bits_budget=3))
     assert f"the smallest formats have {smallest:.4g} bits" in problem.what
 
 

@@ -31,7 +31,7 @@ class Formats(Protocol):
 
 
 @dataclass(frozen=True)
-class Spent:
+class Allocation:
     """What a budget was spent on.
 
     Attributes:
@@ -70,7 +70,7 @@ class Spent:
         return f"{self.bits:.2f} of {self.budget:g} bits a weight: layers {counts} ({rise})"
 
 
-def spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequence[int]]) -> Spent:
+def choose_formats(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Sequence[int]]) -> Allocation:
     """Choose a format for each layer, so that the loss rises least within a budget.
 
     Args:
@@ -92,7 +92,7 @@ def spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Seque
     weights: dict[str, int] = {}
     for linear in Fisher(model_dir, rows, with_moments=formats.needs_moments).linears():
         if linear.name in wanted:
-            rises[linear.name] = predicted_rises(linear, formats)
+            rises[linear.name] = predicted_loss_increases(linear, formats)
             weights[linear.name] = linear.weight.numel()
     layers = [_layer(names, formats, rises, weights) for names in groups]
     chosen = allocate(layers, budget)
@@ -101,7 +101,7 @@ def spend(model_dir: Path, formats: Formats, budget: float, rows: Sequence[Seque
     return spent
 
 
-def predicted_rises(linear: "MeasuredLinear", formats: Formats) -> dict[str, float]:
+def predicted_loss_increases(linear: "MeasuredLinear", formats: Formats) -> dict[str, float]:
     """Rise of the loss in nats a token when one layer is rounded, by format: half the sum of F times squared error.
 
     Where a method makes up for its own errors that is of plain rounding, times the share of the error at the layer's
@@ -139,7 +139,7 @@ def _layer(
 
 def _spent(
     budget: float, layers: Sequence[Layer], chosen: Sequence[Option], rises: Mapping[str, Mapping[str, float]]
-) -> Spent:
+) -> Allocation:
     uniform, cost = "", None
     for kind in (option.format for option in layers[0].options):
         same = [next((option for option in layer.options if option.format == kind), None) for layer in layers]
@@ -153,4 +153,4 @@ def _spent(
         for name in layer.modules
     }
     rise = sum(option.rise for option in chosen)
-    return Spent(budget, round(mean_bits(layers, chosen), 4), rise, uniform, cost, by_layer)
+    return Allocation(budget, round(mean_bits(layers, chosen), 4), rise, uniform, cost, by_layer)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.export.budget.allocate import out_of_reach
-from qlora_kit.export.budget.spend import Formats
+from qlora_kit.export.budget.choose import Formats
 from qlora_kit.schema.budget import Budget
 
 
-def unreachable(budget: Budget, formats: Formats, shapes: Mapping[str, tuple[int, int]]) -> Problem | None:
+def infeasible(budget: Budget, formats: Formats, shapes: Mapping[str, tuple[int, int]]) -> Problem | None:
     """What is wrong with a budget for a model of these layers; None where some choice of formats meets it.
 
     Args:
