@@ -8,7 +8,7 @@ def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_kit.export.observe import decoder_layers
+    from qlora_kit.export.layer_inputs import decoder_layers
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, local_files_only=True))

@@ -106,7 +106,7 @@ def import_libraries(stack: str, target: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import LlamaForCausalLM  # noqa: F401
 
-    import qlora_kit.formats.awq.walk  # noqa: F401
+    import qlora_kit.formats.awq.model  # noqa: F401
 
     if stack == "gptqmodel" or (stack, target) == ("qlora_kit", "gptq"):
         from qlora_kit.formats.gptqmodel_settings import set_up_gptqmodel

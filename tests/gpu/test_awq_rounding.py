@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qlora_kit.export import feedback
-from qlora_kit.export.feedback import BLOCK, compensated_codes
+from qlora_kit.export import error_compensation
+from qlora_kit.export.error_compensation import BLOCK, compensated_codes
 from qlora_kit.export.grid import decode, nearest, ranges, span
 from qlora_kit.formats.awq.search import output_error
 
@@ -22,7 +22,7 @@ def test_codes_of_one_kernel_are_those_of_the_columns_one_by_one(monkeypatch, ou
     inputs = torch.randn(500, width, device="cuda") @ torch.randn(width, width, device="cuda")
     moment, grid = inputs.T @ inputs, span(*ranges(weight.clamp(-4, 4), GROUP), bits=4, zero_point=zero_point)
     found = compensated_codes(weight, moment, grid)
-    monkeypatch.setattr(feedback, "runs_triton", lambda tensor: False)
+    monkeypatch.setattr(error_compensation, "runs_triton", lambda tensor: False)
     expected = compensated_codes(weight, moment, grid)
     # A value halfway between two codes may fall either way: what came before was subtracted in another order.
     assert (found == expected).float().mean() > 0.995

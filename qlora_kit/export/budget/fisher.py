@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_kit.core.console.bar import Bar, bar
 from qlora_kit.core.console.lines import log
-from qlora_kit.export.observe import Call, decoder_layers, first_inputs, layers_answered, run_layer
+from qlora_kit.export.layer_inputs import Call, decoder_layers, first_inputs, layers_answered, run_layer
 from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
 from qlora_kit.weights.float_rows import StoredTensor, find_tensors
 

@@ -73,7 +73,7 @@ def model_form(folder: Path) -> ModelForm | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_kit.export.observe import decoder_layers
+    from qlora_kit.export.layer_inputs import decoder_layers
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

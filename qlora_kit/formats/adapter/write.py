@@ -8,7 +8,7 @@ from typing import Any
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.export.splice import INDEX
+from qlora_kit.export.rewrite import INDEX
 from qlora_kit.formats.adapter.lora_gguf import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, refuse_changed_base, write_lora_gguf
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.export.feedback import compensated_codes
+from qlora_kit.export.error_compensation import compensated_codes
 from qlora_kit.export.grid import Grid, decode
-from qlora_kit.export.observe import Reading
+from qlora_kit.export.layer_inputs import ActivationStats
 from qlora_kit.formats.awq.folding import (
     CHAINS,
     divide_norm,
@@ -49,7 +49,7 @@ class Quantized:
 
 def quantize_layer(
     layer: nn.Module,
-    readings: Sequence[Reading],
+    readings: Sequence[ActivationStats],
     run: Callable[[], Tensor],
     settings: Settings,
     *,
@@ -84,7 +84,7 @@ def _linears(layer: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
     return [module for name in names if isinstance(module := layer.get_submodule(name), nn.Linear)]
 
 
-def _search(reading: Reading, linears: Sequence[nn.Linear], magnitude: Tensor, settings: Settings) -> Tensor:
+def _search(reading: ActivationStats, linears: Sequence[nn.Linear], magnitude: Tensor, settings: Settings) -> Tensor:
     return channel_scales(
         [linear.weight.detach() for linear in linears],
         magnitude,
@@ -97,7 +97,7 @@ def _search(reading: Reading, linears: Sequence[nn.Linear], magnitude: Tensor, s
 
 def _fold_norm(
     layer: nn.Module,
-    reading: Reading,
+    reading: ActivationStats,
     run: Callable[[], Tensor],
     settings: Settings,
     stored: torch.dtype,
@@ -125,7 +125,7 @@ def _snapshot(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _fold_chain(
     layer: nn.Module,
-    reading: Reading,
+    reading: ActivationStats,
     run: Callable[[], Tensor],
     settings: Settings,
     head_dim: int,
@@ -149,7 +149,7 @@ def _fold_chain(
     return _keep_if_same([maker, linear], fold, run)
 
 
-def _maker(layer: nn.Module, reading: Reading) -> str | None:
+def _maker(layer: nn.Module, reading: ActivationStats) -> str | None:
     if len(reading.linears) != 1:
         return None
     block, _, name = reading.linears[0].rpartition(".")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqTarget
 
 BITS = 4
@@ -31,7 +31,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
     import torch
 
     from qlora_kit.formats.awq.layer import Settings
-    from qlora_kit.formats.awq.walk import quantized_tensors
+    from qlora_kit.formats.awq.model import quantized_tensors
 
     with torch.no_grad():
         replacements, left_out = quantized_tensors(
@@ -46,7 +46,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         "version": target.layout.value,
         "modules_to_not_convert": left_out or None,
     }
-    splice_checkpoint(model_dir, out_dir, replacements, quantization)
+    rewrite_checkpoint(model_dir, out_dir, replacements, quantization)
 
 
 def _check(target: AwqTarget) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
-from qlora_kit.export.requantized import changed_tensors
-from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.export.changed import changed_tensors
+from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.schema.export import BnbKind, BnbTarget
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 
@@ -32,7 +32,7 @@ def write_bnb(model_dir: Path, out_dir: Path, target: BnbTarget) -> None:
         made = Path(work) / "quantized"
         _quantize(model_dir, made, target)
         settings = _portable(read_json(made / "config.json")["quantization_config"])
-        splice_checkpoint(model_dir, out_dir, changed_tensors(model_dir, made, (MARKS[target.kind],)), settings)
+        rewrite_checkpoint(model_dir, out_dir, changed_tensors(model_dir, made, (MARKS[target.kind],)), settings)
 
 
 def _quantize(model_dir: Path, made: Path, target: BnbTarget) -> None:

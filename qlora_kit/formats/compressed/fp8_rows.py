@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.export.splice import splice_checkpoint, weight_files
+from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files
 from qlora_kit.schema.export import CompressedScheme
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def write_fp8_rows(model_dir: Path, out_dir: Path) -> bool:
     """
     if (names := _linear_weights(model_dir)) is None:
         return False
-    splice_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, _quantization())
+    rewrite_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, _quantization())
     return True
 
 

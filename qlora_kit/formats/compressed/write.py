@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core import extras
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
+from qlora_kit.export.changed import Replacements, changed_tensors
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
-from qlora_kit.export.requantized import Replacements, changed_tensors
-from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.formats.compressed import EXTRA
 from qlora_kit.formats.compressed.fp8_rows import OUTPUT_HEAD, write_fp8_rows
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
@@ -84,7 +84,7 @@ def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[
         if not _moves_outliers(target):
             # What the library computes with, such as norms with the one added, comes back rounded.
             replaced = {source: new for source, new in replaced.items() if set(new) != {source}}
-        splice_checkpoint(model_dir, out_dir, _in_readers_dtype(model_dir, replaced, target.scheme), quantization)
+        rewrite_checkpoint(model_dir, out_dir, _in_readers_dtype(model_dir, replaced, target.scheme), quantization)
 
 
 def _moves_outliers(target: CompressedTarget) -> bool:

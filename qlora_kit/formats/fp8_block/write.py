@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.export.splice import splice_checkpoint
+from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def write_fp8_block(model_dir: Path, out_dir: Path) -> None:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": ["lm_head"],
     }
-    splice_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, quantization)
+    rewrite_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, quantization)
 
 
 def block_codes(weight: "Tensor") -> "tuple[Tensor, Tensor]":

@@ -96,7 +96,7 @@ def mean_squared_inputs(model_dir: Path, rows: Sequence[Sequence[int]]) -> "dict
     import torch
     from torch import nn
 
-    from qlora_kit.export.observe import decoder_layers, first_inputs, run_layer
+    from qlora_kit.export.layer_inputs import decoder_layers, first_inputs, run_layer
     from qlora_kit.export.streamed_model import empty_model, fill_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -82,7 +82,7 @@ class GptqFormats:
         """
         if moment is None:
             return 1.0
-        from qlora_kit.export.feedback import compensated_codes
+        from qlora_kit.export.error_compensation import compensated_codes
         from qlora_kit.export.grid import decode
         from qlora_kit.formats.gptq.rounding import rounded_grid
 

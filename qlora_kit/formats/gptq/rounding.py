@@ -8,7 +8,7 @@ from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.group_sizes import WHOLE_ROW
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.export.splice import splice_checkpoint, weight_files
+from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files
 from qlora_kit.formats.gptq.layers import LayerSettings, check_bits, dynamic_entries, plan_layers
 from qlora_kit.formats.gptq.layout import PER_BLOCK
 from qlora_kit.schema.export import GptqTarget
@@ -46,7 +46,7 @@ def write_rounding(model_dir: Path, out_dir: Path, target: GptqTarget) -> None:
     if dynamic := dynamic_entries(plan, target):
         quantization["dynamic"] = dynamic
     with bar("rounding", len(quantized), "layer") as one:
-        splice_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantized, target.sym, one.advance), quantization)
+        rewrite_checkpoint(model_dir, out_dir, _Rounded(model_dir, quantized, target.sym, one.advance), quantization)
 
 
 def rounded_grid(weight: "Tensor", settings: LayerSettings, *, sym: bool) -> "Grid":

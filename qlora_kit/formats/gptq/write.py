@@ -17,7 +17,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.fit.fault import Unquantized
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.export.splice import splice_checkpoint, weight_files
+from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files
 from qlora_kit.formats.gptq.layers import LayerSettings, check_bits, dynamic_entries, left_out_entry, plan_layers
 from qlora_kit.formats.gptq.layout import PACKED
 from qlora_kit.formats.gptq.rounding import write_rounding
@@ -78,7 +78,7 @@ def write_gptq(model_dir: Path, out_dir: Path, target: GptqTarget, calibration: 
         if left := _left_out(linear_shapes(model_dir), packed, plan):
             log.info(f"GPTQ: {left}")
             quantization["dynamic"] = {**(quantization.get("dynamic") or {}), **left_out_entry(left.names)}
-        splice_checkpoint(model_dir, out_dir, packed, quantization)
+        rewrite_checkpoint(model_dir, out_dir, packed, quantization)
 
 
 def _plan(model_dir: Path, target: GptqTarget) -> dict[str, LayerSettings]:

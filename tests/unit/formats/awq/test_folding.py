@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.export.observe import Reading, decoder_layers, first_inputs, observe_layer, run_layer
+from qlora_kit.export.layer_inputs import ActivationStats, decoder_layers, first_inputs, layer_stats, run_layer
 from qlora_kit.formats.awq.folding import divide_norm, gain_offset, shared_over_heads, spread_over_heads
 from qlora_kit.formats.awq.layer import Settings, quantize_layer
 from tests.tiny_models import build_tiny_model
@@ -54,7 +54,7 @@ def test_every_fold_is_made_and_kept(family: str, tmp_path: Path, monkeypatch: p
     model = AutoModelForCausalLM.from_pretrained(build_tiny_model(family, tmp_path / family))
     calls = first_inputs(model, ROWS, CPU)
     layer = decoder_layers(model)[1][0]
-    readings, outputs = observe_layer(layer, calls, 0)
+    readings, outputs = layer_stats(layer, calls, 0)
     # Scales that are far from one, and weights left as they are, show folding alone.
     monkeypatch.setattr("qlora_kit.formats.awq.layer._search", lambda reading, linears, m, settings: 0.5 + m / m.mean())
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_fold_that_would_change_the_model_is_undone(monkeypatch: pytest.MonkeyPa
     layer, hidden = Squashed(), torch.randn(1, 40, 16)
     before = copy.deepcopy(layer.state_dict())
     inner = layer.v_proj(hidden).tanh().flatten(0, 1)
-    reading = Reading(["o_proj"], None, inner.abs().mean(0), inner.T @ inner)
+    reading = ActivationStats(["o_proj"], None, inner.abs().mean(0), inner.T @ inner)
     monkeypatch.setattr(
         "qlora_kit.formats.awq.layer._search", lambda reading, linears, m, settings: torch.linspace(0.5, 2, 16)
     )
@@ -124,7 +124,7 @@ def test_readings_are_the_statistics_of_the_inputs(tmp_path: Path) -> None:
     calls = first_inputs(model, ROWS, CPU)
     for call in calls:
         call.hidden = run_layer(decoder_layers(model)[1][0], call, 0)
-    readings, _ = observe_layer(layer, calls, 1)
+    readings, _ = layer_stats(layer, calls, 1)
     (reading,) = (reading for reading in readings if "mlp.up_proj" in reading.linears)
     assert reading.linears == ["mlp.gate_proj", "mlp.up_proj"]
     assert reading.norm == "post_attention_layernorm"

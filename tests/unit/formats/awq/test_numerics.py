@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.feedback import DAMPING, TRUST, compensated_codes
+from qlora_kit.export.error_compensation import DAMPING, TRUST, compensated_codes
 from qlora_kit.export.grid import Grid, decode, encode, nearest, ranges, span
 from qlora_kit.formats.awq import search
 from qlora_kit.formats.awq.layer import Settings, _quantize_linears

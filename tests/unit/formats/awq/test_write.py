@@ -134,7 +134,7 @@ def test_activations_choose_better_codes_than_rounding(tmp_path: Path, monkeypat
     searched = apart(dequantized_logits(source, export(source, tmp_path / "searched"), 64), original)
     monkeypatch.setattr("qlora_kit.formats.awq.search.SCALE_STEPS", 1)
     monkeypatch.setattr("qlora_kit.formats.awq.search.SHRINK_STEPS", 1)
-    monkeypatch.setattr("qlora_kit.export.feedback.TRUST", 0.0)
+    monkeypatch.setattr("qlora_kit.export.error_compensation.TRUST", 0.0)
     rounded = apart(dequantized_logits(source, export(source, tmp_path / "rounded"), 64), original)
     assert searched < rounded
 

@@ -29,7 +29,7 @@ def weight_files(model_dir: Path) -> list[Path]:
     return files
 
 
-def splice_checkpoint(
+def rewrite_checkpoint(
     model_dir: Path,
     out_dir: Path,
     replacements: Mapping[str, Replacement],

@@ -1,4 +1,4 @@
-"""A Triton kernel for a block of columns of `feedback.py`.
+"""A Triton kernel for a block of columns of `error_compensation.py`.
 
 To be imported only where triton is installed. Outputs do not know of each other, so that a program rounds all columns
 of the block for some of them; one by one from torch, they are hundreds of short kernels.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.export.observe import tensor_cores
+from qlora_kit.export.layer_inputs import tensor_cores
 
 
 @pytest.mark.parametrize(("device", "within"), [("cpu", "highest"), ("cuda", "high")])

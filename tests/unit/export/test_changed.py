@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.requantized import changed_tensors
+from qlora_kit.export.changed import changed_tensors
 
 SOURCE = {
     "block.k.bias": torch.ones(2, dtype=torch.bfloat16),

@@ -21,7 +21,7 @@ class Call:
 
 
 @dataclass
-class Reading:
+class ActivationStats:
     """What linear layers that share an input saw: their names, who made it, and its statistics.
 
     `magnitude` is the mean absolute value, [width]; `moment` is X^T X / tokens, [width, width]; both float32.
@@ -124,13 +124,13 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def observe_layer(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[list[Reading], list[Tensor]]:
+def layer_stats(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[list[ActivationStats], list[Tensor]]:
     """Run a layer over all rows.
 
     Returns:
         a reading for each distinct input of its linear layers, and the output hidden states of each row.
     """
-    readings: dict[str, Reading] = {}
+    readings: dict[str, ActivationStats] = {}
     watch = _Watch(readings)
     handles = watch.attach(layer)
     try:
@@ -150,7 +150,7 @@ def observe_layer(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[
 class _Watch:
     """Hooks that tell which linear layers read the same tensor, and which norm made it."""
 
-    def __init__(self, readings: dict[str, Reading]) -> None:
+    def __init__(self, readings: dict[str, ActivationStats]) -> None:
         self.readings = readings
         self.start_row()
 
@@ -186,7 +186,7 @@ class _Watch:
             if name not in self.readings:
                 width = rows.shape[1]
                 norm = self.made.get(id(given), (None, given))[0]
-                self.readings[name] = Reading([name], norm, rows.new_zeros(width), rows.new_zeros(width, width))
+                self.readings[name] = ActivationStats([name], norm, rows.new_zeros(width), rows.new_zeros(width, width))
             self.readings[name].add(rows)
 
         return hook

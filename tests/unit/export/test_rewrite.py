@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.splice import INDEX, splice_checkpoint
+from qlora_kit.export.rewrite import INDEX, rewrite_checkpoint
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_each_shard_gets_its_own_replacements(sharded: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     new = {"b.qweight": torch.ones(2, 1, dtype=torch.int32), "b.scales": torch.ones(2, dtype=torch.float16)}
-    splice_checkpoint(sharded, out, {"b.weight": new}, {"quant_method": "awq"})
+    rewrite_checkpoint(sharded, out, {"b.weight": new}, {"quant_method": "awq"})
     assert (out / "model-00001-of-00002.safetensors").exists()
     assert set(load_file(out / "model-00001-of-00002.safetensors")) == {"a.weight", "norm"}
     assert set(load_file(out / "model-00002-of-00002.safetensors")) == set(new)
@@ -49,9 +49,9 @@ def test_tensor_that_is_not_there_is_an_error(sharded: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(RunError, match=r"no tensor c\.weight"):
-        splice_checkpoint(sharded, out, {"c.weight": {}}, {})
+        rewrite_checkpoint(sharded, out, {"c.weight": {}}, {})
 
 
 def test_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no \\.safetensors"):
-        splice_checkpoint(tmp_path, tmp_path, {}, {})
+        rewrite_checkpoint(tmp_path, tmp_path, {}, {})

@@ -10,7 +10,7 @@ from qlora_kit.core.console.bar import each
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.group_sizes import check_group_size
-from qlora_kit.export.observe import Call, decoder_layers, first_inputs, observe_layer, run_layer
+from qlora_kit.export.layer_inputs import Call, decoder_layers, first_inputs, layer_stats, run_layer
 from qlora_kit.formats.awq.layer import Quantized, Settings, quantize_layer
 from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE
 
@@ -50,7 +50,7 @@ def quantized_tensors(
 def _advance(
     layer: nn.Module, calls: Sequence[Call], index: int, settings: Settings, stored: torch.dtype, head_dim: int
 ) -> Quantized:
-    readings, outputs = observe_layer(layer, calls, index)
+    readings, outputs = layer_stats(layer, calls, index)
     at_once = OUTPUTS_AT_ONCE[settings.layout]
     # Experts are one parameter, but for libraries that take them apart once they are imported: here they never count.
     skip = frozenset(

@@ -57,9 +57,9 @@ def _columns(left: Tensor, factor: Tensor, grid: Grid, block: slice, codes: Tens
 def _columns_in_one_kernel(
     left: Tensor, factor: Tensor, grid: Grid, block: slice, codes: Tensor, errors: Tensor
 ) -> None:
-    from qlora_kit.export import feedback_triton
+    from qlora_kit.export import error_compensation_triton
 
-    feedback_triton.round_columns(
+    error_compensation_triton.round_columns(
         left, factor, (grid.scale, grid.zero), (block.start, block.stop, BLOCK), codes, errors, grid.bits
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.splice import weight_files
+from qlora_kit.export.rewrite import weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ Replacements = dict[str, dict[str, "Tensor"]]
 
 
 def changed_tensors(source: Path, made: Path, marks: Iterable[str]) -> Replacements:
-    """Source tensor name to the tensors of `made` that stand in its place, as `splice_checkpoint` takes them.
+    """Source tensor name to the tensors of `made` that stand in its place, as `rewrite_checkpoint` takes them.
 
     A quantized layer's weight is replaced by everything that `made` holds under the layer and `source` does not. A
     tensor that only differs in dtype, because a library computed in another one, keeps the source's bytes; one that
