@@ -116,8 +116,9 @@ class NormProject(Function):
         else:
             outputs, xa = parts.group.forward(x)
             q, k, v = parts.split(outputs)
-            raw = [part for part, norm in ((q, parts.q_norm), (k, parts.k_norm)) if norm is not None]
-            q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
+            normed = (q, parts.q_norm), (k, parts.k_norm)
+            raw = [part for part, norm in normed if norm is not None]
+            q, k = (part if norm is None else norm.forward_heads(part) for part, norm in normed)
             if angles is not None:
                 angles = repeat_angles(angles[0], q), repeat_angles(angles[1], q)
                 q, k = rotate(q, *angles, False), rotate(k, *angles, False)
@@ -186,16 +187,7 @@ def _project_backward(
             rope_backward(grad, *turn, place)
             continue
         found = grad if turn is None else rotate(grad, repeat_angles(turn[0], grad), repeat_angles(turn[1], grad), True)
-        place.copy_((found if norm is None else _head_norm_backward(norm, left.pop(0), found)).flatten(1))
-
-
-def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:
-    """A norm over each head of `[T, heads, head_dim]`."""
-    return x if norm is None else norm.forward(x.flatten(0, 1)).view_as(x)
-
-
-def _head_norm_backward(norm: Norm, x: Tensor, grad: Tensor) -> Tensor:
-    return norm.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
+        place.copy_((found if norm is None else norm.backward_heads(left.pop(0), found)).flatten(1))
 
 
 def _cos_sin(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:

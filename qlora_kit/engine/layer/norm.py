@@ -23,6 +23,14 @@ class Norm:
         """The norm of each row of `[T, width]`."""
         return rms_norm(x, self.weight, self.eps, self.unit_offset)
 
+    def forward_heads(self, x: Tensor) -> Tensor:
+        """The norm of each head of `[T, heads, head_dim]`."""
+        return self.forward(x.flatten(0, 1)).view_as(x)
+
+    def backward_heads(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of heads."""
+        return self.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual + norm(x)`."""
         return rms_norm_add(x, self.weight, self.eps, self.unit_offset, residual)
