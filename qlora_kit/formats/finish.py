@@ -21,8 +21,8 @@ from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.formats.far_from_rounding import far_from_rounding
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
+from qlora_kit.formats.retention import measured_retention, record
 from qlora_kit.formats.servers import check_servers
-from qlora_kit.formats.survival import record, survival
 from qlora_kit.formats.token_parity import check_token_ids
 from qlora_kit.runs.run import Run
 
@@ -99,7 +99,7 @@ def finish(
         reader=find_format(job.format).reader,
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
-        survival=record(survival(job, folder, merged, merge, run.trained.adapter)) if run.trained else {},
+        survival=record(measured_retention(job, folder, merged, merge, run.trained.adapter)) if run.trained else {},
         serve=[asdict(command) for command in commands],
         scored_on=scored_on(reference.rows) if reference else {},
     ).write(folder)

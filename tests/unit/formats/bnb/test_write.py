@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.delta_survival import delta_survival
+from qlora_kit.export.delta_retention import retained_fraction
 from qlora_kit.formats.bnb.load import load_bnb
 from qlora_kit.formats.bnb.write import write_bnb
 from qlora_kit.model.load import load_base
@@ -185,5 +185,5 @@ def test_an_update_of_a_base_that_nf4_rounded_falls_back_to_it_in_a_second_round
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         read = dequantized_weights(write(folder, tmp_path / f"{name}_bnb", BnbTarget()), folder)(f"{NAME}.weight")
         assert read is not None
-        kept[name] = delta_survival(base.float() + update, base.float(), read)
+        kept[name] = retained_fraction(base.float() + update, base.float(), read)
     assert kept["dequantized"] < 0.3 and kept["original"] == pytest.approx(1, abs=0.3)

@@ -3,10 +3,10 @@
 import pytest
 
 from qlora_kit.core.units import kept_share
-from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival
+from qlora_kit.export.delta_retention import DeltaRetention, LayerRetention
 from qlora_kit.formats.job import settings_of
 from qlora_kit.formats.registry import find_format
-from qlora_kit.formats.survival import record
+from qlora_kit.formats.retention import record
 from qlora_kit.schema.export import (
     AwqLayout,
     AwqTarget,
@@ -18,8 +18,8 @@ from qlora_kit.schema.export import (
     GptqTarget,
 )
 
-KEPT = LayerSurvival("layers.0.q_proj.weight", 0.9, 0.1, 0.01, 1.0)
-LOST = LayerSurvival("layers.0.up_proj.weight", 0.2, 2.0, 0.01, 1.0)
+KEPT = LayerRetention("layers.0.q_proj.weight", 0.9, 0.1, 0.01, 1.0)
+LOST = LayerRetention("layers.0.up_proj.weight", 0.2, 2.0, 0.01, 1.0)
 
 
 def test_a_file_that_was_not_measured_has_no_entry() -> None:
@@ -27,7 +27,7 @@ def test_a_file_that_was_not_measured_has_no_entry() -> None:
 
 
 def test_the_entry_has_every_kind_and_what_the_user_was_told() -> None:
-    entry = record(DeltaSurvival((KEPT, LOST)))
+    entry = record(DeltaRetention((KEPT, LOST)))
     assert entry["worst"] == LOST.name and entry["worst_kept"] == LOST.kept
     assert entry["kinds"] == {
         "q_proj": {"kept": pytest.approx(0.9), "worst_kept": 0.9},
@@ -37,7 +37,7 @@ def test_the_entry_has_every_kind_and_what_the_user_was_told() -> None:
 
 
 def test_there_is_no_warning_where_all_is_well() -> None:
-    assert record(DeltaSurvival((KEPT,)))["warning"] == ""
+    assert record(DeltaRetention((KEPT,)))["warning"] == ""
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_there_is_no_warning_where_all_is_well() -> None:
 )
 def test_the_advice_is_never_what_the_file_has_already(format_name, target, wanted, never) -> None:
     advice = find_format(format_name).remedies(settings_of(target))
-    said = DeltaSurvival((KEPT, LOST), remedies=advice).warning("it") or ""
+    said = DeltaRetention((KEPT, LOST), remedies=advice).warning("it") or ""
     assert wanted in said and never not in said
 
 
 def test_shares_past_their_ends_are_words() -> None:
-    beyond = LayerSurvival("layers.0.k_proj.weight", -1.44, 9.0, 0.01, 1.0)
-    warning = DeltaSurvival((beyond, beyond)).warning("it")
+    beyond = LayerRetention("layers.0.k_proj.weight", -1.44, 9.0, 0.01, 1.0)
+    warning = DeltaRetention((beyond, beyond)).warning("it")
     assert warning is not None and warning.startswith("it keeps less than none of what was learned")
     assert "layers.0.k_proj.weight less than none" in warning and "-144%" not in warning
     assert [kept_share(value) for value in (-0.001, 1.24, 1.0, float("nan"))] == [

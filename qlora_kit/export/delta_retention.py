@@ -36,7 +36,7 @@ NAMED_LAYERS = 3
 
 
 @dataclass(frozen=True)
-class LayerSurvival:
+class LayerRetention:
     """One weight: `kept` and `noise` as defined above, and its update's size relative to the base, ||D|| / ||W||."""
 
     name: str
@@ -48,7 +48,7 @@ class LayerSurvival:
 
 
 @dataclass(frozen=True)
-class DeltaSurvival:
+class DeltaRetention:
     """All adapted weights of one file; `kept` and `noise` are those of all of them as one long vector.
 
     Attributes:
@@ -56,7 +56,7 @@ class DeltaSurvival:
         remedies: what keeps more in the file's own format, in words.
     """
 
-    layers: tuple[LayerSurvival, ...]
+    layers: tuple[LayerRetention, ...]
     is_on_original: bool = False
     remedies: tuple[str, ...] = ("more bits, or smaller groups (group_size: 32)",)
 
@@ -70,23 +70,23 @@ class DeltaSurvival:
         return float(squared**0.5)
 
     @property
-    def worst(self) -> LayerSurvival:
+    def worst(self) -> LayerRetention:
         return min(self.layers, key=lambda layer: layer.kept)
 
     @property
     def _energy(self) -> float:
         return sum(layer.energy for layer in self.layers)
 
-    def below(self, least_kept: float = LEAST_KEPT) -> list[LayerSurvival]:
+    def below(self, least_kept: float = LEAST_KEPT) -> list[LayerRetention]:
         """The layers with less of the update than this share, least first."""
         return sorted((layer for layer in self.layers if layer.kept < least_kept), key=lambda layer: layer.kept)
 
-    def by_kind(self) -> "dict[str, DeltaSurvival]":
+    def by_kind(self) -> "dict[str, DeltaRetention]":
         """The weights by the last word of their layers' names, such as q_proj, in the order of the file."""
-        kinds: dict[str, list[LayerSurvival]] = {}
+        kinds: dict[str, list[LayerRetention]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-        return {kind: DeltaSurvival(tuple(layers)) for kind, layers in kinds.items()}
+        return {kind: DeltaRetention(tuple(layers)) for kind, layers in kinds.items()}
 
     def warning(self, artifact: str, least_kept: float = LEAST_KEPT) -> str | None:
         """What to tell the user if some layers have lost too much, and what to do about it; None if all is well."""
@@ -110,7 +110,7 @@ class DeltaSurvival:
         )
 
 
-def delta_survival(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
+def retained_fraction(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
     """The share of an update that is left after rounding, `kept` above: 1 all of it, 0 none, nan without an update.
 
     Args:
@@ -119,7 +119,7 @@ def delta_survival(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> flo
     return _measure("", merged, base, quantized).kept
 
 
-def noise_to_delta(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
+def quantization_noise(merged: "Tensor", base: "Tensor", quantized: "Tensor") -> float:
     """Size of the rounding error relative to the update, `noise` above; nan without an update."""
     return _measure("", merged, base, quantized).noise
 
@@ -129,7 +129,7 @@ def survey(
     base_weight: "WeightReader",
     stored_weight: "WeightReader",
     layer_done: Callable[[str], object] | None = None,
-) -> DeltaSurvival:
+) -> DeltaRetention:
     """Measure every adapted weight of an exported file, holding one weight at a time.
 
     Args:
@@ -161,7 +161,7 @@ def survey(
             layer_done(name)
     if not layers:
         raise RunError(f"no weight that the adapter changed could be compared with {merged_dir}")
-    return DeltaSurvival(tuple(layers))
+    return DeltaRetention(tuple(layers))
 
 
 def _matrices(folder: Path) -> "Iterator[tuple[str, Tensor]]":
@@ -174,7 +174,7 @@ def _matrices(folder: Path) -> "Iterator[tuple[str, Tensor]]":
                     yield name, file.get_tensor(name)
 
 
-def _measure(name: str, merged: "Tensor", base: "Tensor", quantized: "Tensor") -> LayerSurvival:
+def _measure(name: str, merged: "Tensor", base: "Tensor", quantized: "Tensor") -> LayerRetention:
     along = energy = noise = whole = 0.0
     for start in range(0, len(merged), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -185,6 +185,6 @@ def _measure(name: str, merged: "Tensor", base: "Tensor", quantized: "Tensor") -
         noise += float(error.square().sum())
         whole += float(w.square().sum())
     if energy == 0:
-        return LayerSurvival(name, float("nan"), float("nan"), 0.0, 0.0)
+        return LayerRetention(name, float("nan"), float("nan"), 0.0, 0.0)
     relative = (energy / whole) ** 0.5 if whole else float("inf")
-    return LayerSurvival(name, 1 + along / energy, (noise / energy) ** 0.5, relative, energy)
+    return LayerRetention(name, 1 + along / energy, (noise / energy) ** 0.5, relative, energy)

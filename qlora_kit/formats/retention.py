@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.adapter.updates import Adapter, read_adapter
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.delta_survival import DeltaSurvival, survey
+from qlora_kit.export.delta_retention import DeltaRetention, survey
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.formats.job import ExportJob
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, adapter: Path) -> DeltaSurvival | None:
+def measured_retention(
+    job: ExportJob, folder: Path, merged: Path, merge: MergeReport, adapter: Path
+) -> DeltaRetention | None:
     """Measure a written file; None where its weights are not read back, or where DoRA scaled whole rows.
 
     Args:
@@ -45,7 +47,7 @@ def survival(job: ExportJob, folder: Path, merged: Path, merge: MergeReport, ada
     return found
 
 
-def record(found: DeltaSurvival | None) -> dict[str, object]:
+def record(found: DeltaRetention | None) -> dict[str, object]:
     """A manifest's entry: the share kept, rounding noise by the update's size, the weight that kept the least.
 
     `kinds` has the same by kind of layer; `warning` is what the user was told, empty where all is well.

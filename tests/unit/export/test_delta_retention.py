@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.delta_survival import DeltaSurvival, LayerSurvival, delta_survival, noise_to_delta, survey
+from qlora_kit.export.delta_retention import (
+    DeltaRetention,
+    LayerRetention,
+    quantization_noise,
+    retained_fraction,
+    survey,
+)
 from qlora_kit.formats.awq.layout import unpacked_weight
 from qlora_kit.formats.awq.weights import without_factors
 from qlora_kit.formats.gptq.write import write_gptq
@@ -38,33 +44,33 @@ ON_GRID = rounded(BETWEEN)
 @pytest.mark.parametrize("base", [BETWEEN, ON_GRID])
 def test_an_update_far_wider_than_the_steps_is_kept(base: Tensor) -> None:
     merged = base + drawn(1, 20 * STEP)
-    assert delta_survival(merged, base, rounded(merged)) == pytest.approx(1, abs=0.002)
+    assert retained_fraction(merged, base, rounded(merged)) == pytest.approx(1, abs=0.002)
     # A rounding error spread evenly over a step has the deviation step / sqrt(12).
-    assert noise_to_delta(merged, base, rounded(merged)) == pytest.approx(1 / 20 / 12**0.5, rel=0.02)
+    assert quantization_noise(merged, base, rounded(merged)) == pytest.approx(1 / 20 / 12**0.5, rel=0.02)
 
 
 def test_a_small_update_of_a_base_on_the_grid_falls_back_to_it() -> None:
     merged = ON_GRID + drawn(1, 0.1 * STEP)
-    assert delta_survival(merged, ON_GRID, rounded(merged)) < 0.01
-    assert noise_to_delta(merged, ON_GRID, rounded(merged)) == pytest.approx(1, abs=0.01)
+    assert retained_fraction(merged, ON_GRID, rounded(merged)) < 0.01
+    assert quantization_noise(merged, ON_GRID, rounded(merged)) == pytest.approx(1, abs=0.01)
 
 
 def test_the_same_small_update_is_kept_between_the_grid_s_values_under_loud_noise() -> None:
     merged = BETWEEN + drawn(1, 0.1 * STEP)
     # 131 072 weights, noise about three times the update: a standard error of 3 / sqrt(131 072).
-    assert delta_survival(merged, BETWEEN, rounded(merged)) == pytest.approx(1, abs=0.04)
-    assert noise_to_delta(merged, BETWEEN, rounded(merged)) == pytest.approx(10 / 12**0.5, rel=0.02)
+    assert retained_fraction(merged, BETWEEN, rounded(merged)) == pytest.approx(1, abs=0.04)
+    assert quantization_noise(merged, BETWEEN, rounded(merged)) == pytest.approx(10 / 12**0.5, rel=0.02)
 
 
 def test_by_hand() -> None:
     base, merged = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [0.0, -2.0]])
     file = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     # <Q - W, D> = 1 + 2 = 3; <D, D> = 9; E = (0, -1, 1, 2), ||E||^2 = 6.
-    assert delta_survival(merged, base, file) == pytest.approx(1 / 3)
-    assert noise_to_delta(merged, base, file) == pytest.approx((6 / 9) ** 0.5)
-    assert delta_survival(merged, base, merged) == 1
-    assert delta_survival(merged, base, base) == 0
-    assert delta_survival(base, base, file) != delta_survival(base, base, file)
+    assert retained_fraction(merged, base, file) == pytest.approx(1 / 3)
+    assert quantization_noise(merged, base, file) == pytest.approx((6 / 9) ** 0.5)
+    assert retained_fraction(merged, base, merged) == 1
+    assert retained_fraction(merged, base, base) == 0
+    assert retained_fraction(base, base, file) != retained_fraction(base, base, file)
 
 
 def test_many_rows_are_measured_in_pieces() -> None:
@@ -72,7 +78,7 @@ def test_many_rows_are_measured_in_pieces() -> None:
     file = base.clone()
     file[2000:] = merged[2000:]
     update = (merged - base).square()
-    assert delta_survival(merged, base, file) == pytest.approx(float(update[2000:].sum() / update.sum()))
+    assert retained_fraction(merged, base, file) == pytest.approx(float(update[2000:].sum() / update.sum()))
 
 
 def folder_of(place: Path, tensors: dict[str, Tensor]) -> Path:
@@ -121,12 +127,12 @@ def test_an_adapted_weight_that_the_file_lacks_is_no_detail(tmp_path: Path) -> N
         survey(folder, lambda _: torch.zeros(4, 4), held.get)
 
 
-def layer(name: str, kept: float) -> LayerSurvival:
-    return LayerSurvival(name, kept, 1.0, 0.01, 1.0)
+def layer(name: str, kept: float) -> LayerRetention:
+    return LayerRetention(name, kept, 1.0, 0.01, 1.0)
 
 
 def test_the_warning_names_the_worst_layers_and_what_to_do() -> None:
-    found = DeltaSurvival((layer("a", 0.9), layer("b", 0.1), layer("c", 0.02), layer("d", 0.3), layer("e", 0.2)))
+    found = DeltaRetention((layer("a", 0.9), layer("b", 0.1), layer("c", 0.02), layer("d", 0.3), layer("e", 0.2)))
     warning = found.warning("q4")
     assert warning is not None
     assert warning.startswith("q4 keeps 30% of what was learned; 4 of 5 weights keep less than 50%: c 2%, b 10%, e 20%")
@@ -288,18 +294,18 @@ def test_formats_whose_weights_are_not_read_back(tmp_path: Path, name: str) -> N
 
 def test_weights_are_taken_together_by_kind() -> None:
     layers = [
-        LayerSurvival(f"model.layers.{number}.self_attn.{kind}.weight", kept, 0.0, 0.01, 1.0)
+        LayerRetention(f"model.layers.{number}.self_attn.{kind}.weight", kept, 0.0, 0.01, 1.0)
         for number, kept in enumerate((0.9, 0.5))
         for kind in ("q_proj", "o_proj")
     ]
-    kinds = DeltaSurvival(tuple(layers)).by_kind()
+    kinds = DeltaRetention(tuple(layers)).by_kind()
     assert list(kinds) == ["q_proj", "o_proj"]
     assert [layer.name for layer in kinds["q_proj"].layers] == [layers[0].name, layers[2].name]
     assert kinds["o_proj"].worst == layers[3]
 
 
 def test_the_other_base_is_advised_where_it_is_another() -> None:
-    lost = DeltaSurvival((LayerSurvival("q_proj.weight", 0.1, 0.0, 0.01, 1.0),))
+    lost = DeltaRetention((LayerRetention("q_proj.weight", 0.1, 0.0, 0.01, 1.0),))
     assert "export.merge_base=original" in str(lost.warning("q4"))
     advice = str(replace(lost, is_on_original=True).warning("q4"))
     assert "export.merge_base" not in advice and "  or       keep the adapter apart" in advice
