@@ -80,8 +80,8 @@ def _base(recipe: "ExportRecipe", overrides: list[str]) -> "Run":
 
 def _check_shapes(base_folder: "Path", config: ExportConfig) -> None:
     """Refuse what the base cannot be written as: group sizes by config.json alone, at once, then all by its layers."""
-    from qlora_kit.formats.fit import fit_of, refuse_group_sizes
+    from qlora_kit.formats.checks import check_exports, refuse_group_sizes
 
     refuse_group_sizes(base_folder, config)
-    if unfit := fit_of(base_folder, config).problems:
+    if unfit := check_exports(base_folder, config).problems:
         raise RecipeError(unfit)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
     from qlora_kit.export.budget.choose import Allocation, Formats
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 Target = TypeVar("Target")

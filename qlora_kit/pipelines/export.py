@@ -22,14 +22,14 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.exported import Exported
 from qlora_kit.evaluation.judge import Yardstick
 from qlora_kit.evaluation.reference import Reference, open_models
-from qlora_kit.export.fit.fault import Unquantized
+from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.rows import rows_of_export
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
+from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
-from qlora_kit.formats.fit import fit_of
 from qlora_kit.formats.job import ExportJob, Source
 from qlora_kit.formats.merge_bases import base_for, merge_bases
 from qlora_kit.formats.registry import export_jobs, find_format
@@ -112,7 +112,7 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
 def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
     """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
     settings = run.directory.adapter / CONFIG
-    fit = fit_of(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
+    fit = check_exports(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
     if fit.problems:
         raise RecipeError(fit.problems)
     for name, left in fit.unquantized.items():

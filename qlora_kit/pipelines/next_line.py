@@ -7,7 +7,7 @@ from typing import cast
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.export.manifest import read_manifest
-from qlora_kit.formats.fit import fit_of
+from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.registry import find_format
 from qlora_kit.model.source import locate_base
 from qlora_kit.runs.best_job import best_job
@@ -21,7 +21,7 @@ def line_to_export(run: RunDirectory, base_folder: Path) -> str:
     words = [override("run", run.path), "export=gguf_q4_k_m"]
     try:
         recipe = cast(ExportRecipe, compose_recipe("export", words).recipe)
-        can = not fit_of(base_folder, recipe.export).problems
+        can = not check_exports(base_folder, recipe.export).problems
     except KitError:
         can = False
     return shell_line(["qlora-kit", "export", words[0], words[1] if can else "export=merged_16bit"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import ELSEWHERE
+from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.export.serving.markdown import code
 from qlora_kit.formats.adapter.server_files import adapter_problems
@@ -18,7 +18,7 @@ from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.form import ModelForm
 
 
 class _Alone(Format[AdapterTarget]):
@@ -37,7 +37,7 @@ class _Alone(Format[AdapterTarget]):
         self, path: str, target: AdapterTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What servers of adapters have no place for."""
-        from qlora_kit.formats.adapter.fit import refuse_unfit
+        from qlora_kit.formats.adapter.checks import refuse_unfit
 
         try:
             refuse_unfit(target, form, adapter)

@@ -15,8 +15,8 @@ from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 _REQUIRED = (
@@ -52,13 +52,13 @@ class Awq(Format[AwqTarget]):
         self, path: str, target: AwqTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What the layout asks of a model that it has not."""
-        from qlora_kit.formats.awq.fit import awq_problems
+        from qlora_kit.formats.awq.checks import awq_problems
 
         return awq_problems(path, target, form)
 
     def unquantized(self, target: AwqTarget, form: "ModelForm") -> "Unquantized | None":
         """Layers that the kernels do not take, and experts."""
-        from qlora_kit.formats.awq.fit import awq_unquantized
+        from qlora_kit.formats.awq.checks import awq_unquantized
 
         return awq_unquantized(target, form)
 

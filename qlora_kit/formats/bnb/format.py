@@ -15,8 +15,8 @@ from qlora_kit.formats.job import Source
 from qlora_kit.schema.export import BnbTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 _WEIGHT_BITS = {"nf4": 4, "int8": 8}
@@ -38,13 +38,13 @@ class Bnb(Format[BnbTarget]):
         self, path: str, target: BnbTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What the library asks of a model that it has not."""
-        from qlora_kit.formats.bnb.fit import bnb_problems
+        from qlora_kit.formats.bnb.checks import bnb_problems
 
         return bnb_problems(path, target, form)
 
     def unquantized(self, target: BnbTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.export.fit.form import experts_unquantized
+        from qlora_kit.export.checks.form import experts_unquantized
 
         return experts_unquantized(form)
 

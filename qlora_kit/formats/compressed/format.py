@@ -15,8 +15,8 @@ from qlora_kit.formats.job import Source
 from qlora_kit.schema.export import CompressedTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
 
 _WEIGHT_BITS = {"W4A16": 4, "W8A16": 8, "NVFP4A16": 4}
 
@@ -36,13 +36,13 @@ class Compressed(Format[CompressedTarget]):
         self, path: str, target: CompressedTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What the scheme asks of a model that it has not."""
-        from qlora_kit.formats.compressed.fit import compressed_problems
+        from qlora_kit.formats.compressed.checks import compressed_problems
 
         return compressed_problems(path, target, form)
 
     def unquantized(self, target: CompressedTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.export.fit.form import experts_unquantized
+        from qlora_kit.export.checks.form import experts_unquantized
 
         return experts_unquantized(form)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.evaluation.servers.requirements import Required, quantized_problems
-from qlora_kit.export.fit.fault import ELSEWHERE
+from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
@@ -15,7 +15,7 @@ from qlora_kit.formats.job import Source
 from qlora_kit.schema.export import Fp8BlockTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 _REQUIRED = (
@@ -40,7 +40,7 @@ class Fp8Block(Format[Fp8BlockTarget]):
         self, path: str, target: Fp8BlockTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """Layers that whole blocks do not fill, and what is no linear layer of a block."""
-        from qlora_kit.export.fit.form import no_linear_layers
+        from qlora_kit.export.checks.form import no_linear_layers
 
         odd = [name for name, shape in form.blocks.items() if any(size % BLOCK for size in shape)]
         if not form.blocks:

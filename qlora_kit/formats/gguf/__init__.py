@@ -12,7 +12,7 @@ follow llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp
     vocabulary.py, pre_tokenizers.py              tokenizer, special ids, stop tokens, chat template
     tensors.py, blocks.py, row_kernels.py         names, row order, quantization on all cores
     container.py, shards.py                       the file itself, and one model in several files
-    fit.py, budget.py                             what it asks of a model, and types that a budget of bits may choose
+    checks.py, budget.py                          what it asks of a model, and types that a budget of bits may choose
     llama_cpp.py, llama_library.py, llama_server.py   a file as llama.cpp reads it
     token_parity.py, stops.py, keys.py          whether llama.cpp and Ollama see the tokens that were trained
     modelfile.py, ollama_template.py              what Ollama is told beside the file

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
     from qlora_kit.export.budget.choose import Allocation, Formats
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.formats.format import ChatStream
     from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
     from qlora_kit.weights.reader import WeightReader
@@ -42,13 +42,13 @@ class Gguf(Format[GgufTarget]):
         self, path: str, target: GgufTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What llama.cpp and its block formats ask of a model that it has not."""
-        from qlora_kit.formats.gguf.fit import gguf_problems
+        from qlora_kit.formats.gguf.checks import gguf_problems
 
         return gguf_problems(path, target, form)
 
     def unquantized(self, target: GgufTarget, form: "ModelForm") -> "Unquantized | None":
         """Matrices whose rows no block divides."""
-        from qlora_kit.formats.gguf.fit import gguf_unquantized
+        from qlora_kit.formats.gguf.checks import gguf_unquantized
 
         return gguf_unquantized(target, form)
 

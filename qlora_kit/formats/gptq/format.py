@@ -17,8 +17,8 @@ from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
     from qlora_kit.export.budget.choose import Allocation, Formats
-    from qlora_kit.export.fit.fault import Unquantized
-    from qlora_kit.export.fit.form import ModelForm
+    from qlora_kit.export.checks.fault import Unquantized
+    from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
 _REQUIRED = (
@@ -50,13 +50,13 @@ class Gptq(Format[GptqTarget]):
         self, path: str, target: GptqTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
         """What the layout, and gptqmodel, ask of a model that it has not."""
-        from qlora_kit.formats.gptq.fit import gptq_problems
+        from qlora_kit.formats.gptq.checks import gptq_problems
 
         return gptq_problems(path, target, form)
 
     def unquantized(self, target: GptqTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""
-        from qlora_kit.formats.gptq.fit import gptq_unquantized
+        from qlora_kit.formats.gptq.checks import gptq_unquantized
 
         return gptq_unquantized(target, form)
 

@@ -14,7 +14,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
-from qlora_kit.export.fit.fault import Unquantized
+from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.formats.fit import infeasible_budgets
+from qlora_kit.formats.checks import infeasible_budgets
 from qlora_kit.formats.gguf.budget import gguf_names_of
 from qlora_kit.schema.export import ExportConfig, GgufTarget, GptqTarget
 from tests.tiny_models import build_tiny_model

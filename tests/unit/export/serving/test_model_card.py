@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 from qlora_kit.core.verdict import Verdict
-from qlora_kit.export.fit.fault import Unquantized
+from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory

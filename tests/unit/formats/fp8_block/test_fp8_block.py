@@ -14,8 +14,8 @@ from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RunError
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Scores, compare
-from qlora_kit.export.fit.form import model_form
-from qlora_kit.formats.fit import fit_of
+from qlora_kit.export.checks.form import model_form
+from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.fp8_block.load import load_fp8_block, rounded_inputs
 from qlora_kit.formats.fp8_block.write import block_codes
 from qlora_kit.formats.job import Source
@@ -132,12 +132,12 @@ def test_the_file_is_close_to_the_model_but_not_the_model(source: Path, folder: 
 
 def test_layers_that_blocks_do_not_fill_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
     odd = build_tiny_model("qwen3", tmp_path / "odd", **{**FULL, "intermediate_size": 320})
-    (problem,) = fit_of(odd, EXPORT).problems
+    (problem,) = check_exports(odd, EXPORT).problems
     assert problem.what == (
         "FP8 blocks are 128 x 128 weights, which do not fill 'model.layers.0.mlp.gate_proj' of 320 x 256"
     )
     assert (problem.where, problem.fix) == ("export.fp8_block.fp8_block", "export=merged_16bit")
-    assert fit_of(build_tiny_model("qwen3", tmp_path / "full", **FULL), EXPORT).problems == []
+    assert check_exports(build_tiny_model("qwen3", tmp_path / "full", **FULL), EXPORT).problems == []
 
 
 def test_linear_layers_outside_of_blocks_are_refused(source: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.core.files import read_json
-from qlora_kit.export.fit.fault import Unquantized
+from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.weights.headers import read_headers
 
 Shapes = Mapping[str, tuple[int, int]]

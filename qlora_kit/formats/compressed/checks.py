@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import Fault, mended
-from qlora_kit.export.fit.form import ModelForm, no_linear_layers
+from qlora_kit.export.checks.fault import Fault, with_fixes
+from qlora_kit.export.checks.form import ModelForm, no_linear_layers
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.formats.compressed.write import FIXED_GROUPS, GROUP_SIZES, smoothed_layers
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
@@ -26,7 +26,7 @@ def compressed_problems(path: str, target: CompressedTarget, form: ModelForm) ->
             scheme = CompressedScheme.FP8_DYNAMIC
             yield "scheme", scheme.value, replace(target, scheme=scheme)
 
-    yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
+    yield from with_fixes(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
 
 
 def _faults(target: CompressedTarget, form: ModelForm) -> list[Fault]:

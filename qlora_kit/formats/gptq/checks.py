@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import Fault, Unquantized, mended
-from qlora_kit.export.fit.form import HEAD, ModelForm
+from qlora_kit.export.checks.fault import Fault, Unquantized, with_fixes
+from qlora_kit.export.checks.form import HEAD, ModelForm
 from qlora_kit.export.group_sizes import WHOLE_ROW, dividing_group_sizes
 from qlora_kit.formats.gptq.layers import SERVED_AS_ONE, plan_layers
 from qlora_kit.formats.gptq.layout import PER_BLOCK
@@ -34,7 +34,7 @@ def gptq_problems(path: str, target: GptqTarget, form: ModelForm) -> Iterator[Pr
             shown = {pattern: {"skip": True} for pattern in skipped}
             yield "overrides", shown, replace(target, overrides={**skipped, **target.overrides})
 
-    yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
+    yield from with_fixes(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
 
 
 def gptq_unquantized(target: GptqTarget, form: ModelForm) -> Unquantized | None:

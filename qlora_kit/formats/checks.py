@@ -8,8 +8,8 @@ from typing import Any
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.export.budget.feasible import infeasible
-from qlora_kit.export.fit.fault import ELSEWHERE, Unquantized
-from qlora_kit.export.fit.form import ModelForm, model_form
+from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
+from qlora_kit.export.checks.form import ModelForm, model_form
 from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
 from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.formats.registry import Requested, requested
@@ -20,7 +20,7 @@ LARGEST_USUAL = 128  # a group that every kernel takes
 
 
 @dataclass(frozen=True)
-class Fit:
+class Checked:
     """What was found.
 
     Attributes:
@@ -32,7 +32,7 @@ class Fit:
     unquantized: dict[str, Unquantized] = field(default_factory=dict)
 
 
-def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
+def check_exports(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """Hold what a recipe exports against a base; no weight is loaded.
 
     Args:
@@ -41,21 +41,21 @@ def fit_of(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None =
     """
     form = model_form(base)
     if form is None:
-        return Fit()
-    fit = fit_of_form(form, export, adapter)
+        return Checked()
+    fit = check_form(form, export, adapter)
     if not fit.problems:
         fit.problems.extend(infeasible_budgets(base, export))
     return fit
 
 
-def fit_of_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
+def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """The same of a form, budgets of bits aside."""
     files = list(requested(export))
     problems = [*_merge_problems(form, adapter), *_layer_by_layer(form, files)]
     for one in files:
         problems += one.format.problems(one.path, one.target, form, adapter or {})
     unquantized = {} if problems else {one.name: one.format.unquantized(one.target, form) for one in files}
-    return Fit(problems, {name: found for name, found in unquantized.items() if found is not None})
+    return Checked(problems, {name: found for name, found in unquantized.items() if found is not None})
 
 
 def infeasible_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:

@@ -12,9 +12,9 @@ from transformers import AutoConfig, GPT2Config, Qwen3MoeConfig
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.extras import is_present
-from qlora_kit.export.fit.fault import ELSEWHERE
-from qlora_kit.export.fit.form import ModelForm, model_form
-from qlora_kit.formats.fit import Fit, fit_of, fit_of_form
+from qlora_kit.export.checks.fault import ELSEWHERE
+from qlora_kit.export.checks.form import ModelForm, model_form
+from qlora_kit.formats.checks import Checked, check_exports, check_form
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -60,8 +60,8 @@ def export_of(words: list[str]) -> ExportConfig:
     return recipe.export  # type: ignore[attr-defined, no-any-return]
 
 
-def fit(form: ModelForm, *words: str) -> Fit:
-    return fit_of_form(form, export_of(list(words)))
+def fit(form: ModelForm, *words: str) -> Checked:
+    return check_form(form, export_of(list(words)))
 
 
 def mended_line(words: list[str], problems: list[Problem]) -> list[str]:
@@ -188,27 +188,27 @@ def test_experts_that_stay_in_16_bit_are_told(forms: dict[str, ModelForm], expor
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused(forms: dict[str, ModelForm]) -> None:
-    found = fit_of_form(forms["gpt2"], export_of(["export=merged_16bit"]), adapter={"r": 4})
+    found = check_form(forms["gpt2"], export_of(["export=merged_16bit"]), adapter={"r": 4})
     assert "its layers (Conv1D) hold their weights the other way round" in found.problems[0].what
 
 
 def test_an_adapter_that_llama_cpp_has_no_place_for(forms: dict[str, ModelForm]) -> None:
     export = export_of(["export=[adapter_gguf,adapter_peft]"])
-    found = fit_of_form(forms["llama"], export, {"use_dora": True, "modules_to_save": ["lm_head"]})
+    found = check_form(forms["llama"], export, {"use_dora": True, "modules_to_save": ["lm_head"]})
     assert [problem.what.partition(" for ")[2] for problem in found.problems] == [
         "DoRA's magnitudes",
         "modules trained in full (lm_head)",
     ]
-    assert len(fit_of_form(forms["llama"], export, {"init_lora_weights": "olora"}).problems) == 2
+    assert len(check_form(forms["llama"], export, {"init_lora_weights": "olora"}).problems) == 2
 
 
 def test_a_base_whose_files_have_other_names_is_told_so(tmp_path: Path) -> None:
     base = build_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16)
-    assert fit_of(base, export_of(["export=gptq_4bit"])) == Fit()
+    assert check_exports(base, export_of(["export=gptq_4bit"])) == Checked()
     file = base / "model.safetensors"
     moved = {name.replace("model.layers", "model.text.layers"): value for name, value in load_file(file).items()}
     save_file(moved, file)
-    found = fit_of(base, export_of(["export=[gptq_4bit,awq_4bit,fp8_dynamic,bnb_nf4,merged_16bit]"])).problems
+    found = check_exports(base, export_of(["export=[gptq_4bit,awq_4bit,fp8_dynamic,bnb_nf4,merged_16bit]"])).problems
     assert [problem.what.partition(":")[0] for problem in found] == [
         f"this family has no {kind} export" for kind in ("gptq", "awq", "compressed", "bnb")
     ]
@@ -234,7 +234,7 @@ def test_what_gptqmodel_cannot_calibrate_is_rounded(
 def test_experts_that_are_stored_one_by_one_are_calibrated(forms: dict[str, ModelForm]) -> None:
     experts = {f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in range(2)}
     form = replace(forms["moe"], stored=frozenset({*experts, *(f"{name}.weight" for name in forms["moe"].blocks)}))
-    assert fit(form, "export=gptq_4bit") == Fit()
+    assert fit(form, "export=gptq_4bit") == Checked()
 
 
 def test_a_base_that_is_stored_in_4_bit_is_judged_by_what_is_made_of_it(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_a_base_that_is_stored_in_4_bit_is_judged_by_what_is_made_of_it(tmp_path
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
-    assert fit_of(base, export_of(["export=[gguf_q4_k_m,gptq_4bit,awq_4bit]"])) == Fit()
+    assert check_exports(base, export_of(["export=[gguf_q4_k_m,gptq_4bit,awq_4bit]"])) == Checked()
 
 
 def test_a_kind_that_transformers_does_not_build_is_left_to_its_own_refusal(tmp_path: Path) -> None:
     AutoConfig.for_model("clip").save_pretrained(tmp_path)
-    assert fit_of(tmp_path, export_of(["export=gptq_4bit"])) == Fit()
+    assert check_exports(tmp_path, export_of(["export=gptq_4bit"])) == Checked()

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.export.fit.fault import ELSEWHERE, Unquantized
-from qlora_kit.export.fit.form import ModelForm
+from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
+from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.families.registry import ARCHITECTURES
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.mixes import find_mix, is_quantizable

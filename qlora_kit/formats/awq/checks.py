@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem
-from qlora_kit.export.fit.fault import Fault, Unquantized, mended
-from qlora_kit.export.fit.form import ModelForm
+from qlora_kit.export.checks.fault import Fault, Unquantized, with_fixes
+from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqLayout, AwqTarget
@@ -26,7 +26,7 @@ def awq_problems(path: str, target: AwqTarget, form: ModelForm) -> Iterator[Prob
         elif fault.field == "layout":
             yield "layout", AwqLayout.gemm.value, replace(target, layout=AwqLayout.gemm)
 
-    yield from mended(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
+    yield from with_fixes(path, _faults(target, form), candidates, lambda changed: _faults(changed, form))
 
 
 def awq_unquantized(target: AwqTarget, form: ModelForm) -> Unquantized | None:

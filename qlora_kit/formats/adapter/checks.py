@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_kit.export.fit.form import ModelForm
+from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.formats.adapter.lora_gguf import refuse_changed_base, refuse_unplaced
 from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget

@@ -45,7 +45,7 @@ class Unquantized:
         return {"layers": list(self.names), "of": self.of, "why": self.why}
 
 
-def mended(
+def with_fixes(
     path: str,
     faults: Sequence[Fault],
     candidates: Callable[[Fault], Iterable[tuple[str, object, Target]]],
