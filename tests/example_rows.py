@@ -55,7 +55,7 @@ def read(row, **options):
     return reader(row_format, **options).conversation(row, "a.jsonl", 7)
 
 
-def with_fixes(row, **options):
+def mended(row, **options):
     """The line to paste that a refused row comes with."""
     with pytest.raises(BadRowError) as caught:
         read(row, **options)

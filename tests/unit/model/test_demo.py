@@ -33,7 +33,7 @@ def as_read_from_gguf():
 
 
 @pytest.fixture
-def with_fixes():
+def mended():
     return mend_tokenizer(as_read_from_gguf(), "{{ messages }}")
 
 
@@ -66,7 +66,7 @@ def test_the_decoder_is_the_byte_level_one_alone(mended):
 
 @pytest.mark.parametrize("text", ["naïve ▁ text", " two  spaces", "🚀 at 06:45"])
 def test_text_survives_the_round_trip(mended, text):
-    assert mended.decode(with_fixes(text)["input_ids"]) == text
+    assert mended.decode(mended(text)["input_ids"]) == text
 
 
 def test_a_config_from_gguf_is_cleaned():
