@@ -14,7 +14,7 @@ from train_step.shapes import frozen_shapes
 
 FROZEN, THIN = "frozen matmuls", "LoRA and head matmuls"
 RECORDED = "matmuls of recorded layers"  # frozen or LoRA's: a kernel of a CUDA graph does not know its operation
-ATTENTION, DEQUANTISE, ELEMENTWISE = "attention", "dequantize", "norm, activation, elementwise"
+ATTENTION, DEQUANTISE, ELEMENTWISE = "attention", "dequantise", "norm, activation, elementwise"
 OPTIMIZER, OTHER = "optimizer", "other"
 PRODUCT_OPS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::bmm", "aten::baddbmm", "aten::matmul")
 # Parts of kernel names, in the order they are asked.

@@ -222,7 +222,7 @@ def test_kinds_of_kernels():
     assert kind_of("nvjet_tst", "aten::addmm", [[8192, 4096], *backward], frozen) == "frozen matmuls"
     assert kind_of("nvjet_tst", "aten::mm", [[8192, 4096], [4096, 16]], frozen) == "LoRA and head matmuls"
     assert kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma") == "attention"
-    assert kind_of("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>") == "dequantize"
+    assert kind_of("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>") == "dequantise"
     assert kind_of("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
     assert kind_of("nvjet_tst_256x128") == "matmuls of recorded layers"
     for name in (
