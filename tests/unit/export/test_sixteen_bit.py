@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.sixteen_bit import write_sixteen_bit
+from qlora_kit.export.sixteen_bit import copy_base
 from tests.tiny_models import build_tiny_model, set_stop_tokens
 
 
@@ -27,7 +27,7 @@ def test_every_tensor_is_the_bases_in_bf16(tmp_path, family, dtype):
     (base / "LICENSE").write_text("free", encoding="utf-8")
     out = tmp_path / "out"
     out.mkdir()
-    report = write_sixteen_bit(base, AutoTokenizer.from_pretrained(base), out)
+    report = copy_base(base, AutoTokenizer.from_pretrained(base), out)
     assert (report.adapted, report.merged, report.base, report.changed) == (0, 0, "original", 0)
     before, after = tensors(base), tensors(out)
     assert before.keys() == after.keys()
@@ -48,7 +48,7 @@ def test_shards_stay_shards_and_transformers_loads_them(tmp_path):
     assert len(names) > 1
     out = tmp_path / "out"
     out.mkdir()
-    write_sixteen_bit(base, AutoTokenizer.from_pretrained(base), out)
+    copy_base(base, AutoTokenizer.from_pretrained(base), out)
     assert {path.name for path in out.glob("*.safetensors")} == names
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).state_dict()
     for name, tensor in model.state_dict().items():
@@ -62,7 +62,7 @@ def test_a_truncated_base_is_named(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(RunError, match="truncated"):
-        write_sixteen_bit(base, AutoTokenizer.from_pretrained(base), out)
+        copy_base(base, AutoTokenizer.from_pretrained(base), out)
 
 
 def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
@@ -71,5 +71,5 @@ def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
     out.mkdir()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(RunError, match=r"the copy of the base takes .* are free on the disk"):
-        write_sixteen_bit(base, AutoTokenizer.from_pretrained(base), out)
+        copy_base(base, AutoTokenizer.from_pretrained(base), out)
     assert list(out.iterdir()) == []
