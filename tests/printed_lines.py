@@ -53,7 +53,7 @@ WHOLE = {
     "export.py:f'{where}=bfloat16'": "export.merged.merged_16bit.dtype=bfloat16",
     "export.py:f'{where}=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "directory.py:f'{key}=latest'": "run=latest",
-    "fit.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
+    "checks.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "compose.py:f'{key}={EXAMPLES.get(key, '<value>')}'": "data.max_tokens=auto",
     "compose.py:f\"{key}={EXAMPLES.get(key, '<value>')}\"": "data.max_tokens=auto",
     "compose.py:f'{group}={_common_option(group)}'": "optim=adamw",
