@@ -28,7 +28,7 @@ from qlora_kit.schema.quant import ComputeDtype, QuantConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
-from qlora_kit.training import speed as module
+from qlora_kit.training import engine_setup as module
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.engine_setup import enable_engine, layer_policies, step_memory_of
 from qlora_kit.training.run import build_trainer, run_training
