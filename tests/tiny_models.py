@@ -22,6 +22,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -188,6 +189,10 @@ def _phi3(**changes: Any) -> PretrainedConfig:
     return Phi3Config(**{**_WIDTHS, "sliding_window": None, "tie_word_embeddings": False, "pad_token_id": 0, **changes})
 
 
+def _olmo2(**changes: Any) -> PretrainedConfig:
+    return Olmo2Config(**{**_WIDTHS, "tie_word_embeddings": False, **changes})
+
+
 FAMILIES: dict[str, tuple[Callable[..., PretrainedConfig], Callable[[], PreTrainedTokenizerFast]]] = {
     "llama": (_llama, smollm_tokenizer),
     "llama3": (_llama3, llama3_tokenizer),
@@ -197,6 +202,7 @@ FAMILIES: dict[str, tuple[Callable[..., PretrainedConfig], Callable[[], PreTrain
     "qwen3": (_qwen3, qwen_tokenizer),
     "gemma3": (_gemma3, gemma_tokenizer),
     "phi3": (_phi3, phi3_tokenizer),
+    "olmo2": (_olmo2, llama3_tokenizer),
 }
 
 

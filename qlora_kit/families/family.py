@@ -65,9 +65,10 @@ class Family:
         layer: name of the decoder layer's class.
         gguf: how llama.cpp has it.
         fused: q, k and v come from `qkv_proj`, gate and up from `gate_up_proj`.
-        qk_norm: q and k are normed over each head.
+        qk_norm: q and k are normed, over each head or over all of them.
         unit_offset: norm weights are offsets from one: see `engine.ops.rms_norm`.
-        post_norms: norms stand before and after both attention and MLP.
+        pre_norms: norms stand before attention and MLP.
+        post_norms: norms stand behind attention and MLP.
         config_defaults: what transformers leaves out of config.json, as far as sizes are read from it.
     """
 
@@ -79,6 +80,7 @@ class Family:
     fused: bool = False
     qk_norm: bool = False
     unit_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     config_defaults: Mapping[str, int | bool] = field(default_factory=dict)
 

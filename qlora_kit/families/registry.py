@@ -7,11 +7,12 @@ from qlora_kit.families.family import ChatFormat, Family
 from qlora_kit.families.gemma import GEMMA3, GEMMA_CHAT
 from qlora_kit.families.llama import LLAMA, LLAMA3_CHAT
 from qlora_kit.families.mistral import MISTRAL, MISTRAL_CHAT
+from qlora_kit.families.olmo import OLMO2
 from qlora_kit.families.phi import PHI3, PHI_CHAT
 from qlora_kit.families.qwen import QWEN2, QWEN3
 from qlora_kit.families.smollm import SMOLLM3, SMOLLM3_CHAT
 
-_FAMILIES = (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA3, PHI3)
+_FAMILIES = (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA3, PHI3, OLMO2)
 # In the order in which they are compared with a model's own template.
 CHAT_FORMATS: tuple[ChatFormat, ...] = (CHATML, LLAMA3_CHAT, GEMMA_CHAT, PHI_CHAT, MISTRAL_CHAT, SMOLLM3_CHAT)
 

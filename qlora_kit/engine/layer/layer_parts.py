@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.engine.layer.attention_blocks import Output, Projection
 from qlora_kit.engine.layer.mlp import DenseMlp, Mlp
-from qlora_kit.engine.layer.norm import Norm
+from qlora_kit.engine.layer.norm import NoNorm, Norm
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
@@ -97,10 +97,16 @@ def extract_parts(layer: Any, family: Family, make_weight: MakeWeight) -> LayerP
     def norm(owner: Any, name: str) -> Norm:
         return _norm(getattr(owner, name), unit_offset)
 
+    def norm_before(name: str, after: Norm | None) -> Norm:
+        if family.pre_norms:
+            return norm(layer, name)
+        assert after is not None  # a layer without any norm is no family's
+        return NoNorm(after.weight, after.eps, after.unit_offset)
+
     of_heads = [norm(attention, name) if family.qk_norm else None for name in ("q_norm", "k_norm")]
     after = [norm(layer, name) for name in AFTER] if family.post_norms else [None, None]
     projection = Projection(
-        norm(layer, "input_layernorm"),
+        norm_before("input_layernorm", after[0]),
         group(attention, *(["qkv_proj"] if family.fused else ["q_proj", "k_proj", "v_proj"])),
         _heads(attention),
         attention.head_dim,
@@ -109,7 +115,7 @@ def extract_parts(layer: Any, family: Family, make_weight: MakeWeight) -> LayerP
     )
     output = Output(group(attention, "o_proj"), after[0])
     dense = DenseMlp(
-        norm(layer, "pre_feedforward_layernorm" if family.post_norms else "post_attention_layernorm"),
+        norm_before("pre_feedforward_layernorm" if family.post_norms else "post_attention_layernorm", after[1]),
         group(mlp, *(["gate_up_proj"] if family.fused else ["gate_proj", "up_proj"])),
         group(mlp, "down_proj"),
         _activation(mlp),

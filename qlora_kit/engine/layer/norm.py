@@ -13,7 +13,7 @@ from qlora_kit.engine.ops.split_k import Normed
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen RMS norm; see `ops.rms_norm`."""
+    """A frozen RMS norm over the width of its weight, however the rows of an input are cut; see `ops.rms_norm`."""
 
     weight: Tensor
     eps: float
@@ -21,7 +21,7 @@ class Norm:
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of each row of `[T, width]`."""
-        return rms_norm(x, self.weight, self.eps, self.unit_offset)
+        return rms_norm(self._rows(x), self.weight, self.eps, self.unit_offset).view_as(x)
 
     def forward_heads(self, x: Tensor) -> Tensor:
         """The norm of each head of `[T, heads, head_dim]`."""
@@ -37,7 +37,8 @@ class Norm:
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of x."""
-        return rms_norm_backward(x, self.weight, self.eps, self.unit_offset, grad)
+        found = rms_norm_backward(self._rows(x), self.weight, self.eps, self.unit_offset, self._rows(grad))
+        return found.view_as(x)
 
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
@@ -54,6 +55,27 @@ class Norm:
         out = torch.empty_like(x) if place is None else place
         scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, out)
         return out, Normed(x, scale, factor)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x if x.shape[-1] == len(self.weight) else x.reshape(-1, len(self.weight))
+
+
+@dataclass(frozen=True)
+class NoNorm(Norm):
+    """Stands where a family has no norm, and hands its input through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def backward_add(
+        self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor | None, Normed]:
+        """The two gradients together; see `Norm`."""
+        same = Normed(x, torch.ones(len(x), 1, dtype=torch.float32, device=x.device), torch.ones_like(x[0]))
+        if grad is None:
+            return None, same
+        return torch.add(grad, residual, out=torch.empty_like(x) if place is None else place), same
 
 
 def add_to_residual(

@@ -1,0 +1,14 @@
+"""OLMo 2: norms stand behind attention and MLP alone, and those of q and k span all heads."""
+
+from qlora_kit.families.family import Family, GgufRules, Window
+
+OLMO2 = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "Olmo2DecoderLayer",
+    GgufRules("olmo2", says_head_width=False),
+    window=Window.absent,
+    qk_norm=True,
+    pre_norms=False,
+    post_norms=True,
+)
