@@ -12,7 +12,6 @@ OPTIMIZERS = {
     "PagedAdamW8bit": bitsandbytes.optim.PagedAdamW8bit,
     "PagedAdamW32bit": bitsandbytes.optim.PagedAdamW32bit,
     "PagedLion8bit": bitsandbytes.optim.PagedLion8bit,
-    "PagedAdEMAMix8bit": bitsandbytes.optim.PagedAdEMAMix8bit,
 }
 
 

@@ -48,9 +48,7 @@ def assert_equal(found, expected):
         assert torch.equal(parameter, other), tuple(parameter.shape)
 
 
-@pytest.mark.parametrize(
-    "kind", ["PagedAdamW8bit", "AdamW8bit", "PagedAdamW32bit", "PagedLion8bit", "PagedAdEMAMix8bit"]
-)
+@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "AdamW8bit", "PagedAdamW32bit", "PagedLion8bit"])
 def test_weights_equal_those_of_bitsandbytes(kind):
     expected, plain = made(kind, SMALL, is_flat=False)
     found, optimizer = made(kind, SMALL)
@@ -60,7 +58,7 @@ def test_weights_equal_those_of_bitsandbytes(kind):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "PagedAdamW32bit", "PagedAdEMAMix8bit"])
+@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "PagedAdamW32bit"])
 def test_resume_is_exact_and_stays_paged(kind):
     straight, optimizer = made(kind, SMALL)
     train(straight, optimizer, range(5))

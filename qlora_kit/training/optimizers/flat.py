@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.optim import GlobalOptimManager
+from bitsandbytes.optim import AdEMAMix, GlobalOptimManager
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from qlora_kit.core.errors import RunError
@@ -27,10 +27,12 @@ OTHER_RECIPE = "resume with the recipe and the version that wrote the checkpoint
 def flat(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer over flat buffers if it is one of bitsandbytes, or else itself.
 
-    LAMB and LARS stay as they are: they scale each tensor's update by the tensor's norm.
+    LAMB and LARS stay as they are: they scale each tensor's update by the tensor's norm. So does AdEMAMix, which keeps
+    two averages in one state: on a GPU a tensor whose size is no multiple of 256 came out otherwise over flat buffers.
     """
-    is_flat = isinstance(optimizer, Optimizer8bit) and not optimizer.args.max_unorm
-    return FlatOptimizer(optimizer, model.named_parameters()) if is_flat else optimizer
+    if not isinstance(optimizer, Optimizer8bit) or isinstance(optimizer, AdEMAMix) or optimizer.args.max_unorm:
+        return optimizer
+    return FlatOptimizer(optimizer, model.named_parameters())
 
 
 @dataclass(frozen=True)

@@ -218,3 +218,10 @@ def test_what_would_lose_state_or_train_nothing_is_refused():
     stepped.step()
     with pytest.raises(ValueError, match="has stepped"):
         FlatOptimizer(stepped, weights.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["PagedAdEMAMix8bit", "LAMB8bit"])
+def test_what_looks_at_whole_tensors_stays_as_it_is(kind):
+    weights = Weights()
+    optimizer = getattr(bitsandbytes.optim, kind)(weights.parameters(), lr=1e-2)
+    assert flat(optimizer, weights) is optimizer

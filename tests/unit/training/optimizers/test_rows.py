@@ -26,8 +26,9 @@ def stepped(name, folder):
 
 
 def state_of(optimizer):
-    state = optimizer.state_dict()["state"]
-    (state,) = state if isinstance(optimizer, FlatOptimizer) else state.values()
+    # bitsandbytes packs 8-bit state into a dictionary of its own in a state_dict
+    is_flat = isinstance(optimizer, FlatOptimizer)
+    (state,) = optimizer.state_dict()["state"] if is_flat else optimizer.state.values()
     return [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
@@ -39,9 +40,9 @@ def test_the_state_takes_the_bytes_that_the_row_says(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in OptimizerName if name.needs_gpu])
-def test_every_optimizer_of_bitsandbytes_runs_over_flat_buffers(name, tmp_path):
+def test_optimizers_of_bitsandbytes_run_over_flat_buffers(name, tmp_path):
     optimizer = stepped(name, tmp_path)
-    assert isinstance(optimizer, FlatOptimizer)
+    assert isinstance(optimizer, FlatOptimizer) is (name is not OptimizerName.paged_ademamix_8bit)
     assert optimizer.is_paged is name.name.startswith("paged_")
 
 
