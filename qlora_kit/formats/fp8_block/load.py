@@ -84,4 +84,8 @@ def _load(folder: Path) -> "PreTrainedModel":
             trust_remote_code=False,
             local_files_only=True,
         )
+    if not on_gpu:
+        # transformers 5.23 unpacks to bfloat16 whatever dtype is asked for.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
     return model
