@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import is_present, missing_extra
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.compressed import EXTRA
+from qlora_kit.formats.unpacked_folders import load_unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,30 +33,11 @@ def load_compressed(folder: Path) -> "PreTrainedModel":
         raise RunError(f"{folder} is not a compressed-tensors folder: it names the quantization '{method}'")
     if not is_present("compressed_tensors"):
         raise missing_extra("llmcompressor", "Loading compressed-tensors files", EXTRA)
+    from transformers import CompressedTensorsConfig
+
     try:
         # Unpacking draws a bar of its own.
         with contextlib.redirect_stderr(io.StringIO()):
-            return _load(folder)
+            return load_unpacked(folder, CompressedTensorsConfig(dequantize=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"transformers could not load the compressed-tensors folder {folder}: {error}") from error
-
-
-def _load(folder: Path) -> "PreTrainedModel":
-    import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    on_gpu = torch.cuda.is_available()
-    with warnings.catch_warnings():
-        # Asking to unpack makes transformers warn that nothing else of what is asked counts.
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if on_gpu else torch.float32,
-            device_map={"": "cuda:0" if on_gpu else "cpu"},
-            quantization_config=CompressedTensorsConfig(dequantize=True),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    # 4-bit floats unpack to bfloat16 whatever was asked for.
-    return (model if on_gpu else model.float()).eval()

@@ -1,12 +1,12 @@
 """Folders of FP8 blocks, loaded by transformers, and the weights that they stand for."""
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
+from qlora_kit.formats.unpacked_folders import load_unpacked
 from qlora_kit.weights.reader import WeightReader, stored_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def load_fp8_block(folder: Path) -> "PreTrainedModel":
         RunError: the folder is of another kind, or its weights cannot be loaded.
     """
     from torch import nn
+    from transformers import FineGrainedFP8Config
 
     path = folder / "config.json"
     settings = read_json(path).get("quantization_config", {}) if path.exists() else {}
@@ -31,13 +32,13 @@ def load_fp8_block(folder: Path) -> "PreTrainedModel":
     if method != METHOD:
         raise RunError(f"{folder} is not a folder of FP8 blocks: it names the quantization '{method}'")
     try:
-        model = _load(folder)
+        model = load_unpacked(folder, FineGrainedFP8Config(dequantize=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"transformers could not load the folder of FP8 blocks {folder}: {error}") from error
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in settings["modules_to_not_convert"]:
             module.register_forward_pre_hook(_round_inputs)
-    return model.eval()
+    return model
 
 
 def rounded_inputs(inputs: "Tensor") -> "Tensor":
@@ -65,27 +66,3 @@ def fp8_block_weights(artifact: Path) -> WeightReader:
 
 def _round_inputs(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (rounded_inputs(args[0]), *args[1:])
-
-
-def _load(folder: Path) -> "PreTrainedModel":
-    import torch
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
-
-    on_gpu = torch.cuda.is_available()
-    with warnings.catch_warnings():
-        # Asking to unpack makes transformers warn that nothing else of what is asked counts.
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if on_gpu else torch.float32,
-            device_map={"": "cuda:0" if on_gpu else "cpu"},
-            quantization_config=FineGrainedFP8Config(dequantize=True),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    if not on_gpu:
-        # transformers 5.23 unpacks to bfloat16 whatever dtype is asked for.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
-    return model
