@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
 from qlora_kit.adapter.saved import name_base
@@ -135,20 +135,26 @@ def _train(
         if eval_loss is None:
             eval_loss = held_out_loss(trainer)
         trainer.restore_model()
-        with staged_directory(run.adapter) as folder:
-            model.save_pretrained(folder)
-            base = Base(recipe.model.source, base_folder, recipe.model.revision)
-            name_base(folder, base.name)
-            write_adapter_card(folder, recipe.name, base)
-            tokenizer.save_pretrained(folder)
-            sync_folder(folder)
-        note_adapter(run)
+        _save_adapter(run, recipe.name, Base.of(recipe.model, base_folder), model, tokenizer)
         result = replace(
             _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned),
             resumed_from=step or None,
         )
         write_json(run.result, result.record())
     return result, base_folder
+
+
+def _save_adapter(
+    run: RunDirectory, name: str, base: Base, model: PeftModel, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Save what was trained with its tokenizer and card, and note what the files are."""
+    with staged_directory(run.adapter) as folder:
+        model.save_pretrained(folder)
+        name_base(folder, base.name)
+        write_adapter_card(folder, name, base)
+        tokenizer.save_pretrained(folder)
+        sync_folder(folder)
+    note_adapter(run)
 
 
 def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
