@@ -45,7 +45,7 @@ SAMPLES = {
     "budget.py:mixing[0]": "export.gptq.gptq_4bit",
     "budget.py:export.bits_budget": "4.5",
     "check_data.py:SHORTEST_ROW": "16",
-    "compose.py:_common_option('model')": "demo",
+    "compose.py:common_option('model')": "demo",
     "named_base.py:near[0]": "qwen3_4b",
 }
 # The same for a whole text, where one value depends on another.
@@ -56,9 +56,9 @@ WHOLE = {
     "checks.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "compose.py:f'{key}={EXAMPLES.get(key, '<value>')}'": "data.max_tokens=auto",
     "compose.py:f\"{key}={EXAMPLES.get(key, '<value>')}\"": "data.max_tokens=auto",
-    "compose.py:f'{group}={_common_option(group)}'": "optim=adamw",
-    "compose.py:f'{group}={right[0]}'": "optim=adamw",
-    "compose.py:f\"{group}=[{','.join(dict.fromkeys(right))}]\"": "export=[gguf_q4_k_m]",
+    "compose.py:f'{group}={common_option(group)}'": "optim=adamw",
+    "line_problems.py:f'{group}={right[0]}'": "optim=adamw",
+    "line_problems.py:f\"{group}=[{','.join(dict.fromkeys(right))}]\"": "export=[gguf_q4_k_m]",
     "value_problems.py:f'{word.mapping}.{near}.{field}={hydra_value(value)}'": "export.gptq.gptq_4bit.group_size=64",
 }
 

@@ -25,18 +25,17 @@ from qlora_kit.schema.check import Finding, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, recipe_file
 from qlora_kit.schema.growth import refuse_growth
-from qlora_kit.schema.hydra_words import hydra_problem, missing_plugin
-from qlora_kit.schema.meant import beside, meant, nearest_option
+from qlora_kit.schema.hydra_words import missing_plugin
+from qlora_kit.schema.line_problems import common_option, override_problem
+from qlora_kit.schema.meant import meant
 from qlora_kit.schema.recipe_text import read_recipe_text
 from qlora_kit.schema.renamed import with_todays_names
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.store import register
-from qlora_kit.schema.trust import refusals, unsafe_references
+from qlora_kit.schema.trust import refusals
 from qlora_kit.schema.value_problems import (
-    GROUPS_OF_SEVERAL,
     first_line,
     set_in_mapping,
-    several_values,
     value_problems,
 )
 from qlora_kit.schema.words import Word, read_words
@@ -48,7 +47,6 @@ COMPOSE_ERRORS = (
     *(ArithmeticError, RecursionError),
 )
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
-COMMON_OPTIONS = {"export": "gguf_q4_k_m", "data": "rows"}  # proposed where nothing tells what was meant
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def _missing_problem(verb: str, key: str) -> Problem:
         return Problem(f"{key} has no value", f"the {verb} recipe", f"{key}={EXAMPLES.get(key, '<value>')}")
     options = ", ".join(groups()["model"])
     what = f"no model is chosen; there are {options}; one of your own is model.source=<a folder or hub id>"
-    return Problem(what, "the command line", f"model={_common_option('model')}")
+    return Problem(what, "the command line", f"model={common_option('model')}")
 
 
 def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], dict[str, str]]:
@@ -193,7 +191,7 @@ def _compose_tree(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], 
 def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[Word], dict[str, str]]:
     root = RECIPE_OF_VERB[verb]
     words = _read(root, lines)
-    problems = {word.typed: _override_problem(root, word) for word in words}
+    problems = {word.typed: override_problem(root, word) for word in words}
     good = [word for word in words if not problems[word.typed]]
     named = [problem for problem in problems.values() if problem]
     try:
@@ -239,63 +237,6 @@ def _read(root: type[Sealed], lines: list[str], *, sweeps: bool = False) -> list
 def _is_group(override: Override) -> bool:
     key = override.key_or_group
     return key in groups() or key.split(".")[0].split("/")[0] == "hydra"
-
-
-def _override_problem(root: type[Sealed], word: Word) -> Problem | None:
-    """A misspelt key or option, with the nearest right one."""
-    override, line = word.override, word.where
-    key = override.key_or_group
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return hydra_problem(word)
-    if key in groups():
-        return _option_problem(key, word) or (several_values(root, word) if override.is_sweep_override() else None)
-    if override.is_delete():
-        return Problem(
-            f"'{printable(word.typed)}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
-        )
-    if walk.find_path(root, key):
-        if outside := unsafe_references(str(override.value())):
-            what = f"{key} looks up '{printable(outside[0])}'; a recipe may look up its own fields only"
-            return Problem(f"{what}, such as ${{lora.r}}", line)
-        return several_values(root, word) if override.is_sweep_override() else None
-    found = meant(root, key, override.value())
-    what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
-    if found.hint:
-        what += f"; {found.hint}"
-    elif not found.name:
-        what += f"\n  known    {', '.join(beside(root, key))}"
-    return Problem(what, line, found.line or help_line(root))
-
-
-def _option_problem(group: str, word: Word) -> Problem | None:
-    override = word.override
-    value = override.value()
-    if override.is_sweep_override():
-        value = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
-    wanted = [str(option) for option in (value if isinstance(value, list) else [value]) if option is not None]
-    known = groups()[group]
-    wrong = [option for option in wanted if option not in known]
-    if not wrong:
-        return None
-    likely = {option: nearest_option(group, option) for option in wrong}
-    near = [option for option in likely.values() if option]
-    what = f"there is no {group} named {_quoted(wrong)}" + (f"; did you mean {_quoted(near)}?" if near else "")
-    what += f"\n  known    {', '.join(known)}"
-    # The rest of a list stays as it is.
-    right = [likely.get(option, option) or _common_option(group) for option in wanted]
-    is_list = isinstance(value, list) and (group in GROUPS_OF_SEVERAL or not override.is_sweep_override())
-    fix = f"{group}=[{','.join(dict.fromkeys(right))}]" if is_list else f"{group}={right[0]}"
-    return Problem(what, word.where, fix)
-
-
-def _quoted(names: list[str]) -> str:
-    return " and ".join(f"'{name}'" for name in names)
-
-
-def _common_option(group: str) -> str:
-    options = groups().get(group, [])
-    common = COMMON_OPTIONS.get(group)
-    return common if common in options else next(iter(options), "")
 
 
 def _typed(root: type[Sealed], tree: Any) -> Sealed:
@@ -368,7 +309,7 @@ def _compose_problem(error: Exception) -> Problem:
     if group := _group_to_choose(error):
         options = groups().get(group, [])
         what = f"no {group} is chosen; there are {', '.join(options)}"
-        return Problem(what, "the command line", f"{group}={_common_option(group)}")
+        return Problem(what, "the command line", f"{group}={common_option(group)}")
     if isinstance(error, RecursionError):
         return Problem("a chosen recipe file builds on itself, or on another that builds on it", "its defaults")
     where = _found(r"In '([^']+)'", text) or "train"
@@ -390,12 +331,3 @@ def _group_to_choose(error: Exception) -> str:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     return match.group(1) if match else ""
-
-
-def help_line(root: type[Sealed]) -> str:
-    """The command that lists every field."""
-    return f"qlora-kit {_verb_of(root)} --help"
-
-
-def _verb_of(root: type[Sealed]) -> str:
-    return next(verb for verb, recipe in RECIPE_OF_VERB.items() if recipe is root)
