@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print(HELP)
         return EXIT_OK
-    from qlora_kit.pipelines.diagnose import Health, diagnose
+    from qlora_kit.pipelines.doctor import Health, diagnose
 
     findings = diagnose()
     rows = [(finding.name, finding.health.value, finding.value, finding.fix) for finding in findings]

@@ -34,8 +34,8 @@ def run(arguments: list[str]) -> int:
     if found := check_evaluated(recipe):
         raise RecipeError([composed.problem(finding) for finding in found])
 
+    from qlora_kit.formats.next_line import line_to_report
     from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
-    from qlora_kit.pipelines.next_line import line_to_report
     from qlora_kit.report.scores import print_scores
     from qlora_kit.runs.open import open_exports, open_idle_run
 

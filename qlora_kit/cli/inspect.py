@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import cast
 
 from qlora_kit.cli.line import looking_verb_help, parse_line
-from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
 from qlora_kit.schema.root import TrainRecipe
@@ -40,21 +39,10 @@ def run(arguments: list[str]) -> int:
     from qlora_kit.schema.compose import compose_recipe
 
     recipe = cast(TrainRecipe, compose_recipe("train", overrides).recipe)
-    return _inspect(recipe, line.value("experiment") or recipe.name, count, page)
 
+    from qlora_kit.pipelines.inspect import inspect
 
-def _inspect(recipe: TrainRecipe, name: str, count: int, page: Path | None) -> int:
-    from qlora_kit.model.source import locate_tokenizer
-    from qlora_kit.model.tokenizer import load_tokenizer
-    from qlora_kit.pipelines.inspect import Inspected, inspect
-    from qlora_kit.pipelines.rows import audit_of, packing_of, rows_that_fit
-
-    log.info("inspect: reading the tokenizer and the rows")
-    base = locate_tokenizer(recipe.model)
-    tokenizer = load_tokenizer(base, recipe.model.chat_template)
-    data = rows_that_fit(recipe, base, tokenizer)
-    audit = audit_of(recipe, data, packing_of(recipe.data, data), base, tokenizer)
-    inspect(Inspected(name, data.train, data.summary, audit, tokenizer), count, page)
+    audit = inspect(recipe, line.value("experiment") or recipe.name, count, page)
     return EXIT_BAD_RECIPE if audit.has_errors else EXIT_OK
 
 

@@ -63,8 +63,8 @@ def _headline(file: Path | None) -> str:
 
 
 def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
-    from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import compose_recipe, composed_yaml
+    from qlora_kit.training.preflight import check_train
 
     if shows:
         show(composed_yaml(verb, overrides).rstrip())

@@ -10,13 +10,12 @@ from typing import Any, cast
 from qlora_kit.cli.line import Line
 from qlora_kit.cli.run_name import named
 from qlora_kit.core.console.lines import log
-from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
+from qlora_kit.core.errors import EXIT_RUN_FAILED
 from qlora_kit.core.lock import hold
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.runs.directory import new_run
-from qlora_kit.schema.data import HOLD_OUT
 from qlora_kit.schema.root import TrainRecipe
 
 PLACE = "hydra.sweep.dir"
@@ -25,12 +24,13 @@ PLACE = "hydra.sweep.dir"
 def run_sweep(line: Line) -> int:
     """Check every job, launch them, print the ranked table; exit code 1 when a job failed or the sweep was stopped."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
-    from qlora_kit.pipelines.job_process import SweepStop
+    from qlora_kit.pipelines.sweep import check_jobs, conclude
+    from qlora_kit.runs.job_process import SweepStop
     from qlora_kit.schema.compose import sweep_lines
     from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
-    first, jobs = _check_jobs(overrides)
+    first, jobs = check_jobs(overrides)
     reach_services(first.tracker)
     with _folder(line, first.name) as sweep:
         log.info(f"sweep of {counted(jobs, 'job')} into {sweep}")
@@ -42,7 +42,7 @@ def run_sweep(line: Line) -> int:
                 task = partial(_job, sweep, os.getpid())
                 run_under_hydra("train", ["--multirun", *sweep_lines(overrides), *place], task)
         finally:
-            code = _conclude(sweep, first)
+            code = conclude(sweep, first)
             if stop.asked:
                 log.info(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
             stop.withdraw()
@@ -52,7 +52,7 @@ def run_sweep(line: Line) -> int:
 
 
 def _tell_next(sweep: Path) -> None:
-    from qlora_kit.pipelines.next_line import line_to_export_best
+    from qlora_kit.formats.next_line import line_to_export_best
 
     if line := line_to_export_best(sweep):
         log.info(f"next: {line}")
@@ -84,8 +84,8 @@ def _folder(line: Line, name: str) -> Iterator[Path]:
 def _job(sweep: Path, sweep_process: int, tree: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_kit.pipelines.job_process import SweepStop
     from qlora_kit.pipelines.sweep import Job, run_job
+    from qlora_kit.runs.job_process import SweepStop
     from qlora_kit.schema.compose import compose_unchecked
 
     hydra = HydraConfig.get()
@@ -94,45 +94,3 @@ def _job(sweep: Path, sweep_process: int, tree: Any) -> float:
     recipe = cast(TrainRecipe, compose_unchecked("train", overrides))
     job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), [masked(one) for one in overrides])
     return run_job(job, SweepStop(sweep), sweep_process)
-
-
-def _check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
-    """Every job's recipe is checked before the first one starts; equal problems are told once."""
-    from qlora_kit.cli.preflight import check_train
-    from qlora_kit.schema.compose import compose_recipe, sweep_jobs
-
-    recipes, problems = [], dict[str, Problem]()
-    jobs = sweep_jobs(overrides)
-    for job in jobs:
-        try:
-            recipes.append(check_train(compose_recipe("train", job)))
-        except RecipeError as error:
-            problems |= {str(problem): problem for problem in error.problems}
-    if problems:
-        raise RecipeError(list(problems.values()))
-    first = recipes[0]
-    if first.sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
-        what = "the sweep ranks by eval_loss, but there are no held-out rows"
-        raise RecipeError(what, "sweep.objective", HOLD_OUT)
-    return first, len(jobs)
-
-
-def _conclude(sweep: Path, recipe: TrainRecipe) -> int:
-    from qlora_kit.pipelines.sweep import ranked, write_sweep
-    from qlora_kit.report.table import print_table
-
-    rows = ranked(sweep, recipe.sweep.direction)
-    shared = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
-    write_sweep(sweep, recipe.sweep.objective, rows)
-    shown = [
-        (
-            str(rank) if row.objective is not None else "-",
-            str(row.job),
-            row.shown,
-            " ".join(override for override in row.overrides if override not in shared),
-            row.error.splitlines()[0] if row.error else "",
-        )
-        for rank, row in enumerate(rows, start=1)
-    ]
-    print_table(str(sweep), ("rank", "job", recipe.sweep.objective, "overrides", "error"), shown)
-    return EXIT_RUN_FAILED if any(row.error for row in rows) else EXIT_OK

@@ -34,9 +34,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _once(line: Line) -> int:
-    from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import compose_recipe
     from qlora_kit.tracking.tracker import reach_services
+    from qlora_kit.training.preflight import check_train
 
     overrides = named(line)
     recipe = check_train(compose_recipe("train", overrides))
@@ -50,8 +50,8 @@ def _once(line: Line) -> int:
 
 
 def _resume(line: Line) -> int:
-    from qlora_kit.cli.preflight import check_train
     from qlora_kit.schema.compose import Composed, load_recipe
+    from qlora_kit.training.preflight import check_train
 
     name = line.value("resume") or ""
     found = find_run(name, finished=False)  # first: of a finished run no line without the other words would work
@@ -62,8 +62,8 @@ def _resume(line: Line) -> int:
             "the command line",
             shell_line(["qlora-kit", "train", override("resume", name)]),
         )
-    from qlora_kit.pipelines.job_process import end_with_sweep
     from qlora_kit.runs.as_written import refuse_edited
+    from qlora_kit.runs.job_process import end_with_sweep
 
     end_with_sweep()
     with hold(found.path, "train"):

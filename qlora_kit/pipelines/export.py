@@ -27,13 +27,13 @@ from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.rows import rows_of_export
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
-from qlora_kit.formats.checks import check_exports
+from qlora_kit.formats.checks import check_exports, refuse_group_sizes
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
 from qlora_kit.formats.job import ExportJob, Source
 from qlora_kit.formats.merge_bases import base_for, merge_bases
+from qlora_kit.formats.next_line import lines_after_export
 from qlora_kit.formats.registry import export_jobs, find_format
-from qlora_kit.pipelines.next_line import lines_after_export
 from qlora_kit.report.exports import print_exported
 from qlora_kit.runs.directory import no_empty_folder_left
 from qlora_kit.runs.left_overs import MERGED
@@ -52,8 +52,8 @@ def export(run: Run, config: ExportConfig) -> list[Exported]:
         RunError: an export failed; the others are written.
         FidelityError: a file is further from what it is compared with than `export.max_mean_kl`; its manifest says so.
     """
-    refuse_unmeasurable(run, config)
     with no_empty_folder_left(run.directory.path):
+        refuse_unmeasurable(run, config)
         done = _exported(run, config)
     print_exported(f"{run.directory.path}: against {run.reference}, KL in nats", done)
     if not run.holds_out:
@@ -111,6 +111,7 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
 
 def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
     """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
+    refuse_group_sizes(run.base.folder, config)
     settings = run.directory.adapter / CONFIG
     fit = check_exports(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
     if fit.problems:

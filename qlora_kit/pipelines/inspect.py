@@ -12,16 +12,19 @@ from rich.text import Text
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.console.safe import SafeConsole
-from qlora_kit.core.shell import is_line
 from qlora_kit.core.units import counted, human_count
-from qlora_kit.data.audit.audit import Audit, stop_on_errors
+from qlora_kit.data.audit.audit import Audit
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.audit.shown_tokens import shown_row
 from qlora_kit.data.summary import DataSummary, SplitSummary
 from qlora_kit.data.tokens import TokenRow, TokenRows
+from qlora_kit.model.source import locate_tokenizer
+from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.report.histogram import histogram
 from qlora_kit.report.inspect_page import InspectPage, inspect_page
 from qlora_kit.report.page import write_page
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.rows import audit_of, packing_of, rows_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 TRAINED_STYLE = "bold green"
 LEVEL_STYLES = {Level.error: "bold red", Level.warning: "yellow", Level.note: "dim"}
 OPENING, CLOSING = "[[", "]]"
-TOLD_BY_READING = "rows_skipped"  # a finding that was said when the rows were read
 MOST_TOKENS_ON_PAGE = 1500  # of one row
 
 
@@ -44,7 +46,25 @@ class Inspected:
     tokenizer: "PreTrainedTokenizerFast"
 
 
-def inspect(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
+def inspect(recipe: TrainRecipe, name: str, rows: int, page: Path | None = None) -> Audit:
+    """Show the training rows of a recipe as its model will see them, and return what was found in them.
+
+    Args:
+        name: of what is shown, for the page.
+        rows: how many are shown whole.
+    Raises:
+        RecipeError: the rows or the tokenizer cannot be used, or the page's place is taken by another file.
+    """
+    log.info("inspect: reading the tokenizer and the rows")
+    base = locate_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(base, recipe.model.chat_template)
+    data = rows_that_fit(recipe, base, tokenizer)
+    audit = audit_of(recipe, data, packing_of(recipe.data, data), base, tokenizer)
+    show(Inspected(name, data.train, data.summary, audit, tokenizer), rows, page)
+    return audit
+
+
+def show(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
     """Print the first rows, their lengths, the sources and the findings on standard output, and write a page.
 
     Trained tokens are bold green on a terminal and stand between [[ and ]] elsewhere.
@@ -62,20 +82,6 @@ def inspect(shown: Inspected, rows: int, page: Path | None = None, console: Cons
     if page is not None:
         write_page(page, _page(shown, rows))
         console.print(Text(f"page: {page}"), soft_wrap=True)
-
-
-def gate(audit: Audit) -> None:
-    """Tell the user each warning on standard error, with what mends it, then stop on errors.
-
-    Raises:
-        RecipeError: with one problem for each finding that is an error.
-    """
-    for finding in audit.findings:
-        if finding.level is Level.warning and finding.name != TOLD_BY_READING:
-            where = f" ({', '.join(finding.places)})" if finding.places else ""
-            fix = f"; {_remedy(finding)}: {finding.fix}" if finding.fix else ""
-            log.warning(f"{finding.what}{where}{fix}")
-    stop_on_errors(audit)
 
 
 def marked_text(row: TokenRow, tokenizer: "PreTrainedTokenizerFast", *, with_brackets: bool) -> Text:
@@ -142,14 +148,9 @@ def _add_sources(table: Table, split: str, part: SplitSummary) -> None:
 def _print_finding(finding: Finding, console: Console) -> None:
     line = Text.assemble((f"{finding.level.value:<8}", LEVEL_STYLES[finding.level]), finding.what)
     console.print(line, soft_wrap=True)
-    for name, value in (("at", ", ".join(finding.places)), (_remedy(finding), finding.fix)):
+    for name, value in (("at", ", ".join(finding.places)), (finding.remedy, finding.fix)):
         if value:
             console.print(Text(f"        {name:<4}{value}"), soft_wrap=True)
-
-
-def _remedy(finding: Finding) -> str:
-    """What the fix is: a line to paste, or advice."""
-    return "fix" if is_line(finding.fix) else "do"
 
 
 def _page(shown: Inspected, rows: int) -> str:

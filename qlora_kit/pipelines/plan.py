@@ -20,18 +20,17 @@ from qlora_kit.memory.longest import longest_that_fits
 from qlora_kit.model.demo import demo_place
 from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
-from qlora_kit.pipelines.rows import packing_of, rows_that_fit
 from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
-from qlora_kit.training.forecast import Forecast, KnownBase, forecast, needed_bytes
+from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
 from qlora_kit.training.optimizers.effective import effective_optimizer
+from qlora_kit.training.rows import packing_of, rows_that_fit
 
 OF_THE_TEXT_PART = (
     "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "
     "until image-text models are supported"
 )
-PROCESS_BYTES = 0.8e9  # that a training process takes with its libraries alone: 0.78 GB of Linux with torch 2.13
 WIDTH = 80  # columns: of a terminal as it opens, and of a pipe
 ROWS_AT_ONCE = 1000
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
@@ -45,7 +44,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
     """
     folder = _base_folder(recipe)
     if (folder / "config.json").is_file():
-        from qlora_kit.pipelines.reach import reach_of
+        from qlora_kit.training.reach import reach_of
 
         reach = reach_of(recipe, folder)
         return replace(KnownBase.in_folder(folder, reach.counted), notes=tuple(reach.lines()))
@@ -121,13 +120,6 @@ def _on_top() -> str:
     if has_nvidia_gpu():
         return "on one device; CUDA's context comes on top"
     return f"on one GPU, beside CUDA's context; on a CPU the process takes {human_bytes(PROCESS_BYTES)} more"
-
-
-def one_line(found: Forecast, *, on_gpu: bool) -> str:
-    """A plan as training tells it before its first step."""
-    total, at_once = human_bytes(found.memory.total), human_count(found.tokens)
-    beside = "" if on_gpu else f" and {human_bytes(PROCESS_BYTES)} of the process itself"
-    return f"plan: about {total} of memory{beside}, for {at_once} tokens at once (an estimate)"
 
 
 def _room(needed: float) -> tuple[str, str, str]:

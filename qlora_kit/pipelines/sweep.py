@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_kit.core.console.lines import log
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
-from qlora_kit.pipelines.job_process import SweepStop, run_process
+from qlora_kit.report.table import print_table
 from qlora_kit.runs.as_written import note_recipe
 from qlora_kit.runs.best_job import SWEEP_RECORD
 from qlora_kit.runs.directory import RunDirectory
-from qlora_kit.schema.compose import recipe_yaml
+from qlora_kit.runs.job_process import SweepStop, run_process
+from qlora_kit.schema.compose import compose_recipe, recipe_yaml, sweep_jobs
+from qlora_kit.schema.data import HOLD_OUT
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.sweep import Direction
+from qlora_kit.training.preflight import check_train
 
 JOB_RECORD = "job.json"
 LOG = "log.txt"
@@ -58,6 +61,28 @@ class Job:
     overrides: list[str]
 
 
+def check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
+    """The first job's recipe and how many jobs there are, every one checked; equal problems are told once.
+
+    Raises:
+        RecipeError: a job could not be trained, or its objective could not be measured.
+    """
+    recipes, problems = [], dict[str, Problem]()
+    jobs = sweep_jobs(overrides)
+    for job in jobs:
+        try:
+            recipes.append(check_train(compose_recipe("train", job)))
+        except RecipeError as error:
+            problems |= {str(problem): problem for problem in error.problems}
+    if problems:
+        raise RecipeError(list(problems.values()))
+    first = recipes[0]
+    if first.sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
+        what = "the sweep ranks by eval_loss, but there are no held-out rows"
+        raise RecipeError(what, "sweep.objective", HOLD_OUT)
+    return first, len(jobs)
+
+
 def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
     """Train one job in a child process and return its objective; the worst there is when it failed or was not begun.
 
@@ -84,6 +109,25 @@ def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:
     write_json(job.folder / JOB_RECORD, asdict(row))
     log.info(f"job {job.number}: {row.error or f'{job.recipe.sweep.objective} {row.objective:.4f}'}")
     return _worst(job) if row.objective is None else row.objective
+
+
+def conclude(sweep: Path, recipe: TrainRecipe) -> int:
+    """Write sweep.json and print the ranked table; returns the exit code, 1 where a job failed."""
+    rows = ranked(sweep, recipe.sweep.direction)
+    shared = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
+    write_sweep(sweep, recipe.sweep.objective, rows)
+    shown = [
+        (
+            str(rank) if row.objective is not None else "-",
+            str(row.job),
+            row.shown,
+            " ".join(override for override in row.overrides if override not in shared),
+            row.error.splitlines()[0] if row.error else "",
+        )
+        for rank, row in enumerate(rows, start=1)
+    ]
+    print_table(str(sweep), ("rank", "job", recipe.sweep.objective, "overrides", "error"), shown)
+    return EXIT_RUN_FAILED if any(row.error for row in rows) else EXIT_OK
 
 
 def ranked(sweep: Path, direction: Direction) -> list[JobRow]:

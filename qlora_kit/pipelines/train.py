@@ -18,9 +18,11 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.signals import came_of_interrupt
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.data.audit.audit import stop_on_errors, tell_warnings
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.export.serving.adapter_card import write_adapter_card
+from qlora_kit.formats.next_line import line_to_export
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.kind import read_config
@@ -29,25 +31,22 @@ from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.model.source import locate_base, refuse_other_kinds
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.pipelines.begun import describe, rows_of
-from qlora_kit.pipelines.failed_training import base_fits, explained, first_step_told, less_learning
-from qlora_kit.pipelines.inspect import gate
-from qlora_kit.pipelines.next_line import line_to_export
-from qlora_kit.pipelines.plan import one_line
-from qlora_kit.pipelines.reach import Reach, check_reached, reach_of
-from qlora_kit.pipelines.rows import audit_of, packing_of
 from qlora_kit.runs.as_written import note_adapter
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.same_base import note_base, refuse_other_base
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.tracking.tracker import read_metrics, recording, rewind_metrics
+from qlora_kit.training.begun import describe, rows_of
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.checkpoint_contents import strange_contents
+from qlora_kit.training.failures import base_fits, explained, first_step_told, less_learning
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizers.effective import effective_optimizer
+from qlora_kit.training.reach import Reach, check_reached, reach_of
 from qlora_kit.training.result import TrainResult, curve_of
+from qlora_kit.training.rows import audit_of, packing_of
 from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 
 
@@ -97,7 +96,9 @@ def _train(
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
     data = rows_of(recipe, run, base_folder, tokenizer)
     packing = packing_of(recipe.data, data)
-    gate(audit_of(recipe, data, packing, base_folder, tokenizer))
+    found = audit_of(recipe, data, packing, base_folder, tokenizer)
+    tell_warnings(found)
+    stop_on_errors(found)
     describe(recipe, run, overrides, data)
     log_to(run.log)
     note_base(run, base_folder)
@@ -113,7 +114,7 @@ def _train(
     known = _known_base(base_folder, reach)
     planned = planned_memory(recipe, known, data, free_before)
     if planned is not None:
-        log.info(one_line(planned, on_gpu=torch.cuda.is_available()))
+        log.info(planned.told(on_gpu=torch.cuda.is_available()))
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):

@@ -66,6 +66,22 @@ def open_idle_run(name: str, later: LaterRows | None = None) -> Run:
     return open_run(str(found.path), later)
 
 
+def open_to_export(recipe: ExportRecipe, overrides: Sequence[str] = ()) -> Run:
+    """The finished run, or the base, that an export recipe names; loads no weight.
+
+    Args:
+        overrides: the command line's words, for the record.
+
+    Raises:
+        RecipeError: there is none, or it cannot be exported.
+    """
+    if recipe.base is not None:
+        return open_base(recipe, named_base(recipe), overrides)
+    found = find_run("latest" if recipe.run is None else recipe.run, finished=True)
+    refuse_at_work(found)
+    return open_run(str(found.path), LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows))
+
+
 def open_exports(name: str) -> Run:
     """Exports of a base by their folder, by the base's name, or the newest ones by `latest`; loads no weight.
 

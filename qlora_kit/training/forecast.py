@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.core.files import read_json
+from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.estimate import MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
@@ -14,6 +15,8 @@ from qlora_kit.schema.model import ModelShape
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.step_memory import StepMemory, again, extras_of_recipe, fast_estimate
+
+PROCESS_BYTES = 0.8e9  # that a training process takes with its libraries alone: 0.78 GB of Linux with torch 2.13
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class Forecast:
     memory: MemoryEstimate
     tokens: int
     kept: str
+
+    def told(self, *, on_gpu: bool) -> str:
+        """The forecast as training tells it before its first step."""
+        total, at_once = human_bytes(self.memory.total), human_count(self.tokens)
+        beside = "" if on_gpu else f" and {human_bytes(PROCESS_BYTES)} of the process itself"
+        return f"plan: about {total} of memory{beside}, for {at_once} tokens at once (an estimate)"
 
 
 def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: float | None = None) -> Forecast:

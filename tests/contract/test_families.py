@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import adapted_names, attach_lora
-from qlora_kit.cli.preflight import check_train
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
 from qlora_kit.model.load import load_base, rounded_names, try_forward
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.structure import kept_whole
-from qlora_kit.pipelines.failed_training import first_step_told
 from qlora_kit.pipelines.plan import known_base, plan
-from qlora_kit.pipelines.reach import check_reached, reach_of
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.folders import recipe_file
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.failures import first_step_told
 from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.forecast import forecast
+from qlora_kit.training.preflight import check_train
+from qlora_kit.training.reach import check_reached, reach_of
 from tests.families import KINDS, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]

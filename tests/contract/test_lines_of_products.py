@@ -14,14 +14,12 @@ from qlora_kit.core.errors import StoppedError
 from qlora_kit.core.overrides import read_overrides, write_overrides
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.verdict import Verdict
+from qlora_kit.data.audit.audit import tell_warnings
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.export.serving.adapter_card import adapter_card
 from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.export.serving.model_card import model_card, served_of
 from qlora_kit.formats.registry import FORMATS
-from qlora_kit.pipelines.begun import describe
-from qlora_kit.pipelines.failed_training import out_of_memory
-from qlora_kit.pipelines.inspect import gate
 from qlora_kit.pipelines.report import report, report_base
 from qlora_kit.pipelines.train import _line_to_go_on, _tell
 from qlora_kit.report.inspect_page import inspect_page
@@ -29,6 +27,8 @@ from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
 from qlora_kit.schema.quant import QuantKind
+from qlora_kit.training.begun import describe
+from qlora_kit.training.failures import out_of_memory
 from qlora_kit.training.result import TrainResult
 from tests.contract.test_printed_lines import judge, shell_words, stand_ins  # noqa: F401  # a fixture
 from tests.printed_lines import Printed, of_card, of_page, of_said
@@ -240,7 +240,7 @@ def test_lines_of_inspections(capsys, content):  # noqa: F811  # the fixture
         found = Finding(Level.warning, "repeats", "rows come twice", (f"{rows}:1",), 2, fix)
         audit = replace(content.audit, findings=(found, *content.audit.findings))
         lines = list(of_page(f"inspect.html of {name!r}", inspect_page(replace(content, name=name, audit=audit))))
-        gate(audit)
+        tell_warnings(audit)
         lines += of_said(f"warning on {name!r}", capsys.readouterr().err)
         assert [line.text for line in lines].count(fix) == 2
         wrong += judged(lines, counts)

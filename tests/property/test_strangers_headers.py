@@ -13,10 +13,10 @@ from qlora_kit.adapter.updates import read_adapter
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, KitError
 from qlora_kit.model.source import check_folder
 from qlora_kit.model.tokenizer import stop_ids
-from qlora_kit.pipelines.reach import reach_of
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import KnownBase
+from qlora_kit.training.reach import reach_of
 from qlora_kit.weights.headers import LONGEST_HEADER, raw_header, read_headers
 from qlora_kit.weights.names import linear_module_names
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_kit.core.lock import LOCK, holder
-from qlora_kit.pipelines import job_process
+from qlora_kit.runs import job_process
 from tests.e2e.conftest import train_line, write_rows
 from tests.forked import Ended, import_everything, run_forked
 from tests.tiny_models import build_tiny_model

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.data.audit.finding import Finding, Level, by_level
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BINS_DRAWN = 12
+TOLD_BY_READING = "rows_skipped"  # a finding that was said when the rows were read
 MUCH_PADDING = 0.2  # of the tokens in a batch
 
 
@@ -140,6 +142,15 @@ def audit(
         padding=batch,
         packing=_bins(train, packing) if packing is not None else None,
     )
+
+
+def tell_warnings(audit: Audit) -> None:
+    """Tell the user each warning on standard error, with what mends it."""
+    for finding in audit.findings:
+        if finding.level is Level.warning and finding.name != TOLD_BY_READING:
+            where = f" ({', '.join(finding.places)})" if finding.places else ""
+            fix = f"; {finding.remedy}: {finding.fix}" if finding.fix else ""
+            log.warning(f"{finding.what}{where}{fix}")
 
 
 def stop_on_errors(audit: Audit) -> None:

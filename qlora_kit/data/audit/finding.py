@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from qlora_kit.core.shell import is_line
+
 MOST_PLACES = 3
 
 
@@ -32,6 +34,11 @@ class Finding:
     places: tuple[str, ...] = ()
     count: int = 0
     fix: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What the fix is: a line to paste, or advice."""
+        return "fix" if is_line(self.fix) else "do"
 
 
 def by_level(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
-from qlora_kit.data.audit.audit import audit
+from qlora_kit.data.audit.audit import audit, stop_on_errors, tell_warnings
 from qlora_kit.data.prepare import prepare
-from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, gate, inspect, marked_text
+from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, marked_text, show
 from qlora_kit.schema.data import DataConfig, LongRows, RowFormat
 from tests.tiny_models import build_tiny_model, smollm_tokenizer
 
@@ -36,7 +36,7 @@ def inspected(config):
 
 def said(shown, rows, page=None, **console):
     stream = io.StringIO()
-    inspect(shown, rows, page, Console(file=stream, **{"width": 200, **console}))
+    show(shown, rows, page, Console(file=stream, **{"width": 200, **console}))
     return stream.getvalue()
 
 
@@ -93,9 +93,9 @@ def test_the_page_is_written_and_named(tmp_path):
     assert "train.jsonl" in html and "held_out.jsonl" in html and "my_recipe" in html
 
 
-def test_the_gate_tells_warnings_and_stops_on_errors(tmp_path, capsys):
+def test_a_training_is_told_warnings_and_stops_on_errors(tmp_path, capsys):
     warned = inspected(config(tmp_path, answer="caf\u00c3\u00a9")).audit
-    gate(warned)
+    tell_warnings(warned)
     told = capsys.readouterr()
     assert told.out == ""
     assert (
@@ -106,7 +106,7 @@ def test_the_gate_tells_warnings_and_stops_on_errors(tmp_path, capsys):
     long = "well " * 100
     cut = inspected(config(tmp_path, answer=long, on_long_row=LongRows.cut_end)).audit
     with pytest.raises(RecipeError, match="never learn to stop") as raised:
-        gate(cut)
+        stop_on_errors(cut)
     assert raised.value.exit_code == EXIT_BAD_RECIPE
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
-from qlora_kit.pipelines.plan import known_base, known_rows, one_line, plan, rows_of
+from qlora_kit.pipelines.plan import known_base, known_rows, plan, rows_of
 from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
@@ -187,8 +187,8 @@ def test_rows_that_are_not_there_are_refused_and_none_at_all_are_not(tmp_path):
 
 def test_the_line_of_a_run_without_a_gpu_tells_what_the_process_takes_too():
     found = forecast(recipe(None), KnownBase(LLAMA_8B, "llama"), 2048)
-    assert " of memory and 800.0 MB of the process itself, for 2.0 k tokens" in one_line(found, on_gpu=False)
-    assert " of memory, for 2.0 k tokens at once (an estimate)" in one_line(found, on_gpu=True)
+    assert " of memory and 800.0 MB of the process itself, for 2.0 k tokens" in found.told(on_gpu=False)
+    assert " of memory, for 2.0 k tokens at once (an estimate)" in found.told(on_gpu=True)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.pipelines import sweep as module
-from qlora_kit.pipelines.job_process import STOP, SweepStop
 from qlora_kit.pipelines.sweep import Job, JobRow, ranked, run_job
+from qlora_kit.runs.job_process import STOP, SweepStop
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.engine.layer.fast import FastLayer
-from qlora_kit.pipelines.next_line import line_to_export
+from qlora_kit.formats.next_line import line_to_export
 from qlora_kit.pipelines.train import _tell, train
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe

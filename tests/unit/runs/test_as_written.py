@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from qlora_kit.cli import preflight
 from qlora_kit.cli.train import run as train_line
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError
 from qlora_kit.core.overrides import write_overrides
 from qlora_kit.runs.as_written import note_adapter, note_recipe, refuse_edited
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.open import open_run
+from qlora_kit.training import preflight
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json")
 

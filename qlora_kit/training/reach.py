@@ -17,10 +17,10 @@ from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
-from qlora_kit.pipelines.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
 from qlora_kit.training.forecast import CountedWeights
 from qlora_kit.weights.headers import StoredTensor, read_headers
 

@@ -10,12 +10,12 @@ from qlora_kit.core.environment import capture_environment
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.overrides import write_overrides
 from qlora_kit.data.prepare import PreparedData, prepare
-from qlora_kit.pipelines.rows import rows_that_fit
 from qlora_kit.runs.as_written import note_recipe
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.run import refuse_changed
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.rows import rows_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.pipelines import rows as rows_module
-from qlora_kit.pipelines.inspect import gate
-from qlora_kit.pipelines.rows import audit_of, longest_row, packing_of, rows_that_fit
+from qlora_kit.data.audit.audit import tell_warnings
 from qlora_kit.schema.data import Batching, DataConfig, OnBadRow
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training import rows as rows_module
+from qlora_kit.training.rows import audit_of, longest_row, packing_of, rows_that_fit
 from tests.tiny_models import smollm_tokenizer
 
 CONFIG = {
@@ -102,7 +102,7 @@ def test_where_nothing_is_held_out_one_line_says_so_before_training(base, tmp_pa
     tokenizer = smollm_tokenizer()
     data = rows_that_fit(known, base, tokenizer)
     capsys.readouterr()
-    gate(audit_of(known, data, None, base, tokenizer))
+    tell_warnings(audit_of(known, data, None, base, tokenizer))
     said = [line for line in capsys.readouterr().err.splitlines() if "held out" in line]
     what = "no row is held out, by data.eval_share or data.eval_file, so an export of this run could not be measured"
     assert said == ([f"warning: {what}; {fix}"] if fix else [])
@@ -114,5 +114,5 @@ def test_a_skipped_row_is_told_once(base, tmp_path, capsys):
     skip = {"on_bad_row": OnBadRow.skip, "max_bad_share": 0.5, "cache": False, "processes": 1}
     known = recipe(max_tokens=100, train_file=str(file), **skip)
     tokenizer = smollm_tokenizer()
-    gate(audit_of(known, rows_that_fit(known, base, tokenizer), None, base, tokenizer))
+    tell_warnings(audit_of(known, rows_that_fit(known, base, tokenizer), None, base, tokenizer))
     assert capsys.readouterr().err.count("is empty") == 1

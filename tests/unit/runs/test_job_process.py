@@ -10,12 +10,12 @@ import time
 import psutil
 import pytest
 
-from qlora_kit.pipelines.job_process import STOP, SweepStop, run_process
+from qlora_kit.runs.job_process import STOP, SweepStop, run_process
 
 JOB = """
 import signal, sys, time
 from pathlib import Path
-from qlora_kit.pipelines.job_process import end_with_sweep
+from qlora_kit.runs.job_process import end_with_sweep
 
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
@@ -33,7 +33,7 @@ sys.exit(1)
 SWEEP = """
 import os, sys
 from pathlib import Path
-from qlora_kit.pipelines.job_process import SweepStop, run_process
+from qlora_kit.runs.job_process import SweepStop, run_process
 folder = Path(sys.argv[1])
 run_process(sys.argv[2:], folder / "log", os.environ, SweepStop(folder), os.getpid())
 """
@@ -42,7 +42,7 @@ run_process(sys.argv[2:], folder / "log", os.environ, SweepStop(folder), os.getp
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from qlora_kit.pipelines.job_process import SweepStop, run_process
+from qlora_kit.runs.job_process import SweepStop, run_process
 folder = Path(sys.argv[1])
 (folder / "worker").write_text(str(os.getpid()))
 run_process(sys.argv[2:], folder / "log", os.environ, SweepStop(folder), os.getppid())

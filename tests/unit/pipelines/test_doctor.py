@@ -6,8 +6,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from qlora_kit.core.extras import install_line
-from qlora_kit.pipelines import diagnose as doctor
-from qlora_kit.pipelines.diagnose import Health, check_requirement, diagnose
+from qlora_kit.pipelines import doctor
+from qlora_kit.pipelines.doctor import Health, check_requirement, diagnose
 
 
 def test_this_machine_is_described():

@@ -7,13 +7,13 @@ import pytest
 
 from qlora_kit.core import files as files_module
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.pipelines import begun as module
-from qlora_kit.pipelines import rows as rows_module
-from qlora_kit.pipelines.begun import describe, rows_of
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training import begun as module
+from qlora_kit.training import rows as rows_module
+from qlora_kit.training.begun import describe, rows_of
 from tests.tiny_models import smollm_tokenizer
 
 ROWS = [{"prompt": f"what is {number}?", "completion": f"it is {number}"} for number in range(8)]

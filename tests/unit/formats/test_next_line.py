@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from qlora_kit.cli.line import parse_line
 from qlora_kit.core.files import write_json, write_text
-from qlora_kit.pipelines.next_line import line_to_export, line_to_export_best, line_to_report, lines_after_export
+from qlora_kit.formats.next_line import line_to_export, line_to_export_best, line_to_report, lines_after_export
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml
 from qlora_kit.schema.data import DataConfig
