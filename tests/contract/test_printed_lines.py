@@ -205,6 +205,17 @@ def test_what_documents_link_to_is_there():
     assert [link for link in links if not link[1].exists() and link[1] not in made] == []
 
 
+def test_files_of_the_project_that_documents_name_are_there():
+    of_the_project = r"`((?:docs|qlora_kit|recipes|scripts|tests)/[\w./]+\.\w+)`"
+    named = {
+        (str(path.relative_to(TOP)), file)
+        for path in printed_lines.DOCUMENTS
+        for file in re.findall(of_the_project, path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    assert [name for name in named if not (TOP / name[1]).exists()] == []
+
+
 def test_lines_of_recipes(capsys):
     counts: Counter = Counter()
     wrong = judge(list(printed_lines.of_recipes()), counts)
