@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_kit.data.formats.reader import BadRowError, RowReader, recognise
+from qlora_kit.data.formats.reader import BadRowError, RowReader, recognize
 from qlora_kit.schema.data import TrainOn
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -51,7 +51,7 @@ def reader(row_format, **options):
 
 
 def read(row, **options):
-    row_format = options.pop("format", None) or recognise(row, options.get("columns"))
+    row_format = options.pop("format", None) or recognize(row, options.get("columns"))
     return reader(row_format, **options).conversation(row, "a.jsonl", 7)
 
 

@@ -31,7 +31,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-VOCABULARY_SIZE = 600  # learnt tokens; special tokens come on top
+VOCABULARY_SIZE = 600  # learned tokens; special tokens come on top
 EMBEDDING_ROWS = 640  # more rows than tokens, as many published checkpoints have
 
 TRAINING_TEXT = [
@@ -283,9 +283,9 @@ def _byte_level(pre_tokenizer: Any, special: list[str], *, ignore_merges: bool =
         vocab_size=VOCABULARY_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     learner.train_from_iterator(TRAINING_TEXT, trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    raw = Tokenizer(models.BPE(learnt["vocab"], merges, ignore_merges=ignore_merges))
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    raw = Tokenizer(models.BPE(learned["vocab"], merges, ignore_merges=ignore_merges))
     raw.pre_tokenizer = pre_tokenizer
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(special)
@@ -297,10 +297,10 @@ def _sentencepiece_like(control: list[str], *, unknown: str, leading_space: bool
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if leading_space else "never")
     room = VOCABULARY_SIZE - len(control) - 256
     learner.train_from_iterator(TRAINING_TEXT, trainers.BpeTrainer(vocab_size=room, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
     joined = [left + right for left, right in merges]
-    letters = [token for token in learnt["vocab"] if token not in set(joined)]
+    letters = [token for token in learned["vocab"] if token not in set(joined)]
     names = control + [f"<0x{value:02X}>" for value in range(256)] + joined + letters
     vocabulary = {name: index for index, name in enumerate(names)}
     raw = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))

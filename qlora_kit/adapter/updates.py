@@ -1,6 +1,6 @@
 """What an adapter adds to its base, read from its two files; tensors stay on disk until a weight needs them.
 
-Names and scales are those of peft: scale alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023);
+Names and scales are those of peft: scale alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA (Kalajdzievski 2023);
 DoRA gives each row of the sum a trained length (Liu et al. 2024).
 """
 

@@ -1,4 +1,4 @@
-"""What a row says, whatever file and format it came from: typed turns, and which of them are to be learnt."""
+"""What a row says, whatever file and format it came from: typed turns, and which of them are to be learned."""
 
 import json
 from collections.abc import Mapping

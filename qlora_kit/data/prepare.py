@@ -199,8 +199,8 @@ def _tell(split: Tokenized) -> None:
         for name, remark in opened.source.remarks().items():
             log.info(f"{name}: read as {remark}")
     for file in split.store.files:
-        if split.is_recognised(file.source):
-            log.info(f"{file.path}: rows recognised as {file.format}")
+        if split.is_recognized(file.source):
+            log.info(f"{file.path}: rows recognized as {file.format}")
     for name, columns in split.unused_columns.items():
         log.info(f"{name}: columns that are not used: {', '.join(sorted(columns))}")
 

@@ -16,7 +16,7 @@ from qlora_kit.data.encode import Encoder
 from qlora_kit.data.formats.absent import absent, absent_problem
 from qlora_kit.data.formats.bad_rows import BadRowError
 from qlora_kit.data.formats.columns import REQUIRED
-from qlora_kit.data.formats.reader import RowReader, recognise
+from qlora_kit.data.formats.reader import RowReader, recognize
 from qlora_kit.data.pieces import Reading, encoded_pieces
 from qlora_kit.data.problems import told_once
 from qlora_kit.data.sources.source import Piece, Source, open_source, parse
@@ -51,9 +51,9 @@ class Tokenized:
     opened: list["_Opened"]
     unused_columns: dict[str, set[str]] = field(default_factory=dict)
 
-    def is_recognised(self, source: str) -> bool:
+    def is_recognized(self, source: str) -> bool:
         """Whether the format of a source was told from its rows."""
-        return any(opened.named.name == source and opened.is_recognised for opened in self.opened)
+        return any(opened.named.name == source and opened.is_recognized for opened in self.opened)
 
     def conversations(self, rows: Ints) -> list[Conversation]:
         """Stored rows as conversations, read again from their files, in the order given."""
@@ -81,7 +81,7 @@ class _Opened:
     named: NamedSource
     source: Source
     reader: RowReader
-    is_recognised: bool
+    is_recognized: bool
 
     def pieces(self) -> Iterator[Piece]:
         """Its pieces, up to the limit of rows."""
@@ -150,7 +150,7 @@ def _refuse_absent_columns(found: Sequence[tuple[NamedSource, Source]], config: 
 
 def _open(named: NamedSource, source: Source, config: DataConfig, encoder: Encoder) -> _Opened:
     wanted = named.config.format if named.config.format is not RowFormat.auto else config.format
-    known = _recognised(source, named.limit, config.columns) if wanted is RowFormat.auto else wanted
+    known = _recognized(source, named.limit, config.columns) if wanted is RowFormat.auto else wanted
     if known is RowFormat.text and config.train_on in WITHOUT_TURNS:
         raise RecipeError(
             f"data.train_on={config.train_on.name}, but the rows of {named.name} are plain text without turns",
@@ -169,7 +169,7 @@ def _open(named: NamedSource, source: Source, config: DataConfig, encoder: Encod
     return _Opened(named, source, reader, wanted is RowFormat.auto)
 
 
-def _recognised(source: Source, limit: int | None, columns: Mapping[str, str]) -> RowFormat:
+def _recognized(source: Source, limit: int | None, columns: Mapping[str, str]) -> RowFormat:
     """The format of the first row that has one.
 
     Raises:
@@ -179,7 +179,7 @@ def _recognised(source: Source, limit: int | None, columns: Mapping[str, str]) -
     for piece in islice(_limited(source.pieces(ROWS_IN_A_PIECE), limit), 1):
         for line, record in zip(piece.lines, piece.records, strict=True):
             try:
-                return recognise(parse(record), columns)
+                return recognize(parse(record), columns)
             except BadRowError as error:
                 problems.append(Problem(str(error), f"{source.files[piece.file]}:{line}", error.fix))
     if problems:

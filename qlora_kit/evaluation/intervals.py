@@ -16,7 +16,7 @@ _MANY_DEGREES = 1000  # from here on Student's t is the normal distribution to t
 def mean_by_row(values: torch.Tensor, rows: torch.Tensor) -> Interval | None:
     """The interval of the mean over all positions, from how much whole rows differ; None for fewer than two rows.
 
-    Student's t on the linearised variance of a ratio of totals (Cochran, Sampling Techniques, 6.4).
+    Student's t on the linearized variance of a ratio of totals (Cochran, Sampling Techniques, 6.4).
 
     Args:
         values: `[P]`, one a position.

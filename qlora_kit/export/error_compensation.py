@@ -9,7 +9,7 @@ from qlora_kit.export.grid import Grid
 
 DAMPING = 0.05
 # How far the correlations between channels seen on the calibration rows are believed: with all of it, text unlike them
-# is spoilt; with none, this is rounding to nearest. Mean KL of a 135M model, calibrated on 32 rows of the task it was
+# is spoiled; with none, this is rounding to nearest. Mean KL of a 135M model, calibrated on 32 rows of the task it was
 # tuned for, on that task / on other chats / on plain text: 0: .0088 .197 .372; 0.25: .0062 .116 .357;
 # 0.5: .0039 .099 .340; 0.7: .0056 .093 .361; 0.85: .0030 .101 .378. The paper's own, by another library:
 # .0083 .377 1.13.

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes with round ticks, hover titles, colours from the page's style."""
+"""Line charts as inline SVG: axes with round ticks, hover titles, colors from the page's style."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from qlora_kit.report.page import text
 Point = tuple[float, float]
 FONT = 12  # px, as run_page.css sets it in charts
 LETTER = 0.6  # width of a letter by its height; monospaced fonts have 0.55 to 0.61
-MOST_POINTS = 200  # of a line; more are drawn as means of neighbours
+MOST_POINTS = 200  # of a line; more are drawn as means of neighbors
 MANTISSAS = (1.0, 2.0, 5.0, 10.0)
 LOG_RANGE = 40  # a curve whose highest value is this many times its lowest is drawn on a log scale
 
@@ -70,7 +70,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring points of a line as one: mean, lowest and highest value."""
+    """Neighboring points of a line as one: mean, lowest and highest value."""
 
     x: float
     first: float
@@ -184,7 +184,7 @@ def line_chart(
 
 
 def thinned(line: Sequence[Point], most: int = MOST_POINTS) -> list[Group]:
-    """At most `most` groups of equally many neighbours, the last one smaller."""
+    """At most `most` groups of equally many neighbors, the last one smaller."""
     each = -(-len(line) // most) or 1
     groups = []
     for start in range(0, len(line), each):
@@ -228,7 +228,7 @@ def _hover(inside: Frame, groups: Sequence[Group], index: int, name: str, y: Axi
     )
 
 
-def _dot(inside: Frame, point: Point, title: str, colour: str = "c2") -> str:
+def _dot(inside: Frame, point: Point, title: str, color: str = "c2") -> str:
     told = f"<title>{text(f'step {point[0]:,.0f}: {title}')}</title>" if title else ""
     x, y = inside.x.at(point[0]), inside.y.at(point[1])
-    return f'<path class="dot {colour}" d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6Z">{told}</path>'
+    return f'<path class="dot {color}" d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6Z">{told}</path>'

@@ -14,7 +14,7 @@ GAP = 9.0  # px from a point's middle to its label
 GROWTH = 70.0  # px by which a drawing grows when its labels do not fit
 MOST_HEIGHT = 3000.0
 MOST_TRIED = 150  # free places of which one without a crossing line is sought
-# Shapes differ as well as colours: drawn around the middle with a radius of about 6.
+# Shapes differ as well as colors: drawn around the middle with a radius of about 6.
 MARKS = (
     "m-5.5 0a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0 -11 0Z",
     "m-5 -5h10v10h-10Z",
@@ -30,7 +30,7 @@ class Mark:
     """One point.
 
     Attributes:
-        kind: index of its shape and colour; they repeat after six.
+        kind: index of its shape and color; they repeat after six.
         title: said when hovered.
         hollow: drawn as an outline.
     """

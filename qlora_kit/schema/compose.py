@@ -200,8 +200,8 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     except RecipeError as error:  # of a recipe file
         raise RecipeError([*named, *error.problems]) from error
     except COMPOSE_ERRORS as error:
-        misspelt = {word.override.key_or_group.split(".")[0] for word in words if problems[word.typed]}
-        raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelt, error)]) from error
+        misspelled = {word.override.key_or_group.split(".")[0] for word in words if problems[word.typed]}
+        raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelled, error)]) from error
     for word in good:
         if word.mapping and (problem := set_in_mapping(tree, root, word)):
             named.append(problem)
@@ -213,16 +213,16 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     return tree, words, choices
 
 
-def _failed_compose_problems(verb: str, words: list[Word], misspelt: set[str], error: Exception) -> list[Problem]:
+def _failed_compose_problems(verb: str, words: list[Word], misspelled: set[str], error: Exception) -> list[Problem]:
     """Why a line does not compose: an option's file, else every value that does not fit its field.
 
-    A group whose option or field is `misspelt` was told of already; that none is left to choose says nothing more.
+    A group whose option or field is `misspelled` was told of already; that none is left to choose says nothing more.
     """
     options = [word.line for word in words if _is_group(word.override)]
     try:
         tree = compose(verb, overrides=options)
     except COMPOSE_ERRORS as option_error:
-        return [] if _group_to_choose(option_error) in misspelt else [_compose_problem(option_error)]
+        return [] if _group_to_choose(option_error) in misspelled else [_compose_problem(option_error)]
     values = [word for word in words if not _is_group(word.override)]
     return value_problems(tree, RECIPE_OF_VERB[verb], values) or [_compose_problem(error)]
 

@@ -93,7 +93,7 @@ class DataConfig(Sealed):
     eval_share: float | None = knob(
         None, "Without eval_file: hold out this share of the training rows, at least one.", above=0, maximum=0.5
     )
-    format: RowFormat = knob(RowFormat.auto, "Row format; auto recognises it from the rows and says so.")
+    format: RowFormat = knob(RowFormat.auto, "Row format; auto recognizes it from the rows and says so.")
     columns: dict[str, str] = knob({}, "Our field -> your column, such as {prompt: question, completion: answer}.")
     roles: dict[str, str] = knob({}, "Your role -> ours, such as {customer: user, agent: assistant}.")
     apply_chat_template: bool = knob(True, "Render prompt/completion rows as a chat; false joins them as plain text.")

@@ -1,4 +1,4 @@
-"""Recipe group `engine`: how the maths of a step is run."""
+"""Recipe group `engine`: how the math of a step is run."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -25,7 +25,7 @@ class Compute(Enum):
 class EngineConfig(Sealed):
     """The engine."""
 
-    mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is; fast runs the same maths by hand.")
+    mode: EngineMode = knob(EngineMode.plain, "plain runs peft as it is; fast runs the same math by hand.")
     compute: Compute = knob(
         Compute.bf16,
         "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways. Price in held-out loss, measured on "

@@ -16,7 +16,7 @@ COMMON_OPTIONS = {"export": "gguf_q4_k_m", "data": "rows"}  # proposed where not
 
 
 def override_problem(root: type[Sealed], word: Word) -> Problem | None:
-    """A misspelt key or option, with the nearest right one."""
+    """A misspelled key or option, with the nearest right one."""
     override, line = word.override, word.where
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":

@@ -1,4 +1,4 @@
-"""Recipe group `sweep`: what a multirun minimises and where its jobs run."""
+"""Recipe group `sweep`: what a multirun minimizes and where its jobs run."""
 
 from dataclasses import dataclass
 from enum import Enum

@@ -104,8 +104,8 @@ def read_stored_rows(
     """Some rows of a 16-bit tensor, bit by bit, as a uint16 array of shape [rows, width].
 
     Args:
-        picked: neighbouring rows, or indices; what lies between those is read too.
-        room: memory for neighbouring rows, used again from call to call; their array is a view of it.
+        picked: neighboring rows, or indices; what lies between those is read too.
+        room: memory for neighboring rows, used again from call to call; their array is a view of it.
     Raises:
         RunError: the file ends early.
     """

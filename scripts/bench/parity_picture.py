@@ -3,7 +3,7 @@
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, BELOW, TOP = 860, 420, 56, 40, 34
-COLOURS = ("#888888", "#2a78d6", "#1a9a6c", "#d9662b", "#8a63d2")
+COLORS = ("#888888", "#2a78d6", "#1a9a6c", "#d9662b", "#8a63d2")
 SMOOTH = 5  # steps
 
 
@@ -21,12 +21,12 @@ def picture(runs: list[dict[str, Any]]) -> str:
 
     lines = []
     for index, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        color = COLORS[index % len(COLORS)]
         points = " ".join(place(step, loss) for step, loss in enumerate(curve))
         # The first is drawn broad, so that the others are seen to lie on it.
         width = 5 if index == 0 else 1.4
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{points}"/>')
-        lines.append(f'<rect x="{LEFT + 10 + index * 190}" y="10" width="18" height="5" fill="{colour}"/>')
+        lines.append(f'<polyline fill="none" stroke="{color}" stroke-width="{width}" points="{points}"/>')
+        lines.append(f'<rect x="{LEFT + 10 + index * 190}" y="10" width="18" height="5" fill="{color}"/>')
         lines.append(f'<text x="{LEFT + 34 + index * 190}" y="17">{name}</text>')
     for share in range(5):
         loss = lowest + (highest - lowest) * share / 4

@@ -10,7 +10,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import EncodedRow, Encoder
 from qlora_kit.data.formats.bad_rows import BadRowError
-from qlora_kit.data.formats.reader import RowReader, recognise
+from qlora_kit.data.formats.reader import RowReader, recognize
 from qlora_kit.data.sources.records import parse
 from qlora_kit.data.sources.source import open_source
 from qlora_kit.schema.data import RowFormat, SourceConfig, TrainOn
@@ -114,7 +114,7 @@ READERS = st.builds(
 def check_row(row, reader):
     try:
         parsed = parse(json.dumps(row).encode())
-        recognise(parsed, reader.columns)
+        recognize(parsed, reader.columns)
     except BadRowError:
         return
     try:

@@ -165,7 +165,7 @@ def stop_on_errors(audit: Audit) -> None:
 
 
 def _turns(rows: TokenRows, special: SpecialTokens, train_on: TrainOn, tokenizer: "PreTrainedTokenizerFast") -> Turns:
-    return Turns(rows, scan(rows, special), special, train_on, partial(_spelt, tokenizer))
+    return Turns(rows, scan(rows, special), special, train_on, partial(_spelled, tokenizer))
 
 
 def _row_findings(turns: Turns, held_out: TokenRows | None, summary: SplitSummary) -> Iterator[Finding]:
@@ -264,5 +264,5 @@ def _facts(special: SpecialTokens, found: Scan) -> tuple[TokenFact, ...]:
     )
 
 
-def _spelt(tokenizer: "PreTrainedTokenizerFast", token: int) -> str:
+def _spelled(tokenizer: "PreTrainedTokenizerFast", token: int) -> str:
     return repr(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -26,12 +26,12 @@ GRAVE = Oddity.CONTROL | Oddity.REPLACEMENT | Oddity.MOJIBAKE
 LEFT_OUT = {
     REASONING_DROPPED: (
         "reasoning_left_out",
-        "reasoning of an assistant turn, which the chat template leaves out, so it is not learnt",
+        "reasoning of an assistant turn, which the chat template leaves out, so it is not learned",
         "write it into the content as the model does, <think>...</think>; if only earlier turns lose it, train_on=last",
     ),
     TEXT_DROPPED: (
         "text_left_out",
-        "text beside tool calls, which the chat template leaves out, so it is not learnt",
+        "text beside tool calls, which the chat template leaves out, so it is not learned",
         "give the text a turn of its own, or model.chat_template=<a Jinja file that writes it>",
     ),
 }

@@ -99,7 +99,7 @@ class Columns:
         return field == "messages" and field not in self.renamed
 
 
-def recognise(row: Mapping[str, object], renamed: Mapping[str, str] | None = None) -> RowFormat:
+def recognize(row: Mapping[str, object], renamed: Mapping[str, str] | None = None) -> RowFormat:
     """The format that the columns of a row speak of.
 
     Args:

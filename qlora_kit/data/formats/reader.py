@@ -8,13 +8,13 @@ from functools import cached_property
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.formats.bad_rows import BadRowError, json_text, kind, unsupported, whole_text
 from qlora_kit.data.formats.chat_rows import OPENAI_ROLES, PARTS_JOINED, SHAREGPT_ROLES, TurnReader
-from qlora_kit.data.formats.columns import Columns, recognise
+from qlora_kit.data.formats.columns import Columns, recognize
 from qlora_kit.data.formats.guesses import REJECTED, refuse_preference
 from qlora_kit.data.formats.tool_calls import check_answered_calls, tools
 from qlora_kit.data.formats.turn_order import check_order, with_choices
 from qlora_kit.schema.data import RowFormat, TrainOn
 
-__all__ = ["BadRowError", "RowReader", "recognise"]
+__all__ = ["BadRowError", "RowReader", "recognize"]
 
 # Columns that change what a row means to the model; other columns are notes of the user's.
 _MEANINGFUL = frozenset(

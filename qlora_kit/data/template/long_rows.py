@@ -2,7 +2,7 @@
 
 The general method renders a conversation several times for each turn, so a row of thousands of turns would take hours.
 But a template writes the same around all turns that are alike. So the general method looks at the first rounds and the
-last, in which every turn is a mark; turns of the long conversation with the same neighbours lie where those do.
+last, in which every turn is a mark; turns of the long conversation with the same neighbors lie where those do.
 """
 
 import re
@@ -15,7 +15,7 @@ from qlora_kit.data.template.turns import RenderedRow, Span, found_by_rendering,
 LONG = 24  # turns: up to here the general method is quick enough
 _ROUNDS = 4  # that are looked at, from either end
 
-# Roles of a turn and its neighbours, and the template's own text before it and after it.
+# Roles of a turn and its neighbors, and the template's own text before it and after it.
 _Likeness = tuple[str, str, str, str, str]
 
 

@@ -103,7 +103,7 @@ class Modelfile:
 
 
 def ollama_prompt(template: GoTemplate, messages: Sequence[Message]) -> str:
-    """What Ollama gives to a template: all system texts joined, and neighbours of one role joined to one message."""
+    """What Ollama gives to a template: all system texts joined, and neighbors of one role joined to one message."""
     joined: list[dict[str, str]] = []
     for message in messages:
         if joined and joined[-1]["Role"] == message.role:

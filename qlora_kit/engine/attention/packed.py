@@ -42,7 +42,7 @@ WITHOUT_EFFECT = {
     "use_cache",
 }
 OWN_TOKENS = 4  # of each of the two samples that `check_isolation` runs
-NOISE = 1e-2  # int8 layers and routers let a row move its neighbours' rounding, but not this much
+NOISE = 1e-2  # int8 layers and routers let a row move its neighbors' rounding, but not this much
 
 
 class CausalWindow(NamedTuple):

@@ -1,1 +1,1 @@
-"""The kernels, each beside the same maths in torch."""
+"""The kernels, each beside the same math in torch."""

@@ -1,4 +1,4 @@
-"""An operation of the engine: the maths in torch, a kernel that gives the same, and when the kernel is taken."""
+"""An operation of the engine: the math in torch, a kernel that gives the same, and when the kernel is taken."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -80,7 +80,7 @@ def out_of_reach(budget: float, smallest: float, largest: float, where: str, tar
         target: whose formats, where they are not the only ones.
     """
     by = f" by {target}" if target else ""
-    # Rounded towards each other, so that the value in the message is itself within reach.
+    # Rounded toward each other, so that the value in the message is itself within reach.
     least, most = -(-smallest * 100 // 1) / 100, largest * 100 // 1 / 100
     if budget + _SLACK < smallest:
         what = (

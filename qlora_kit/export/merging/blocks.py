@@ -50,7 +50,7 @@ def merge_rows(
 
 
 def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tuple[int, Block]]:
-    """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialisation took out.
+    """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialization took out.
 
     Args:
         room: as for `merge_rows`, of at least BLOCK values in 16 bit.
@@ -101,7 +101,7 @@ def _merge_packed(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[
 
 
 def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
-    """The weight that was left when the initialisation had taken its factors out of the one met in training."""
+    """The weight that was left when the initialization had taken its factors out of the one met in training."""
     update = piece.update
     assert update is not None  # the caller's condition
     if piece.state:

@@ -148,7 +148,7 @@ def _packed_state(weight: StoredTensor, state: Mapping[str, StoredTensor], where
 
 
 def taken_out(met: "Tensor", rank: int, init: str) -> "Tensor":
-    """What an initialisation took out of the base: the scaled product of its first factors, float32.
+    """What an initialization took out of the base: the scaled product of its first factors, float32.
 
     olora: the first `rank` columns of Q times rows of R (Buyukakyuz 2024), which the caller scales; pissa: the
     largest `rank` singular triples (Meng et al. 2024), where the scale cancels.

@@ -44,6 +44,6 @@ def adapter_card(name: str, base: Base) -> str:
         f"A LoRA adapter for {plain(base.shown)}{at}, trained with qlora-kit {__version__}.",
         "It needs that base beside it; `qlora-kit export` merges both and writes files to serve.",
         "",
-        f"Licence of the base: {plain(license.shown)}.",
+        f"License of the base: {plain(license.shown)}.",
     ]
     return "\n".join(lines) + "\n"

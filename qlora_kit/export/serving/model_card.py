@@ -186,7 +186,7 @@ def _license(facts: ServingFacts, license: License) -> Iterator[str]:
     files = ", ".join(code(path.name) for path in license_files(facts.base.folder))
     yield from (
         "",
-        "## Licence",
+        "## License",
         "",
         f"That of the base: {plain(license.shown)}." + (f" See {files}." if files else ""),
     )

@@ -122,7 +122,7 @@ def lora_pairs(
 ) -> list[LoraPair]:
     """The adapter's tensors under llama.cpp's names, rows in its order, each layer's own scale in `up`.
 
-    llama.cpp scales every layer by the file's alpha over the rank; what a layer's own alpha or a rank-stabilised
+    llama.cpp scales every layer by the file's alpha over the rank; what a layer's own alpha or a rank-stabilized
     scale differs from that goes into its `up`.
 
     Raises:

@@ -76,8 +76,8 @@ def unpacked_weight(tensors: Mapping[str, Tensor], group_size: int, layout: AwqL
     """The float32 weight [out_features, in_features] that a checkpoint's packed tensors stand for."""
     codes, scale, zero = unpacked(tensors, group_size, layout)
     width = codes.shape[1] // scale.shape[1]
-    centred = codes - zero.repeat_interleave(width, dim=1)
-    return (centred * scale.float().repeat_interleave(width, dim=1)).contiguous()
+    centered = codes - zero.repeat_interleave(width, dim=1)
+    return (centered * scale.float().repeat_interleave(width, dim=1)).contiguous()
 
 
 def unpacked(tensors: Mapping[str, Tensor], group_size: int, layout: AwqLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ FITTING_ROUNDS = 3
 def awq_weights(artifact: Path, merged_dir: Path) -> WeightReader:
     """A reader of them, float32 [out_features, in_features], by the merged name.
 
-    AWQ moves factors between neighbouring weights; they are fitted to the merged weight and taken out again.
+    AWQ moves factors between neighboring weights; they are fitted to the merged weight and taken out again.
     """
     settings = read_json(artifact / "config.json")["quantization_config"]
     read, merged = stored_tensors(artifact), stored_tensors(merged_dir)

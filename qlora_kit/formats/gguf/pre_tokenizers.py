@@ -1,7 +1,7 @@
 """The names llama.cpp has for the text-splitting step of byte-level BPE tokenizers.
 
 llama.cpp compiles the split patterns in and picks one by `tokenizer.ggml.pre` (`src/llama-vocab.cpp`), so the step of a
-tokenizer.json has to be recognised. It is recognised by what it says: digits apart or not, the pattern, and whether a
+tokenizer.json has to be recognized. It is recognized by what it says: digits apart or not, the pattern, and whether a
 whole word found in the vocabulary skips the merges.
 """
 

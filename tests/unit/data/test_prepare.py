@@ -62,10 +62,10 @@ def test_row_limits_apply_to_their_file(tmp_path):
     assert [row.line for row in data.held_out] == [1, 2]
 
 
-def test_the_recognised_format_is_said(tmp_path, capsys):
+def test_the_recognized_format_is_said(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", ("a", "b"))
     prepare(DataConfig(train_file=train, max_tokens=64), TOKENIZER)
-    assert f"{train}: rows recognised as prompt_completion" in capsys.readouterr().err
+    assert f"{train}: rows recognized as prompt_completion" in capsys.readouterr().err
 
 
 def test_problems_of_both_files_come_together(tmp_path):

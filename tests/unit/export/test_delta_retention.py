@@ -279,7 +279,7 @@ def test_awq_s_factors_are_taken_out(tmp_path: Path) -> None:
         module = f"model.layers.1.{name}"
         ours, source = read(f"{module}.weight"), tensors[f"{module}.weight"]
         assert ours is not None
-        # 4 bits in groups of 64 cost about a tenth, and a little more where a factor favours other channels.
+        # 4 bits in groups of 64 cost about a tenth, and a little more where a factor favors other channels.
         assert float((ours - source).norm() / source.norm()) < 0.25
         kinds = {kind: packed(f"{module}.{kind}") for kind in ("qweight", "qzeros", "scales")}
         raw = unpacked_weight({kind: tensor for kind, tensor in kinds.items() if tensor is not None}, 64)

@@ -151,7 +151,7 @@ def test_ollama_is_given_a_name_that_it_takes(name: str, taken: str) -> None:
 @pytest.mark.parametrize(
     "line", ["vllm serve . --served-model-nam x", "vllm sreve .", "llama-servr -m x", "ollama run x --port 1"]
 )
-def test_a_misspelt_line_is_found(line: str) -> None:
+def test_a_misspelled_line_is_found(line: str) -> None:
     assert fault_of(line)
 
 

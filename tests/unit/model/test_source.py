@@ -117,7 +117,7 @@ def test_the_nearest_folder_is_named(folder):
     assert f"fix      model.source={folder}" in message
 
 
-def test_a_misspelt_demo():
+def test_a_misspelled_demo():
     assert "fix      model.source=demo" in refusal("dmeo")
 
 

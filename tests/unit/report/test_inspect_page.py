@@ -123,7 +123,7 @@ def test_each_token_shows_its_id_its_place_and_whether_it_is_trained(content):
     assert "↵" in reader.text and "·" in reader.text
 
 
-def test_trained_tokens_differ_by_more_than_colour(content):
+def test_trained_tokens_differ_by_more_than_color(content):
     assert re.search(r"\.trained[^}]*border-bottom-color: var\(--accent\)", inspect_page(content))
 
 

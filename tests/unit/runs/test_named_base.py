@@ -55,7 +55,7 @@ def test_an_option_of_model_names_a_base_at_its_commit(base, monkeypatch):
     assert named_base(ExportRecipe(export=EXPORT, base="smollm2_360m", revision="main")).model.revision == "main"
 
 
-def test_a_misspelt_option_of_model(base):
+def test_a_misspelled_option_of_model(base):
     what = "there is neither a folder nor a model named 'smollm2_360'; did you mean 'smollm2_360m'?"
     assert refused(base="smollm2_360") == [(what, "base=smollm2_360", "base=smollm2_360m")]
 

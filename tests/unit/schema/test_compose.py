@@ -18,7 +18,7 @@ def test_where_no_format_is_chosen_the_common_one_is_proposed():
     assert (where, fix) == ("the command line", "export=gguf_q4_k_m")
 
 
-def test_a_misspelt_format_is_told_once_with_the_list_of_formats():
+def test_a_misspelled_format_is_told_once_with_the_list_of_formats():
     ((what, where, fix),) = told("export", "run=latest", "export=gguf_q8_x")
     first, known = what.split("\n")
     assert first == "there is no export named 'gguf_q8_x'; did you mean 'gguf_q8_0'?"
@@ -32,7 +32,7 @@ def test_a_format_that_resembles_none():
     assert fix == "export=gguf_q4_k_m"
 
 
-def test_every_misspelt_format_of_a_list_is_told_and_the_rest_is_kept():
+def test_every_misspelled_format_of_a_list_is_told_and_the_rest_is_kept():
     ((what, _, fix),) = told("export", "run=latest", "export=[gguf_q8_x,merged_16bit,awq_4bt]")
     assert what.startswith(
         "there is no export named 'gguf_q8_x' and 'awq_4bt'; did you mean 'gguf_q8_0' and 'awq_4bit'?"
@@ -40,7 +40,7 @@ def test_every_misspelt_format_of_a_list_is_told_and_the_rest_is_kept():
     assert fix == "export=[gguf_q8_0,merged_16bit,awq_4bit]"
 
 
-def test_a_misspelt_option_does_not_hide_that_another_group_has_none():
+def test_a_misspelled_option_does_not_hide_that_another_group_has_none():
     first, second = told("train", "model=demo", "quant=nf5")
     assert first[2] == "quant=nf4"
     assert second[0].startswith("no data is chosen")
@@ -70,7 +70,7 @@ def test_no_model_at_all():
     assert what.endswith("; one of your own is model.source=<a folder or hub id>") and fix == "model=demo"
 
 
-def test_a_misspelt_field_of_a_group_without_an_option_is_all_that_is_told():
+def test_a_misspelled_field_of_a_group_without_an_option_is_all_that_is_told():
     assert told("train", "model.sorce=here", *DATA) == [
         (
             "there is no field 'model.sorce'; did you mean 'model.source'?",

@@ -74,7 +74,7 @@ def test_what_is_proposed_is_what_was_meant(wrong):
     assert told(wrong).fix == MEANT[wrong]
 
 
-def test_a_misspelt_group_is_meant_by_its_option():
+def test_a_misspelled_group_is_meant_by_its_option():
     assert told("modle=demo", line=[*ROWS, "model.source=demo"]).fix == "model=demo"
     assert told("data.train=x.jsonl", line=["model=demo", "data=rows", "data.max_tokens=64"]).fix == (
         "data.train_file=x.jsonl"

@@ -18,7 +18,7 @@ def problems(*more):
     ("given", "fix"),
     [("data.batching=paked", "data.batching=packed"), ("engine.compute=fp8_back", "engine.compute=fp8_backward")],
 )
-def test_a_misspelt_choice_is_answered_with_the_nearest(given, fix):
+def test_a_misspelled_choice_is_answered_with_the_nearest(given, fix):
     (problem,) = problems(given)
     assert problem.where == f"command line: {given}"
     assert problem.fix == fix

@@ -91,7 +91,7 @@ def test_layers_of_a_gptq_file_and_a_file_of_ones_own():
     assert mine.gptq["mine"].bits == 3 and list(mine.gguf) == ["gguf_q8_0"]
 
 
-def test_a_misspelt_file_is_not_a_new_one():
+def test_a_misspelled_file_is_not_a_new_one():
     assert told("export=gptq_4bit", "export.gptq.gptq_4bt.group_size=64", verb="export") == [
         (
             "export.gptq holds nothing named 'gptq_4bt'; it holds gptq_4bit",

@@ -2,7 +2,7 @@
 
 What is as large as gate and up is read once and written once: a program walks along the columns of some tokens, or
 backward along the tokens of some columns, and multiplies each tile by the thin factors that LoRA needs while it is
-there. Everything is float32 until it is stored, or until it is multiplied by a factor in 16 bit. The same maths in
+there. Everything is float32 until it is stored, or until it is multiplied by a factor in 16 bit. The same math in
 torch, and when these are taken: see the package.
 """
 
@@ -46,9 +46,9 @@ def start_glu(
     is_silu: bool,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`activation(gate + ..) * (up + ..)` for `[T, N]` whose columns are neighbours, and parts of `product @ down^T`.
+    """`activation(gate + ..) * (up + ..)` for `[T, N]` whose columns are neighbors, and parts of `product @ down^T`.
 
-    Parts are `[P, T, rank]` in float32, for down `[rank, N]` whose columns are neighbours.
+    Parts are `[P, T, rank]` in float32, for down `[rank, N]` whose columns are neighbors.
     """
     tokens, columns = gate.shape
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -88,7 +88,7 @@ def start_glu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Writes the gradients of gate and up to `through`, and returns parts of the sums over tokens in float32.
 
-    Columns of all `[T, N]` are neighbours, and the two of `through` have one stride. Parts are `[P, N, rank]` of gate
+    Columns of all `[T, N]` are neighbors, and the two of `through` have one stride. Parts are `[P, N, rank]` of gate
     and of up, `[P, rank, N]` of the product.
     """
     tokens, columns = gate.shape

@@ -93,7 +93,7 @@ def test_each_flaw_of_the_text_is_a_finding(tmp_path):
     assert (names["text_markup"].level, names["text_markup"].count) == (Level.note, 1)
     for name, place in (("reasoning_left_out", "train.jsonl:7"), ("text_left_out", "train.jsonl:8")):
         assert (names[name].level, names[name].places) == (Level.warning, (place,))
-        assert "which the chat template leaves out, so it is not learnt" in names[name].what
+        assert "which the chat template leaves out, so it is not learned" in names[name].what
     assert "scripts" not in names
 
 

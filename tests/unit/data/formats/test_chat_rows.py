@@ -153,10 +153,10 @@ def test_turns_as_json_text_are_read():
 
 
 def test_text_before_a_function_call_is_one_turn_with_it():
-    spelt = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    spelled = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
     said = {"from": "gpt", "value": "Let me look."}
     asked, found = {"from": "human", "value": "hi"}, {"from": "observation", "value": "1"}
-    row = {"conversations": [asked, said, spelt, found, {"from": "gpt", "value": "One."}]}
+    row = {"conversations": [asked, said, spelled, found, {"from": "gpt", "value": "One."}]}
     _, both, *_ = turns(row)
     assert (both.content, [call.name for call in both.tool_calls]) == ("Let me look.", ["add"])
     assert [turn.role for turn in turns(row)] == ["user", "assistant", "tool", "assistant"]

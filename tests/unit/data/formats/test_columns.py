@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from qlora_kit.data.conversation import Message
-from qlora_kit.data.formats.reader import recognise
+from qlora_kit.data.formats.reader import recognize
 from qlora_kit.schema.data import RowFormat
 from tests.example_rows import ALPACA, ANSWER, ASK, PAIR, SHAREGPT, mended, messages, read, reader, refusal, turns
 
@@ -28,22 +28,22 @@ from tests.example_rows import ALPACA, ANSWER, ASK, PAIR, SHAREGPT, mended, mess
         ({**PAIR, "messages": None}, RowFormat.prompt_completion),
     ],
 )
-def test_a_format_is_recognised_by_its_columns(row, row_format):
-    assert recognise(row) is row_format
+def test_a_format_is_recognized_by_its_columns(row, row_format):
+    assert recognize(row) is row_format
     read(row)
 
 
 def test_columns_that_the_recipe_names_decide():
     row = {"question": "hi", "answer": "hello", "text": "a note"}
     columns = {"prompt": "question", "completion": "answer"}
-    assert recognise(row) is RowFormat.text
-    assert recognise(row, columns) is RowFormat.prompt_completion
+    assert recognize(row) is RowFormat.text
+    assert recognize(row, columns) is RowFormat.prompt_completion
     assert turns(row, columns=columns) == [Message("user", "hi"), Message("assistant", "hello")]
 
 
 NONE = "none of messages, conversations, instruction/output, prompt/completion, text; "
 PAIR_OF = "'data.columns={prompt: %s, completion: %s}'"
-RECOGNISED_NOT = [
+RECOGNIZED_NOT = [
     ({"question": "a", "answer": "b"}, NONE + "the row has answer, question", PAIR_OF % ("question", "answer")),
     ({"Question": "a", "Answer": "b"}, NONE + "the row has Answer, Question", PAIR_OF % ("Question", "Answer")),
     ({"prompt": "a", "response": "b", "id": "1"}, "no completion; the row", "'data.columns={completion: response}'"),
@@ -84,13 +84,13 @@ RECOGNISED_NOT = [
 ]
 
 
-@pytest.mark.parametrize(("row", "reason", "fix"), RECOGNISED_NOT)
+@pytest.mark.parametrize(("row", "reason", "fix"), RECOGNIZED_NOT)
 def test_columns_of_no_format_or_of_two_are_named_with_the_line_to_paste(row, reason, fix):
     assert reason in refusal(row)
     assert mended(row).startswith(fix) if fix else mended(row) == ""
 
 
-@pytest.mark.parametrize("row", [row for row, _, fix in RECOGNISED_NOT if fix.startswith("'data.columns=")])
+@pytest.mark.parametrize("row", [row for row, _, fix in RECOGNIZED_NOT if fix.startswith("'data.columns=")])
 def test_the_line_to_paste_reads_the_row(row):
     (word,) = shlex.split(mended(row))
     columns = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(word.partition("=")[2])))

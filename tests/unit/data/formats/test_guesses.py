@@ -1,4 +1,4 @@
-"""Preference rows are recognised, and the line to paste trains the preferred answers."""
+"""Preference rows are recognized, and the line to paste trains the preferred answers."""
 
 import shlex
 

@@ -56,7 +56,7 @@ def test_a_prompt_needs_a_template() -> None:
         Modelfile("m").prompt([Message("user", "u")])
 
 
-def test_neighbours_of_one_role_are_joined_and_all_system_texts_too() -> None:
+def test_neighbors_of_one_role_are_joined_and_all_system_texts_too() -> None:
     template = GoTemplate("{{ .System }}|{{ range .Messages }}[{{ .Role }} {{ .Content }}]{{ end }}")
     messages = [Message("system", "a"), Message("user", "b"), Message("user", "c"), Message("system", "d")]
     assert ollama_prompt(template, messages) == "a\n\nd|[system a][user b\n\nc][system d]"

@@ -1,4 +1,4 @@
-"""The parts of a layer equal the same maths left to torch, and keep for the backward only what they must."""
+"""The parts of a layer equal the same math left to torch, and keep for the backward only what they must."""
 
 import math
 

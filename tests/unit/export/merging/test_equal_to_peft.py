@@ -143,7 +143,7 @@ def test_base_that_is_stored_in_few_bits(kind: QuantKind, merge_base: MergeBase,
 @pytest.mark.slow
 @pytest.mark.libraries
 @pytest.mark.parametrize("init", [LoraInit.olora, LoraInit.pissa, LoraInit.orthogonal])
-def test_initialisations_that_change_the_base(init: LoraInit, tmp_path: Path) -> None:
+def test_initializations_that_change_the_base(init: LoraInit, tmp_path: Path) -> None:
     base = make_base("llama", tmp_path)
     adapter = draw_adapter(base, tmp_path / "adapter", LoraConfig(r=4, init=init))
     run(base, adapter, NOT_ROUNDED, MergeBase.original, tmp_path / "out")

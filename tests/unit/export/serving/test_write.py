@@ -7,7 +7,7 @@ import pytest
 from qlora_kit.export.serving.write import write_serving_files
 from tests.served_artifact import Made
 
-LICENCE = ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
+LICENSE = ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
 
 
 @pytest.mark.parametrize(
@@ -28,5 +28,5 @@ def test_files_by_format(
     if config:
         (folder / "config.json").write_text("{}")
     names = write_serving_files(folder, facts(format=format_name, file=file))
-    assert names == ["README.md", "lock.json", *LICENCE, *more]
+    assert names == ["README.md", "lock.json", *LICENSE, *more]
     assert all((folder / name).is_file() for name in names)

@@ -29,7 +29,7 @@ PEFT, GGUF = AdapterTarget(AdapterFormat.peft), AdapterTarget(AdapterFormat.gguf
 FILE = "run.lora.gguf"
 # Rank and alpha differ between layers, so that one scale for all of them would show.
 MIXED = LoraConfig(r=8, rank_pattern={"k_proj": 4, "down_proj": 16}, alpha_pattern={"q_proj": 9.0})
-RANK_STABILISED = LoraConfig(r=8, rank_pattern={"k_proj": 4}, use_rslora=True, alpha=12.0)
+RANK_STABILIZED = LoraConfig(r=8, rank_pattern={"k_proj": 4}, use_rslora=True, alpha=12.0)
 # Most by which a log-probability of the 16-bit base itself differs from transformers' is 0.02.
 TOLERANCE = 0.05
 
@@ -75,7 +75,7 @@ def trained(tmp_path: Path) -> Trained:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [MIXED, RANK_STABILISED], ids=["mixed", "rank_stabilised"])
+@pytest.mark.parametrize("lora", [MIXED, RANK_STABILIZED], ids=["mixed", "rank_stabilized"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_the_merged_model_computes(family: str, lora: LoraConfig, tmp_path: Path) -> None:
     base, adapter = train(family, tmp_path, lora)
@@ -120,7 +120,7 @@ def test_only_query_and_key_rows_change_places(trained: Trained, tmp_path: Path)
     def half(module: str, letter: str) -> Any:
         return stored[f"base_model.model.model.layers.0.self_attn.{module}.lora_{letter}.weight"].numpy()
 
-    # Four heads of 64: rows 0 and 32 of a head are neighbours in llama.cpp; alpha of 9 for 32.
+    # Four heads of 64: rows 0 and 32 of a head are neighbors in llama.cpp; alpha of 9 for 32.
     query = tensors["blk.0.attn_q.weight.lora_b"]
     assert np.allclose(query[:4], half("q_proj", "B")[[0, 32, 1, 33]] * 9 / 32)
     assert np.allclose(query[64:66], half("q_proj", "B")[[64, 96]] * 9 / 32)

@@ -36,7 +36,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, folder: Path, stops: list[
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
-def test_byte_level_tokenizers_are_recognised(pre: str, tmp_path: Path) -> None:
+def test_byte_level_tokenizers_are_recognized(pre: str, tmp_path: Path) -> None:
     found = vocabulary_of(TOKENIZERS[pre](), tmp_path)
     assert (found.kind, found.pre) == ("gpt2", pre)
     assert found.merges and not found.scores
@@ -45,7 +45,7 @@ def test_byte_level_tokenizers_are_recognised(pre: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "prefix", "bos"), [("gemma", False, True), ("phi3", True, False)])
-def test_sentencepiece_like_tokenizers_are_recognised(name: str, prefix: bool, bos: bool, tmp_path: Path) -> None:
+def test_sentencepiece_like_tokenizers_are_recognized(name: str, prefix: bool, bos: bool, tmp_path: Path) -> None:
     found = vocabulary_of(TOKENIZERS[name](), tmp_path)
     assert (found.kind, found.pre) == ("llama", "default")
     assert (found.add_space_prefix, found.add_bos) == (prefix, bos)
