@@ -39,7 +39,7 @@ class Verb:
 
 VERBS = {
     "train": Verb("qlora_kit.cli.train", "Fine-tune a quantized base with LoRA."),
-    "export": Verb("qlora_kit.cli.export", "Write GGUF, GPTQ, AWQ and other files of a run, or of a base."),
+    "export": Verb("qlora_kit.cli.export", "Write files for llama.cpp, Ollama, vLLM and more, of a run or of a base."),
     "eval": Verb("qlora_kit.cli.eval", "Score every export, and what it was made from, on held-out rows."),
     "plan": Verb("qlora_kit.cli.plan", "Memory by part and steps of a recipe, without loading a weight."),
     "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the trained tokens marked."),

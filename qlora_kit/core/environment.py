@@ -6,28 +6,22 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-RECORDED_PACKAGES = (
-    "qlora-kit",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "gguf",
-    "libgguf",
-    "xllamacpp",
-    "gptqmodel",
-)
+from qlora_kit.core.extras import DISTRIBUTION, is_of_extra, requirements
+
+ALWAYS = (DISTRIBUTION, "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+FOR_DEVELOPERS = ("dev", "docs")  # extras that change no number of a run
 
 
-def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Installed version of each of these packages that is there; by default of all that can change a run's numbers."""
+def recorded_packages() -> list[str]:
+    """Every package that can change a run's numbers or its files: what this distribution and its extras require."""
+    required = [one for one in requirements() if not any(is_of_extra(one, extra) for extra in FOR_DEVELOPERS)]
+    return list(dict.fromkeys([*ALWAYS, *(one.name for one in required)]))
+
+
+def package_versions(names: Iterable[str] | None = None) -> dict[str, str]:
+    """Installed version of each of these packages that is there; by default of `recorded_packages`."""
     versions = {}
-    for name in names:
+    for name in recorded_packages() if names is None else names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

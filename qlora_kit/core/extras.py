@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from packaging.requirements import Requirement
+
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.shell import shell_line
 
@@ -46,6 +48,19 @@ def missing_extra(module: str, needed_for: str, extra: str | None = None) -> Rec
         f"{needed_for} needs the package '{module}', which is not installed",
         fix=install_line(extra or EXTRA_OF_MODULE[module]),
     )
+
+
+def requirements() -> list[Requirement]:
+    """What the installed distribution declares, extras included; empty when it is not installed."""
+    try:
+        return [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def is_of_extra(requirement: Requirement, extra: str) -> bool:
+    """Whether an extra asks for a requirement that the distribution alone does not ask for."""
+    return requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
 
 
 def install_line(extra: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 # bitsandbytes asks for a kernel that lives on a hub; torchao tries builds for other GPUs, and torch deprecates what
 # torchao calls.
-NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree", "gguf", "tokenicer", "httpx")
+NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree", "tokenicer", "httpx")
 
 
 def quiet_loggers() -> None:

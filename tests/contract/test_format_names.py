@@ -18,14 +18,6 @@ MEANT = {
     "families/": "a family says how its layers lie in each format",
     "schema/export.py": "the typed settings of each format, below every room that reads them",
 }
-# What else is left, with the reason. A number only ever falls; at none the line goes.
-LEFT = {
-    "cli/verbs.py": (3, "the line that tells what the verb export writes"),
-    "core/environment.py": (3, "packages whose versions every run records"),
-    "core/quiet.py": (1, "a library's logger"),
-    "model/demo.py": (6, "the weights of the demo base come in a file of that format"),
-    "model/source.py": (1, "a folder that holds no weights to train from is told by what it holds instead"),
-}
 
 
 def named(text: str) -> int:
@@ -38,13 +30,9 @@ def test_names_of_formats_stand_below_formats(capsys: pytest.CaptureFixture[str]
     found = {path.relative_to(PACKAGE).as_posix(): named(path.read_text("utf-8")) for path in files}
     found = {path: count for path, count in found.items() if count}
     found = {path: count for path, count in found.items() if not path.startswith(tuple(MEANT))}
-    elsewhere = {path: count for path, count in found.items() if path not in LEFT}
-    left = {path: count for path, count in found.items() if path in LEFT}
     with capsys.disabled():
-        told = f"and {sum(left.values())} with a reason, {', '.join(MEANT)} aside"
-        print(f"\nnames of formats outside formats/: {sum(elsewhere.values())}, {told}")
-    assert not elsewhere
-    assert left == {path: count for path, (count, _) in LEFT.items()}
+        print(f"\nnames of formats outside formats/: {sum(found.values())}, {' and '.join(MEANT)} aside")
+    assert found == {}
 
 
 @pytest.mark.parametrize(
