@@ -125,7 +125,9 @@ def _is_free(stream: int, file: Path, *, only_look: bool = False) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         if not only_look:
-            log.info(f"the file system of {file.parent} knows no locks: see to it that no other process writes there")
+            log.warning(
+                f"the file system of {file.parent} knows no locks: see to it that no other process writes there"
+            )
     return True
 
 

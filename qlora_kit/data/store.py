@@ -157,7 +157,7 @@ def _cached(place: Path) -> TokenStore | None:
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         fault, store = f"{type(error).__name__}: {error}", None
     if fault:
-        log.info(f"the cached rows {place} are damaged ({fault}), and made again")
+        log.warning(f"the cached rows {place} are damaged ({fault}), and made again")
     return store
 
 

@@ -53,7 +53,7 @@ def set_exam(run: Run, rows: Sequence[TokenRow], conversations: Sequence[Convers
     prompts = [(ids, row) for row in conversations if (ids := encoder.prompt_ids(row))]
     if len(prompts) < len(conversations):
         texts = counted(len(conversations) - len(prompts), "held-out row is a text", "held-out rows are texts")
-        log.info(f"{texts} without a prompt, so nothing answers them")
+        log.warning(f"{texts} without a prompt, so nothing answers them")
     return Exam(
         rows=rows,
         prompts=[ids for ids, _ in prompts],

@@ -32,7 +32,7 @@ def far_from_rounding(
         try:
             twin = score_rounded_twin(merged, bits, reference.rows, reference.scores, pad_token_id)
         except (RuntimeError, OSError) as error:
-            log.info(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
+            log.warning(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
             return
         reference.twins[key] = twin.mean_kl
     if interval[0] > FAR * reference.twins[key]:

@@ -134,14 +134,14 @@ def exported_folders(exports: Path) -> dict[str, Path]:
     formats: dict[Path, str] = {}
     for folder in sorted(exports.glob("[!.]*/")):
         if not (folder / MANIFEST).is_file():
-            log.info(f"{folder.name} is left out: it holds no {MANIFEST}, which says what it is; export it again")
+            log.warning(f"{folder.name} is left out: it holds no {MANIFEST}, which says what it is; export it again")
     for path in exports.glob(f"*/{MANIFEST}"):
         if path.parent.name.startswith("."):
             continue
         try:
             formats[path.parent] = read_manifest(path.parent)["format"]
         except RecipeError as error:
-            log.info(f"{path.parent.name} is left out: {error.problems[0].what}")
+            log.warning(f"{path.parent.name} is left out: {error.problems[0].what}")
     ordered = sorted(formats, key=lambda folder: (formats[folder] != "merged", folder.name))
     return {folder.name: folder for folder in ordered}
 
@@ -273,7 +273,7 @@ def _harness(run: Run, name: str, scorer: Scorer, exam: Exam) -> TaskScores:
     if not exam.harness.names:
         return {}
     if not isinstance(scorer, TorchScorer):
-        log.info(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
+        log.warning(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
         return {}
     with scorer.lent() as model:
         return run_harness(model, run.tokenizer, exam.harness, exam.config.batch_size, exam.config.lm_eval_limit)

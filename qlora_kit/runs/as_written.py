@@ -52,7 +52,9 @@ def _problems(run: RunDirectory, noted: dict[str, str]) -> Iterator[Problem]:
         return  # an adapter that is there by then is written again
     then = {file: digest for file, digest in noted.items() if file.startswith(_adapter(run))}
     if not then:
-        log.info(f"{run.written} does not name the files of {run.adapter}, so nothing tells whether they are as saved")
+        log.warning(
+            f"{run.written} does not name the files of {run.adapter}, so nothing tells whether they are as saved"
+        )
         return
     now = _of_adapter(run)
     if changed := sorted(file for file, digest in then.items() if now.get(file) != digest):

@@ -27,13 +27,15 @@ def refuse_other_base(run: RunDirectory, folder: Path, *, is_trained: bool) -> N
     """
     if not run.base.is_file():
         if run.has_steps:
-            log.info(f"{run.path} does not say what its base was, so nothing tells whether {folder} is still the same")
+            log.warning(
+                f"{run.path} does not say what its base was, so nothing tells whether {folder} is still the same"
+            )
         return
     try:
         noted = read_json(run.base)["files"]
         then = {str(name): str(digest) for name, digest in noted.items()}
     except (ValueError, KeyError, AttributeError):
-        log.info(f"{run.base} is damaged, so nothing tells whether {folder} is still the base of this run")
+        log.warning(f"{run.base} is damaged, so nothing tells whether {folder} is still the base of this run")
         return
     now = identity(folder)
     skipped = TEXTS if is_trained else ()

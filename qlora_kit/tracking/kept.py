@@ -65,19 +65,19 @@ class KeptService:
                 self._shelve(f"while the run was closed: {reason(error)}")
         self._store()
         if not self._known.is_complete:
-            log.info(f"tracker: the record of {self.name} is incomplete; metrics.jsonl holds every step")
+            log.warning(f"tracker: the record of {self.name} is incomplete; metrics.jsonl holds every step")
 
     def _shelve(self, why: str) -> None:
         self._service = None
         self._known.is_complete = False
-        log.info(f"tracker: {self.name} failed {why}; training goes on without it")
+        log.warning(f"tracker: {self.name} failed {why}; training goes on without it")
         self._store()
 
     def _store(self) -> None:
         try:
             write_known(self._folder, self.name, self._known)
         except OSError as error:
-            log.info(f"tracker: cannot note in the run directory what {self.name} was told: {reason(error)}")
+            log.warning(f"tracker: cannot note in the run directory what {self.name} was told: {reason(error)}")
 
 
 def reason(error: BaseException) -> str:

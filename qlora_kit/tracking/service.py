@@ -71,7 +71,7 @@ def is_online(config: TrackerConfig, has_access: bool) -> bool:
 def say_offline(config: TrackerConfig, service: str) -> None:
     """Tell where the record is, unless that was asked for."""
     if config.mode is TrackerMode.auto:
-        log.info(f"tracker: no access to {service}, so its record stays in the run directory")
+        log.warning(f"tracker: no access to {service}, so its record stays in the run directory")
 
 
 def set_unless_set(name: str, value: str) -> None:

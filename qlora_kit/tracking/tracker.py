@@ -153,7 +153,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows = [_numbers(line) for line in lines]
     if lost := sum("step" not in row for row in rows[:-1]):
-        log.info(f"{path}: {lost} damaged line{'s are' if lost > 1 else ' is'} left out")
+        log.warning(f"{path}: {lost} damaged line{'s are' if lost > 1 else ' is'} left out")
     return [row for row in rows if "step" in row]
 
 

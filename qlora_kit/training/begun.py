@@ -68,5 +68,5 @@ def _recorded(place: Path) -> Mapping[str, Any] | None:
             return recorded
     except (ValueError, KeyError, TypeError):
         pass
-    log.info(f"{place} is damaged; it is written again")
+    log.warning(f"{place} is damaged; it is written again")
     return None

@@ -75,9 +75,9 @@ def last_complete(folder: Path, strange: Callable[[Path], Iterator[str]] | None 
             damaged.append(f"{checkpoint} is damaged: {', '.join(faults)}")
         else:
             for line in [*damaged, *begun]:
-                log.info(f"{line}; going on from {checkpoint.name}")
+                log.warning(f"{line}; going on from {checkpoint.name}")
             if not (checkpoint / MARK).exists():
-                log.info(f"{checkpoint} does not say what its files were, so they could not be verified")
+                log.warning(f"{checkpoint} does not say what its files were, so they could not be verified")
             _remove_all(passed)
             return checkpoint
     if damaged:
@@ -85,7 +85,7 @@ def last_complete(folder: Path, strange: Callable[[Path], Iterator[str]] | None 
         what = "\n".join(["no checkpoint of this run is whole, so it can only start again from step 0", *damaged])
         raise DamagedFileError(what, str(folder), f"{shell_line(['rm', '-r', folder])} && {shell_line(again)}")
     for line in begun:
-        log.info(f"{line}; there is no other one")
+        log.warning(f"{line}; there is no other one")
     _remove_all(passed)
     return None
 

@@ -26,7 +26,7 @@ def run_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         _UNCOMPILED.add(function)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        log.info(f"{function.__name__.lstrip('_')} was not compiled and runs slower: {reason}")
+        log.warning(f"{function.__name__.lstrip('_')} was not compiled and runs slower: {reason}")
         return function(*arguments)
 
 

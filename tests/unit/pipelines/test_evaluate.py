@@ -288,7 +288,10 @@ def test_a_damaged_manifest_is_left_out_and_said(opened, capsys):
     (broken / "manifest.json").write_text("5", encoding="utf-8")
     (row,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"]))
     assert row.name == "gguf_q8_0"
-    assert f"broken is left out: {broken / 'manifest.json'} does not hold a JSON object" in capsys.readouterr().err
+    assert (
+        f"warning: broken is left out: {broken / 'manifest.json'} does not hold a JSON object"
+        in capsys.readouterr().err
+    )
     (broken / "manifest.json").unlink()
     broken.rmdir()
 
@@ -302,7 +305,7 @@ def test_a_file_that_cannot_be_read_is_a_row_and_the_others_are_scored(opened, c
     (opened.directory.exports / "bare").mkdir()
     table = evaluate(with_task_none(opened), EvalConfig(stop_prompts=2, max_new_tokens=2))
     assert [row.name for row in table] == ["base", "adapter", "merged_16bit", "a_broken_one", "gguf_q8_0"]
-    assert "bare is left out: it holds no manifest.json" in capsys.readouterr().err
+    assert "warning: bare is left out: it holds no manifest.json" in capsys.readouterr().err
     record = read_json(held)
     assert [row["name"] for row in record["rows"]] == [row.name for row in table]
     assert "llama.cpp cannot load" in record["rows"][3]["error"] and "fidelity" not in record["rows"][3]

@@ -164,8 +164,9 @@ def test_a_service_that_dies_stops_nothing_and_is_named_once(tmp_path, recipe, s
     assert [step for step, _ in opened["mlflow"][0].told] == [1, 2]
     assert [step for step, _ in opened["wandb"][0].told] == [1, 2, 3, 4, 5]
     assert capsys.readouterr().err.splitlines() == [
-        "tracker: mlflow failed at step 3: ConnectionError: gone␛[2J away with ***; training goes on without it",
-        "tracker: the record of mlflow is incomplete; metrics.jsonl holds every step",
+        "warning: tracker: mlflow failed at step 3: ConnectionError: gone␛[2J away with ***; "
+        "training goes on without it",
+        "warning: tracker: the record of mlflow is incomplete; metrics.jsonl holds every step",
     ]
 
 
@@ -186,8 +187,8 @@ def test_a_service_that_does_not_open_stops_nothing(tmp_path, recipe, stubs, cap
     session(RunDirectory(tmp_path), recipe, [1])
     assert [step for step, _ in stubs[0]["mlflow"][0].told] == [1]
     assert capsys.readouterr().err.splitlines() == [
-        "tracker: wandb failed to open: ConnectionError: nobody; training goes on without it",
-        "tracker: the record of wandb is incomplete; metrics.jsonl holds every step",
+        "warning: tracker: wandb failed to open: ConnectionError: nobody; training goes on without it",
+        "warning: tracker: the record of wandb is incomplete; metrics.jsonl holds every step",
     ]
 
 

@@ -25,7 +25,7 @@ def test_a_function_that_does_not_compile_runs_as_written_and_says_so_once(monke
             run_compiled(gated_product.reference, gate, up, True), gated_product.reference(gate, up, True)
         )
     assert len(calls) == 1
-    assert capsys.readouterr().err == "gated_product was not compiled and runs slower: no compiler\n"
+    assert capsys.readouterr().err == "warning: gated_product was not compiled and runs slower: no compiler\n"
 
 
 def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch):
