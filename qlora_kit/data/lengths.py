@@ -9,16 +9,16 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.data.summary import LongRowCounts
 from qlora_kit.data.tokens import Ints, TokenRows
-from qlora_kit.schema.data import LongRows
+from qlora_kit.schema.data import Overflow
 
 MOST_LINES_NAMED = 20
 Cut = tuple[int, int, int]  # head, begin, end: what is left of a row
 
 
-def fit(rows: TokenRows, max_tokens: int, policy: LongRows, bos: int | None) -> tuple[TokenRows, LongRowCounts]:
+def fit(rows: TokenRows, max_tokens: int, policy: Overflow, bos: int | None) -> tuple[TokenRows, LongRowCounts]:
     """Rows of at most `max_tokens` tokens, each with a trained token, and what was done to get there.
 
-    `cut_prompt` takes tokens from the left, between the beginning-of-text token and the first trained token. In
+    `truncate_prompt` takes tokens from the left, between the beginning-of-text token and the first trained token. In
     `split_turns` every piece begins with what stands before the first user turn; a turn that is too long for itself is
     left out.
 
@@ -29,14 +29,14 @@ def fit(rows: TokenRows, max_tokens: int, policy: LongRows, bos: int | None) -> 
         RecipeError: there are longer rows and the policy is `error`, or no row is left.
     """
     long = np.flatnonzero(rows.lengths > max_tokens)
-    if len(long) and policy is LongRows.error:
+    if len(long) and policy is Overflow.error:
         raise _too_long(rows, long, max_tokens)
     fitted, dropped, cut, pieces = rows, 0, 0, 0
     if len(long):
         left = {int(index): _left(rows, int(index), max_tokens, policy, bos) for index in long}
         dropped = sum(not cuts for cuts in left.values())
         cut = len(left) - dropped
-        pieces = sum(map(len, left.values())) if policy is LongRows.split_turns else 0
+        pieces = sum(map(len, left.values())) if policy is Overflow.split_turns else 0
         fitted = _with_cuts(rows, left)
     is_trained = fitted.trained_counts > 0
     untrained = int((~is_trained).sum())
@@ -51,33 +51,33 @@ def fit(rows: TokenRows, max_tokens: int, policy: LongRows, bos: int | None) -> 
     return fitted, LongRowCounts(len(long), dropped, cut, pieces, untrained)
 
 
-def told(counts: LongRowCounts, name: str, policy: LongRows, max_tokens: int) -> list[str]:
+def told(counts: LongRowCounts, name: str, policy: Overflow, max_tokens: int) -> list[str]:
     """Lines for the user: one for each thing that happened to the rows of a split."""
     lines = []
     if counts.dropped:
         lines.append(f"{name}: dropped {counted(counts.dropped, 'row')} longer than data.max_tokens={max_tokens}")
-    if counts.cut and policy is LongRows.split_turns:
+    if counts.cut and policy is Overflow.split_turns:
         lines.append(
             f"{name}: split {counted(counts.cut, 'row')} longer than data.max_tokens={max_tokens} into {counts.pieces}"
         )
     elif counts.cut:
-        part = "end" if policy is LongRows.cut_end else "prompt"
+        part = "end" if policy is Overflow.truncate_end else "prompt"
         lines.append(f"{name}: cut the {part} of {counted(counts.cut, 'row')} to data.max_tokens={max_tokens}")
     if counts.untrained:
         lines.append(f"{name}: dropped {counted(counts.untrained, 'row')} that had no trained token left")
     return lines
 
 
-def _left(rows: TokenRows, index: int, limit: int, policy: LongRows, bos: int | None) -> list[Cut]:
+def _left(rows: TokenRows, index: int, limit: int, policy: Overflow, bos: int | None) -> list[Cut]:
     """What is kept of a long row: nothing, one piece, or several."""
-    if policy is LongRows.cut_end:
+    if policy is Overflow.truncate_end:
         return [(0, 0, limit)]
-    if policy is LongRows.cut_prompt:
+    if policy is Overflow.truncate_prompt:
         ids, trained = rows.arrays(index)
         head = 1 if bos is not None and ids[0] == bos else 0
         begin = len(ids) - limit + head
         return [(head, begin, len(ids))] if begin <= int(trained.argmax()) else []
-    if policy is LongRows.split_turns:
+    if policy is Overflow.split_turns:
         return _split(rows, index, limit)
     return []
 
@@ -126,7 +126,7 @@ def _too_long(rows: TokenRows, long: Ints, max_tokens: int) -> RecipeError:
         f"data.max_tokens={max_tokens}; "
         f"the longest has {longest} tokens",
         where=f"{', '.join(files)}, {named_lines(lines, len(long))}",
-        fix=f"data.max_tokens={longest} or data.on_long_row=drop (or cut_end, cut_prompt, split_turns)",
+        fix=f"data.max_tokens={longest} or data.overflow=drop (or truncate_end, truncate_prompt, split_turns)",
     )
 
 

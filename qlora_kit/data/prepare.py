@@ -64,7 +64,7 @@ def prepare(
             None takes rows of any length then.
 
     Raises:
-        RecipeError: a source or row cannot be used, a row is too long for `on_long_row=error`, or a held-out row is
+        RecipeError: a source or row cannot be used, a row is too long for `overflow=error`, or a held-out row is
             also trained on. Problems of both splits are reported together.
     """
     encoder = Encoder.of(tokenizer, config.train_on)
@@ -240,8 +240,8 @@ def _fitted(
     longest = int(whole.lengths.max())
     if limit is None:
         return whole, _summary(whole, source, longest, LongRowCounts())
-    kept, counts = fit(whole, limit, config.on_long_row, bos)
-    for line in told(counts, name, config.on_long_row, limit):
+    kept, counts = fit(whole, limit, config.overflow, bos)
+    for line in told(counts, name, config.overflow, limit):
         log.info(line)
     return kept, _summary(kept, source, limit, counts)
 

@@ -85,7 +85,7 @@ def rows_of_eval(run: Run, config: EvalConfig, asked: int | None) -> EvalRows:
     if isinstance(run.recipe, ExportRecipe) and not run.has_rows:
         if asked:
             what = "these files were scored on general text, which holds no prompt to answer"
-            raise RecipeError(what, "eval.stop_prompts", "eval.stop_prompts=0")
+            raise RecipeError(what, "eval.eos_rows", "eval.eos_rows=0")
         _, scored = parted_general_text(run.recipe.export, run.tokenizer, run.seed)
         return EvalRows(scored[: config.kl_rows], [])
     data = run.held_out()

@@ -14,7 +14,7 @@ def merge_bases(run: Run, config: ExportConfig) -> list[MergeBase]:
     if config.merge_base is MergeBase.auto:
         wanted = {base_for(run, one.format.rounds_to(settings_of(one.target))) for one in requested(config)}
         return [base for base in (MergeBase.dequantized, MergeBase.original) if base in wanted]
-    if config.merge_base is not MergeBase.measure:
+    if config.merge_base is not MergeBase.best:
         return [config.merge_base]
     if run.quant.kind is QuantKind.none:
         return [MergeBase.original]  # it was trained on the 16-bit base: there is one candidate

@@ -102,7 +102,7 @@ def _evaluate(run: Run, config: EvalConfig) -> list[Row | Unscored]:
     wanted = _wanted(config.artifacts, run, list(exports))
     if config.lm_eval:
         require_harness()
-    rows = rows_of_eval(run, config, config.stop_prompts if run.task is Task.none else config.task_rows)
+    rows = rows_of_eval(run, config, config.eos_rows if run.task is Task.none else config.task_rows)
     exam = set_exam(run, rows.scored, rows.conversations, config)
 
     models = open_models(run)

@@ -102,8 +102,8 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
     if config.max_mean_kl is not None:
         what = f"export.max_mean_kl={config.max_mean_kl:g} is a bound on what is measured, and {run.unmeasured}"
         problems.append(Problem(what, "export.max_mean_kl", EVAL_FILE))
-    if config.merge_base is MergeBase.measure:
-        what = f"export.merge_base=measure compares held-out losses, and {run.unmeasured}"
+    if config.merge_base is MergeBase.best:
+        what = f"export.merge_base=best compares held-out losses, and {run.unmeasured}"
         problems.append(Problem(what, "export.merge_base", EVAL_FILE))
     if problems:
         raise RecipeError(problems)

@@ -132,7 +132,7 @@ def _room(needed: float) -> tuple[str, str, str]:
 
 def _as_run_here(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with the optimizer that training would use on this machine."""
-    if recipe.optim.strict:  # which allows no other
+    if not recipe.optim.fallback:  # which allows no other
         return recipe
     name, _ = effective_optimizer(recipe.optim, has_gpu=has_nvidia_gpu())
     return replace(recipe, optim=replace(recipe.optim, name=name))

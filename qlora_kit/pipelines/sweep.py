@@ -19,6 +19,8 @@ from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.job_process import SweepStop, run_process
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml, sweep_jobs
 from qlora_kit.schema.data import HOLD_OUT
+from qlora_kit.schema.recipe_text import read_recipe_text
+from qlora_kit.schema.renamed_file import under_todays_names
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.sweep import Direction
 from qlora_kit.training.preflight import check_train
@@ -159,7 +161,7 @@ def _begin(job: Job) -> None:
             write_overrides(run.overrides, job.overrides)
             write_text(run.recipe, recipe)
             note_recipe(run)
-        elif run.recipe.read_text(encoding="utf-8") != recipe:
+        elif under_todays_names(read_recipe_text(run.recipe), ()).file.text != recipe:
             raise RunError(f"{job.folder} holds a run of another recipe", str(run.recipe), "leave hydra.sweep.dir out")
 
 

@@ -19,7 +19,7 @@ class Amount(Enum):
 
 @dataclass(frozen=True)
 class Asked:
-    """`engine.recompute` or `engine.weight_copies`, read.
+    """`engine.recompute` or `engine.cached_weights`, read.
 
     Attributes:
         budget_bytes: for all that is kept together; 0 unless `amount` is budget.

@@ -137,7 +137,7 @@ def _optim(recipe: TrainRecipe) -> Iterator[Finding]:
 
 def _engine(recipe: TrainRecipe) -> Iterator[Finding]:
     engine = recipe.engine
-    for name, value in (("recompute", engine.recompute), ("weight_copies", engine.weight_copies)):
+    for name, value in (("recompute", engine.recompute), ("cached_weights", engine.cached_weights)):
         try:
             parse_amount(value)
         except ValueError as error:
@@ -157,12 +157,12 @@ def _engine(recipe: TrainRecipe) -> Iterator[Finding]:
 def _device(recipe: TrainRecipe) -> Iterator[Finding]:
     if has_nvidia_gpu():
         return
-    if recipe.optim.strict and recipe.optim.name.needs_gpu:
+    if not recipe.optim.fallback and recipe.optim.name.needs_gpu:
         yield Finding(
-            "optim.strict",
+            "optim.fallback",
             f"optim.name={recipe.optim.name.name} needs a GPU, there is none, "
-            "and optim.strict=true forbids plain AdamW",
-            "optim.strict=false",
+            "and optim.fallback=false forbids plain AdamW",
+            "optim.fallback=true",
         )
     if recipe.quant.compute_dtype is ComputeDtype.float16:
         yield Finding(

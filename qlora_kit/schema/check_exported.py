@@ -62,8 +62,8 @@ def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Findin
     for name in recipe.export.adapter:
         what = f"{name} writes an adapter alone, and a base that was never trained has none"
         yield Finding("export", what, "export=gguf_q4_k_m, or run=<run directory> to export its adapter")
-    if recipe.export.merge_base is MergeBase.measure:
-        what = "export.merge_base=measure chooses what an adapter is merged into, and a base has no adapter"
+    if recipe.export.merge_base is MergeBase.best:
+        what = "export.merge_base=best chooses what an adapter is merged into, and a base has no adapter"
         yield Finding("export.merge_base", what, "leave export.merge_base out")
     if has_data:
         # The rules of rows are those of training.

@@ -29,7 +29,8 @@ from qlora_kit.schema.hydra_words import missing_plugin
 from qlora_kit.schema.line_problems import common_option, override_problem
 from qlora_kit.schema.meant import meant
 from qlora_kit.schema.recipe_text import read_recipe_text
-from qlora_kit.schema.renamed import with_todays_names
+from qlora_kit.schema.renamed import earlier_keys, with_todays_services
+from qlora_kit.schema.renamed_file import under_todays_names
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.store import register
 from qlora_kit.schema.trust import refusals
@@ -132,7 +133,8 @@ def load_recipe(verb: str, path: Path) -> Sealed:
     if problems := list(refusals(found, ())):
         raise RecipeError(problems)
     try:
-        tree = OmegaConf.load(io.StringIO(found.text))
+        # Not told: a run is what it wrote, so there is nothing to edit.
+        tree = OmegaConf.load(io.StringIO(under_todays_names(found, ()).file.text))
         refuse_growth(tree)
         return typed_recipe(verb, tree)
     except COMPOSE_ERRORS as error:
@@ -244,7 +246,7 @@ def _typed(root: type[Sealed], tree: Any) -> Sealed:
     read = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
     if not isinstance(read, dict):
         raise ValueError("it holds a list where groups of fields should stand")
-    plain = with_todays_names(cast("dict[str, Any]", read))
+    plain = with_todays_services(cast("dict[str, Any]", read))
     merged = OmegaConf.merge(OmegaConf.structured(root), _without_references(plain))
     recipe = cast(Sealed, OmegaConf.to_object(merged))
     _refuse_misfits(recipe)
@@ -287,19 +289,23 @@ def _origins(recipe: Sealed, words: list[Word], choices: dict[str, str]) -> dict
         origins[path] = (
             lines.get(path)
             or _file_origin(loaded.get("experiment"), path)
-            or _file_origin(loaded.get(group), path.removeprefix(f"{group}."))
+            or _file_origin(loaded.get(group), path, above=f"{group}.")
             or lines.get(group)
             or f"the default of {path}"
         )
     return origins | {group: lines[group] for group in lines if group not in origins}
 
 
-def _file_origin(loaded: tuple[str, Any] | None, path: str) -> str:
+def _file_origin(loaded: tuple[str, Any] | None, path: str, above: str = "") -> str:
     """The file if it gives the field a value; not looked up, since a reference holds in the whole recipe only."""
-    file, value = loaded or ("", None)
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return file if value is not None else ""
+    file, values = loaded or ("", None)
+    for name in (path, *earlier_keys(path)):
+        value = values
+        for key in name.removeprefix(above).split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return file
+    return ""
 
 
 def _compose_problem(error: Exception) -> Problem:

@@ -44,13 +44,13 @@ class TrainOn(Enum):
     everything = "everything"
 
 
-class LongRows(Enum):
+class Overflow(Enum):
     """What happens to a row longer than `data.max_tokens`."""
 
     error = "error"
     drop = "drop"
-    cut_end = "cut_end"
-    cut_prompt = "cut_prompt"
+    truncate_end = "truncate_end"
+    truncate_prompt = "truncate_prompt"
     split_turns = "split_turns"
 
 
@@ -102,9 +102,9 @@ class DataConfig(Sealed):
         "Trained tokens: every assistant turn, the last one, those a row flags (train: true), the completion, or all.",
     )
     max_tokens: int | str = knob(MISSING, "Longest row, or auto: the longest that the plan says fits.", unit="tokens")
-    on_long_row: LongRows = knob(
-        LongRows.error,
-        "A longer row: stop, drop it, cut its end, cut its prompt from the left, or split it between turns.",
+    overflow: Overflow = knob(
+        Overflow.error,
+        "A longer row: stop, drop it, truncate its end, truncate its prompt from the left, or split it between turns.",
     )
     batching: Batching = knob(
         Batching.padded,

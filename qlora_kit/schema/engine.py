@@ -31,9 +31,9 @@ class EngineConfig(Sealed):
         "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways. Price in held-out loss, measured on "
         "the demo base over two seeds: fp8_backward +0.01%, fp8 +0.33%.",
     )
-    weight_copies: str = knob(
+    cached_weights: str = knob(
         "auto",
-        "Fast: frozen weights that are kept unpacked too, which spares that work twice a step: none, all, an amount "
+        "Fast: frozen weights that are kept dequantized too, which spares that work twice a step: none, all, an amount "
         "such as 6GB, or auto: what half of the memory left over holds, if nothing is recomputed.",
     )
     recompute: str = knob(

@@ -15,8 +15,8 @@ class EvalConfig(Sealed):
     top_tokens: int = knob(256, "Most likely tokens compared one by one; the rest is one bucket.", minimum=2)
     batch_size: int = knob(50, "Rows answered at once.", minimum=1)
     max_new_tokens: int = knob(48, "Longest answer.", unit="tokens", minimum=1)
-    stop_prompts: int = knob(
-        0, "Where there is no task: prompts answered to see whether answers end by themselves.", minimum=0
+    eos_rows: int = knob(
+        0, "Where there is no task: rows answered to see whether answers end with an end-of-sequence token.", minimum=0
     )
     text_file: str | None = knob(None, "A UTF-8 text whose perplexity is measured, such as wikitext's test split.")
     text_window: int = knob(512, "Tokens of the text that are read at once.", unit="tokens", minimum=2)

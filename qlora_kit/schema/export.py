@@ -17,7 +17,7 @@ class MergeBase(Enum):
     auto = "auto"
     dequantized = "dequantized"
     original = "original"
-    measure = "measure"
+    best = "best"
 
 
 class GgufMix(Enum):
@@ -298,7 +298,7 @@ class ExportConfig(Sealed):
     merge_base: MergeBase = knob(
         MergeBase.auto,
         "dequantized is what the adapter was trained on; original is the 16-bit base; auto is dequantized, but for a "
-        "bitsandbytes file in the format of the training base, which would round the update away, original; measure "
+        "bitsandbytes file in the format of the training base, which would round the update away, original; best "
         "writes each file from both, and keeps the one with the lower held-out loss.",
     )
     calibration_rows: int = knob(

@@ -58,6 +58,12 @@ WORDS_ELSEWHERE = {
     "sample_packing": {"true": "data.batching=packed", "false": "data.batching=padded"},
     "group_by_length": {"true": "data.batching=by_length"},
     "train_on_inputs": {"true": "data.train_on=everything", "false": "data.train_on=assistant"},
+    "excess_length_strategy": {
+        "drop": "data.overflow=drop",
+        "truncate": "data.overflow=truncate_end",
+        "raise": "data.overflow=error",
+    },
+    "truncation_mode": {"keep_start": "data.overflow=truncate_end"},
     "flash_attention": {"true": "model.attention=flash_attention_2"},
     "report_to": {"none": "tracker=jsonl", **{name: f"tracker={name}" for name in ("wandb", "mlflow", "tensorboard")}},
 }

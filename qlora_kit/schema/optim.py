@@ -22,7 +22,9 @@ class OptimConfig(Sealed):
     """Optimizer, schedule, decay and clipping."""
 
     name: OptimizerName = knob(OptimizerName.paged_adamw_8bit, "Optimizer.")
-    strict: bool = knob(False, "On a CPU, make a paged or 8-bit optimizer an error instead of using plain AdamW.")
+    fallback: bool = knob(
+        True, "On a CPU, use plain AdamW in place of a paged or 8-bit optimizer; false makes that an error."
+    )
     learning_rate: float = knob(2e-4, "Peak learning rate.", above=0)
     loraplus_ratio: float = knob(
         16.0, "With optim.name=loraplus, learning rate of LoRA's B as a multiple of that of A.", minimum=1

@@ -29,9 +29,14 @@ def check_recipe_file(found: RecipeText, group: str, package: str | None) -> Non
     Raises:
         RecipeError: with a problem for each fault of the graver kind that it has.
     """
-    above = () if package == GLOBAL or not group else tuple((package or group.replace("/", ".")).split("."))
+    above = path_above(group, package)
     if problems := list(refusals(found, above)) or list(file_problems(found, group, package)):
         raise RecipeError(problems)
+
+
+def path_above(group: str, package: str | None) -> tuple[str, ...]:
+    """The path of the recipe that the keys of a file are below."""
+    return () if package == GLOBAL or not group else tuple((package or group.replace("/", ".")).split("."))
 
 
 def file_problems(found: RecipeText, group: str, package: str | None) -> Iterator[Problem]:
@@ -49,7 +54,7 @@ def file_problems(found: RecipeText, group: str, package: str | None) -> Iterato
             HEADER,
         )
         return
-    above = () if package == GLOBAL or not group else tuple((package or group.replace("/", ".")).split("."))
+    above = path_above(group, package)
     if above and walk.group_class(_type(above)) is None and not walk.is_dict(_type(above)):
         yield Problem(f"{found.shown} is for '{printable('.'.join(above))}', which no recipe has", found.place(1))
         return

@@ -94,6 +94,11 @@ def read_recipe_text(path: Path) -> RecipeText:
     return found
 
 
+def with_text(found: RecipeText, text: str) -> RecipeText:
+    """The same file with another text, of entries that are known to be plain."""
+    return RecipeText(found.shown, text, yaml.compose(text, Loader=_LOADER))
+
+
 def _shown(path: Path) -> str:
     with suppress(ValueError, OSError):
         path = path.relative_to(Path.cwd())

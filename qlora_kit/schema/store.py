@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.schema.folders import recipe_folders
-from qlora_kit.schema.recipe_file import check_recipe_file
+from qlora_kit.schema.recipe_file import check_recipe_file, path_above
 from qlora_kit.schema.recipe_text import read_recipe_text
+from qlora_kit.schema.renamed import tell_renamed
+from qlora_kit.schema.renamed_file import under_todays_names
 from qlora_kit.schema.root import RECIPE_OF_VERB
 
 
@@ -60,6 +62,10 @@ class RecipeSource(ConfigSource):
             header = self._get_header_dict(found.text[:512])
         except ValueError as error:
             raise RecipeError(f"{found.shown} has a first line that says nothing: {error}", found.place(1)) from error
+        rewritten = under_todays_names(found, path_above(group, header["package"]))
+        for line in rewritten.lines:
+            tell_renamed(line)
+        found = rewritten.file
         check_recipe_file(found, group, header["package"])
         config = OmegaConf.load(io.StringIO(found.text))
         return ConfigResult(config=config, path=f"recipes://{self.path}", provider=self.provider, header=header)

@@ -3,7 +3,8 @@
 import re
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
@@ -17,6 +18,7 @@ from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import meant_choice
+from qlora_kit.schema.renamed import in_words, key_of, tell_renamed, todays_override
 
 _KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w/-]*(?:\.[\w*-]+)*)")
 
@@ -57,13 +59,27 @@ def read_words(root: type[Sealed], lines: list[str], *, sweeps: bool = False) ->
     """
     words: list[Word] = []
     problems: list[Problem] = []
+    problems += _under_both_names(lines)
     for typed in lines:
-        if word := _read(root, typed, sweeps=sweeps):
-            words.append(word)
+        line = todays_override(typed)
+        if word := _read(root, line, sweeps=sweeps):
+            words.append(replace(word, typed=typed))
+            if line != typed:
+                tell_renamed(in_words(typed, line))
         else:
             what = f"cannot read '{printable(typed)}'; an override is group=option or path=value"
             problems.append(Problem(what, "the command line", meant_choice(typed)))
     return words, problems
+
+
+def _under_both_names(lines: list[str]) -> Iterator[Problem]:
+    """Fields that a line gives under today's name and under an earlier one."""
+    given = {key_of(line): line for line in lines}
+    for typed in lines:
+        old, today = key_of(typed), key_of(todays_override(typed))
+        if old != today and today in given:
+            what = f"{today} and {old} are both given; {old} is what {today} was called before"
+            yield Problem(what, f"command line: {printable(typed)}", f"leave out {old}")
 
 
 def _read(root: type[Sealed], typed: str, *, sweeps: bool) -> Word | None:

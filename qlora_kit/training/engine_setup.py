@@ -44,8 +44,8 @@ def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEn
     memory = step_memory_of(model, tokens)
     policies = _policies(memory, config.recompute)
     engine.set_policies(policies)
-    if copies := engine.keep_copies(memory.room_for_copies(config.weight_copies, policies, _free())):
-        back = "engine.weight_copies=none gives it back"
+    if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
+        back = "engine.cached_weights=none gives it back"
         log.info(f"engine: weights are kept unpacked too, {human_bytes(copies)} ({back})")
     log.info(
         f"engine: fast, {config.compute.name}, {counted(engine.fast_layers, 'layer')}; for {human_count(tokens)} "

@@ -16,9 +16,10 @@ from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.runs.directory import RunDirectory
-from qlora_kit.schema.data import LongRows
+from qlora_kit.schema.data import Overflow
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
+from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.finite import NotFiniteError
@@ -107,7 +108,8 @@ def first_step_told(trainer: KitTrainer, base_folder: Path, *, goes_on: bool) ->
 
 def again_with(run: RunDirectory, changes: Changes) -> str:
     """The line that a run was started with, with other values of some keys, or without them where that is None."""
-    kept = [line for line in read_overrides(run.overrides) if line.split("=", 1)[0].lstrip("+") not in changes]
+    lines = map(todays_override, read_overrides(run.overrides))
+    kept = [line for line in lines if key_of(line) not in changes]
     changed = [f"{key}={value}" for key, value in changes.items() if value is not None]
     return shell_line(["qlora-kit", "train", *kept, *changed])
 
@@ -167,8 +169,8 @@ def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> tuple[Changes, 
     if recipe.engine.mode is EngineMode.fast:
         if recipe.engine.recompute.strip().lower() != "all":
             same["engine.recompute"] = "all"
-        if recipe.engine.weight_copies.strip().lower() not in ("auto", "none"):
-            same["engine.weight_copies"] = "none"
+        if recipe.engine.cached_weights.strip().lower() not in ("auto", "none"):
+            same["engine.cached_weights"] = "none"
     elif not trainer.gradient_checkpointing:
         same["trainer.gradient_checkpointing"] = "true"
     if (rows := _rows_at_once(recipe, needs)) < trainer.batch_size:
@@ -176,10 +178,10 @@ def _smaller(recipe: TrainRecipe, needs: Needs, longest: int) -> tuple[Changes, 
         same["trainer.gradient_accumulation"] = trainer.gradient_accumulation * trainer.batch_size // rows
     if recipe.quant.kind is QuantKind.none:
         same |= IN_4_BIT
-    policy = recipe.data.on_long_row
+    policy = recipe.data.overflow
     shorter = {
         "data.max_tokens": max(longest // 2, 1),
-        "data.on_long_row": (LongRows.drop if policy is LongRows.error else policy).name,
+        "data.overflow": (Overflow.drop if policy is Overflow.error else policy).name,
     }
     return same, {**same, **shorter}
 

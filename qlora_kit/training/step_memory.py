@@ -85,12 +85,12 @@ class StepMemory:
         """Bytes that layers keep at these policies, and make again, at the most at once."""
         return peak_bytes(self.shape, policies, self.tokens, extras=self.extras)
 
-    def room_for_copies(self, weight_copies: str, policies: Sequence[int], free_bytes: float) -> float:
+    def room_for_copies(self, cached_weights: str, policies: Sequence[int], free_bytes: float) -> float:
         """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what policies say.
 
         For auto there are none where memory is so short that something is computed again.
         """
-        wanted = parse_amount(weight_copies)
+        wanted = parse_amount(cached_weights)
         if wanted.amount is Amount.auto:
             return 0.0 if any(policies) else COPIES_SHARE * (self.budget(free_bytes) - self.needed(policies))
         return math.inf if wanted.amount is Amount.all else wanted.budget_bytes
@@ -122,12 +122,12 @@ def fast_estimate(
     """
     if free_bytes is None:
         least = "all" if parse_amount(engine.recompute).amount is Amount.auto else engine.recompute
-        no_copies = "none" if parse_amount(engine.weight_copies).amount is Amount.auto else engine.weight_copies
-        engine = replace(engine, recompute=least, weight_copies=no_copies)
+        no_copies = "none" if parse_amount(engine.cached_weights).amount is Amount.auto else engine.cached_weights
+        engine = replace(engine, recompute=least, cached_weights=no_copies)
     left = math.inf if free_bytes is None else max(0.0, free_bytes - plain.weights - plain.adapter)
     policies, _ = step.policies(engine.recompute, left)
     kept = float(step.tokens * sum(kept_bytes(step.shape, policy, extras=step.extras) for policy in policies))
-    room = step.room_for_copies(engine.weight_copies, policies, left)
+    room = step.room_for_copies(engine.cached_weights, policies, left)
     found = replace(
         plain,
         activations=kept,

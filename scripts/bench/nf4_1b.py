@@ -96,7 +96,7 @@ def main() -> None:
         f"data.train_file={work / 'rows.jsonl'}",
         "data.max_tokens=4096",
         "optim=paged_adamw_8bit",
-        f"optim.strict={'true' if torch.cuda.is_available() else 'false'}",
+        f"optim.fallback={'false' if torch.cuda.is_available() else 'true'}",
         "optim.learning_rate=1e-3",
         f"trainer.batch_size={chosen.rows}",
         f"trainer.max_steps={chosen.steps}",

@@ -77,10 +77,10 @@ def ours(rows: Path, tokenizer_folder: Path, count: int) -> dict[str, float]:
     from qlora_kit.data.packing import pack
     from qlora_kit.data.prepare import prepare
     from qlora_kit.model.tokenizer import load_tokenizer
-    from qlora_kit.schema.data import DataConfig, LongRows
+    from qlora_kit.schema.data import DataConfig, Overflow
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    config = DataConfig(train_file=str(rows), max_tokens=CAPACITY, on_long_row=LongRows.drop)
+    config = DataConfig(train_file=str(rows), max_tokens=CAPACITY, overflow=Overflow.drop)
     config.columns, config.roles, config.sources = {}, {}, {}
     began = time.perf_counter()
     data = prepare(config, tokenizer)

@@ -32,10 +32,10 @@ WRONG = {
         "no such file: data/home_commands/train.jsonl",
         "python -m qlora_kit.data.home_commands --out data/home_commands",
     ),
-    "paged optimizer on a strict CPU": (
-        ["train", *GOOD, "optim.strict=true"],
+    "paged optimizer on a CPU without a fallback": (
+        ["train", *GOOD, "optim.fallback=false"],
         "optim.name=paged_adamw_8bit needs a GPU",
-        "optim.strict=false",
+        "optim.fallback=true",
     ),
     "group size that divides no layer": (
         ["export", *RUN, "export.gptq.gptq_4bit.group_size=100"],
@@ -113,7 +113,7 @@ def test_mistakes_are_told_all_at_once(folder):
 
 
 def test_wrong_values_are_told_all_at_once(folder):
-    done = kit(folder, "train", *GOOD, "lora.r=0", "optim.learning_rate=0", "lora.dropout=2", "optim.strict=true")
+    done = kit(folder, "train", *GOOD, "lora.r=0", "optim.learning_rate=0", "lora.dropout=2", "optim.fallback=false")
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 4
 

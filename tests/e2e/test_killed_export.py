@@ -11,7 +11,7 @@ from tests.e2e.killing import kill_when
 
 pytestmark = pytest.mark.slow
 
-MEASURE = "export.merge_base=measure"
+BEST = "export.merge_base=best"
 SHARDS = "export.gguf.gguf_q8_0.shard_gb=0.0001"
 
 
@@ -39,8 +39,8 @@ KILLS = {
     # Scored on the base as GGUF, which is written for that.
     "adapter_gguf": Kill("adapter_gguf", ".base.*.partial/*"),
     "merged": Kill("merged_16bit", ".merged_16bit.*.partial"),
-    "second_merge_of_measure": Kill("merged_16bit", ".merged.*/*.safetensors", 2, (MEASURE,)),
-    "second_file_of_measure": Kill("merged_16bit", ".merged_16bit.*.partial/made/config.json", 2, (MEASURE,)),
+    "second_merge_of_best": Kill("merged_16bit", ".merged.*/*.safetensors", 2, (BEST,)),
+    "second_file_of_best": Kill("merged_16bit", ".merged_16bit.*.partial/made/config.json", 2, (BEST,)),
 }
 
 
@@ -85,7 +85,7 @@ def test_kill_9_during_a_target(trained, kill):
     assert not list(place.glob(".*"))
     manifest = read_json(place / "manifest.json")
     assert (place / manifest["file"]).exists()
-    assert set(manifest.get("merge_bases", {})) == ({"dequantized", "original"} if MEASURE in kill.words else set())
+    assert set(manifest.get("merge_bases", {})) == ({"dequantized", "original"} if BEST in kill.words else set())
 
 
 def test_two_exports_of_one_run_do_not_meet(trained):

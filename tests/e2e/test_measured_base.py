@@ -1,4 +1,4 @@
-"""`export.merge_base=measure` takes, for each file, the base that gives it the lower held-out loss."""
+"""`export.merge_base=best` takes, for each file, the base that gives it the lower held-out loss."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def measured(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     trained = kit(folder, *train_line(workshop, "trainer.max_steps=30", "optim.learning_rate=3e-3"))
     assert trained.returncode == 0, trained.stderr
-    line = ["export", "run=latest", f"export=[{','.join(TARGETS)}]", "export.merge_base=measure"]
+    line = ["export", "run=latest", f"export=[{','.join(TARGETS)}]", "export.merge_base=best"]
     done = kit(folder, *line, "export.score_rows=6", timeout=580)
     assert done.returncode == 0, done.stderr
     exports = only_run(folder) / "exports"

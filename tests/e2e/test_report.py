@@ -29,7 +29,7 @@ def test_a_trained_run_has_a_page(trained):
 
 def test_the_page_shows_bases_and_what_is_left_of_the_update(trained):
     """From manifests as export writes them."""
-    line = ["export", "run=latest", "export=gguf_q8_0", "export.merge_base=measure", "export.score_rows=2"]
+    line = ["export", "run=latest", "export=gguf_q8_0", "export.merge_base=best", "export.score_rows=2"]
     exported = kit(trained, *line)
     assert exported.returncode == 0, exported.stderr
     done = kit(trained, "report")

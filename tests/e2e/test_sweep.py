@@ -27,7 +27,7 @@ def swept(workshop, tmp_path_factory):
     longest = max(len(row.input_ids) for row in [*data.train, *data.held_out])
     words = [word for word in train_line(workshop) if not word.startswith(("data.max_tokens", "trainer.max_steps"))]
     # A row is too long for the smaller limit, and only `error` minds.
-    grid = [f"data.max_tokens={longest - 1},{longest}", "data.on_long_row=error,drop", "trainer.max_steps=2"]
+    grid = [f"data.max_tokens={longest - 1},{longest}", "data.overflow=error,drop", "trainer.max_steps=2"]
     done = kit(folder, "train", "-m", *words[1:], *grid, timeout=600)
     return folder, done
 
@@ -43,7 +43,7 @@ def test_one_failed_job_is_a_row_and_the_others_go_on(swept):
     objectives = [row["objective"] for row in rows[:3]]
     assert objectives == sorted(objectives)
     assert "failed" in done.stdout
-    assert done.stdout.count("data.on_long_row=") == 4
+    assert done.stdout.count("data.overflow=") == 4
     (line,) = [one for one in done.stderr.splitlines() if one.startswith("next: ")]
     best = path.parent.relative_to(folder) / Path(rows[0]["folder"]).name
     assert line.startswith(f"next: qlora-kit export run={best} export=")

@@ -50,7 +50,7 @@ def workshop(tmp_path_factory):
         ("data=rows",),
         ("data=rows", "trainer.gradient_checkpointing=false"),
         ("data=rows", "engine=fast", "engine.recompute=all"),
-        ("data=rows", "engine=fast", "engine.recompute=none", "engine.weight_copies=none"),
+        ("data=rows", "engine=fast", "engine.recompute=none", "engine.cached_weights=none"),
         ("data=packed",),
         ("data=packed", "engine=fast"),
     ],

@@ -33,7 +33,7 @@ def test_paged_adamw_8bit_trains_through_the_command_line(batching, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     line = train_line(
         tmp_path,
-        "optim.strict=true",
+        "optim.fallback=false",
         "quant.compute_dtype=bfloat16",
         "trainer.max_steps=12",
         f"data.batching={batching}",
@@ -69,7 +69,7 @@ def test_packed_batches_for_flex_attention_are_compiled_once(tmp_path, monkeypat
 def test_each_optimizer_is_the_one_that_was_named(name, tmp_path):
     folder = build_tiny_model("llama", tmp_path / "base")
     recipe = TrainRecipe(
-        optim=OptimConfig(name=name, strict=True),
+        optim=OptimConfig(name=name, fallback=False),
         trainer=TrainerConfig(batch_size=1, max_steps=2, gradient_checkpointing=False),
     )
     rows = stored_rows(tmp_path / "rows", [(range(5, 45), (False,) * 20 + (True,) * 20)])

@@ -107,7 +107,7 @@ def trained_shares(rows: TokenRows, scan: Scan, special: SpecialTokens, train_on
     share = int(scan.trained.sum()) / max(1, int(rows.lengths[scan.indices].sum()))
     if 0 < share < LEAST_TRAINED:
         what = f"only {share:.2%} of the tokens are trained, so most of the work teaches nothing"
-        yield Finding(Level.warning, "little_is_trained", what, fix="data.on_long_row=cut_prompt, or shorter prompts")
+        yield Finding(Level.warning, "little_is_trained", what, fix="data.overflow=truncate_prompt, or shorter prompts")
     if share > MOST_TRAINED and train_on is TrainOn.assistant and _is_chat(scan, special):
         what = (
             f"{share:.1%} of the tokens are trained, prompts too short to be real; are the roles the right way round?"
@@ -135,7 +135,7 @@ def left_out(name: str, rows: TokenRows, summary: SplitSummary) -> Iterator[Find
             yield Finding(level, finding, what, where, count, fix)
     if counts.untrained:
         what = f"{name} rows dropped because no trained token was left: {counts.untrained:,}"
-        fix = "data.max_tokens=<more>, or data.on_long_row=cut_prompt"
+        fix = "data.max_tokens=<more>, or data.overflow=truncate_prompt"
         yield Finding(Level.warning, "rows_left_untrained", what, (), counts.untrained, fix)
 
 

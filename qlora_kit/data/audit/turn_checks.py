@@ -93,14 +93,14 @@ def _ends(turns: Turns) -> Iterator[Finding]:
             f"no answer ends with a special token, so the model would never learn to stop; what ends them is {seen}, "
             f"in {scan.unclosed.counts.get(token or 0, 0)} of {scan.runs}"
         )
-        fix = f"{OTHER_TEMPLATE.format(f'ends an answer with {eos}')}, or data.on_long_row=drop where rows were cut"
+        fix = f"{OTHER_TEMPLATE.format(f'ends an answer with {eos}')}, or data.overflow=drop where rows were cut"
         yield Finding(Level.error, "never_stops", what, where, rows, fix)
         return
     what = (
         f"{counted(rows, 'row holds', 'rows hold')} trained text that no end-of-turn token closes, which teaches the "
         f"model to break off; most often it ends with {seen}"
     )
-    yield Finding(Level.warning, "answer_not_closed", what, where, rows, "data.on_long_row=drop or split_turns")
+    yield Finding(Level.warning, "answer_not_closed", what, where, rows, "data.overflow=drop or split_turns")
 
 
 def _stops(turns: Turns) -> Iterator[Finding]:

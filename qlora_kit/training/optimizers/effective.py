@@ -9,15 +9,15 @@ def effective_optimizer(optim: OptimConfig, *, has_gpu: bool) -> tuple[Optimizer
     """The optimizer to use, and a line for the user when it is not the recipe's.
 
     Raises:
-        RecipeError: there is no GPU, the optimizer needs one, and `optim.strict` forbids another.
+        RecipeError: there is no GPU, the optimizer needs one, and `optim.fallback` forbids another.
     """
     if has_gpu or not optim.name.needs_gpu:
         return optim.name, ""
-    if optim.strict:
+    if not optim.fallback:
         raise RecipeError(
-            f"optim.name={optim.name.name} needs a GPU, there is none, and optim.strict=true forbids plain AdamW",
-            "optim.strict",
-            "optim.strict=false",
+            f"optim.name={optim.name.name} needs a GPU, there is none, and optim.fallback=false forbids plain AdamW",
+            "optim.fallback",
+            "optim.fallback=true",
         )
     used = optim.name.without_gpu
     return used, f"no GPU: optim.name={optim.name.name} runs as {used.name} (32-bit state in ordinary memory)"

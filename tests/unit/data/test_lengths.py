@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.prepare import prepare
-from qlora_kit.schema.data import DataConfig, LongRows
+from qlora_kit.schema.data import DataConfig, Overflow
 from tests.prepared_rows import TOKENIZER, refusal, texts, write
 from tests.tiny_models import llama3_tokenizer
 
@@ -17,13 +17,13 @@ def test_long_rows_stop_with_their_lines_and_the_line_to_paste(tmp_path):
     message = refusal(DataConfig(train_file=train, max_tokens=30))
     assert f"2 of 4 rows are longer than data.max_tokens=30; the longest has {longest} tokens" in message
     assert f"{train}, lines 2, 4" in message
-    assert f"do       data.max_tokens={longest} or data.on_long_row=drop" in message
+    assert f"do       data.max_tokens={longest} or data.overflow=drop" in message
     assert len(prepare(DataConfig(train_file=train, max_tokens=longest), TOKENIZER).train) == 4
 
 
 def test_dropped_rows_are_counted_said_and_gone(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", ("a", "b"), ("a", "b" * 90), ("c", "d"))
-    data = prepare(DataConfig(train_file=train, max_tokens=30, on_long_row=LongRows.drop), TOKENIZER)
+    data = prepare(DataConfig(train_file=train, max_tokens=30, overflow=Overflow.drop), TOKENIZER)
     assert [row.line for row in data.train] == [1, 3]
     assert (data.summary.train.rows, data.summary.train.long_rows.dropped) == (2, 1)
     assert "train: dropped 1 row longer than data.max_tokens=30" in capsys.readouterr().err
@@ -31,7 +31,7 @@ def test_dropped_rows_are_counted_said_and_gone(tmp_path, capsys):
 
 def test_dropping_every_row_is_an_error(tmp_path):
     train = write(tmp_path / "a.jsonl", ("a", "b" * 90))
-    message = refusal(DataConfig(train_file=train, max_tokens=30, on_long_row=LongRows.drop))
+    message = refusal(DataConfig(train_file=train, max_tokens=30, overflow=Overflow.drop))
     assert "every row is longer than data.max_tokens=30, so none is left" in message
 
 
@@ -43,7 +43,7 @@ def test_many_long_rows_are_counted_rather_than_listed(tmp_path):
 def test_the_end_is_cut_where_the_recipe_says_so(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", ("a", "b" * 90), ("c", "d"))
     whole = prepare(DataConfig(train_file=train, max_tokens=500), TOKENIZER).train[0]
-    data = prepare(DataConfig(train_file=train, max_tokens=40, on_long_row=LongRows.cut_end), TOKENIZER)
+    data = prepare(DataConfig(train_file=train, max_tokens=40, overflow=Overflow.truncate_end), TOKENIZER)
     assert data.train[0].input_ids == whole.input_ids[:40]
     assert data.train[0].trained == whole.trained[:40]
     assert data.summary.train.long_rows.cut == 1
@@ -52,7 +52,7 @@ def test_the_end_is_cut_where_the_recipe_says_so(tmp_path, capsys):
 
 def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", ("q" * 90, "b"), ("c", "d"))
-    data = prepare(DataConfig(train_file=train, max_tokens=40, on_long_row=LongRows.cut_end), TOKENIZER)
+    data = prepare(DataConfig(train_file=train, max_tokens=40, overflow=Overflow.truncate_end), TOKENIZER)
     assert [row.line for row in data.train] == [2]
     assert data.summary.train.long_rows.untrained == 1
     assert "train: dropped 1 row that had no trained token left" in capsys.readouterr().err
@@ -61,7 +61,7 @@ def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, capsys):
 def test_the_prompt_is_cut_from_the_left_and_the_answer_stays_whole(tmp_path):
     tokenizer = llama3_tokenizer()
     train = write(tmp_path / "a.jsonl", ("q" * 90, "the answer"), ("c", "d" * 99))
-    data = prepare(DataConfig(train_file=train, max_tokens=40, on_long_row=LongRows.cut_prompt), tokenizer)
+    data = prepare(DataConfig(train_file=train, max_tokens=40, overflow=Overflow.truncate_prompt), tokenizer)
     (row,) = data.train
     assert len(row.input_ids) == 40
     assert row.input_ids[0] == tokenizer.bos_token_id
@@ -76,7 +76,7 @@ def test_long_conversations_are_split_between_turns_and_keep_the_system_text(tmp
     for name in "abcd":
         turns += [{"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": f"{name}!"}]
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
-    settings = {"train_file": str(path), "on_long_row": LongRows.split_turns}
+    settings = {"train_file": str(path), "overflow": Overflow.split_turns}
     whole = prepare(DataConfig(**settings, max_tokens=500), TOKENIZER).train[0]
     head = "<|im_start|>system\nbe brief<|im_end|>\n"
 

@@ -98,6 +98,6 @@ def test_auto_is_the_context_of_the_base(tmp_path, base, tokenizer):
     write(path, 20, "alpha")
     long = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ok"}]}
     path.write_text(path.read_text() + json.dumps(long) + "\n")
-    data = data_of(str(path), on_long_row="drop", eval_rows=3)
+    data = data_of(str(path), overflow="drop", eval_rows=3)
     rows = rows_of_data(data, ExportConfig(calibration_general=0), base, tokenizer)
     assert rows.origin["train"]["max_tokens"] == rows.origin["held_out"]["max_tokens"] == 64

@@ -16,7 +16,7 @@ from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 
-DEQUANTIZED, ORIGINAL, MEASURE = MergeBase.dequantized, MergeBase.original, MergeBase.measure
+DEQUANTIZED, ORIGINAL, BEST = MergeBase.dequantized, MergeBase.original, MergeBase.best
 
 
 def run_of(kind, **data):
@@ -37,8 +37,8 @@ def test_it_is_named_as_its_recipe_says():
     [
         (QuantKind.nf4, DEQUANTIZED, [DEQUANTIZED]),
         (QuantKind.nf4, ORIGINAL, [ORIGINAL]),
-        (QuantKind.nf4, MEASURE, [DEQUANTIZED, ORIGINAL]),
-        (QuantKind.none, MEASURE, [ORIGINAL]),
+        (QuantKind.nf4, BEST, [DEQUANTIZED, ORIGINAL]),
+        (QuantKind.none, BEST, [ORIGINAL]),
     ],
 )
 def test_what_the_adapter_is_merged_into(kind, wanted, bases):
@@ -68,19 +68,19 @@ def test_what_judges_by_held_out_rows_is_refused_where_there_are_none():
     run = run_of(QuantKind.nf4)
     refuse_unmeasurable(run, ExportConfig())
     with pytest.raises(RecipeError) as caught:
-        refuse_unmeasurable(run, ExportConfig(merge_base=MEASURE, max_mean_kl=0.05))
-    bound, measure = caught.value.problems
+        refuse_unmeasurable(run, ExportConfig(merge_base=BEST, max_mean_kl=0.05))
+    bound, best = caught.value.problems
     assert bound.what.startswith("export.max_mean_kl=0.05 is a bound on what is measured, and this run has no held-out")
-    assert measure.what.startswith("export.merge_base=measure compares held-out losses, and this run has no held-out")
-    assert (bound.where, measure.where) == ("export.max_mean_kl", "export.merge_base")
-    assert bound.fix == measure.fix == "data.eval_file=<rows that were not trained on>"
+    assert best.what.startswith("export.merge_base=best compares held-out losses, and this run has no held-out")
+    assert (bound.where, best.where) == ("export.max_mean_kl", "export.merge_base")
+    assert bound.fix == best.fix == "data.eval_file=<rows that were not trained on>"
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("held_out", [{"eval_share": 0.02}, {"eval_rows": 4}, {"eval_file": "rows.jsonl"}])
 def test_a_run_with_held_out_rows_may_have_a_bound(held_out):
     run = run_of(QuantKind.nf4, **held_out)
-    refuse_unmeasurable(run, ExportConfig(merge_base=MEASURE, max_mean_kl=0.05))
+    refuse_unmeasurable(run, ExportConfig(merge_base=BEST, max_mean_kl=0.05))
 
 
 def test_a_bound_without_rows_is_refused_before_any_row_is_read(monkeypatch):

@@ -160,7 +160,7 @@ def with_task_none(opened):
 
 @pytest.mark.parametrize(("prompts", "answered"), [(0, 0), (2, 2)])
 def test_without_a_task_stops_are_measured_where_asked(opened, prompts, answered):
-    config = EvalConfig(artifacts=["adapter"], stop_prompts=prompts, max_new_tokens=NEW_TOKENS)
+    config = EvalConfig(artifacts=["adapter"], eos_rows=prompts, max_new_tokens=NEW_TOKENS)
     (row,) = evaluate(with_task_none(opened), config)
     assert (row.answered, row.exact_match, row.exact_match_interval) == (answered, None, None)
     assert row.stops == (0 if answered else None)
@@ -231,7 +231,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
         return replace(fit, mean_kl=math.nan) if fit.mean_kl else fit  # the adapter's own is exact
 
     monkeypatch.setattr(evaluation, "compare", broken)
-    config = EvalConfig(artifacts=["adapter", "merged_16bit"], stop_prompts=0)
+    config = EvalConfig(artifacts=["adapter", "merged_16bit"], eos_rows=0)
     adapter, merged = evaluate(with_task_none(opened), config)
     assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
     with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
@@ -263,7 +263,7 @@ def test_a_part_that_is_scored_again_joins_the_others_in_eval_json(opened):
     subject, held = with_task_none(opened), opened.directory.evaluation
     held.unlink(missing_ok=True)
     evaluate(subject, EvalConfig())
-    evaluate(subject, EvalConfig(artifacts=["adapter"], stop_prompts=1, max_new_tokens=2))
+    evaluate(subject, EvalConfig(artifacts=["adapter"], eos_rows=1, max_new_tokens=2))
     rows = {row["name"]: row for row in read_json(held)["rows"]}
     assert list(rows) == ["base", "adapter", "merged_16bit", "gguf_q8_0"]
     assert [row["answered"] for row in rows.values()] == [0, 1, 0, 0]
@@ -303,7 +303,7 @@ def test_a_file_that_cannot_be_read_is_a_row_and_the_others_are_scored(opened, c
     (folder / "m.gguf").write_bytes(b"GGUF")
     export(opened.directory.path, folder.name, "gguf", "m.gguf")
     (opened.directory.exports / "bare").mkdir()
-    table = evaluate(with_task_none(opened), EvalConfig(stop_prompts=2, max_new_tokens=2))
+    table = evaluate(with_task_none(opened), EvalConfig(eos_rows=2, max_new_tokens=2))
     assert [row.name for row in table] == ["base", "adapter", "merged_16bit", "a_broken_one", "gguf_q8_0"]
     assert "warning: bare is left out: it holds no manifest.json" in capsys.readouterr().err
     record = read_json(held)

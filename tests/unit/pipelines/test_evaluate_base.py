@@ -122,8 +122,8 @@ def refused(call):
 def test_general_text_has_no_prompts(exported):
     exported()
     what = "these files were scored on general text, which holds no prompt to answer"
-    asked = refused(lambda: evaluate(open_exports("there"), EvalConfig(stop_prompts=2)))
-    assert asked == (what, "eval.stop_prompts", "eval.stop_prompts=0")
+    asked = refused(lambda: evaluate(open_exports("there"), EvalConfig(eos_rows=2)))
+    assert asked == (what, "eval.eos_rows", "eval.eos_rows=0")
 
 
 def test_an_unknown_file(exported):

@@ -13,7 +13,7 @@ from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.data.audit.audit import audit, stop_on_errors, tell_warnings
 from qlora_kit.data.prepare import prepare
 from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, marked_text, show
-from qlora_kit.schema.data import DataConfig, LongRows, RowFormat
+from qlora_kit.schema.data import DataConfig, Overflow, RowFormat
 from tests.tiny_models import build_tiny_model, smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
@@ -104,7 +104,7 @@ def test_a_training_is_told_warnings_and_stops_on_errors(tmp_path, capsys):
     assert told.err.splitlines()[0].endswith("train.jsonl:3); do: mend the rows' text")
     assert "pads" not in told.err
     long = "well " * 100
-    cut = inspected(config(tmp_path, answer=long, on_long_row=LongRows.cut_end)).audit
+    cut = inspected(config(tmp_path, answer=long, overflow=Overflow.truncate_end)).audit
     with pytest.raises(RecipeError, match="never learn to stop") as raised:
         stop_on_errors(cut)
     assert raised.value.exit_code == EXIT_BAD_RECIPE
@@ -124,7 +124,7 @@ def test_the_command_prints_everything_and_exits_by_what_it_found(tmp_path):
     recipe += ["data=prompt_completion", "data.max_tokens=512"]
     good = line(tmp_path, *recipe, "page=rows.html")
     assert (good.returncode, (tmp_path / "rows.html").is_file()) == (EXIT_OK, True), good.stderr
-    bad = line(tmp_path, *recipe, "data.max_tokens=64", "data.on_long_row=cut_end")
+    bad = line(tmp_path, *recipe, "data.max_tokens=64", "data.overflow=truncate_end")
     assert bad.returncode == EXIT_BAD_RECIPE
     assert "[[" in bad.stdout and "never learn to stop" in bad.stdout
     (tmp_path / "mine.html").write_text("mine")

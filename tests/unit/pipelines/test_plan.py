@@ -148,7 +148,7 @@ def on_a_card_of(monkeypatch, free, **engine):
 
 
 @pytest.mark.parametrize(
-    ("engine", "measured"), [({"weight_copies": "6.4GB"}, 38.7), ({"recompute": "1MB"}, 8.1)]
+    ("engine", "measured"), [({"cached_weights": "6.4GB"}, 38.7), ({"recompute": "1MB"}, 8.1)]
 )  # GB of an 8B model, 4 x 2,048 tokens, on an H100 (docs/benchmarks.md)
 def test_the_fast_engine_needs_what_was_measured(monkeypatch, engine, measured):
     table = on_a_card_of(monkeypatch, 84e9, **engine)

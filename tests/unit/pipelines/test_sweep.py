@@ -20,7 +20,7 @@ def sweep(tmp_path, monkeypatch):
     """Runs a job whose process says something and ends with a code; the codes that were given are the jobs begun."""
     begun = []
 
-    def run(number=0, code=0, said="", direction=Direction.minimize, seed_name="run"):
+    def run(number=0, code=0, said="", direction=Direction.minimize, seed_name="run", older=""):
         recipe = TrainRecipe(
             name=seed_name, model=ModelConfig(source="base"), sweep=SweepConfig(direction=direction, gpus=[4, 5])
         )
@@ -29,7 +29,7 @@ def sweep(tmp_path, monkeypatch):
 
         def run_process(command, log, environment, stop, sweep_process):
             begun.append((command[-1], environment["CUDA_VISIBLE_DEVICES"]))
-            assert (folder / "recipe.yaml").read_text() == recipe_yaml(recipe)
+            assert (folder / "recipe.yaml").read_text() == (older or recipe_yaml(recipe))
             log.write_text(said)
             if code == 0:
                 (folder / "adapter").mkdir()
@@ -91,3 +91,14 @@ def test_the_run_of_another_recipe_is_left_alone(sweep):
 @pytest.mark.parametrize(("error", "shown"), [("stopped at step 3 of 8", "stopped"), ("no rows", "failed")])
 def test_a_record_of_an_earlier_release_has_its_status_in_its_error(error, shown):
     assert JobRow(0, [], "x", None, error).shown == shown
+
+
+def test_a_sweep_of_an_earlier_release_is_gone_on_with(sweep):
+    place, begun, run = sweep
+    run(code=1)
+    recipe = place / "0" / "recipe.yaml"
+    older = recipe.read_text().replace("fallback: true", "strict: false").replace("overflow:", "on_long_row:")
+    assert older != recipe.read_text()
+    recipe.write_text(older)
+    assert run(older=older) == 0.5
+    assert len(begun) == 2

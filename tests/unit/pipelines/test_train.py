@@ -21,7 +21,7 @@ from qlora_kit.formats.next_line import line_to_export
 from qlora_kit.pipelines.train import _tell, train
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe
-from qlora_kit.schema.data import Batching, DataConfig, LongRows
+from qlora_kit.schema.data import Batching, DataConfig, Overflow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelConfig
@@ -317,7 +317,7 @@ def test_memory_that_ran_out_is_told_with_lines_that_need_less(workshop, tmp_pat
     assert found.data.max_tokens == 128
     assert found.optim.learning_rate == 1e9
     assert command_in(shorter).data.max_tokens < 64
-    assert command_in(shorter).data.on_long_row is LongRows.drop
+    assert command_in(shorter).data.overflow is Overflow.drop
     assert shlex.split(resume) == ["qlora-kit", "train", f"resume={run.path}"]
 
 

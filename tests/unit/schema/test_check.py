@@ -115,11 +115,11 @@ TRAIN = {
         "trainer.eval_every_steps is set, but there are no held-out rows",
         "data.eval_share=0.02",
     ),
-    "strict": (
-        {"optim": OptimConfig(strict=True)},
-        "optim.strict",
+    "no fallback": (
+        {"optim": OptimConfig(fallback=False)},
+        "optim.fallback",
         "optim.name=paged_adamw_8bit needs a GPU, there is none",
-        "optim.strict=false",
+        "optim.fallback=true",
     ),
     "a ratio of rates that nothing reads": (
         {"optim": OptimConfig(loraplus_ratio=4.0)},
@@ -176,10 +176,10 @@ ENGINES = {
         "engine.recompute=auto",
     ),
     "no memory at all": (
-        EngineConfig(weight_copies="0GB"),
-        "engine.weight_copies",
-        "engine.weight_copies: '0GB' is none of auto, none, all, and no amount of memory such as 20GB",
-        "engine.weight_copies=auto",
+        EngineConfig(cached_weights="0GB"),
+        "engine.cached_weights",
+        "engine.cached_weights: '0GB' is none of auto, none, all, and no amount of memory such as 20GB",
+        "engine.cached_weights=auto",
     ),
     "fp8 by peft": (
         EngineConfig(compute=Compute.fp8),
@@ -192,7 +192,7 @@ ENGINES = {
 
 @pytest.mark.parametrize("amount", ["1MB", "6.4GB", "1.5 gib", "512MiB", "all"])
 def test_an_amount_that_the_engine_reads_is_no_problem(rows, amount):
-    assert found(dataclasses.replace(train(rows), engine=EngineConfig(recompute=amount, weight_copies=amount))) == {}
+    assert found(dataclasses.replace(train(rows), engine=EngineConfig(recompute=amount, cached_weights=amount))) == {}
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -56,10 +56,10 @@ CASES = {
         "adapter_peft writes an adapter alone, and a base that was never trained has none",
         "export=gguf_q4_k_m, or run=<run directory> to export its adapter",
     ),
-    "measure": (
-        {"base": "b", "export": ExportConfig(gguf={"a": GgufTarget()}, merge_base=MergeBase.measure)},
+    "best": (
+        {"base": "b", "export": ExportConfig(gguf={"a": GgufTarget()}, merge_base=MergeBase.best)},
         "export.merge_base",
-        "export.merge_base=measure chooses what an adapter is merged into, and a base has no adapter",
+        "export.merge_base=best chooses what an adapter is merged into, and a base has no adapter",
         "leave export.merge_base out",
     ),
     "no rows": (

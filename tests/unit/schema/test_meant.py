@@ -50,6 +50,8 @@ MEANT = {
     "load_in_8bit=true": "quant=int8",
     "bf16=true": "quant.compute_dtype=bfloat16",
     "packing=true": "data.batching=packed",
+    "excess_length_strategy=truncate": "data.overflow=truncate_end",
+    "truncation_mode=keep_start": "data.overflow=truncate_end",
     "warmup_ratio=0.1": "optim.warmup_fraction=0.1",
     "gradient_accumulation_steps=4": "trainer.gradient_accumulation=4",
     "save_steps=10": "trainer.save_every_steps=10",
@@ -65,7 +67,7 @@ MEANT = {
     "lora.targts=[a,b]": "lora.targets=[a,b]",
     "run_name=mine": "name=mine",
     "report_to=wandb": "tracker=wandb",
-    "trainr=smoke": "trainer=smoke",
+    "trainr=smoke_test": "trainer=smoke_test",
 }
 
 

@@ -141,9 +141,9 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
     # The GPU's product is emulated: only what is kept matters here.
     monkeypatch.setattr(fast, "weight_for", partial(weight_for, product=emulate))
     assert engine(1e9) == (True, {True})
-    assert engine(1e9, weight_copies="none") == (False, {False})
+    assert engine(1e9, cached_weights="none") == (False, {False})
     assert engine(1e9, recompute="all") == (False, {False})
-    assert engine(1e9, recompute="all", weight_copies="all") == (True, {True})
+    assert engine(1e9, recompute="all", cached_weights="all") == (True, {True})
     assert engine(1e6) == (False, {False})
 
 
@@ -152,7 +152,7 @@ def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsy
 def test_kept_weights_change_no_number(base, rows, tmp_path):
     losses = []
     for copies in ("none", "all", "0.002GB"):
-        trainer = trained(base, rows, tmp_path / copies, EngineConfig(mode=FAST, weight_copies=copies))
+        trainer = trained(base, rows, tmp_path / copies, EngineConfig(mode=FAST, cached_weights=copies))
         groups = [group for layer in trainer.engine.layers for group in layer.parts.groups]
         kept = [group.concatenated.kept is not None for group in groups]
         assert all(kept) == (copies == "all") and any(kept) == (copies != "none")
@@ -170,7 +170,7 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
 @pytest.mark.slow
 def test_kept_weights_are_let_go_of_with_the_engine(base):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
-    engine = enable_engine(model, EngineConfig(mode=FAST, weight_copies="all"), 100)
+    engine = enable_engine(model, EngineConfig(mode=FAST, cached_weights="all"), 100)
     kept = [weakref.ref(group.concatenated.kept) for layer in engine.layers for group in layer.parts.groups]
     engine.undo()
     gc.collect()
@@ -180,7 +180,7 @@ def test_kept_weights_are_let_go_of_with_the_engine(base):
 def test_kept_weights_need_no_adapter_in_their_group(base, rows, tmp_path):
     def loss(copies):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora).train()
-        engine = enable_engine(model, EngineConfig(mode=FAST, weight_copies=copies), 100)
+        engine = enable_engine(model, EngineConfig(mode=FAST, cached_weights=copies), 100)
         ids = torch.arange(12).view(1, 12)
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
         found.backward()

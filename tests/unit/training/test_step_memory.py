@@ -21,7 +21,7 @@ FREE = 139e9
     [("all", 2.83e9), ("none", 10.93e9)],  # the peak of `qlora-kit train` on an H200, torch 2.11
 )
 def test_the_plan_comes_near_to_what_was_measured(recompute, needed):
-    engine = EngineConfig(mode=EngineMode.fast, recompute=recompute, weight_copies="none")
+    engine = EngineConfig(mode=EngineMode.fast, recompute=recompute, cached_weights="none")
     recipe = TrainRecipe(model=ModelConfig(source="base"), data=DataConfig(), engine=engine)
     planned = forecast(recipe, KnownBase(SHAPE), TOKENS, FREE).memory.total
     assert planned == pytest.approx(needed, rel=0.05)

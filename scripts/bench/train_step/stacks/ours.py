@@ -58,7 +58,9 @@ def engine_of(run: Run) -> EngineConfig:
     """The recipe's engine."""
     mode = EngineMode.plain if run.variant == "plain" else EngineMode.fast
     copies = COPIES.get(run.variant, "auto")
-    return EngineConfig(mode=mode, compute=Compute(run.compute), recompute=RECOMPUTE[run.variant], weight_copies=copies)
+    return EngineConfig(
+        mode=mode, compute=Compute(run.compute), recompute=RECOMPUTE[run.variant], cached_weights=copies
+    )
 
 
 def trainer_for(run: Run, work: Path, steps: int, engine: EngineConfig | None = None) -> KitTrainer:
@@ -118,7 +120,7 @@ def _levels(trainer: KitTrainer) -> dict[str, object]:
 def single_steps(run: Run, work: Path) -> Callable[[int], None]:
     """A function that trains one step of one row of so many tokens, on a model that stays loaded."""
     # The rows of the run are short, and would leave room for copies of weights that longer ones need.
-    engine = replace(engine_of(run), weight_copies="none")
+    engine = replace(engine_of(run), cached_weights="none")
     trainer = trainer_for(run, work, 1, engine)
     model: Any = trainer.model
     model.train()

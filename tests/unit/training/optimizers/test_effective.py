@@ -10,7 +10,7 @@ from qlora_kit.training.optimizers.effective import effective_optimizer, transfo
 
 @pytest.mark.parametrize("name", OptimizerName)
 def test_a_gpu_runs_the_recipes_optimizer(name):
-    assert effective_optimizer(OptimConfig(name=name, strict=True), has_gpu=True) == (name, "")
+    assert effective_optimizer(OptimConfig(name=name, fallback=False), has_gpu=True) == (name, "")
 
 
 @pytest.mark.parametrize("name", [name for name in OptimizerName if name.needs_gpu])
@@ -25,13 +25,13 @@ def test_those_of_8_bits_or_paged_memory_need_a_gpu(name):
     assert name.needs_gpu is (name.name.startswith("paged_") or name.name.endswith("_8bit"))
 
 
-def test_strict_forbids_another_optimizer():
-    with pytest.raises(RecipeError, match=r"optim\.strict=true forbids plain AdamW"):
-        effective_optimizer(OptimConfig(strict=True), has_gpu=False)
+def test_without_a_fallback_no_other_optimizer_runs():
+    with pytest.raises(RecipeError, match=r"optim\.fallback=false forbids plain AdamW"):
+        effective_optimizer(OptimConfig(fallback=False), has_gpu=False)
 
 
 def test_plain_adamw_is_itself_on_a_cpu():
-    config = OptimConfig(name=OptimizerName.adamw, strict=True)
+    config = OptimConfig(name=OptimizerName.adamw, fallback=False)
     assert effective_optimizer(config, has_gpu=False) == (OptimizerName.adamw, "")
 
 
