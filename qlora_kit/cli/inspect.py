@@ -1,4 +1,4 @@
-"""`qlora-kit inspect`: rendered rows with the trained tokens marked, and audits; needs the tokenizer alone."""
+"""`qlora-kit inspect`: rendered rows with the loss tokens marked, and audits; needs the tokenizer alone."""
 
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,7 @@ from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit inspect [rows=N] [page=FILE.html] [group=option] [path=value]
 
-Prints N rendered training rows with the trained tokens marked, how long rows are, what each source holds, and what is
+Prints N rendered training rows with the loss tokens marked, how long rows are, what each source holds, and what is
 wrong or worth knowing: repeats, leaks, answers that never end, broken text. page= writes it all as one HTML file.
 Loads no weight. Exits with 2 where training would not start.
 

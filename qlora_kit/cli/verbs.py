@@ -42,7 +42,7 @@ VERBS = {
     "export": Verb("qlora_kit.cli.export", "Write files for llama.cpp, Ollama, vLLM and more, of a run or of a base."),
     "eval": Verb("qlora_kit.cli.eval", "Score every export, and what it was made from, on held-out rows."),
     "plan": Verb("qlora_kit.cli.plan", "Memory by part and steps of a recipe, without loading a weight."),
-    "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the trained tokens marked."),
+    "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the loss tokens marked."),
     "report": Verb("qlora_kit.cli.report", "Write the page of a run or base: curves, rows, how good each file is."),
     "chat": Verb("qlora_kit.cli.chat", "Talk to a run's adapter or to any export."),
     "recipes": Verb("qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes."),

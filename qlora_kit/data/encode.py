@@ -1,4 +1,4 @@
-"""Conversation -> token ids and the mask of trained tokens, with a bare tokenizer that worker processes can hold.
+"""Conversation -> token ids and the mask of loss tokens, with a bare tokenizer that worker processes can hold.
 
 The text and the characters that each answer covers come from `spans`; here they become tokens. A token is trained if it
 starts inside an answer, and so is the special token that closes it: without that the model never learns to stop.

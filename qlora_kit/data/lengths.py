@@ -16,9 +16,9 @@ Cut = tuple[int, int, int]  # head, begin, end: what is left of a row
 
 
 def fit(rows: TokenRows, max_tokens: int, policy: Overflow, bos: int | None) -> tuple[TokenRows, LongRowCounts]:
-    """Rows of at most `max_tokens` tokens, each with a trained token, and what was done to get there.
+    """Rows of at most `max_tokens` tokens, each with a loss token, and what was done to get there.
 
-    `truncate_prompt` takes tokens from the left, between the beginning-of-text token and the first trained token. In
+    `truncate_prompt` takes tokens from the left, between the beginning-of-text token and the first loss token. In
     `split_turns` every piece begins with what stands before the first user turn; a turn that is too long for itself is
     left out.
 
@@ -64,7 +64,7 @@ def told(counts: LongRowCounts, name: str, policy: Overflow, max_tokens: int) ->
         part = "end" if policy is Overflow.truncate_end else "prompt"
         lines.append(f"{name}: cut the {part} of {counted(counts.cut, 'row')} to data.max_tokens={max_tokens}")
     if counts.untrained:
-        lines.append(f"{name}: dropped {counted(counts.untrained, 'row')} that had no trained token left")
+        lines.append(f"{name}: dropped {counted(counts.untrained, 'row')} that had no loss token left")
     return lines
 
 

@@ -26,14 +26,14 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class LongRowCounts:
-    """What became of rows longer than `data.max_tokens`, and of rows left without a trained token.
+    """What became of rows longer than `data.max_tokens`, and of rows left without a loss token.
 
     Attributes:
         longer: rows that were longer.
         dropped: of these, rows taken out.
         cut: of these, rows that lost tokens.
         pieces: rows that came out of splitting.
-        untrained: rows dropped because no trained token was left.
+        untrained: rows dropped because no loss token was left.
     """
 
     longer: int = 0

@@ -124,7 +124,7 @@ class TokenStore:
 
     @cached_property
     def trained_counts(self) -> Ints:
-        """`[N]` int64, trained tokens of each row."""
+        """`[N]` int64, loss tokens of each row."""
         counts = np.zeros(len(self), dtype=np.int64)
         for first in range(0, len(self), ROWS_AT_ONCE):
             starts = self.table.starts[first : first + ROWS_AT_ONCE + 1]
@@ -165,7 +165,7 @@ class TokenRows(Sequence[TokenRow]):
 
     @cached_property
     def trained_counts(self) -> Ints:
-        """`[N]` int64, trained tokens of each row."""
+        """`[N]` int64, loss tokens of each row."""
         counts = self.store.trained_counts[self.rows]
         cut = np.flatnonzero(self.lengths != self.store.lengths[self.rows])
         counts[cut] = [self.arrays(row)[1].sum() for row in cut.tolist()]

@@ -133,7 +133,7 @@ def _top(logprobs: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def masked_loss(scores: Scores) -> float:
-    """Mean negative log-likelihood of the trained tokens, in nats."""
+    """Mean negative log-likelihood of the loss tokens, in nats."""
     return float(-scores.target.mean())
 
 

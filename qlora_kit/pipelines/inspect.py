@@ -67,7 +67,7 @@ def inspect(recipe: TrainRecipe, name: str, rows: int, page: Path | None = None)
 def show(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
     """Print the first rows, their lengths, the sources and the findings on standard output, and write a page.
 
-    Trained tokens are bold green on a terminal and stand between [[ and ]] elsewhere.
+    Loss tokens are bold green on a terminal and stand between [[ and ]] elsewhere.
 
     Raises:
         RecipeError: the page's place is taken by another file.
@@ -85,7 +85,7 @@ def show(shown: Inspected, rows: int, page: Path | None = None, console: Console
 
 
 def marked_text(row: TokenRow, tokenizer: "PreTrainedTokenizerFast", *, with_brackets: bool) -> Text:
-    """A row as text, its trained tokens styled, and bracketed too where a style would not show."""
+    """A row as text, its loss tokens styled, and bracketed too where a style would not show."""
     text = Text()
     for is_trained, run in groupby(zip(row.input_ids, row.trained, strict=True), key=lambda pair: pair[1]):
         ids = [token for token, _ in run]
@@ -109,7 +109,7 @@ def _print_rows(rows: Sequence[TokenRow], tokenizer: "PreTrainedTokenizerFast", 
         console.print()
     how = TRAINED_STYLE if console.is_terminal else f"{OPENING} {CLOSING}"
     console.print(
-        Text(f"trained tokens are marked with {how}; padding is added to each batch and never trained"), soft_wrap=True
+        Text(f"loss tokens are marked with {how}; padding is added to each batch and never trained"), soft_wrap=True
     )
     console.print()
 
@@ -126,7 +126,7 @@ def _sources(summary: DataSummary) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("split", "source"):
         table.add_column(name, no_wrap=True)
-    for name in ("rows", "tokens", "trained", "longest", "skipped"):
+    for name in ("rows", "tokens", "loss tokens", "longest", "skipped"):
         table.add_column(name, justify="right", no_wrap=True)
     for split, part in (("train", summary.train), ("held out", summary.held_out)):
         if part is not None:

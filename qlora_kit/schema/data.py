@@ -99,7 +99,7 @@ class DataConfig(Sealed):
     apply_chat_template: bool = knob(True, "Render prompt/completion rows as a chat; false joins them as plain text.")
     train_on: TrainOn = knob(
         TrainOn.assistant,
-        "Trained tokens: every assistant turn, the last one, those a row flags (train: true), the completion, or all.",
+        "Loss tokens: every assistant turn, the last one, those a row flags (train: true), the completion, or all.",
     )
     max_tokens: int | str = knob(MISSING, "Longest row, or auto: the longest that the plan says fits.", unit="tokens")
     overflow: Overflow = knob(

@@ -174,7 +174,7 @@ def run_training(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
 
 
 def held_out_loss(trainer: KitTrainer) -> float | None:
-    """Mean loss over the trained tokens of the held-out rows; None without such rows.
+    """Mean loss over the loss tokens of the held-out rows; None without such rows.
 
     Raises:
         NotFiniteError: it is not finite.

@@ -362,7 +362,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over the trained tokens of all batches and processes.
+        """Evaluate; the loss is the mean over the loss tokens of all batches and processes.
 
         transformers 5.17 averages the means of the batches instead, so a token in a short batch would count more.
         """
@@ -370,6 +370,6 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, tokens = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
         if not tokens:
-            raise RunError("the held-out rows hold no trained token, so there is no held-out loss")
+            raise RunError("the held-out rows hold no loss token, so there is no held-out loss")
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output

@@ -61,7 +61,7 @@ def load(folder, dtype=torch.float32, lora=None, quant=QUANTIZED):
 
 
 def step(model, batch):
-    """Loss over the trained tokens, and the gradient of every trained weight."""
+    """Loss over loss tokens, and the gradient of every trained weight."""
     model.zero_grad()
     batch = dict(batch)
     labels = batch.pop("labels")

@@ -34,7 +34,7 @@ def load(folder, attention):
 
 
 def loss_of(model, batch):
-    """Sum of the cross entropy over the trained tokens; the labels alone say which they are."""
+    """Sum of the cross entropy over the loss tokens; the labels alone say which they are."""
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")

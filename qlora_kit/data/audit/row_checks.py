@@ -96,22 +96,18 @@ def near_repeats(train: TokenRows, held_out: TokenRows | None, near: NearDuplica
 
 
 def trained_shares(rows: TokenRows, scan: Scan, special: SpecialTokens, train_on: TrainOn) -> Iterator[Finding]:
-    """Rows without a trained token, and a share of trained tokens that no chat has."""
+    """Rows without a loss token, and a share of loss tokens that no chat has."""
     none = scan.indices[scan.trained == 0]
     if len(none):
         where = places(none, rows.place)
-        what = f"{counted(len(none), 'row has', 'rows have')} no trained token"
-        yield Finding(
-            Level.error, "no_trained_token", what, where, len(none), "data.train_on=assistant, or take them out"
-        )
+        what = f"{counted(len(none), 'row has', 'rows have')} no loss token"
+        yield Finding(Level.error, "no_loss_token", what, where, len(none), "data.train_on=assistant, or take them out")
     share = int(scan.trained.sum()) / max(1, int(rows.lengths[scan.indices].sum()))
     if 0 < share < LEAST_TRAINED:
-        what = f"only {share:.2%} of the tokens are trained, so most of the work teaches nothing"
+        what = f"only {share:.2%} of the tokens are loss tokens, so most of the work teaches nothing"
         yield Finding(Level.warning, "little_is_trained", what, fix="data.overflow=truncate_prompt, or shorter prompts")
     if share > MOST_TRAINED and train_on is TrainOn.assistant and _is_chat(scan, special):
-        what = (
-            f"{share:.1%} of the tokens are trained, prompts too short to be real; are the roles the right way round?"
-        )
+        what = f"{share:.1%} of the tokens are loss tokens, so prompts are too short to be real; are the roles swapped?"
         yield Finding(Level.warning, "nearly_all_is_trained", what, fix="data.roles={<your role>: user}")
 
 
@@ -134,7 +130,7 @@ def left_out(name: str, rows: TokenRows, summary: SplitSummary) -> Iterator[Find
             where = places(np.flatnonzero(is_cut), rows.place) if finding != "rows_dropped" else ()
             yield Finding(level, finding, what, where, count, fix)
     if counts.untrained:
-        what = f"{name} rows dropped because no trained token was left: {counts.untrained:,}"
+        what = f"{name} rows dropped because no loss token was left: {counts.untrained:,}"
         fix = "data.max_tokens=<more>, or data.overflow=truncate_prompt"
         yield Finding(Level.warning, "rows_left_untrained", what, (), counts.untrained, fix)
 

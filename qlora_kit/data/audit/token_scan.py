@@ -45,11 +45,11 @@ class Tally:
 
 @dataclass
 class Scan:
-    """What one pass over `rows` found; a run is a maximal stretch of trained tokens in a row.
+    """What one pass over `rows` found; a run is a maximal stretch of loss tokens in a row.
 
     Attributes:
         indices: `[R]` int64, the rows that were read: all, or an even sample where there are too many tokens.
-        trained: `[R]` int64, trained tokens of each.
+        trained: `[R]` int64, loss tokens of each.
         runs: how many there are.
         closed: special tokens that end a run, white space after one aside where the run ends its row.
         unclosed: last tokens of the other runs.

@@ -136,7 +136,7 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
     if run is None or not run.data.is_file():
         return
     recorded = read_json(run.data)
-    yield from ("", "## Trained on", "", "| | rows | tokens | trained tokens |", "|---|---:|---:|---:|")
+    yield from ("", "## Trained on", "", "| | rows | tokens | loss tokens |", "|---|---:|---:|---:|")
     for split, label in (("train", "training"), ("held_out", "held out")):
         counts: Mapping[str, Any] | None = recorded.get(split)
         if counts:

@@ -43,7 +43,7 @@ class Sft:
         return CountingCollator(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, batch_shape))
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any], trained: "torch.Tensor | int | None") -> BatchLoss:
-        """The sum over trained tokens by their number in the whole step; sums: right answers, trained tokens, tokens.
+        """The sum over loss tokens by their number in the whole step; sums: right answers, loss tokens, tokens.
 
         Args:
             outputs: `log_probs` and `is_top1`, zero where nothing is trained, and `label_mask`, each over positions.
@@ -61,12 +61,12 @@ class Sft:
         return BatchLoss(-outputs.log_probs.sum() / total.clamp(min=1), sums)
 
     def read(self, sums: Sequence[float]) -> Progress:
-        """The share of trained tokens that were the likeliest ones."""
+        """The share of loss tokens that were the likeliest ones."""
         right, trained, tokens = sums
         return Progress(int(tokens), {"mean_token_accuracy": right / max(trained, 1)})
 
     def held_out(self, loss: "torch.Tensor", inputs: Mapping[str, Any]) -> "torch.Tensor":
-        """The loss is a mean over the batch's trained tokens."""
+        """The loss is a mean over the batch's loss tokens."""
         import torch
 
         summed = loss.double()

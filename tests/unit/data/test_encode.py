@@ -55,7 +55,7 @@ def chat(*turns, system=None, plain=False, trained_from=0):
 
 
 def trained_texts(row, tokenizer):
-    """The text of each run of trained tokens."""
+    """The text of each run of loss tokens."""
     runs, current = [], []
     for token, trained in zip(row.input_ids, row.trained, strict=True):
         if trained:

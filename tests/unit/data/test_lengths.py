@@ -55,7 +55,7 @@ def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, capsys):
     data = prepare(DataConfig(train_file=train, max_tokens=40, overflow=Overflow.truncate_end), TOKENIZER)
     assert [row.line for row in data.train] == [2]
     assert data.summary.train.long_rows.untrained == 1
-    assert "train: dropped 1 row that had no trained token left" in capsys.readouterr().err
+    assert "train: dropped 1 row that had no loss token left" in capsys.readouterr().err
 
 
 def test_the_prompt_is_cut_from_the_left_and_the_answer_stays_whole(tmp_path):

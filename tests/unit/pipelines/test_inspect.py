@@ -46,7 +46,7 @@ def test_brackets_mark_the_trained_tokens_where_there_is_no_terminal(tmp_path):
     assert row in text
     assert row.replace("\na ", "\nb ") in text
     assert "user\nc [bold]" not in text
-    assert "trained tokens are marked with [[ ]]" in text
+    assert "loss tokens are marked with [[ ]]" in text
 
 
 def test_the_numbers_are_those_of_the_rows(tmp_path):

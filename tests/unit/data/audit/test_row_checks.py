@@ -1,5 +1,7 @@
 """Repeats, leaks, odd text and rows that were left out, put into hand-made rows, are found with level and place."""
 
+import re
+
 import numpy as np
 
 from qlora_kit.data.audit.audit import audit
@@ -13,21 +15,27 @@ from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import llama3_tokenizer
 
 
-def test_rows_without_a_trained_token_are_an_error(tmp_path):
+def test_rows_without_a_loss_token_are_an_error(tmp_path):
     ids, _ = chat(5)
     rows = [*good(), (ids, [False] * len(ids))]
-    finding = found(StoredData(stored_rows(tmp_path / "train", rows)))["no_trained_token"]
+    finding = found(StoredData(stored_rows(tmp_path / "train", rows)))["no_loss_token"]
     assert (finding.level, finding.count, finding.places) == (Level.error, 1, ("train.jsonl:31",))
+    assert finding.what == "1 row has no loss token"
 
 
-def test_a_tiny_share_of_trained_tokens_is_a_warning(tmp_path):
+def test_a_tiny_share_of_loss_tokens_is_a_warning(tmp_path):
     long = row("<|im_start|>user\n" + "word " * 900 + "<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧")
-    assert "little_is_trained" in found(StoredData(stored_rows(tmp_path / "train", [long])))
+    finding = found(StoredData(stored_rows(tmp_path / "train", [long])))["little_is_trained"]
+    assert re.fullmatch(
+        r"only 0\.\d\d% of the tokens are loss tokens, so most of the work teaches nothing", finding.what
+    )
 
 
-def test_a_huge_share_of_trained_tokens_is_a_warning_for_chats_alone(tmp_path):
+def test_a_huge_share_of_loss_tokens_is_a_warning_for_chats_alone(tmp_path):
     mostly = row("<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n⟦" + "word " * 900 + "<|im_end|>⟧")
-    assert "nearly_all_is_trained" in found(StoredData(stored_rows(tmp_path / "chat", [mostly])))
+    finding = found(StoredData(stored_rows(tmp_path / "chat", [mostly])))["nearly_all_is_trained"]
+    said = r"99\.\d% of the tokens are loss tokens, so prompts are too short to be real; are the roles swapped\?"
+    assert re.fullmatch(said, finding.what)
     assert "nearly_all_is_trained" not in found(
         StoredData(stored_rows(tmp_path / "chat_all", [mostly])), train_on=TrainOn.last
     )
@@ -119,6 +127,7 @@ def test_what_became_of_long_and_bad_rows_is_told(tmp_path):
     rows = stored_rows(tmp_path / "train", good(), bad_rows=bad)
     names = found(StoredData(rows, long_rows=LongRowCounts(longer=5, dropped=3, cut=2, untrained=1)))
     assert (names["rows_dropped"].count, names["rows_cut"].count, names["rows_left_untrained"].count) == (3, 2, 1)
+    assert names["rows_left_untrained"].what == "training rows dropped because no loss token was left: 1"
     assert names["rows_skipped"].places == ("train.jsonl:4",)
     assert "no JSON" in names["rows_skipped"].what
     names = found(StoredData(rows, long_rows=LongRowCounts(longer=2, cut=2, pieces=5)))
