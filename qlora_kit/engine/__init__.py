@@ -35,7 +35,7 @@ and backward, from d_h3 to d_h; the gradients of A and B are made on the way:
                            Norm.backward_add                        d_x, the residual's d_h2 -> d_h
     in each                split_k_matmul, reduce_partials          d_xa^T x, d_y^T xa -> the gradients of A and B
 
-What is kept in between, where memory is free (`CheckpointPolicy.keep_all`), and what is computed again:
+What is kept in between, where memory is free (`CheckpointPolicy.keep_all`), and what is recomputed:
 
     project        keeps h, xa, and q and k before their norms, if heads are normed
     attention      keeps q, k, v, its output and a number for each token and head

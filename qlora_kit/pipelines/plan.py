@@ -181,9 +181,9 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
         ("optimizer", memory.optimizer, _optimizer(recipe)),
         ("activations", memory.activations, f"{human_count(found.tokens)} tokens at once, {found.kept}"),
         ("loss", memory.loss, "a tile of the logits"),
-        ("workspace", memory.workspace, "one layer unpacked to 16 bit, and its backward pass"),
+        ("workspace", memory.workspace, "one layer dequantized to 16 bit, and its backward pass"),
     ]
-    return [*rows, ("copies", memory.copies, "frozen weights kept unpacked too")] if memory.copies else rows
+    return [*rows, ("cached", memory.copies, "frozen weights kept dequantized too")] if memory.copies else rows
 
 
 def _optimizer(recipe: TrainRecipe) -> str:

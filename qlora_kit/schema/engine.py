@@ -38,8 +38,8 @@ class EngineConfig(Sealed):
     )
     recompute: str = knob(
         "auto",
-        "What is computed again in the backward pass: none, all, a budget such as 20GB for what is kept, or auto.",
+        "What is recomputed in the backward pass: none, all, a budget such as 20GB for what is kept, or auto.",
     )
     cuda_graphs: bool = knob(
-        True, "Fast on a GPU: layers of batches that keep their shape are recorded once and started as a whole."
+        True, "Fast on a GPU: layers of batches that keep their shape are captured once and replayed."
     )

@@ -46,7 +46,7 @@ def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEn
     engine.set_policies(policies)
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
         back = "engine.cached_weights=none gives it back"
-        log.info(f"engine: weights are kept unpacked too, {human_bytes(copies)} ({back})")
+        log.info(f"engine: weights are kept dequantized too, {human_bytes(copies)} ({back})")
     log.info(
         f"engine: fast, {config.compute.name}, {counted(engine.fast_layers, 'layer')}; for {human_count(tokens)} "
         f"tokens {again(policies)}"

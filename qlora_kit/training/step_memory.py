@@ -41,11 +41,11 @@ WHATEVER_IS_FREE = {
 AGAIN = {
     CheckpointPolicy.recompute_gate_up: "gate and up",
     CheckpointPolicy.recompute_layer: "whole layers",
-    CheckpointPolicy.offload_input: "whole layers, from the host's memory",
-    CheckpointPolicy.chunked_mlp: "whole layers, from the host's memory, some tokens at a time",
+    CheckpointPolicy.offload_input: "whole layers, inputs offloaded to the host",
+    CheckpointPolicy.chunked_mlp: "whole layers, inputs offloaded to the host, MLP in chunks",
 }
 COPIES_SHARE = 0.5  # of the memory that a step leaves over, for copies of weights: recordings and longer rows need some
-COPY_BYTES = {Compute.bf16: 2, Compute.fp8_backward: 1, Compute.fp8: 2}  # of a weight that is kept unpacked
+COPY_BYTES = {Compute.bf16: 2, Compute.fp8_backward: 1, Compute.fp8: 2}  # of a weight that is kept dequantized
 MLP = ("gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # kept together
 
@@ -88,7 +88,7 @@ class StepMemory:
     def room_for_copies(self, cached_weights: str, policies: Sequence[int], free_bytes: float) -> float:
         """Bytes for copies of weights that the recipe's word for it comes to, where layers keep what policies say.
 
-        For auto there are none where memory is so short that something is computed again.
+        For auto there are none where memory is so short that something is recomputed.
         """
         wanted = parse_amount(cached_weights)
         if wanted.amount is Amount.auto:
@@ -118,7 +118,7 @@ def fast_estimate(
     Args:
         plain: the estimate of the plain engine, whose weights, adapter and optimizer are the same.
         free_bytes: before anything is loaded; None where no device is at hand: what `engine.recompute=auto` then
-            needs at the least is reckoned, with every layer computed again and no copies.
+            needs at the least is estimated, with every layer recomputed and no copies.
     """
     if free_bytes is None:
         least = "all" if parse_amount(engine.recompute).amount is Amount.auto else engine.recompute
@@ -139,9 +139,9 @@ def fast_estimate(
 
 
 def again(policies: Sequence[int]) -> str:
-    """In words, what layers at these policies compute again."""
+    """In words, what layers at these policies recompute."""
     counts = ", ".join(f"{count} {what}" for policy, what in AGAIN.items() if (count := policies.count(policy)))
-    return f"computed again in the backward pass: {counts}" if counts else "nothing is computed again"
+    return f"recomputed in the backward pass: {counts}" if counts else "nothing is recomputed"
 
 
 def extras_of_recipe(shape: ModelShape, lora: LoraConfig, family: Family | None) -> LayerExtras:

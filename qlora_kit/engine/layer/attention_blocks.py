@@ -6,7 +6,7 @@ For a layer input h of shape `[rows, tokens, hidden]`:
     h2 = project_add(attention, residual) output module, optional norm, residual
 
 What is kept for the backward is the input of each part, q and k before their norms, and the products x A^T of LoRA; the
-norm of h is computed again, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
+norm of h is recomputed, and frozen weights are dequantized again. Attention keeps q, k, v and its output itself.
 """
 
 from collections.abc import Sequence

@@ -130,7 +130,7 @@ def plan_policies(
 
     Args:
         tokens: of one forward pass, padding included.
-        budget_bytes: for kept activations and those that are computed again.
+        budget_bytes: for kept activations and those that are recomputed.
     """
     layers = shape.num_layers
     for higher in MIXED[1:]:

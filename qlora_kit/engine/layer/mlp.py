@@ -5,7 +5,7 @@ The dense one for h of shape `[rows, tokens, hidden]`, with a backward written b
     h3 = gated_mlp(h2)                    norm, gate and up, activation, down, optional norm, residual
 
 What is kept for the backward is its input, gate and up, and the products x A^T of LoRA; the norm and the gated product
-are computed again, and frozen weights are dequantized again.
+are recomputed, and frozen weights are dequantized again.
 """
 
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class DenseMlp:
 
 
 def gated_mlp(h: Tensor, parts: DenseMlp, *, recompute_gate_up: bool = False) -> Tensor:
-    """`h + mlp(h)` for h `[rows, tokens, hidden]`; gate and up are kept, or computed again in the backward."""
+    """`h + mlp(h)` for h `[rows, tokens, hidden]`; gate and up are kept, or recomputed in the backward."""
     parameters = [*parts.group.parameters(), *parts.down.parameters()]
     found: Tensor = GatedMlp.apply(h, parts, recompute_gate_up, *parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return found

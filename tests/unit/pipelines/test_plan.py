@@ -157,11 +157,11 @@ def test_the_fast_engine_needs_what_was_measured(monkeypatch, engine, measured):
 
 def test_the_fast_engine_keeps_what_fits_into_the_card_at_hand(monkeypatch):
     everything = on_a_card_of(monkeypatch, 84e9)
-    assert "nothing is computed again" in everything["activations"]
-    assert everything["copies"].startswith("14.0 GB")
+    assert "nothing is recomputed" in everything["activations"]
+    assert everything["cached"].startswith("14.0 GB")
     small = on_a_card_of(monkeypatch, 15.5e9)
-    assert "computed again in the backward pass" in small["activations"]
-    assert "copies" not in small
+    assert "recomputed in the backward pass" in small["activations"]
+    assert "cached" not in small
     assert 10 < float(small["total"].split()[0]) < 15.5
     assert printed(fast(recompute="all"))["total"] == on_a_card_of(monkeypatch, None)["total"]
 

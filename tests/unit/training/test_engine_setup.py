@@ -104,10 +104,10 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert policies("1MB") == [3, 3]
     made = enable_engine(model, EngineConfig(mode=FAST), 1000)
     said = capsys.readouterr().err
-    assert "computed again in the backward pass: 2 whole layers, from the host's memory, some tokens at a time" in said
+    assert "recomputed in the backward pass: 2 whole layers, inputs offloaded to the host, MLP in chunks" in said
     made.undo()
     enable_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
-    assert "computed again in the backward pass: 2 whole layers" in capsys.readouterr().err
+    assert "recomputed in the backward pass: 2 whole layers" in capsys.readouterr().err
 
 
 def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
@@ -129,13 +129,13 @@ def test_what_the_host_cannot_hold_is_refused(base, monkeypatch):
 
 
 @pytest.mark.slow
-def test_weights_are_kept_unpacked_where_memory_is_left(base, monkeypatch, capsys):
+def test_weights_are_kept_dequantized_where_memory_is_left(base, monkeypatch, capsys):
     def engine(free, **settings):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
         monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
         made = enable_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
         weights = [linear.weight for layer in made.layers for linear in layer.parts.linears]
-        said = "weights are kept unpacked too" in capsys.readouterr().err
+        said = "engine: weights are kept dequantized too" in capsys.readouterr().err
         return said, {weight._kept_transposed is not None for weight in weights}
 
     # The GPU's product is emulated: only what is kept matters here.

@@ -123,7 +123,7 @@ def _glu_backward(
     """Write the gradients of gate and up to the two `[T, N]` of `out`.
 
     Args:
-        grad: of the product, which is computed again.
+        grad: of the product, which is recomputed.
         deltas: belong to gate, up and grad in this order; their left factors are those of the sums.
         out: of one stride.
     """

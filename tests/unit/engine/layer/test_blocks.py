@@ -131,7 +131,7 @@ def test_project_add(parts, has_after):
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("has_after", [False, True], ids=["bare", "norm after"])
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kind", list(Activation))
 def test_gated_mlp(parts, is_fused, has_after, again, kind):
     h = drawn(ROWS, TOKENS, HIDDEN).requires_grad_()
