@@ -23,17 +23,17 @@ def run(arguments: list[str]) -> int:
     findings = diagnose()
     rows = [(finding.name, finding.health.value, finding.value, finding.fix) for finding in findings]
     show("qlora-kit doctor")
-    for line in table_lines([("what", "state", "found", ""), *rows]):
+    for line in table_lines([("check", "status", "details", ""), *rows]):
         show(line)
-    return EXIT_RUN_FAILED if any(finding.health is Health.bad for finding in findings) else EXIT_OK
+    return EXIT_RUN_FAILED if any(finding.health is Health.failed for finding in findings) else EXIT_OK
 
 
 def table_lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
-    """Name, state and finding in columns, the finding wrapped; a fix on a line of its own, whole, to be pasted."""
+    """Name, status and details in columns, the details wrapped; a fix on a line of its own, whole, to be pasted."""
     first, second = (max(len(row[column]) for row in rows) + 2 for column in (0, 1))
-    for name, state, found, fix in rows:
-        start = f"{name:<{first}}{state:<{second}}"
+    for name, status, details, fix in rows:
+        start = f"{name:<{first}}{status:<{second}}"
         inside = " " * len(start)
-        yield from textwrap.wrap(found, WIDTH, initial_indent=start, subsequent_indent=inside) or [start.rstrip()]
+        yield from textwrap.wrap(details, WIDTH, initial_indent=start, subsequent_indent=inside) or [start.rstrip()]
         if fix:
             yield f"{' ' * first}fix  {fix}"

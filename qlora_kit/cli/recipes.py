@@ -72,7 +72,7 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
         composed = compose_recipe(verb, overrides)
         if verb == "train":
             check_train(composed)
-        show("good")
+        show("valid")
     return EXIT_OK
 
 

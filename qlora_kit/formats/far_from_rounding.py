@@ -1,4 +1,4 @@
-"""Finds files that are far worse than plain rounding to as many bits: with those bits it was not the bits."""
+"""Finds files that are far worse than RTN, plain rounding to as many bits: with those bits it was not the bits."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from qlora_kit.formats.registry import find_format
 
 SUSPICIOUS_KL = 0.1  # nats; below, no twin is made
 FAR = 2.0  # times the twin's KL
-LEAST_BITS = 3  # with fewer, plain rounding is worth nothing itself
+LEAST_BITS = 3  # with fewer, RTN is worth nothing itself
 
 
 def far_from_rounding(
@@ -28,22 +28,22 @@ def far_from_rounding(
         return
     key = str(merged), bits
     if key not in reference.twins:
-        log.info(f"{job.name}: mean KL {fidelity.mean_kl:.4f}; scoring what plain rounding to {bits} bits gives")
+        log.info(f"{job.name}: mean KL {fidelity.mean_kl:.4f}; scoring the RTN baseline of {bits} bits")
         try:
             twin = score_rounded_twin(merged, bits, reference.rows, reference.scores, pad_token_id)
         except (RuntimeError, OSError) as error:
-            log.warning(f"{job.name}: plain rounding was not compared with: {str(error).splitlines()[0]}")
+            log.warning(f"{job.name}: the RTN baseline could not be scored: {str(error).splitlines()[0]}")
             return
         reference.twins[key] = twin.mean_kl
     if interval[0] > FAR * reference.twins[key]:
         yield (
-            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of rounding the same "
-            f"weights to the nearest of {bits} bits"
+            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of the RTN baseline: the "
+            f"same weights rounded to the nearest of {bits} bits"
         )
 
 
 def weight_bits(format_name: str, settings: Mapping[str, object]) -> int | None:
-    """Whole bits of a weight; None where plain rounding is no yardstick: few bits, 16 bits, or layers that differ."""
+    """Whole bits of a weight; None where RTN is no baseline: few bits, 16 bits, or layers that differ."""
     if settings.get("overrides") or settings.get("bits_budget"):
         return None
     bits = find_format(format_name).weight_bits(settings)

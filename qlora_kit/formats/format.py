@@ -145,7 +145,7 @@ class Format(ABC, Generic[Target]):
         return None
 
     def weight_bits(self, settings: Mapping[str, object]) -> int | None:
-        """Whole bits of a weight; None where plain rounding to as many is no yardstick.
+        """Whole bits of a weight; None where RTN to as many is no baseline.
 
         Args:
             settings: the target's fields.

@@ -28,9 +28,9 @@ COMPILERS = ("c++", "g++", "clang++")
 class Health(Enum):
     """How a finding is to be taken."""
 
-    good = "good"
+    ok = "ok"
     missing = "missing"  # optional, and not there
-    bad = "bad"
+    failed = "failed"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finding:
 
     name: str
     value: str
-    health: Health = Health.good
+    health: Health = Health.ok
     fix: str = ""
 
 
@@ -55,9 +55,9 @@ def check_requirement(requirement: Requirement) -> Finding:
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, f"not installed, wanted {wanted or 'any version'}", Health.bad, line)
+        return Finding(name, f"not installed, wanted {wanted or 'any version'}", Health.failed, line)
     if not requirement.specifier.contains(installed, prereleases=True):
-        return Finding(name, f"{installed}, wanted {wanted}", Health.bad, line)
+        return Finding(name, f"{installed}, wanted {wanted}", Health.failed, line)
     return Finding(name, installed)
 
 
@@ -76,7 +76,7 @@ def _machine() -> Iterator[Finding]:
     version = platform.python_version()
     supported = low <= sys.version_info[:2] < high
     fix = "" if supported else f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
-    yield Finding("python", version, Health.good if supported else Health.bad, fix)
+    yield Finding("python", version, Health.ok if supported else Health.failed, fix)
     yield Finding("platform", platform.platform())
     yield Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
     memory = psutil.virtual_memory()
@@ -95,7 +95,7 @@ def _devices() -> Iterator[Finding]:
     elif has_nvidia_gpu():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use its driver"
         fix = "install a CUDA build of torch, and a driver at least as new as its CUDA"
-        yield Finding("cuda", f"there is an NVIDIA device, but {reason}", Health.bad, fix)
+        yield Finding("cuda", f"there is an NVIDIA device, but {reason}", Health.failed, fix)
     else:
         yield Finding("cuda", "no NVIDIA device: runs use the CPU", Health.missing)
 
@@ -106,7 +106,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             DISTRIBUTION,
             "runs from a folder, not installed",
-            Health.bad,
+            Health.failed,
             shell_line(["pip", "install", "-e", Path(__file__).resolve().parents[2]]),
         )
     for requirement in wanted:
@@ -116,7 +116,7 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra in sorted(set(extras()) - BUNDLES):
         parts = [part for part in requirements() if is_of_extra(part, extra)]
-        wrong = [found for part in parts if (found := check_requirement(part)).health is Health.bad]
+        wrong = [found for part in parts if (found := check_requirement(part)).health is Health.failed]
         if wrong:
             value = "; ".join(f"{found.name} {found.value}" for found in wrong)
             yield Finding(f"extra {extra}", value, Health.missing, install_line(extra))
@@ -132,7 +132,7 @@ def _folders() -> Iterator[Finding]:
                 free = human_bytes(shutil.disk_usage(existing).free)
             yield Finding(name, f"{folder}, {free} free")
         except OSError as error:
-            yield Finding(name, f"{folder}: {error.strerror}", Health.bad, f"make {existing} writable")
+            yield Finding(name, f"{folder}: {error.strerror}", Health.failed, f"make {existing} writable")
 
 
 def _compiler() -> Finding:

@@ -169,7 +169,7 @@ class GptqTarget(MixingTarget):
     group_size: int = knob(128, "Weights that share a scale; -1 is a whole row.", unit="weights", minimum=-1)
     desc_act: bool = knob(False, "Quantize columns in order of activation size: closer, slower to serve.")
     sym: bool = knob(True, "Symmetric range without zero points.")
-    method: GptqMethod = knob(GptqMethod.gptq, "rounding takes the nearest values and looks at no rows: the yardstick.")
+    method: GptqMethod = knob(GptqMethod.gptq, "rounding is the RTN baseline: the nearest values, without calibration.")
     damping: float = knob(
         0.05, "gptq: share of the mean input energy added to each channel's before inverting.", above=0, maximum=0.99
     )

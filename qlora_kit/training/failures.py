@@ -139,7 +139,7 @@ def out_of_memory(error: BaseException, recipe: TrainRecipe, run: RunDirectory, 
         f"; {said[1].removesuffix('.').lower()}" if len(said) > 1 and said[1].startswith("Tried to allocate") else ""
     )
     planned = needs(recipe)
-    plan = "" if planned is None else f"; plan reckoned with about {human_bytes(planned)}"
+    plan = "" if planned is None else f"; plan estimated about {human_bytes(planned)}"
     what = f"{_place(on_gpu=on_gpu)} ran out of memory{asked}: {_held(on_gpu=on_gpu)}{plan}"
     same, shorter = _smaller(recipe, needs, longest)
     problems = [Problem(what, fix=again_with(run, same) if same else again_with(run, shorter))]

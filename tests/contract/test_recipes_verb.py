@@ -73,6 +73,14 @@ def test_validate_names_what_is_missing(capsys):
     assert "there are no training rows" in capsys.readouterr().err
 
 
+def test_validate_says_that_a_recipe_is_valid(capsys, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr("qlora_kit.training.preflight.check_train", lambda composed: composed.recipe)
+    line = ["model=demo", "data=rows", f"data.train_file={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
+    assert main(["recipes", "validate", *line]) == 0
+    assert capsys.readouterr().out == "valid\n"
+
+
 def test_diff_shows_what_differs(capsys):
     assert main(["recipes", "diff", "llama3_1_8b_chat_24gb", "qwen3_8b_chat_24gb"]) == 0
     shown = capsys.readouterr().out

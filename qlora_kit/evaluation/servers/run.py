@@ -54,7 +54,7 @@ class ServerCheck:
 
     def __str__(self) -> str:
         reason = f" ({self.why})" if self.why else ""
-        return f"{self.server}: {self.how}{reason}: {'; '.join(self.problems) or 'good'}"
+        return f"{self.server}: {self.how}{reason}: {'; '.join(self.problems) or 'passed'}"
 
 
 def try_servers(

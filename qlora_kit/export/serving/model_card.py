@@ -24,7 +24,7 @@ _MEASURED = {
     "perplexity": ("perplexity", ".3f"),
     "mean_kl": ("mean KL to the trained model (nats)", ".5f"),
     "p99_kl": ("99th percentile of KL (nats)", ".4f"),
-    "same_top": ("same most likely token", ".2%"),
+    "same_top": ("top-1 agreement", ".2%"),
     "exact_match": ("exact answers", ".1%"),
     "stops": ("answers that stop by themselves", ".1%"),
     "positions": ("positions compared", "d"),

@@ -1,4 +1,4 @@
-"""Plain rounding in GPTQ's layout: the yardstick that a method which looks at activations has to beat."""
+"""Rounding to nearest (RTN) in GPTQ's layout: the baseline that a method which looks at activations has to beat."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

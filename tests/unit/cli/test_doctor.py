@@ -3,8 +3,8 @@
 from qlora_kit.cli.doctor import table_lines
 
 ROWS = [
-    ("what", "state", "found", ""),
-    ("python", "good", "3.11.9", ""),
+    ("check", "status", "details", ""),
+    ("python", "ok", "3.11.9", ""),
     (
         "extra gguf",
         "missing",
@@ -17,7 +17,7 @@ ROWS = [
 def test_columns_are_aligned_to_the_left_and_wrapped():
     lines = list(table_lines(ROWS))
     assert max(map(len, lines)) <= 80
-    assert [line[:14] for line in lines[:3]] == ["what        st", "python      go", "extra gguf  mi"]
+    assert [line[:14] for line in lines[:3]] == ["check       st", "python      ok", "extra gguf  mi"]
     assert lines[3].startswith(" " * 21) and "xllamacpp not installed" in " ".join(line.strip() for line in lines[2:4])
 
 

@@ -1,4 +1,4 @@
-"""Which files are held against plain rounding, and which are called far from it."""
+"""Which files are held against RTN, plain rounding, and which are called far from it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def told(monkeypatch):
 def test_a_destroyed_file_is_a_fault(told):
     faults, scored = told(FIT, times=3)
     assert faults == [
-        "mean KL 4.4000 is more than twice the 0.2000 of rounding the same weights to the nearest of 4 bits"
+        "mean KL 4.4000 is more than twice the 0.2000 of the RTN baseline: the same weights rounded to the nearest of 4 bits"
     ]
     assert scored == [4]  # once for all files of as many bits
 
@@ -94,4 +94,4 @@ def test_others_are_none(told, fidelity, twin):
 
 def test_a_twin_that_does_not_fit_is_said(told, capsys):
     assert told(FIT, None)[0] == []
-    assert "plain rounding was not compared with: CUDA out of memory" in capsys.readouterr().err
+    assert "the RTN baseline could not be scored: CUDA out of memory" in capsys.readouterr().err

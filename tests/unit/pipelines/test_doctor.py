@@ -15,13 +15,13 @@ def test_this_machine_is_described():
     assert {"python", "platform", "cores", "memory", "cuda", "working folder", "cache folder", "c++ compiler"} <= set(
         found
     )
-    assert found["python"].health is Health.good
+    assert found["python"].health is Health.ok
     assert int(found["cores"].value) >= 1
 
 
 def test_an_installed_version_in_range_is_good():
     found = check_requirement(Requirement("packaging>=1"))
-    assert found.health is Health.good
+    assert found.health is Health.ok
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_an_installed_version_in_range_is_good():
 )
 def test_a_package_outside_its_range_comes_with_the_pip_line(line, value):
     found = check_requirement(Requirement(line))
-    assert found.health is Health.bad
+    assert found.health is Health.failed
     assert value in found.value
     assert found.fix == f"pip install '{line}'"
 
@@ -41,7 +41,7 @@ def test_a_missing_extra_is_optional_and_comes_with_the_pip_line(monkeypatch):
     found = {finding.name: finding for finding in doctor._extras()}
     assert found["extra wandb"].health is Health.missing
     assert found["extra wandb"].fix == install_line("wandb")
-    assert found["extra gguf"].health is Health.good
+    assert found["extra gguf"].health is Health.ok
 
 
 def test_without_a_compiler_it_says_what_wants_one(monkeypatch):
@@ -57,17 +57,17 @@ def test_a_folder_that_cannot_be_written_is_bad(monkeypatch):
 
     monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
     found = {finding.name: finding for finding in doctor._folders()}
-    assert found["working folder"].health is Health.bad
+    assert found["working folder"].health is Health.failed
     assert "Permission denied" in found["working folder"].value
 
 
 def test_a_python_out_of_range_is_bad(monkeypatch):
     monkeypatch.setattr(doctor.sys, "version_info", (3, 14, 0))
-    assert next(doctor._machine()).health is Health.bad
+    assert next(doctor._machine()).health is Health.failed
 
 
 def test_a_gpu_that_torch_cannot_use_is_bad(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: True)
-    assert next(doctor._devices()).health is Health.bad
+    assert next(doctor._devices()).health is Health.failed

@@ -308,7 +308,7 @@ def test_memory_that_ran_out_is_told_with_lines_that_need_less(workshop, tmp_pat
         train(recipe, run, typed)
     problem, less, later = told.value.problems
     assert "ran out of memory; tried to allocate 2.00 gib: this process used" in problem.what
-    assert "are free now; plan reckoned with about" in problem.what
+    assert "are free now; plan estimated about" in problem.what
     assert f"the checkpoint of step {SAVED} goes on" in later.what
     same, shorter, resume = problem.fix, less.fix, later.fix
     found = command_in(same)

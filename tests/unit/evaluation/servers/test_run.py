@@ -81,7 +81,7 @@ def test_ollama_is_run_and_ended(gguf: Path, tmp_path: Path, monkeypatch: pytest
     (check,) = check_servers("gguf", gguf, "m.gguf", timeout=30)
     assert (check.server, check.how, check.problems, check.answer) == ("Ollama", RAN, (), "Hello you")
     assert check.is_good and check.seconds > 0
-    assert str(check) == "Ollama: ran: good"
+    assert str(check) == "Ollama: ran: passed"
     assert not is_running(int(pid.read_text()))
 
 
@@ -109,7 +109,7 @@ def test_what_goes_wrong_in_ollama_is_told(
 def test_an_absent_ollama_is_a_static_check(gguf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [str(check) for check in check_servers("gguf", gguf, "m.gguf")] == [
-        "Ollama: checked statically (ollama is not on this machine): good"
+        "Ollama: checked statically (ollama is not on this machine): passed"
     ]
 
 
@@ -127,8 +127,8 @@ def test_absent_python_servers_are_static_checks(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(run, "is_present", lambda module: False)
     folder = build_tiny_model("qwen3", tmp_path / "tiny")
     assert [str(check) for check in check_servers("merged", folder)] == [
-        "vLLM: checked statically (vllm is not installed): good",
-        "SGLang: checked statically (sglang is not installed): good",
+        "vLLM: checked statically (vllm is not installed): passed",
+        "SGLang: checked statically (sglang is not installed): passed",
     ]
     (folder / "tokenizer.json").unlink()
     assert all(not check.is_good for check in check_servers("merged", folder))

@@ -50,7 +50,7 @@ def test_measured_values_are_in_a_table(facts: Made) -> None:
     lines = model_card(facts()).splitlines()
     assert "| loss on held-out answers (nats a token) | 0.5123 |" in lines
     assert "| mean KL to the trained model (nats) | 0.00432 |" in lines
-    assert "| same most likely token | 98.76% |" in lines
+    assert "| top-1 agreement | 98.76% |" in lines
     assert "| positions compared | 390 |" in lines
     assert not any("interval" in line for line in lines)  # no single number
     assert "Rejected" not in "".join(lines)
