@@ -1,4 +1,4 @@
-"""`qlora-kit eval`: one table over every artifact of a run, or of a base that was never trained."""
+"""`qlora-kit eval`: one table over every artifact of a run, or of a base model."""
 
 from dataclasses import asdict
 from typing import cast
@@ -9,7 +9,7 @@ from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.shell import shell_line
 
-SUMMARY = "Score every export of a run beside base and adapter, or of an untrained base beside the base itself."
+SUMMARY = "Score every export of a run beside base and adapter, or of a quantized base model beside the base itself."
 EXAMPLES = [
     "qlora-kit eval run=latest",
     "qlora-kit eval run=latest 'eval.artifacts=[adapter,gguf_q4_k_m]' eval.kl_rows=100",

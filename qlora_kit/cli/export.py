@@ -1,4 +1,4 @@
-"""`qlora-kit export`: files to serve from a finished run, or from a base that was never trained."""
+"""`qlora-kit export`: files to serve from a finished run, or a base model quantized."""
 
 from typing import cast
 
@@ -7,7 +7,7 @@ from qlora_kit.core.distributed import refuse_several_processes
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.shell import shell_line
 
-SUMMARY = "Merge a run's adapter once and write the named files; or write them from a base that was never trained."
+SUMMARY = "Merge a run's adapter once and write the named files; or quantize a base model."
 EXAMPLES = [
     "qlora-kit export run=latest export=gguf_q4_k_m",
     "qlora-kit export run=latest 'export=[gguf_q4_k_m,gptq_4bit,awq_4bit,merged_16bit]' export.max_mean_kl=0.05",

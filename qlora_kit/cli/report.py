@@ -14,7 +14,7 @@ HELP = """usage: qlora-kit report [run=DIR|latest] [base=DIR|latest] [out=FILE.h
 Writes one HTML file about a run: curves, rows, how close each exported file is to the trained model, size against KL,
 commands to serve, and what it takes to make the run again. It needs no network, loads no weight, and says what a run
 lacks: one that was stopped has a page too. run= is the newest run unless given; out= is report.html in its directory.
-base= instead of run= is for exports of a base that was never trained: their folder, or what export was given as base=.
+base= instead of run= is for exports of a base model: their folder, or what export was given as base=.
 
 Examples:
   qlora-kit report

@@ -37,7 +37,7 @@ def check_exports(base: Path, export: ExportConfig, adapter: Mapping[str, Any] |
 
     Args:
         base: folder of the base.
-        adapter: settings of the trained adapter; None for a base that was never trained.
+        adapter: settings of the trained adapter; None for a base model.
     """
     form = model_form(base)
     if form is None:

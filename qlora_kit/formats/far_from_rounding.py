@@ -37,8 +37,8 @@ def far_from_rounding(
         reference.twins[key] = twin.mean_kl
     if interval[0] > FAR * reference.twins[key]:
         yield (
-            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of the RTN baseline: the "
-            f"same weights rounded to the nearest of {bits} bits"
+            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of the RTN baseline, "
+            f"the same weights rounded to the nearest of {bits} bits"
         )
 
 

@@ -65,7 +65,7 @@ class Format(ABC, Generic[Target]):
 
         Args:
             path: of the target, such as `export.merged.merged_16bit`.
-            adapter: settings of the trained adapter; empty for a base that was never trained.
+            adapter: settings of the trained adapter; empty for a base model.
         """
         yield from ()
 

@@ -33,7 +33,7 @@ def report(name: str, out: Path | None = None) -> Path:
 
 
 def report_base(name: str, out: Path | None = None) -> Path:
-    """Write the page of the exports of a base that was never trained.
+    """Write the page of the exports of a base model.
 
     Args:
         name: their folder, what export was given as `base=`, or `latest`.

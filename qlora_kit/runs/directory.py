@@ -36,7 +36,7 @@ class RunDirectory:
 
     @property
     def export_recipe(self) -> Path:
-        """What was exported of a base that was never trained; not named `recipe`, by which runs are found."""
+        """What was exported of a base model; not named `recipe`, by which runs are found."""
         return self.path / "export.yaml"
 
     @property
@@ -260,7 +260,7 @@ def refuse_no_run(run: RunDirectory, name: str, finished: bool | None = None) ->
     if run.recipe.is_file():
         return
     if run.export_recipe.is_file():
-        what = f"{name} is not a run directory: it holds exports of a base that was never trained"
+        what = f"{name} is not a run directory: it holds exports of a base model"
         lines = (shell_line(["qlora-kit", verb, override("base", name)]) for verb in ("eval", "report"))
         raise RecipeError(what, f"{key}={name}", ", or ".join(lines))
     if finished is not False and (best := best_job(run.path)):

@@ -1,4 +1,4 @@
-"""What a recipe may not say about what it exports or scores: a trained run, or a base that was never trained."""
+"""What a recipe may not say about what it exports or scores: a trained run, or a base model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,7 +60,7 @@ def _of_base(recipe: ExportRecipe, base: str, has_data: bool) -> Iterator[Findin
     yield from _empty(base, "base=<folder of a model in Hugging Face format>")
     yield from _both(recipe.run, base, "one export")
     for name in recipe.export.adapter:
-        what = f"{name} writes an adapter alone, and a base that was never trained has none"
+        what = f"{name} writes an adapter alone, and a base model has none"
         yield Finding("export", what, "export=gguf_q4_k_m, or run=<run directory> to export its adapter")
     if recipe.export.merge_base is MergeBase.best:
         what = "export.merge_base=best chooses what an adapter is merged into, and a base has no adapter"

@@ -39,7 +39,7 @@ class ExportRecipe(Sealed):
 
     run: str | None = knob(None, "A run directory, or latest; latest unless base is given.")
     base: str | None = knob(
-        None, "Instead of a run, a base that was never trained: a folder, a hub id, an option of model, or demo."
+        None, "Instead of a run, quantize a base model: a folder, a hub id, an option of model, or demo."
     )
     revision: str | None = knob(None, "base: commit or tag; required for a hub id.")
     out: str | None = knob(None, "base: folder that gets exports/; outputs/<base>/<time> unless set.")

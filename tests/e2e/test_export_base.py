@@ -1,4 +1,4 @@
-"""Export of a base that was never trained: every kind of format, with rows and without, killed, and rejected."""
+"""A base model quantized: every kind of format, with rows and without, killed, and rejected."""
 
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def test_kill_9_leaves_nothing_that_the_next_export_does_not_clear(workshop, tmp
     [
         (["base=missing", "export=gguf_q8_0"], "no such folder: missing"),
         (["base=x", "run=latest", "export=gguf_q8_0"], "run=latest and base=x are both set"),
-        (["base=x", "export=adapter_peft"], "a base that was never trained has none"),
+        (["base=x", "export=adapter_peft"], "a base model has none"),
         (["export=gguf_q8_0"], "there is no finished run below outputs/"),
     ],
 )

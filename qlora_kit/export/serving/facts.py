@@ -48,7 +48,7 @@ class ServingFacts:
         file: the path inside the artifact's folder that a reader opens; `.` for a folder.
         settings: the target's fields.
         tokenizer: the one that the run trained with.
-        run: None for a base that was never trained.
+        run: None for a base model.
         directory: the run's, or that of the exports of a base: its data.json names the rows.
         seed: of the run.
         fidelity: measured values by name.

@@ -55,7 +55,7 @@ def weights_of(base: Base) -> list[dict[str, object]]:
 
 
 def _base(directory: RunDirectory | None) -> dict[str, object]:
-    """Of a base that was never trained: the rows that it was calibrated and scored on."""
+    """Of a base model: the rows that it was calibrated and scored on."""
     data = data_hashes(directory) if directory else {}
     return {"recipe_sha256": None, "adapter_sha256": None, "data": data, "trained_with": {}}
 

@@ -53,7 +53,7 @@ class Compressed(Format[CompressedTarget]):
         write_compressed(source.merged, out, target, source.calibration)
 
     def weight_bits(self, settings: Mapping[str, object]) -> int | None:
-        """Bits of the scheme, where activations are as they are; where those are rounded, RTN of weights is no baseline."""
+        """Bits of the scheme, where activations are as they are; where they are rounded, RTN is no baseline."""
         return _WEIGHT_BITS.get(str(settings.get("scheme")))
 
     def load(self, folder: Path) -> Any:

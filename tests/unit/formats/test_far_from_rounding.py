@@ -73,7 +73,8 @@ def told(monkeypatch):
 def test_a_destroyed_file_is_a_fault(told):
     faults, scored = told(FIT, times=3)
     assert faults == [
-        "mean KL 4.4000 is more than twice the 0.2000 of the RTN baseline: the same weights rounded to the nearest of 4 bits"
+        "mean KL 4.4000 is more than twice the 0.2000 of the RTN baseline, "
+        "the same weights rounded to the nearest of 4 bits"
     ]
     assert scored == [4]  # once for all files of as many bits
 

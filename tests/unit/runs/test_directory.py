@@ -156,7 +156,7 @@ def test_exports_of_a_base_are_no_run_and_the_message_says_what_they_are(tmp_pat
     for name, word in (("exports", f"base={tmp_path}/exports"), ("a b", f"'base='\"'\"'{tmp_path}/a b'\"'\"''")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "export.yaml").write_text("base: x\n")
-        with pytest.raises(RecipeError, match="it holds exports of a base that was never trained") as caught:
+        with pytest.raises(RecipeError, match="it holds exports of a base model") as caught:
             find_run(str(tmp_path / name), finished=True)
         assert caught.value.problems[0].fix == f"qlora-kit eval {word}, or qlora-kit report {word}"
 

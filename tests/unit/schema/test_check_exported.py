@@ -53,7 +53,7 @@ CASES = {
     "adapter": (
         {"base": "b", "export": ExportConfig(adapter={"adapter_peft": AdapterTarget()})},
         "export",
-        "adapter_peft writes an adapter alone, and a base that was never trained has none",
+        "adapter_peft writes an adapter alone, and a base model has none",
         "export=gguf_q4_k_m, or run=<run directory> to export its adapter",
     ),
     "best": (
