@@ -10,7 +10,6 @@ CONFIDENCE = 0.95
 Interval = tuple[float, float]
 
 _NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-_MANY_DEGREES = 1000  # from here on Student's t is the normal distribution to three digits
 
 
 def mean_by_row(values: torch.Tensor, rows: torch.Tensor) -> Interval | None:
@@ -46,7 +45,10 @@ def share_by_row(hits: torch.Tensor, rows: torch.Tensor) -> Interval | None:
 
 
 def wilson(hits: float, trials: float) -> Interval | None:
-    """Wilson's score interval of a share, `trials` of them independent; None without a trial."""
+    """Wilson's score interval of a share, `trials` of them independent; None without a trial.
+
+    scipy.stats.binomtest has it for whole numbers alone, and independent positions are none.
+    """
     if trials <= 0:
         return None
     share, square = hits / trials, _NORMAL**2
@@ -63,25 +65,9 @@ def row_count(rows: torch.Tensor) -> int:
 @cache
 def t_quantile(degrees: int) -> float:
     """How many standard errors a two-sided interval reaches, by Student's t with these degrees of freedom."""
-    if degrees >= _MANY_DEGREES:
-        return _NORMAL
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, degrees) < CONFIDENCE else (low, middle)
-    return (low + high) / 2
+    from scipy.special import stdtrit  # 0.2 s; scipy.stats takes 0.6 s and gives the same
 
-
-def _t_inside(reach: float, degrees: int) -> float:
-    """Probability of |t| < reach (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(reach / math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    is_odd = degrees % 2 == 1
-    term = total = (cosine if is_odd else 1.0) if degrees > 1 else 0.0
-    for step in range(3 if is_odd else 2, degrees, 2):
-        term *= (step - 1) / step * cosine**2
-        total += term
-    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
 def _variance(values: torch.Tensor, rows: torch.Tensor) -> tuple[int, float]:
