@@ -1,4 +1,9 @@
-"""What is odd about a row's text, as bits: broken characters, markup left over, and the scripts it is written in."""
+"""What is odd about a row's text, as bits: broken characters, markup left over, and the scripts it is written in.
+
+Mojibake is not left to ftfy: `is_bad` takes 1.7 to 3.1 s for 20,000 rows of some 500 letters, where all of this file
+takes 0.1 to 0.4 s, and calls French capitals in a row (À Â Ç É) broken; `fix_encoding` is as slow, and changes a
+quoted “Â”.
+"""
 
 import re
 import unicodedata

@@ -1,6 +1,7 @@
 """Whole numbers from a GGUF file's metadata, without reading its lists.
 
-The gguf package lists every token and merge on the way, 5 s for 49,000 tokens; here they are stepped over.
+gguf.GGUFReader lists every token and merge on the way, 14 s and 576 MB for 150,000 of each where this takes 0.07 s; a
+file of 149 bytes that claims a list of ten million numbers holds it for more than 30 s. Here lists are stepped over.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
