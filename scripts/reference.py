@@ -28,11 +28,11 @@ def fields_page(verb: str, recipe: type[Sealed]) -> Iterator[str]:
     tables: dict[str, list[str]] = {}
     for path, annotation, field in schema_paths(recipe):
         group, _, name = path.rpartition(".")
-        knob = field.metadata["knob"]
-        kind, default, *bounds = facts(annotation, field, knob)
+        setting = field.metadata["setting"]
+        kind, default, *bounds = facts(annotation, field, setting)
         default = "**required**" if field.default == MISSING else _cell(default.removeprefix("default "))
         told = "; ".join([_cell(kind), *map(_cell, bounds)])
-        tables.setdefault(group, []).append(f"| `{name}` | {default} | {_cell(knob.help)}<br>*{told}* |")
+        tables.setdefault(group, []).append(f"| `{name}` | {default} | {_cell(setting.help)}<br>*{told}* |")
     yield f"# Fields of {verb}\n"
     yield f"Set a field of a group with `group.field=value` behind `qlora-kit {verb}`, or in a recipe file."
     yield "A `*` stands for a name of yours. This page is made from the recipe classes, as `--help` is.\n"

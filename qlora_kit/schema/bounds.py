@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from qlora_kit.schema.field import Knob
+from qlora_kit.schema.field import Setting
 
 MOST = 10**9  # of a number without a bound of its own; more is a slip, and overflows somewhere
 
@@ -16,20 +16,22 @@ class OutOfBounds:
     fitting: str = ""
 
 
-def out_of_bounds(path: str, value: float, knob: Knob | None) -> OutOfBounds | None:
+def out_of_bounds(path: str, value: float, setting: Setting | None) -> OutOfBounds | None:
     """Whether a number is finite and within its field's bounds."""
-    if knob is None:
+    if setting is None:
         return None
-    most = knob.maximum if knob.maximum is not None else MOST
-    unit = f" {knob.unit}" if knob.unit else ""
+    most = setting.maximum if setting.maximum is not None else MOST
+    unit = f" {setting.unit}" if setting.unit else ""
     if isinstance(value, float) and not math.isfinite(value):
         return OutOfBounds(f"{path} must be a finite number, got {value}")
-    if knob.minimum is not None and value < knob.minimum:
-        return OutOfBounds(f"{path} must be at least {knob.minimum:g}{unit}, got {_shown(value)}", f"{knob.minimum:g}")
+    if setting.minimum is not None and value < setting.minimum:
+        return OutOfBounds(
+            f"{path} must be at least {setting.minimum:g}{unit}, got {_shown(value)}", f"{setting.minimum:g}"
+        )
     if value > most:
         return OutOfBounds(f"{path} must be at most {_shown(most)}{unit}, got {_shown(value)}", _shown(most))
-    if knob.above is not None and value <= knob.above:
-        return OutOfBounds(f"{path} must be above {knob.above:g}{unit}, got {_shown(value)}")
+    if setting.above is not None and value <= setting.above:
+        return OutOfBounds(f"{path} must be above {setting.above:g}{unit}, got {_shown(value)}")
     return None
 
 

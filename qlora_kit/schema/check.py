@@ -15,7 +15,7 @@ from qlora_kit.schema.check_data import check_data
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
-from qlora_kit.schema.field import Knob, Sealed
+from qlora_kit.schema.field import Sealed, Setting
 from qlora_kit.schema.finding import Finding as Finding
 from qlora_kit.schema.lora import TARGET_SETS, LoraInit
 from qlora_kit.schema.model import Attention
@@ -49,12 +49,12 @@ def check(recipe: Sealed) -> list[Finding]:
 
 
 def _bounds(recipe: Sealed) -> Iterator[Finding]:
-    for path, value, knob in walk.values(recipe):
+    for path, value, setting in walk.values(recipe):
         if isinstance(value, list | dict):
             inside = value.values() if isinstance(value, dict) else value
-            wrong = (out_of_bounds(path, part, Knob("")) for part in inside if _is_number(part))
+            wrong = (out_of_bounds(path, part, Setting("")) for part in inside if _is_number(part))
             yield from (Finding(path, found.what) for found in wrong if found)
-        elif _is_number(value) and (found := out_of_bounds(path, value, knob)):
+        elif _is_number(value) and (found := out_of_bounds(path, value, setting)):
             default = walk.example(type(recipe), path, object()) if walk.is_leaf(type(recipe), path) else ""
             yield Finding(path, found.what, f"{path}={found.fitting}" if found.fitting else default)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_kit.schema.field import MISSING, Sealed, knob
+from qlora_kit.schema.field import MISSING, Sealed, setting
 
 AUTO = "auto"
 HOLD_OUT = "data.eval_share=0.02"  # as in the shipped experiments
@@ -74,54 +74,58 @@ class Task(Enum):
 class SourceConfig(Sealed):
     """One source of a mix."""
 
-    path: str = knob(MISSING, "A file, a glob, a folder that `datasets` saved, or a hub id with a revision.")
-    revision: str | None = knob(None, "Commit of a hub id, so that a run can be repeated.")
-    subset: str | None = knob(None, "Configuration of a hub id.")
-    split: str = knob("train", "Split of a hub id or a saved folder.")
-    format: RowFormat = knob(RowFormat.auto, "Row format of this source.")
-    rows: int | None = knob(None, "Take this many rows, drawn with the seed.", minimum=1)
-    weight: float | None = knob(None, "Share of the mix, relative to the other weights.", above=0)
+    path: str = setting(MISSING, "A file, a glob, a folder that `datasets` saved, or a hub id with a revision.")
+    revision: str | None = setting(None, "Commit of a hub id, so that a run can be repeated.")
+    subset: str | None = setting(None, "Configuration of a hub id.")
+    split: str = setting("train", "Split of a hub id or a saved folder.")
+    format: RowFormat = setting(RowFormat.auto, "Row format of this source.")
+    rows: int | None = setting(None, "Take this many rows, drawn with the seed.", minimum=1)
+    weight: float | None = setting(None, "Share of the mix, relative to the other weights.", above=0)
 
 
 @dataclass
 class DataConfig(Sealed):
     """Training and held-out rows."""
 
-    train_file: str | None = knob(None, "Training rows: a file, a glob, or a folder that `datasets` saved.")
-    sources: dict[str, SourceConfig] = knob({}, "A mix of named sources, instead of train_file.")
-    eval_file: str | None = knob(None, "Held-out rows; never trained on, used to score.")
-    eval_share: float | None = knob(
+    train_file: str | None = setting(None, "Training rows: a file, a glob, or a folder that `datasets` saved.")
+    sources: dict[str, SourceConfig] = setting({}, "A mix of named sources, instead of train_file.")
+    eval_file: str | None = setting(None, "Held-out rows; never trained on, used to score.")
+    eval_share: float | None = setting(
         None, "Without eval_file: hold out this share of the training rows, at least one.", above=0, maximum=0.5
     )
-    format: RowFormat = knob(RowFormat.auto, "Row format; auto recognizes it from the rows and says so.")
-    columns: dict[str, str] = knob({}, "Our field -> your column, such as {prompt: question, completion: answer}.")
-    roles: dict[str, str] = knob({}, "Your role -> ours, such as {customer: user, agent: assistant}.")
-    apply_chat_template: bool = knob(True, "Render prompt/completion rows as a chat; false joins them as plain text.")
-    train_on: TrainOn = knob(
+    format: RowFormat = setting(RowFormat.auto, "Row format; auto recognizes it from the rows and says so.")
+    columns: dict[str, str] = setting({}, "Our field -> your column, such as {prompt: question, completion: answer}.")
+    roles: dict[str, str] = setting({}, "Your role -> ours, such as {customer: user, agent: assistant}.")
+    apply_chat_template: bool = setting(
+        True, "Render prompt/completion rows as a chat; false joins them as plain text."
+    )
+    train_on: TrainOn = setting(
         TrainOn.assistant,
         "Loss tokens: every assistant turn, the last one, those a row flags (train: true), the completion, or all.",
     )
-    max_tokens: int | str = knob(MISSING, "Longest row, or auto: the longest that the plan says fits.", unit="tokens")
-    overflow: Overflow = knob(
+    max_tokens: int | str = setting(
+        MISSING, "Longest row, or auto: the longest that the plan says fits.", unit="tokens"
+    )
+    overflow: Overflow = setting(
         Overflow.error,
         "A longer row: stop, drop it, truncate its end, truncate its prompt from the left, or split it between turns.",
     )
-    batching: Batching = knob(
+    batching: Batching = setting(
         Batching.padded,
         "Rows padded as they come, grouped by length, or packed into bins of max_tokens with isolated attention.",
     )
-    on_bad_row: OnBadRow = knob(OnBadRow.error, "A row that cannot be read: stop, or skip and report it.")
-    max_bad_share: float = knob(0.01, "Skipped rows above this share stop the run.", minimum=0, maximum=1)
-    train_rows: int | None = knob(None, "Use only this many training rows, from the top.", minimum=1)
-    eval_rows: int | None = knob(
+    on_bad_row: OnBadRow = setting(OnBadRow.error, "A row that cannot be read: stop, or skip and report it.")
+    max_bad_share: float = setting(0.01, "Skipped rows above this share stop the run.", minimum=0, maximum=1)
+    train_rows: int | None = setting(None, "Use only this many training rows, from the top.", minimum=1)
+    eval_rows: int | None = setting(
         None,
         "Held-out rows: at most this many of eval_file or of eval_share; without either, this many training rows.",
         minimum=1,
     )
-    seed: int = knob(0, "Seed of the mix and of the held-out split.", minimum=0, maximum=2**32 - 1)
-    processes: int | None = knob(None, "Processes that tokenize; unset: one for each CPU.", minimum=1)
-    cache: bool = knob(True, "Keep tokenized rows in the user's cache, so that the next run starts at once.")
-    task: Task = knob(Task.none, "How generated answers are judged on held-out rows.")
+    seed: int = setting(0, "Seed of the mix and of the held-out split.", minimum=0, maximum=2**32 - 1)
+    processes: int | None = setting(None, "Processes that tokenize; unset: one for each CPU.", minimum=1)
+    cache: bool = setting(True, "Keep tokenized rows in the user's cache, so that the next run starts at once.")
+    task: Task = setting(Task.none, "How generated answers are judged on held-out rows.")
 
     @property
     def holds_out(self) -> bool:
@@ -133,5 +137,5 @@ class DataConfig(Sealed):
 class LaterRows(Sealed):
     """Held-out rows that a finished run is given; they are read with the settings of its own rows."""
 
-    eval_file: str | None = knob(None, "Held-out rows to score a run on, instead of its own.")
-    eval_rows: int | None = knob(None, "Take at most this many of them.", minimum=1)
+    eval_file: str | None = setting(None, "Held-out rows to score a run on, instead of its own.")
+    eval_rows: int | None = setting(None, "Take at most this many of them.", minimum=1)

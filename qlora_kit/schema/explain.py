@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 from qlora_kit.schema import walk
-from qlora_kit.schema.field import Knob, Sealed
+from qlora_kit.schema.field import Sealed, Setting
 from qlora_kit.schema.folders import groups
 
 
@@ -18,25 +18,25 @@ def explain(recipe: type[Sealed]) -> str:
             lines.append(f"  {group:<11} {', '.join(options)}")
     lines += ["", "Fields (set with path=value):"]
     for path, annotation, field in walk.schema_paths(recipe):
-        knob: Knob = field.metadata["knob"]
+        setting: Setting = field.metadata["setting"]
         lines.append(f"  {path}")
-        lines.append(f"      {knob.help}")
-        lines.append(f"      {'; '.join(facts(annotation, field, knob))}")
+        lines.append(f"      {setting.help}")
+        lines.append(f"      {'; '.join(facts(annotation, field, setting))}")
     return "\n".join(lines)
 
 
-def facts(annotation: Any, field: Any, knob: Knob) -> Iterator[str]:
+def facts(annotation: Any, field: Any, setting: Setting) -> Iterator[str]:
     """A field's type, then its default, then its unit and its bounds where it has them."""
     yield walk.type_name(annotation)
     yield f"default {shown_default(field)}"
-    if knob.unit:
-        yield f"in {knob.unit}"
-    if knob.minimum is not None:
-        yield f"at least {knob.minimum:g}"
-    if knob.above is not None:
-        yield f"above {knob.above:g}"
-    if knob.maximum is not None:
-        yield f"at most {knob.maximum:g}"
+    if setting.unit:
+        yield f"in {setting.unit}"
+    if setting.minimum is not None:
+        yield f"at least {setting.minimum:g}"
+    if setting.above is not None:
+        yield f"above {setting.above:g}"
+    if setting.maximum is not None:
+        yield f"at most {setting.maximum:g}"
 
 
 def shown_default(field: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.field import Sealed, setting
 from qlora_kit.schema.finding import Finding
 
 MIXING = ("gptq", "gguf")  # groups whose files may hold each layer in a format of its own
@@ -95,7 +95,7 @@ class MixingTarget(ExportTarget):
 class MergedTarget(ExportTarget):
     """A plain safetensors folder."""
 
-    dtype: str = knob("bfloat16", "Number format of the weights; bfloat16 is the only one so far.")
+    dtype: str = setting("bfloat16", "Number format of the weights; bfloat16 is the only one so far.")
 
     def findings(self, path: str) -> Iterator[Finding]:
         """Another number format."""
@@ -108,17 +108,17 @@ class MergedTarget(ExportTarget):
 class GgufTarget(MixingTarget):
     """One file for llama.cpp, Ollama and what is built on them."""
 
-    mix: GgufMix = knob(GgufMix.Q4_K_M, "File type.")
-    imatrix: bool = knob(
+    mix: GgufMix = setting(GgufMix.Q4_K_M, "File type.")
+    imatrix: bool = setting(
         True, "Fit blocks to the inputs that calibration rows cause; file types of 8 and 16 bits do without."
     )
-    overrides: dict[str, str] = knob(
+    overrides: dict[str, str] = setting(
         {}, "Block types by glob on GGUF tensor names, such as 'blk.*.ffn_down.weight': Q6_K; the last match counts."
     )
-    bits_budget: float | None = knob(
+    bits_budget: float | None = setting(
         None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
     )
-    shard_gb: float | None = knob(None, "Split into files of at most this size.", unit="GB", above=0)
+    shard_gb: float | None = setting(None, "Split into files of at most this size.", unit="GB", above=0)
 
     @property
     def needs(self) -> dict[str, str]:
@@ -154,29 +154,31 @@ class GptqMethod(Enum):
 class GptqOverride(Sealed):
     """What is different for the layers that a pattern names."""
 
-    bits: int | None = knob(None, "Bits a weight: 2, 3, 4 or 8; null takes the target's.", minimum=2, maximum=8)
-    group_size: int | None = knob(
+    bits: int | None = setting(None, "Bits a weight: 2, 3, 4 or 8; null takes the target's.", minimum=2, maximum=8)
+    group_size: int | None = setting(
         None, "Weights that share a scale; null takes the target's.", unit="weights", minimum=-1
     )
-    skip: bool = knob(False, "These layers stay in 16 bits.")
+    skip: bool = setting(False, "These layers stay in 16 bits.")
 
 
 @dataclass
 class GptqTarget(MixingTarget):
     """GPTQ, as vLLM and transformers load it."""
 
-    bits: int = knob(4, "Bits a weight: 2, 3, 4 or 8.", minimum=2, maximum=8)
-    group_size: int = knob(128, "Weights that share a scale; -1 is a whole row.", unit="weights", minimum=-1)
-    desc_act: bool = knob(False, "Quantize columns in order of activation size: closer, slower to serve.")
-    sym: bool = knob(True, "Symmetric range without zero points.")
-    method: GptqMethod = knob(GptqMethod.gptq, "rounding is the RTN baseline: the nearest values, without calibration.")
-    damping: float = knob(
+    bits: int = setting(4, "Bits a weight: 2, 3, 4 or 8.", minimum=2, maximum=8)
+    group_size: int = setting(128, "Weights that share a scale; -1 is a whole row.", unit="weights", minimum=-1)
+    desc_act: bool = setting(False, "Quantize columns in order of activation size: closer, slower to serve.")
+    sym: bool = setting(True, "Symmetric range without zero points.")
+    method: GptqMethod = setting(
+        GptqMethod.gptq, "rounding is the RTN baseline: the nearest values, without calibration."
+    )
+    damping: float = setting(
         0.05, "gptq: share of the mean input energy added to each channel's before inverting.", above=0, maximum=0.99
     )
-    overrides: dict[str, GptqOverride] = knob(
+    overrides: dict[str, GptqOverride] = setting(
         {}, "Layers that differ, by pattern: '*.down_proj', or 're:' and a regular expression; the first match counts."
     )
-    bits_budget: float | None = knob(
+    bits_budget: float | None = setting(
         None, "This file's own export.bits_budget; null takes the shared one.", unit="bits", above=0
     )
 
@@ -211,10 +213,10 @@ AWQ_GROUP_SIZES = {AwqLayout.gemm: (16, 32, 64, 128, -1), AwqLayout.gemv: (64, 1
 class AwqTarget(ExportTarget):
     """AWQ folders: GEMM for vLLM, SGLang and transformers, GEMV for transformers on a GPU, one request at a time."""
 
-    bits: int = knob(4, "Bits a weight; the layout exists for 4.", minimum=4, maximum=4)
-    group_size: int = knob(128, "Weights that share a scale.", unit="weights", minimum=-1)
-    zero_point: bool = knob(True, "Asymmetric range with zero points.")
-    layout: AwqLayout = knob(AwqLayout.gemm, "gemv: another order of the same codes, for one request at a time.")
+    bits: int = setting(4, "Bits a weight; the layout exists for 4.", minimum=4, maximum=4)
+    group_size: int = setting(128, "Weights that share a scale.", unit="weights", minimum=-1)
+    zero_point: bool = setting(True, "Asymmetric range with zero points.")
+    layout: AwqLayout = setting(AwqLayout.gemm, "gemv: another order of the same codes, for one request at a time.")
 
     @property
     def needs(self) -> dict[str, str]:
@@ -246,10 +248,10 @@ class CompressedScheme(Enum):
 class CompressedTarget(ExportTarget):
     """A compressed-tensors folder, as vLLM and SGLang load it."""
 
-    scheme: CompressedScheme = knob(CompressedScheme.W4A16, "Formats of weights and activations.")
-    group_size: int = knob(128, "W4A16: weights that share a scale.", unit="weights", minimum=-1)
-    smoothing: float = knob(0.8, "W8A8: share of activation outliers moved into the weights.", minimum=0, maximum=1)
-    kv_cache_fp8: bool = knob(False, "Scales for an fp8 key-value cache are measured and stored.")
+    scheme: CompressedScheme = setting(CompressedScheme.W4A16, "Formats of weights and activations.")
+    group_size: int = setting(128, "W4A16: weights that share a scale.", unit="weights", minimum=-1)
+    smoothing: float = setting(0.8, "W8A8: share of activation outliers moved into the weights.", minimum=0, maximum=1)
+    kv_cache_fp8: bool = setting(False, "Scales for an fp8 key-value cache are measured and stored.")
 
     @property
     def needs(self) -> dict[str, str]:
@@ -268,8 +270,8 @@ class BnbKind(Enum):
 class BnbTarget(ExportTarget):
     """A bitsandbytes folder: transformers, vLLM and further training load it without quantizing again."""
 
-    kind: BnbKind = knob(BnbKind.nf4, "Number format of the linear weights.")
-    double_quant: bool = knob(True, "nf4: quantize the scales too.")
+    kind: BnbKind = setting(BnbKind.nf4, "Number format of the linear weights.")
+    double_quant: bool = setting(True, "nf4: quantize the scales too.")
 
 
 @dataclass
@@ -288,44 +290,44 @@ class AdapterFormat(Enum):
 class AdapterTarget(ExportTarget):
     """The adapter alone, for servers that load LoRA at run time."""
 
-    format: AdapterFormat = knob(AdapterFormat.peft, "peft: vLLM, SGLang, transformers; gguf: llama.cpp, Ollama.")
+    format: AdapterFormat = setting(AdapterFormat.peft, "peft: vLLM, SGLang, transformers; gguf: llama.cpp, Ollama.")
 
 
 @dataclass
 class ExportConfig(Sealed):
     """One merge, any number of files."""
 
-    merge_base: MergeBase = knob(
+    merge_base: MergeBase = setting(
         MergeBase.auto,
         "dequantized is what the adapter was trained on; original is the 16-bit base; auto is dequantized, but for a "
         "bitsandbytes file in the format of the training base, which would round the update away, original; best "
         "writes each file from both, and keeps the one with the lower held-out loss.",
     )
-    calibration_rows: int = knob(
+    calibration_rows: int = setting(
         32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1
     )
-    calibration_general: float = knob(
+    calibration_general: float = setting(
         0.1, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
     )
-    score_rows: int = knob(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
-    bits_budget: float | None = knob(
+    score_rows: int = setting(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
+    bits_budget: float | None = setting(
         None,
         "Mean bits of a weight in the layers of GPTQ and GGUF files, scales included: the format of each layer is "
         "chosen by what it would cost on the calibration rows.",
         unit="bits",
         above=0,
     )
-    max_mean_kl: float | None = knob(
+    max_mean_kl: float | None = setting(
         None, "Reject a file whose mean KL is above this; exit code 3.", unit="nats", above=0
     )
-    gguf: dict[str, GgufTarget] = knob({}, "GGUF files to write, by name.")
-    gptq: dict[str, GptqTarget] = knob({}, "GPTQ folders to write, by name.")
-    awq: dict[str, AwqTarget] = knob({}, "AWQ folders to write, by name.")
-    merged: dict[str, MergedTarget] = knob({}, "16-bit folders to write, by name.")
-    compressed: dict[str, CompressedTarget] = knob({}, "compressed-tensors folders to write, by name.")
-    bnb: dict[str, BnbTarget] = knob({}, "bitsandbytes folders to write, by name.")
-    fp8_block: dict[str, Fp8BlockTarget] = knob({}, "Folders of FP8 blocks to write, by name.")
-    adapter: dict[str, AdapterTarget] = knob({}, "Adapters to write, by name.")
+    gguf: dict[str, GgufTarget] = setting({}, "GGUF files to write, by name.")
+    gptq: dict[str, GptqTarget] = setting({}, "GPTQ folders to write, by name.")
+    awq: dict[str, AwqTarget] = setting({}, "AWQ folders to write, by name.")
+    merged: dict[str, MergedTarget] = setting({}, "16-bit folders to write, by name.")
+    compressed: dict[str, CompressedTarget] = setting({}, "compressed-tensors folders to write, by name.")
+    bnb: dict[str, BnbTarget] = setting({}, "bitsandbytes folders to write, by name.")
+    fp8_block: dict[str, Fp8BlockTarget] = setting({}, "Folders of FP8 blocks to write, by name.")
+    adapter: dict[str, AdapterTarget] = setting({}, "Adapters to write, by name.")
 
     def targets(self) -> "Iterator[Named]":
         """Every file or folder, group by group."""

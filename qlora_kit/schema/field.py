@@ -8,7 +8,7 @@ MISSING: Any = "???"  # OmegaConf's marker for a value that the recipe must give
 
 
 @dataclass(frozen=True)
-class Knob:
+class Setting:
     """What is known of a field beyond its type."""
 
     help: str
@@ -18,7 +18,7 @@ class Knob:
     above: float | None = None  # an open lower bound
 
 
-def knob(
+def setting(
     default: Any,
     help: str,
     *,
@@ -36,7 +36,7 @@ def knob(
         minimum, maximum: closed bounds of a number.
         above: an open lower bound.
     """
-    metadata: Mapping[str, Any] = {"knob": Knob(help, unit, minimum, maximum, above)}
+    metadata: Mapping[str, Any] = {"setting": Setting(help, unit, minimum, maximum, above)}
     if isinstance(default, list | dict) or hasattr(default, "__dataclass_fields__"):
         return field(default_factory=lambda: _copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

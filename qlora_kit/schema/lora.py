@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.field import Sealed, setting
 
 
 class LoraInit(Enum):
@@ -39,14 +39,16 @@ TARGET_SETS: dict[str, tuple[str, ...]] = {
 class LoraConfig(Sealed):
     """The low-rank adapter."""
 
-    r: int = knob(16, "Rank of the update.", minimum=1)
-    alpha: float = knob(32.0, "Scale of the update: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA.", above=0)
-    dropout: float = knob(0.0, "Dropout on the adapter's input.", minimum=0, maximum=0.99)
-    targets: list[str] = knob(["all_linear"], "all_linear, attention, mlp, or module names such as q_proj.")
-    rank_pattern: dict[str, int] = knob({}, "Rank by module name, where it differs from r.")
-    alpha_pattern: dict[str, float] = knob({}, "Alpha by module name, where it differs from alpha.")
-    use_rslora: bool = knob(False, "Rank-stabilized scale, alpha / sqrt(r).")
-    use_dora: bool = knob(False, "Weight-decomposed LoRA: a trained magnitude per output row.")
-    init: LoraInit = knob(LoraInit.default, "Initial values.")
-    lora_bias: bool = knob(False, "Train a bias in B; such an adapter cannot be merged on a 4-bit base.")
-    modules_to_save: list[str] = knob([], "Modules trained in full and saved beside the adapter.")
+    r: int = setting(16, "Rank of the update.", minimum=1)
+    alpha: float = setting(
+        32.0, "Scale of the update: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA.", above=0
+    )
+    dropout: float = setting(0.0, "Dropout on the adapter's input.", minimum=0, maximum=0.99)
+    targets: list[str] = setting(["all_linear"], "all_linear, attention, mlp, or module names such as q_proj.")
+    rank_pattern: dict[str, int] = setting({}, "Rank by module name, where it differs from r.")
+    alpha_pattern: dict[str, float] = setting({}, "Alpha by module name, where it differs from alpha.")
+    use_rslora: bool = setting(False, "Rank-stabilized scale, alpha / sqrt(r).")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA: a trained magnitude per output row.")
+    init: LoraInit = setting(LoraInit.default, "Initial values.")
+    lora_bias: bool = setting(False, "Train a bias in B; such an adapter cannot be merged on a 4-bit base.")
+    modules_to_save: list[str] = setting([], "Modules trained in full and saved beside the adapter.")

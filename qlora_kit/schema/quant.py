@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.field import Sealed, setting
 
 
 class QuantKind(Enum):
@@ -37,8 +37,8 @@ class ComputeDtype(Enum):
 class QuantConfig(Sealed):
     """Quantization of the frozen base."""
 
-    kind: QuantKind = knob(QuantKind.nf4, "Storage of the frozen linear weights.")
-    double_quant: bool = knob(True, "Quantize the 4-bit block scales too; saves about 0.37 bit a weight.")
-    compute_dtype: ComputeDtype = knob(ComputeDtype.bfloat16, "Format of activations and matrix products.")
-    int8_outlier_threshold: float = knob(6.0, "LLM.int8: inputs above this magnitude stay in 16 bit.", minimum=0)
-    keep_16bit: list[str] = knob([], "Module names kept in 16 bit beside the output head.")
+    kind: QuantKind = setting(QuantKind.nf4, "Storage of the frozen linear weights.")
+    double_quant: bool = setting(True, "Quantize the 4-bit block scales too; saves about 0.37 bit a weight.")
+    compute_dtype: ComputeDtype = setting(ComputeDtype.bfloat16, "Format of activations and matrix products.")
+    int8_outlier_threshold: float = setting(6.0, "LLM.int8: inputs above this magnitude stay in 16 bit.", minimum=0)
+    keep_16bit: list[str] = setting([], "Module names kept in 16 bit beside the output head.")

@@ -159,7 +159,7 @@ def _value_problems(
         return
     number, wrong = _number(given), None
     if number is not None and holder is not None:
-        wrong = out_of_bounds(".".join(path), number, walk.knob_of(holder, path[-1]))
+        wrong = out_of_bounds(".".join(path), number, walk.setting_of(holder, path[-1]))
     if wrong is not None:
         yield Problem(wrong.what, where, f"{path[-1]}: {wrong.fitting}" if wrong.fitting else "")
 

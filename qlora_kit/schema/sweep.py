@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.field import Sealed, setting
 
 
 class Direction(Enum):
@@ -17,6 +17,6 @@ class Direction(Enum):
 class SweepConfig(Sealed):
     """Ranking and placement of the jobs of `-m`."""
 
-    objective: str = knob("eval_loss", "Key of result.json that ranks the jobs.")
-    direction: Direction = knob(Direction.minimize, "Which end of the objective is better.")
-    gpus: list[int] = knob([], "GPU of each job, in turn; empty leaves every GPU visible to every job.")
+    objective: str = setting("eval_loss", "Key of result.json that ranks the jobs.")
+    direction: Direction = setting(Direction.minimize, "Which end of the objective is better.")
+    gpus: list[int] = setting([], "GPU of each job, in turn; empty leaves every GPU visible to every job.")

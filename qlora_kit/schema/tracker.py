@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_kit.schema.field import Sealed, knob
+from qlora_kit.schema.field import Sealed, setting
 
 SERVICES = ("wandb", "tensorboard", "mlflow", "trackio")  # fields of the group, and modules
 
@@ -20,12 +20,12 @@ class TrackerMode(Enum):
 class TrackerConfig(Sealed):
     """The metric services."""
 
-    wandb: bool = knob(False, "Weights & Biases.")
-    tensorboard: bool = knob(False, "TensorBoard's event files, in the run directory.")
-    mlflow: bool = knob(False, "MLflow, in the run directory unless MLFLOW_TRACKING_URI names a server.")
-    trackio: bool = knob(False, "Trackio, in the run directory unless the environment names a server.")
-    mode: TrackerMode = knob(TrackerMode.auto, "auto is online when there is a key and offline when there is none.")
-    project: str = knob("qlora_kit", "Project that the run is filed under.")
+    wandb: bool = setting(False, "Weights & Biases.")
+    tensorboard: bool = setting(False, "TensorBoard's event files, in the run directory.")
+    mlflow: bool = setting(False, "MLflow, in the run directory unless MLFLOW_TRACKING_URI names a server.")
+    trackio: bool = setting(False, "Trackio, in the run directory unless the environment names a server.")
+    mode: TrackerMode = setting(TrackerMode.auto, "auto is online when there is a key and offline when there is none.")
+    project: str = setting("qlora_kit", "Project that the run is filed under.")
 
     @property
     def services(self) -> list[str]:

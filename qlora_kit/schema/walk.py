@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora_kit.core.shell import hydra_value
-from qlora_kit.schema.field import Knob, Sealed
+from qlora_kit.schema.field import Sealed, Setting
 
 _fields: dict[type[Sealed], dict[str, tuple[Any, dataclasses.Field[Any]]]] = {}  # resolving types takes long
 
@@ -114,10 +114,10 @@ def is_leaf(root: type[Sealed], path: str) -> bool:
     return any(known == path for known, _, _ in schema_paths(root))
 
 
-def knob_of(group: type[Sealed], name: str) -> Knob | None:
+def setting_of(group: type[Sealed], name: str) -> Setting | None:
     """What is known of a field of a group beyond its type."""
     field = fields_of(group).get(name)
-    return field[1].metadata.get("knob") if field else None
+    return field[1].metadata.get("setting") if field else None
 
 
 def mapping_of(root: type[Sealed], path: str) -> str:
@@ -155,8 +155,8 @@ def example(root: type[Sealed], path: str, value: object) -> str:
     return f"{path}={hydra_value(value)}"
 
 
-def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Knob | None]]:
-    """Every (dotted path, value, knob) of a filled recipe."""
+def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Setting | None]]:
+    """Every (dotted path, value, setting) of a filled recipe."""
     for name, (_, field) in fields_of(type(recipe)).items():
         value = getattr(recipe, name)
         path = f"{prefix}{name}"
@@ -166,4 +166,4 @@ def values(recipe: Sealed, prefix: str = "") -> Iterator[tuple[str, Any, Knob | 
             for key, part in value.items():
                 yield from values(part, f"{path}.{key}.")
         else:
-            yield path, value, field.metadata.get("knob")
+            yield path, value, field.metadata.get("setting")

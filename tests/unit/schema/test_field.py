@@ -16,10 +16,10 @@ def test_a_sealed_recipe_cannot_change():
 @pytest.mark.parametrize("root", [TrainRecipe, ExportRecipe, EvalRecipe])
 def test_every_field_has_a_help_line_and_numbers_have_bounds(root):
     for path, annotation, field in walk.schema_paths(root):
-        knob = field.metadata["knob"]
-        assert knob.help.endswith("."), path
+        setting = field.metadata["setting"]
+        assert setting.help.endswith("."), path
         if annotation in (int, float):
-            assert knob.minimum is not None or knob.above is not None, path
+            assert setting.minimum is not None or setting.above is not None, path
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ def test_every_field_has_its_default_help_unit_and_bounds(reference, verb):
     fields = list(schema_paths(RECIPE_OF_VERB[verb]))
     assert set(found) == {path for path, _, _ in fields}
     for path, _, field in fields:
-        knob = field.metadata["knob"]
+        setting = field.metadata["setting"]
         default, told = (cell.replace("\\", "").replace("&lt;", "<") for cell in found[path])
         assert default == ("**required**" if field.default == "???" else shown_default(field))
-        assert told.startswith(knob.help.replace("\\", ""))
-        for word, value in (("in", knob.unit), ("at least", knob.minimum), ("above", knob.above)):
+        assert told.startswith(setting.help.replace("\\", ""))
+        for word, value in (("in", setting.unit), ("at least", setting.minimum), ("above", setting.above)):
             assert not value or f"{word} {value if isinstance(value, str) else format(value, 'g')}" in told, path
 
 
