@@ -226,9 +226,9 @@ def of_source() -> Iterator[Fix]:
 
 def _fix_of(call: ast.Call, path: Path) -> ast.expr | None:
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-    is_finding = name == "Finding" and "schema" in path.parts
+    is_issue = name == "Issue" and "schema" in path.parts
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    if name in ERRORS or is_finding:
+    if name in ERRORS or is_issue:
         return call.args[2] if len(call.args) > 2 else keywords.get("fix")
     return None
 

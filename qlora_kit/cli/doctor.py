@@ -14,18 +14,18 @@ Checks Python, packages, devices and write access; exit code 1 when something ne
 
 
 def run(arguments: list[str]) -> int:
-    """Print the findings; returns the exit code."""
+    """Print the checks; returns the exit code."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(HELP)
         return EXIT_OK
     from qlora_kit.pipelines.doctor import Health, diagnose
 
-    findings = diagnose()
-    rows = [(finding.name, finding.health.value, finding.value, finding.fix) for finding in findings]
+    checks = diagnose()
+    rows = [(check.name, check.health.value, check.value, check.fix) for check in checks]
     show("qlora-kit doctor")
     for line in table_lines([("check", "status", "details", ""), *rows]):
         show(line)
-    return EXIT_RUN_FAILED if any(finding.health is Health.failed for finding in findings) else EXIT_OK
+    return EXIT_RUN_FAILED if any(check.health is Health.failed for check in checks) else EXIT_OK
 
 
 def table_lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     composed = compose_recipe("eval", line.overrides)
     recipe = cast(EvalRecipe, composed.recipe)
     if found := check_evaluated(recipe):
-        raise RecipeError([composed.problem(finding) for finding in found])
+        raise RecipeError([composed.problem(issue) for issue in found])
 
     from qlora_kit.formats.next_line import line_to_report
     from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong

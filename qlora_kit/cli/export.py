@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     recipe = cast(ExportRecipe, composed.recipe)
     option = composed.choices.get("data", "None")
     if found := check_exported(recipe, None if option == "None" else option):
-        raise RecipeError([composed.problem(finding) for finding in found])
+        raise RecipeError([composed.problem(issue) for issue in found])
 
     from qlora_kit.pipelines.export import export
     from qlora_kit.runs.open import open_to_export

@@ -69,7 +69,7 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
         RecipeError: a file that the recipe names is not there, or the rows cannot be used.
     """
     if absent := list(missing_files(recipe.data)):
-        raise RecipeError([Problem(finding.what, finding.path, finding.fix) for finding in absent])
+        raise RecipeError([Problem(issue.what, issue.path, issue.fix) for issue in absent])
     folder = _base_folder(recipe)
     has_rows = recipe.data.train_file is not None and typed_path(recipe.data.train_file).is_file()
     if not has_rows or not (folder / "tokenizer_config.json").is_file():

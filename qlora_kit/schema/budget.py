@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qlora_kit.schema.export import MIXING, ExportConfig, MixingTarget
-from qlora_kit.schema.finding import Finding
+from qlora_kit.schema.issue import Issue
 
 SHARED = "export.bits_budget"
 
@@ -41,18 +41,18 @@ def _mixing(export: ExportConfig) -> dict[str, MixingTarget]:
     return {f"export.{group}.{name}": target for group in MIXING for name, target in getattr(export, group).items()}
 
 
-def check_budgets(export: ExportConfig) -> Iterator[Finding]:
+def check_budgets(export: ExportConfig) -> Iterator[Issue]:
     """What does not go together with the budgets."""
     yield from _one_format_for_all(export)
     for budget in budgets(export):
         overrides = f"{budget.target_path}.overrides"
         if taken := budget.target.decided():
             what = f"{overrides} gives '{taken}' a format of its own, and {budget.path} chooses the formats"
-            yield Finding(overrides, what, f"leave it out, or {budget.path}=null")
+            yield Issue(overrides, what, f"leave it out, or {budget.path}=null")
         yield from budget.target.against_budget(budget.target_path, budget.path)
 
 
-def _one_format_for_all(export: ExportConfig) -> Iterator[Finding]:
+def _one_format_for_all(export: ExportConfig) -> Iterator[Issue]:
     if export.bits_budget is None:
         return
     names = [one.name for one in export.targets() if one.group not in MIXING]
@@ -62,4 +62,4 @@ def _one_format_for_all(export: ExportConfig) -> Iterator[Finding]:
         have = "has" if len(names) == 1 else "have"
         what = f"{SHARED} chooses a format for each layer; {', '.join(names)} {have} one for all of them"
         can = " and ".join(group.upper() for group in MIXING)
-        yield Finding(SHARED, f"{what}, only {can} files can mix", fix)
+        yield Issue(SHARED, f"{what}, only {can} files can mix", fix)

@@ -21,7 +21,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.shell import no_references
 from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
-from qlora_kit.schema.check import Finding, check
+from qlora_kit.schema.check import Issue, check
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups, recipe_file
 from qlora_kit.schema.growth import refuse_growth
@@ -58,9 +58,9 @@ class Composed:
     choices: dict[str, str]
     origins: dict[str, str]
 
-    def problem(self, finding: Finding) -> Problem:
-        """A finding with the place that set the field."""
-        return Problem(finding.what, self.origins.get(finding.path, "the defaults"), finding.fix)
+    def problem(self, issue: Issue) -> Problem:
+        """A issue with the place that set the field."""
+        return Problem(issue.what, self.origins.get(issue.path, "the defaults"), issue.fix)
 
 
 def compose_recipe(verb: str, overrides: list[str]) -> Composed:
@@ -70,9 +70,9 @@ def compose_recipe(verb: str, overrides: list[str]) -> Composed:
         RecipeError: with one problem for each mistake.
     """
     composed = _compose(verb, overrides)
-    findings = check(composed.recipe)
-    if findings:
-        raise RecipeError([composed.problem(finding) for finding in findings])
+    issues = check(composed.recipe)
+    if issues:
+        raise RecipeError([composed.problem(issue) for issue in issues])
     return composed
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 
 from qlora_kit.schema.field import Sealed, setting
-from qlora_kit.schema.finding import Finding
+from qlora_kit.schema.issue import Issue
 
 MIXING = ("gptq", "gguf")  # groups whose files may hold each layer in a format of its own
 OUTSIDE_BLOCKS = ("token_embd", "output")  # GGUF tensors that a budget of bits leaves to the mix and to overrides
@@ -68,7 +68,7 @@ class ExportTarget(Sealed):
         """Optional packages that writing it takes, each with the extra that installs it."""
         return {}
 
-    def findings(self, path: str) -> Iterator[Finding]:
+    def issues(self, path: str) -> Iterator[Issue]:
         """What is wrong with it by itself, before any model is looked at.
 
         Args:
@@ -86,7 +86,7 @@ class MixingTarget(ExportTarget):
         """The first pattern that decides what a budget is to decide."""
         return None
 
-    def against_budget(self, path: str, budget_path: str) -> Iterator[Finding]:
+    def against_budget(self, path: str, budget_path: str) -> Iterator[Issue]:
         """What else does not go with a budget that is set at `budget_path`."""
         yield from ()
 
@@ -97,11 +97,11 @@ class MergedTarget(ExportTarget):
 
     dtype: str = setting("bfloat16", "Number format of the weights; bfloat16 is the only one so far.")
 
-    def findings(self, path: str) -> Iterator[Finding]:
+    def issues(self, path: str) -> Iterator[Issue]:
         """Another number format."""
         if self.dtype != "bfloat16":
             where = f"{path}.dtype"
-            yield Finding(where, f"{where}={self.dtype} is not written; only bfloat16 is", f"{where}=bfloat16")
+            yield Issue(where, f"{where}={self.dtype} is not written; only bfloat16 is", f"{where}=bfloat16")
 
 
 @dataclass
@@ -125,22 +125,22 @@ class GgufTarget(MixingTarget):
         """The container and the row kernels."""
         return {"gguf": "gguf", "libgguf": "gguf"}
 
-    def findings(self, path: str) -> Iterator[Finding]:
+    def issues(self, path: str) -> Iterator[Issue]:
         """A mix without the matrix that it needs."""
         if self.mix.needs_imatrix and not self.imatrix:
             where = f"{path}.imatrix"
-            yield Finding(where, f"{self.mix.value} files are garbage without an importance matrix", f"{where}=true")
+            yield Issue(where, f"{self.mix.value} files are garbage without an importance matrix", f"{where}=true")
 
     def decided(self) -> str | None:
         """A pattern for tensors inside the blocks."""
         return next((pattern for pattern in self.overrides if not pattern.startswith(OUTSIDE_BLOCKS)), None)
 
-    def against_budget(self, path: str, budget_path: str) -> Iterator[Finding]:
+    def against_budget(self, path: str, budget_path: str) -> Iterator[Issue]:
         """Several files, whose sizes must be known beforehand."""
         if self.shard_gb is not None:
             where = f"{path}.shard_gb"
             what = f"{where} names the files beforehand, and {budget_path} chooses their sizes while they are written"
-            yield Finding(where, what, f"{where}=null")
+            yield Issue(where, what, f"{where}=null")
 
 
 class GptqMethod(Enum):
@@ -187,11 +187,11 @@ class GptqTarget(MixingTarget):
         """The library that calibrates."""
         return {"gptqmodel": "gptq"}
 
-    def findings(self, path: str) -> Iterator[Finding]:
+    def issues(self, path: str) -> Iterator[Issue]:
         """Bits that no file holds."""
         if self.bits not in (2, 3, 4, 8):
             where = f"{path}.bits"
-            yield Finding(where, f"GPTQ packs 2, 3, 4 or 8 bits, not {self.bits}", f"{where}=4")
+            yield Issue(where, f"GPTQ packs 2, 3, 4 or 8 bits, not {self.bits}", f"{where}=4")
 
     def decided(self) -> str | None:
         """A pattern with bits of its own."""
@@ -223,12 +223,12 @@ class AwqTarget(ExportTarget):
         """The library that reads the file back."""
         return {"gptqmodel": "gptq"}
 
-    def findings(self, path: str) -> Iterator[Finding]:
+    def issues(self, path: str) -> Iterator[Issue]:
         """Groups that readers of the layout do not take."""
         if self.group_size not in (sizes := AWQ_GROUP_SIZES[self.layout]):
             where = f"{path}.group_size"
             what = f"readers of AWQ files ({self.layout.value}) take groups of {', '.join(map(str, sizes))}, not "
-            yield Finding(where, f"{what}{self.group_size}", f"{where}=128")
+            yield Issue(where, f"{what}{self.group_size}", f"{where}=128")
 
 
 class CompressedScheme(Enum):

@@ -26,9 +26,9 @@ def check_train(composed: Composed) -> TrainRecipe:
     if problems := _other_kind(recipe, folder):
         raise RecipeError(problems)
     at_hand = linear_module_names(folder) if folder.is_dir() else set()
-    findings = check_targets(recipe.lora.targets, at_hand or set(TARGET_SETS["all_linear"]))
-    if findings and (at_hand or recipe.model.source == "demo"):
-        raise RecipeError([composed.problem(finding) for finding in findings])
+    issues = check_targets(recipe.lora.targets, at_hand or set(TARGET_SETS["all_linear"]))
+    if issues and (at_hand or recipe.model.source == "demo"):
+        raise RecipeError([composed.problem(issue) for issue in issues])
     return recipe
 
 

@@ -11,7 +11,7 @@ from qlora_kit.pipelines.doctor import Health, check_requirement, diagnose
 
 
 def test_this_machine_is_described():
-    found = {finding.name: finding for finding in diagnose()}
+    found = {check.name: check for check in diagnose()}
     assert {"python", "platform", "cores", "memory", "cuda", "working folder", "cache folder", "c++ compiler"} <= set(
         found
     )
@@ -38,7 +38,7 @@ def test_a_missing_extra_is_optional_and_comes_with_the_pip_line(monkeypatch):
     parts = [Requirement("no-such-package>=1; extra == 'wandb'"), Requirement("packaging; extra == 'gguf'")]
     monkeypatch.setattr(doctor, "requirements", lambda: parts)
     monkeypatch.setattr(doctor, "extras", lambda: ["wandb", "gguf"])
-    found = {finding.name: finding for finding in doctor._extras()}
+    found = {check.name: check for check in doctor._extras()}
     assert found["extra wandb"].health is Health.missing
     assert found["extra wandb"].fix == install_line("wandb")
     assert found["extra gguf"].health is Health.ok
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_written_is_bad(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
-    found = {finding.name: finding for finding in doctor._folders()}
+    found = {check.name: check for check in doctor._folders()}
     assert found["working folder"].health is Health.failed
     assert "Permission denied" in found["working folder"].value
 

@@ -18,7 +18,7 @@ from qlora_kit.schema.root import ExportRecipe
 
 
 def found(config: ExportConfig) -> dict[str, tuple[str, str]]:
-    return {finding.path: (finding.what, finding.fix) for finding in check_budgets(config)}
+    return {issue.path: (issue.what, issue.fix) for issue in check_budgets(config)}
 
 
 def test_there_is_none_by_default() -> None:
@@ -89,7 +89,7 @@ CASES = {
 def test_what_does_not_go_with_a_budget(case: str) -> None:
     config, path, what, fix = CASES[case]
     assert found(config) == {path: (what, fix)}
-    assert (path, what) in [(finding.path, finding.what) for finding in check(ExportRecipe(export=config))]
+    assert (path, what) in [(issue.path, issue.what) for issue in check(ExportRecipe(export=config))]
 
 
 def test_overrides_that_decide_nothing_pass() -> None:

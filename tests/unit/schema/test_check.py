@@ -1,4 +1,4 @@
-"""Every finding of the cross-checks: the field it names, what it says, and a line that mends it."""
+"""Every issue of the cross-checks: the field it names, what it says, and a line that mends it."""
 
 import dataclasses
 
@@ -45,14 +45,14 @@ def plain_machine(monkeypatch):
 
 
 def found(recipe):
-    return {finding.path: (finding.what, finding.fix) for finding in check(recipe)}
+    return {issue.path: (issue.what, issue.fix) for issue in check(recipe)}
 
 
 def train(rows, **groups):
     return TrainRecipe(model=ModelConfig(source="demo"), data=rows, **groups)
 
 
-def test_a_good_recipe_has_no_finding(rows):
+def test_a_good_recipe_has_no_issue(rows):
     assert found(train(rows, optim=OptimConfig(name=OptimizerName.adamw))) == {}
     assert found(train(rows, optim=OptimConfig(name=OptimizerName.loraplus, loraplus_ratio=4.0))) == {}
 
@@ -137,12 +137,12 @@ TRAIN = {
 
 
 @pytest.mark.parametrize("case", TRAIN)
-def test_findings_of_a_training_recipe(rows, case):
+def test_issues_of_a_training_recipe(rows, case):
     groups, path, what, fix = TRAIN[case]
-    findings = found(train(rows, **groups))
-    assert list(findings) == [path]
-    assert what in findings[path][0] and fix in findings[path][1]
-    assert bool(fix) == bool(findings[path][1])
+    issues = found(train(rows, **groups))
+    assert list(issues) == [path]
+    assert what in issues[path][0] and fix in issues[path][1]
+    assert bool(fix) == bool(issues[path][1])
 
 
 def test_a_task_needs_rows_to_judge(rows):
@@ -228,7 +228,7 @@ def test_flex_attention_without_a_gpu(rows, monkeypatch):
 
 def test_flash_attention_without_its_package_or_a_gpu(rows, monkeypatch):
     recipe = TrainRecipe(model=ModelConfig(source="demo", attention=Attention.flash_attention_2), data=rows)
-    whats = [finding.what for finding in check(recipe)]
+    whats = [issue.what for issue in check(recipe)]
     assert whats == [
         "flash_attention_2 needs the package 'flash_attn', which is not installed",
         "flash_attention_2 needs a GPU, and there is none",
@@ -302,7 +302,7 @@ EXPORT = {
 
 
 @pytest.mark.parametrize("case", EXPORT)
-def test_findings_of_an_export(case):
+def test_issues_of_an_export(case):
     config, path, what, fix = EXPORT[case]
     assert found(ExportRecipe(export=config)) == {path: (what, fix)}
 
@@ -329,9 +329,9 @@ def test_an_evaluation_of_nothing():
 
 
 def test_targets_that_the_base_does_not_have():
-    (finding,) = check_targets(["q_proj", "w1", "mlp"], {"q_proj", "up_proj"})
-    assert finding.what == (
+    (issue,) = check_targets(["q_proj", "w1", "mlp"], {"q_proj", "up_proj"})
+    assert issue.what == (
         "lora.targets names w1, which is no linear module of this base; it has all_linear, attention, mlp, q_proj, "
         "up_proj"
     )
-    assert dataclasses.astuple(finding)[::2] == ("lora.targets", "lora.targets=[all_linear]")
+    assert dataclasses.astuple(issue)[::2] == ("lora.targets", "lora.targets=[all_linear]")

@@ -1,4 +1,4 @@
-"""Every finding of the checks on rows: the field it names, what it says, and a line that mends it."""
+"""Every issue of the checks on rows: the field it names, what it says, and a line that mends it."""
 
 import pytest
 
@@ -21,10 +21,10 @@ def file(tmp_path):
 def found(trainer=None, attention=Attention.sdpa, **data):
     model = ModelConfig(source="demo", attention=attention)
     recipe = TrainRecipe(model=model, data=DataConfig(**{"max_tokens": 64, **data}), trainer=trainer or TrainerConfig())
-    return {finding.path: (finding.what, finding.fix) for finding in check_data(recipe)}
+    return {issue.path: (issue.what, issue.fix) for issue in check_data(recipe)}
 
 
-def test_good_recipes_have_no_finding(file, tmp_path):
+def test_good_recipes_have_no_issue(file, tmp_path):
     assert found(train_file=file) == {}
     assert found(train_file=str(tmp_path / "*.jsonl")) == {}
     assert found(train_file=str(tmp_path)) == {}
@@ -141,16 +141,16 @@ def cases(file):
 @pytest.mark.parametrize("name", cases("x"))
 def test_every_contradiction_is_named_with_a_line_to_paste(name, file):
     settings, path, what, fix = cases(file)[name]
-    findings = found(**settings)
-    assert path in findings, findings
-    assert findings[path][0].startswith(what)
-    assert findings[path][1] == fix
+    issues = found(**settings)
+    assert path in issues, issues
+    assert issues[path][0].startswith(what)
+    assert issues[path][1] == fix
     assert "<" not in fix or not is_line(fix), fix  # something is left to fill in
 
 
 def test_held_out_loss_by_steps_needs_held_out_rows(file):
-    findings = found(trainer=TrainerConfig(eval_every_steps=5), train_file=file)
-    assert findings["trainer.eval_every_steps"][0] == "trainer.eval_every_steps is set, but there are no held-out rows"
+    issues = found(trainer=TrainerConfig(eval_every_steps=5), train_file=file)
+    assert issues["trainer.eval_every_steps"][0] == "trainer.eval_every_steps is set, but there are no held-out rows"
 
 
 def test_the_columns_that_may_be_named_are_those_that_are_read():

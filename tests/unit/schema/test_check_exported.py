@@ -14,7 +14,7 @@ NO_DATA = DataConfig(max_tokens=AUTO)
 
 def found(option=None, **fields):
     recipe = ExportRecipe(**{"export": GGUF, "data": NO_DATA, **fields})
-    return {finding.path: (finding.what, finding.fix) for finding in check_exported(recipe, option)}
+    return {issue.path: (issue.what, issue.fix) for issue in check_exported(recipe, option)}
 
 
 def test_a_run_a_base_and_the_newest_run_pass():
@@ -107,10 +107,10 @@ def test_a_run_may_be_given_held_out_rows_later(tmp_path):
     ):
         data = DataConfig(max_tokens=AUTO, eval_file=eval_file, eval_rows=eval_rows)
         assert found(run="r", data=data)[path][0] == what
-        (finding,) = check_evaluated(EvalRecipe(data=LaterRows(eval_file, eval_rows)))
-        assert (finding.path, finding.what) == (path, what)
-    (finding,) = check_evaluated(EvalRecipe(base="b", data=LaterRows(file)))
-    assert finding.what == "data belongs to run=<run directory>; files of a base are scored on the rows of their export"
+        (issue,) = check_evaluated(EvalRecipe(data=LaterRows(eval_file, eval_rows)))
+        assert (issue.path, issue.what) == (path, what)
+    (issue,) = check_evaluated(EvalRecipe(base="b", data=LaterRows(file)))
+    assert issue.what == "data belongs to run=<run directory>; files of a base are scored on the rows of their export"
 
 
 @pytest.mark.slow

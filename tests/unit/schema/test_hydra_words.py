@@ -80,16 +80,16 @@ def test_a_module_of_a_package_that_is_not_there_is_absent():
     ["../up", "/abs", "..", ".", "", "a//b", "a/../b", "a/b/c/d", ".h", "a\nb", "a\x1b[2J", "x" * 101, "a "],
 )
 def test_a_name_that_is_no_folder_below_outputs(name):
-    assert "name" in [finding.path for finding in check(TrainRecipe(name=name))]
+    assert "name" in [issue.path for issue in check(TrainRecipe(name=name))]
 
 
 @pytest.mark.parametrize("name", ["run", "a/b/c", "it's", "é漢", "$(touch x)", "a b", "-rf"])
 def test_names_of_folders(name):
-    assert "name" not in [finding.path for finding in check(TrainRecipe(name=name))]
+    assert "name" not in [issue.path for issue in check(TrainRecipe(name=name))]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "..", ".x"])
 def test_an_export_is_one_folder(name):
     assert not is_plain_name(name)
     found = check(ExportRecipe(export=ExportConfig(gguf={name: GgufTarget()})))
-    assert any("is no plain name of one" in finding.what for finding in found)
+    assert any("is no plain name of one" in issue.what for issue in found)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """A field that is wrong, why, and a line that mends it."""
 
     path: str
