@@ -55,11 +55,6 @@ def answer(row: TokenRow) -> str:
     return TOKENIZER.decode([token for token, trained in zip(row.input_ids, row.trained, strict=True) if trained][:-1])
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def chat(*turns: tuple[str, object]) -> bytes:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode() + b"\n"
 

@@ -13,11 +13,6 @@ pytestmark = pytest.mark.slow
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return build_tiny_model("llama", tmp_path_factory.mktemp("base") / "llama")

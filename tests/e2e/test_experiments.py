@@ -94,9 +94,6 @@ def follow(run, exports, score_rows=2):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_API_KEY", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data"}
     shutil.rmtree(tmp_path)

@@ -16,11 +16,6 @@ from tests.tiny_models import llama3_tokenizer
 LONG = 200  # tokens; rows of the one source are shorter, of the other longer
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> PreparedData:
     """80 short rows of one source and 20 long ones of another, all different; four held out."""

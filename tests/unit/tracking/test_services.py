@@ -18,7 +18,7 @@ ALIVE = []  # what a killed process had open: closing it, as the collector does,
 
 @pytest.fixture(autouse=True)
 def no_access(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+    for name in ("WANDB_BASE_URL", "MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nonexistent")
     yield
