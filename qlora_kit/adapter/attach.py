@@ -11,13 +11,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
+from qlora_kit.weights.headers import read_header
 
 WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
@@ -139,8 +139,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         _ignore_ties()
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=False)
     placed = {name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        held = {_FACTOR.split(name)[0].replace(".base_layer", "") for name in file.keys() if _FACTOR.search(name)}  # noqa: SIM118  # not a mapping
+    names = (tensor.name for tensor in read_header(folder / WEIGHTS))
+    held = {_FACTOR.split(name)[0].replace(".base_layer", "") for name in names if _FACTOR.search(name)}
     if odd := sorted(placed ^ held):
         modules = counted(
             len(odd), "module of the adapter and of this base does", "modules of the adapter and of this base do"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.weights.float_rows import StoredTensor, read_rows
+from qlora_kit.weights.float_rows import FloatRows, read_rows
 
 HEAD = "lm_head"
 
@@ -23,9 +23,7 @@ def empty_model(model_dir: Path) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def fill_weights(
-    model: nn.Module, names: Iterable[str], stored: Mapping[str, StoredTensor], device: torch.device
-) -> None:
+def fill_weights(model: nn.Module, names: Iterable[str], stored: Mapping[str, FloatRows], device: torch.device) -> None:
     """Read weights into their places, as float32 that no gradient is taken of; the output head stays empty."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -35,7 +33,7 @@ def fill_weights(
             _set(module, leaf, stored[name], device)
 
 
-def fill_head(model: Any, stored: Mapping[str, StoredTensor], device: torch.device) -> None:
+def fill_head(model: Any, stored: Mapping[str, FloatRows], device: torch.device) -> None:
     """Read the output head, or take the embeddings where it is tied to them."""
     head = model.get_output_embeddings()
     if f"{HEAD}.weight" in stored and not model.config.tie_word_embeddings:
@@ -54,6 +52,6 @@ def drop_weights(module: nn.Module) -> None:
                 setattr(part, leaf, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
-def _set(module: nn.Module, leaf: str, tensor: StoredTensor, device: torch.device) -> None:
+def _set(module: nn.Module, leaf: str, tensor: FloatRows, device: torch.device) -> None:
     values = torch.from_numpy(read_rows(tensor, 0, tensor.rows).reshape(tensor.shape))
     setattr(module, leaf, nn.Parameter(values.to(device), requires_grad=False))

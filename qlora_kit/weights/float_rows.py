@@ -20,8 +20,8 @@ _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: file, byte offset, safetensors type name, shape in torch order."""
+class FloatRows:
+    """A float tensor as a matrix of rows of its last dimension: file, byte offset, type name, shape in torch order."""
 
     file: Path
     offset: int
@@ -41,7 +41,7 @@ class StoredTensor:
         return count
 
 
-def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
+def find_tensors(model_dir: Path) -> dict[str, FloatRows]:
     """Every tensor of the folder's safetensors files, by name.
 
     Raises:
@@ -51,7 +51,7 @@ def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     files = _weight_files(model_dir)
     if not files:
         raise RecipeError(f"no safetensors files in {model_dir}", fix="save the model with safe_serialization=True")
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, FloatRows] = {}
     for file in files:
         found.update(_tensors_of(file))
     return found
@@ -65,7 +65,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
     return sorted(model_dir.glob("model*.safetensors"))
 
 
-def _tensors_of(file: Path) -> dict[str, StoredTensor]:
+def _tensors_of(file: Path) -> dict[str, FloatRows]:
     found = {}
     for tensor in read_header(file):
         if tensor.dtype not in _NUMPY_TYPES:
@@ -73,11 +73,11 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
                 f"{file.name} holds '{tensor.name}' as {tensor.dtype}, and files are made from 16- or 32-bit weights",
                 fix="export the merged 16-bit model first, and convert that folder",
             )
-        found[tensor.name] = StoredTensor(file, tensor.offset, tensor.dtype, tensor.shape)
+        found[tensor.name] = FloatRows(file, tensor.offset, tensor.dtype, tensor.shape)
     return found
 
 
-def read_rows(tensor: StoredTensor, start: int, stop: int) -> "npt.NDArray[np.float32]":
+def read_rows(tensor: FloatRows, start: int, stop: int) -> "npt.NDArray[np.float32]":
     """Rows start..stop as a float32 array of shape [stop - start, width].
 
     Raises:
@@ -86,7 +86,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> "npt.NDArray[np.fl
     return _as_float32(_read(tensor, start, stop), tensor.dtype)
 
 
-def read_picked_rows(tensor: StoredTensor, picked: "npt.NDArray[np.int64]") -> "npt.NDArray[np.float32]":
+def read_picked_rows(tensor: FloatRows, picked: "npt.NDArray[np.int64]") -> "npt.NDArray[np.float32]":
     """The rows at these indices, in this order, as a float32 array of shape [len(picked), width].
 
     What lies between them is read too.
@@ -99,7 +99,7 @@ def read_picked_rows(tensor: StoredTensor, picked: "npt.NDArray[np.int64]") -> "
 
 
 def read_stored_rows(
-    tensor: StoredTensor, picked: "slice | npt.NDArray[np.int64]", room: "npt.NDArray[np.uint16] | None" = None
+    tensor: FloatRows, picked: "slice | npt.NDArray[np.int64]", room: "npt.NDArray[np.uint16] | None" = None
 ) -> "npt.NDArray[np.uint16]":
     """Some rows of a 16-bit tensor, bit by bit, as a uint16 array of shape [rows, width].
 
@@ -118,7 +118,7 @@ def read_stored_rows(
 
 
 def _read(
-    tensor: StoredTensor, start: int, stop: int, room: "npt.NDArray[np.uint16] | None" = None
+    tensor: FloatRows, start: int, stop: int, room: "npt.NDArray[np.uint16] | None" = None
 ) -> "npt.NDArray[np.generic]":
     """Rows as they are stored, read rather than mapped: a page that is mapped in costs more than one that is copied."""
     import numpy as np

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files
 from qlora_kit.schema.export import CompressedScheme
+from qlora_kit.weights.headers import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,21 +49,16 @@ def _linear_weights(model_dir: Path) -> list[str] | None:
     Experts of a mixture, for one, are stored apart and loaded as one.
     """
     import torch
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = f"{OUTPUT_HEAD}.weight"
-    missing = {name: list(part.shape) for name, part in model.named_parameters() if name != head}
-    for path in weight_files(model_dir):
-        with safe_open(path, "pt") as file:
-            for name in missing.keys() & set(file.keys()):
-                if file.get_slice(name).get_shape() == missing[name]:
-                    del missing[name]
+    wanted = {(name, tuple(part.shape)) for name, part in model.named_parameters() if name != head}
+    stored = {(tensor.name, tensor.shape) for path in weight_files(model_dir) for tensor in read_header(path)}
     linears = [f"{name}.weight" for name, part in model.named_modules() if type(part) is torch.nn.Linear]
-    return None if missing else [name for name in linears if name != head]
+    return None if wanted - stored else [name for name in linears if name != head]
 
 
 def _scheme() -> Any:

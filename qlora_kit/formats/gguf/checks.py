@@ -12,7 +12,7 @@ from qlora_kit.formats.gguf.architectures import find_architecture
 from qlora_kit.formats.gguf.mixes import find_mix, is_quantizable
 from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_stored
 from qlora_kit.schema.export import GgufMix, GgufTarget
-from qlora_kit.weights.float_rows import StoredTensor
+from qlora_kit.weights.float_rows import FloatRows
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -67,9 +67,9 @@ def _planned(target: GgufTarget, form: ModelForm) -> list[PlannedTensor]:
     return planned
 
 
-def _tensors(form: ModelForm) -> Mapping[str, StoredTensor]:
+def _tensors(form: ModelForm) -> Mapping[str, FloatRows]:
     """The model's parameters as they will lie in the merged folder, whose files are not there yet."""
-    return {name: StoredTensor(Path(), 0, "BF16", shape) for name, shape in form.parameters.items()}
+    return {name: FloatRows(Path(), 0, "BF16", shape) for name, shape in form.parameters.items()}
 
 
 def _of_family(path: str, problem: Problem) -> Problem:

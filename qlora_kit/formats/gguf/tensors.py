@@ -11,7 +11,7 @@ from qlora_kit.families.family import ConfigFields, GgufRules
 from qlora_kit.formats.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
 from qlora_kit.formats.gguf.overrides import overridden_types
 from qlora_kit.weights.float_rows import (
-    StoredTensor,
+    FloatRows,
     find_tensors,
     read_picked_rows,
     read_rows,
@@ -33,7 +33,7 @@ class PlannedTensor:
 
     name: str
     type: str
-    stored: StoredTensor
+    stored: FloatRows
     rotated_heads: int = 0
     offset: float = 0.0
     importance: "npt.NDArray[np.float32] | None" = field(default=None, compare=False, repr=False)
@@ -69,8 +69,8 @@ class PlannedTensor:
         return self.rows(0, whole)
 
 
-def _as_column(vector: StoredTensor) -> StoredTensor:
-    return StoredTensor(vector.file, vector.offset, vector.dtype, (vector.shape[0], 1))
+def _as_column(vector: FloatRows) -> FloatRows:
+    return FloatRows(vector.file, vector.offset, vector.dtype, (vector.shape[0], 1))
 
 
 def paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
@@ -103,7 +103,7 @@ def plan_tensors(
 
 
 def plan_stored(
-    found: Mapping[str, StoredTensor],
+    found: Mapping[str, FloatRows],
     architecture: GgufRules,
     config: ConfigFields,
     mix: Mix,
@@ -149,7 +149,7 @@ def _refuse_types_that_need_an_imatrix(tensors: list[PlannedTensor], mix: Mix) -
         )
 
 
-def _without_unused(stored: Mapping[str, StoredTensor], config: ConfigFields) -> dict[str, StoredTensor]:
+def _without_unused(stored: Mapping[str, FloatRows], config: ConfigFields) -> dict[str, FloatRows]:
     skipped = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     kept = {
         name: tensor

@@ -8,10 +8,11 @@ from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.group_sizes import WHOLE_ROW
 from qlora_kit.export.linear_shapes import linear_shapes
-from qlora_kit.export.rewrite import rewrite_checkpoint, weight_files
+from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.formats.gptq.layers import LayerSettings, check_bits, dynamic_entries, plan_layers
 from qlora_kit.formats.gptq.layout import PER_BLOCK
 from qlora_kit.schema.export import GptqTarget
+from qlora_kit.weights.reader import stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,22 +86,14 @@ class _Rounded(Mapping[str, Mapping[str, "Tensor"]]):
     def __init__(
         self, model_dir: Path, plan: Mapping[str, LayerSettings], sym: bool, layer_done: Callable[[], object]
     ) -> None:
-        from safetensors import safe_open
-
         self.plan, self.sym, self.layer_done = plan, sym, layer_done
-        self.file_of: dict[str, Path] = {}
-        for path in weight_files(model_dir):
-            with safe_open(path, framework="pt") as file:
-                self.file_of |= dict.fromkeys(file.keys(), path)
+        self.read = stored_tensors(model_dir)
 
     def __getitem__(self, name: str) -> "dict[str, Tensor]":
-        from safetensors import safe_open
-
         module = name.removesuffix(".weight")
-        if module == name or module not in self.plan:
+        weight = self.read(name) if module != name and module in self.plan else None
+        if weight is None:
             raise KeyError(name)
-        with safe_open(self.file_of[name], framework="pt") as file:
-            weight = file.get_tensor(name)
         made = rounded_tensors(weight, self.plan[module], sym=self.sym)
         self.layer_done()
         return {f"{module}.{kind}": tensor for kind, tensor in made.items()}
