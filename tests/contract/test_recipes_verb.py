@@ -1,13 +1,33 @@
 """The look verbs over recipes: list, show, diff, copy, and every shipped experiment composes."""
 
+import re
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+
 import pytest
+import yaml
 
 from qlora_kit.cli.verbs import main
 from qlora_kit.schema.compose import compose_unchecked
-from qlora_kit.schema.folders import groups
+from qlora_kit.schema.folders import groups, packaged_recipes
 from qlora_kit.schema.root import TrainRecipe
 
 pytestmark = pytest.mark.slow
+
+
+def packaged_text(group, option):
+    return (packaged_recipes() / group / f"{option}.yaml").read_text(encoding="utf-8")
+
+
+def assert_set(part, stated):
+    """What a file states, read by PyYAML alone, is what the composed part of a recipe has."""
+    part = asdict(part) if is_dataclass(part) else part
+    for name, value in stated.items():
+        if isinstance(value, dict):
+            assert_set(part[name], value)
+        else:
+            found = part[name].name if isinstance(part[name], Enum) else part[name]
+            assert found == value and type(found) is type(value), name
 
 
 @pytest.mark.parametrize("experiment", groups()["experiment"])
@@ -25,13 +45,20 @@ def test_every_experiment_composes(experiment):
         for option in groups()[group]
     ],
 )
-def test_every_option_composes(group, option):
-    compose_unchecked("train", ["model=demo", "data=home_commands", f"{group}={option}"])
+def test_every_option_sets_what_its_file_states(group, option):
+    recipe = compose_unchecked("train", ["model=demo", "data=home_commands", f"{group}={option}"])
+    assert_set(getattr(recipe, group), yaml.safe_load(packaged_text(group, option)))
 
 
 @pytest.mark.parametrize("option", groups()["export"])
-def test_every_export_composes(option):
-    compose_unchecked("export", [f"export={option}"])
+def test_every_export_is_one_file_of_its_name_with_what_its_own_file_states(option):
+    text = packaged_text("export", option)
+    format_, name = re.search(r"@package export\.(\w+)\.(\w+)", text).groups()
+    export = compose_unchecked("export", [f"export={option}"]).export
+    files = {kind: list(made) for kind, made in asdict(export).items() if made and isinstance(made, dict)}
+    assert files == {format_: [name]}
+    assert name == option
+    assert_set(getattr(export, format_)[name], yaml.safe_load(text))
 
 
 def test_list_names_every_group(capsys):

@@ -67,12 +67,33 @@ def test_a_module_kept_in_16_bit_moves_from_the_linears_to_the_rest():
     assert kept.frozen_rest == 2 * (REST_8B + moved)
 
 
-@pytest.mark.parametrize(("name", "state"), [("paged_adamw_8bit", 2), ("adamw", 8), ("paged_lion_8bit", 1)])
-def test_adapter_gradients_and_optimizer_state(name, state):
-    memory = of_8b(optim=OptimConfig(name=OptimizerName[name]))
+def test_an_adapter_of_rank_16_on_every_linear_of_an_8b_model():
+    memory = of_8b()
     assert memory.trainable == 41_943_040
     assert memory.adapter == memory.gradients == 4 * 41_943_040
-    assert memory.optimizer == state * 41_943_040
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OptimizerName)
+def test_an_optimizer_has_the_state_that_its_library_makes(name):
+    """Counted after a real step, in the optimizer that transformers builds by that name."""
+    memory = of_8b(optim=OptimConfig(name=name))
+    assert memory.optimizer / memory.trainable == pytest.approx(_state_made(name.value.built_as))
+
+
+def _state_made(built_as: str) -> float:
+    """Bytes for each weight; a paged optimizer without a GPU has the state of its twin that is not paged."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    weight = torch.nn.Linear(256, 256, bias=False)
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=built_as))
+    optimizer = kind(weight.parameters(), **settings)
+    weight(torch.ones(256)).sum().backward()
+    optimizer.step()
+    # the scales of 8-bit state, tables and a step counter, 1.6% or less, are left out
+    state = (made for made in optimizer.state[weight.weight].values() if isinstance(made, torch.Tensor))
+    return sum(tensor.nbytes for tensor in state if tensor.numel() >= weight.weight.numel()) / weight.weight.numel()
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer_and_one_whole_layer():
