@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import counted, kept_share
+from qlora_kit.weights.headers import read_header
+from qlora_kit.weights.reader import stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,13 +167,11 @@ def survey(
 
 
 def _matrices(folder: Path) -> "Iterator[tuple[str, Tensor]]":
-    from safetensors import safe_open
-
+    read = stored_tensors(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                if len(file.get_slice(name).get_shape()) == 2:
-                    yield name, file.get_tensor(name)
+        for tensor in sorted(read_header(path), key=lambda tensor: tensor.name):
+            if len(tensor.shape) == 2 and (matrix := read(tensor.name)) is not None:
+                yield tensor.name, matrix
 
 
 def _measure(name: str, merged: "Tensor", base: "Tensor", quantized: "Tensor") -> LayerRetention:
