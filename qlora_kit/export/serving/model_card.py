@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
-
 from qlora_kit import __version__
 from qlora_kit.core.files import read_json, write_text
 from qlora_kit.core.units import counted
@@ -75,10 +73,18 @@ def _front_matter(facts: ServingFacts, license: License) -> Iterator[str]:
 
 
 def front_matter(facts: Mapping[str, object]) -> list[str]:
-    """What the hub reads at the head of a card, as YAML between its marks; facts that are not known are left out."""
-    known = {key: value for key, value in facts.items() if value}
-    text: str = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1 << 20)
-    return ["---", *text.splitlines(), "---"]
+    """What the hub reads at the head of a card, as YAML between its marks; facts that are not known are left out.
+
+    Measured values are not among them: the hub's `EvalResult` asks for a data set of the hub, and rows are the user's.
+    `ModelCardData` checks those alone and sorts the facts by its own order, so that the class below it is taken.
+    """
+    from huggingface_hub import CardData
+
+    card = CardData()
+    for key, value in facts.items():
+        if value:
+            card[key] = value
+    return ["---", *card.to_yaml().splitlines(), "---"]
 
 
 def _what(facts: ServingFacts) -> str:

@@ -7,7 +7,7 @@ from huggingface_hub import metadata_load
 
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.checks.fault import Unquantized
-from qlora_kit.export.serving.model_card import model_card, served_of, write_model_card
+from qlora_kit.export.serving.model_card import front_matter, model_card, served_of, write_model_card
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
@@ -27,6 +27,12 @@ def test_the_front_matter_is_read_by_the_hubs_own_reader(facts: Made, tmp_path: 
         "tags": ["qlora", "gguf", "llama.cpp", "conversational", "qlora-kit"],
     }
     assert "owner/Tiny-1B at revision `abc123`, fine-tuned with QLoRA, as `gguf` (mix Q4_K_M)." in model_card(made)
+
+
+def test_a_fact_that_is_empty_is_left_out_and_the_rest_keep_their_order() -> None:
+    assert front_matter({"license": "", "tags": ["b", "a"], "base_model": None, "library_name": "yes"}) == [
+        *("---", "tags:", "- b", "- a", "library_name: 'yes'", "---")
+    ]
 
 
 @pytest.mark.parametrize(
