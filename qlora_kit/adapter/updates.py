@@ -80,6 +80,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """Columns of the one factor, rows of the other."""
         return self.a.shape[0]
 
     def load(self, where: "device") -> Update:

@@ -1,4 +1,4 @@
-"""`qlora-kit doctor`: is this machine ready?"""
+"""`qlora-kit doctor`: whether this machine is ready."""
 
 import textwrap
 from collections.abc import Iterator, Sequence

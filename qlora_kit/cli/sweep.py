@@ -81,7 +81,7 @@ def _folder(line: Line, name: str) -> Iterator[Path]:
             yield folder
 
 
-def _job(sweep: Path, sweep_process: int, tree: Any) -> float:
+def _job(sweep: Path, sweep_process: int, _tree: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from qlora_kit.pipelines.sweep import Job, run_job

@@ -58,7 +58,7 @@ class _Clock:
             self._used = (time.monotonic(), used)
         return used
 
-    def _tick(self, signum: int, frame: FrameType | None) -> None:
+    def _tick(self, _signum: int, _frame: FrameType | None) -> None:
         if self.left is not None:
             self.left -= _TICK
             if self.left <= 0:

@@ -78,7 +78,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         if path.stat().st_size > LONGEST_JSON:
             raise UnreadableFileError(f"{path} is longer than {LONGEST_JSON // 1_000_000} MB")
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=lambda name: None, parse_float=_float, parse_int=_int)
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_float, parse_int=_int)
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:

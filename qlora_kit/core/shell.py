@@ -58,7 +58,7 @@ def no_references(text: str) -> str:
 
 
 def hydra_quoted(text: str) -> str:
-    """As `hydra_text`, of a text whose `${..}` are references and whose `\\${` are text."""
+    r"""As `hydra_text`, of a text whose `${..}` are references and whose `\${` are text."""
     if _PLAIN_VALUE.fullmatch(text):
         return text
     # In a quoted value a backslash escapes only a quote, and backslashes before one (Hydra's "Quoted values").

@@ -54,7 +54,7 @@ class Interrupt:
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _raise(self, number: int, frame: FrameType | None) -> None:
+    def _raise(self, _number: int, _frame: FrameType | None) -> None:
         self.heard = True
         raise KeyboardInterrupt
 

@@ -64,15 +64,18 @@ class DeltaRetention:
 
     @property
     def kept(self) -> float:
+        """Share of the update that the layers keep, weighed by energy."""
         return sum(layer.kept * layer.energy for layer in self.layers) / self._energy
 
     @property
     def noise(self) -> float:
+        """Root mean square of the layers' noise, weighed by energy."""
         squared = sum(layer.noise**2 * layer.energy for layer in self.layers) / self._energy
         return float(squared**0.5)
 
     @property
     def worst(self) -> LayerRetention:
+        """The layer that keeps least."""
         return min(self.layers, key=lambda layer: layer.kept)
 
     @property

@@ -43,6 +43,7 @@ def span(low: Tensor, high: Tensor, *, bits: int, zero_point: bool) -> Grid:
 
 
 def storable(scale: Tensor) -> Tensor:
+    """The nearest scale that a file can hold, in bfloat16, as the number type that it came in."""
     return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).to(scale.dtype)
 
 

@@ -34,11 +34,13 @@ class ActivationStats:
     tokens: int = 0
 
     def add(self, rows: Tensor) -> None:
+        """Count rows of inputs in."""
         self.magnitude += rows.abs().sum(0)
         self.moment += rows.T @ rows
         self.tokens += len(rows)
 
     def finish(self) -> None:
+        """Turn the sums into means; nothing is added after it."""
         self.magnitude /= self.tokens
         self.moment /= self.tokens
 

@@ -18,7 +18,7 @@ class Window(Enum):
     attention = "attention"
 
 
-def nothing_fixed(config: ConfigFields) -> Iterator[tuple[str, str]]:
+def nothing_fixed(_config: ConfigFields) -> Iterator[tuple[str, str]]:
     """Llama.cpp reads from the file all that it needs."""
     yield from ()
 

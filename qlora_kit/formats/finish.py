@@ -49,8 +49,7 @@ def finish(
     run: Run,
     job: ExportJob,
     folder: Path,
-    merged: Path,
-    merge: MergeReport,
+    made_from: tuple[Path, MergeReport],
     reference: Reference | None,
     max_mean_kl: float | None,
     seconds: float,
@@ -60,9 +59,10 @@ def finish(
 
     Args:
         folder: of the artifact.
-        merged: the 16-bit folder that it was made from.
+        made_from: the 16-bit folder, and what was merged into it.
         bits: what a budget of bits was spent on, for the record; empty without one.
     """
+    merged, merge = made_from
     scores = _scores(run, job, folder, reference) if reference else None
     fidelity = compare(reference.scores, scores) if reference and scores else None
     facts = _facts(run, job, fidelity)

@@ -115,9 +115,7 @@ def _evaluate(run: Run, config: EvalConfig) -> list[Row | Unscored]:
     for scorer in models.values():
         scorer.close()
 
-    for name in wanted:
-        if name in exports:
-            table.append(_score_or_say(run, exports[name], yardstick, exam))
+    table.extend(_score_or_say(run, exports[name], yardstick, exam) for name in wanted if name in exports)
     write_record(run.directory.evaluation, _record(table, exam), _current(run, exports, table))
     return table
 

@@ -247,4 +247,4 @@ def _made(
     spent = job.write(folder)
     seconds = time.perf_counter() - began
     bits = spent.record() if spent else {}
-    return finish(run, job, folder, *merged, reference, config.max_mean_kl, seconds, bits)
+    return finish(run, job, folder, merged, reference, config.max_mean_kl, seconds, bits)

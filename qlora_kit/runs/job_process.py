@@ -38,7 +38,7 @@ class SweepStop:
         with on_stop_signals(self._note):
             yield
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.heard and repeats_by_itself(number):
             return
         self.heard += 1

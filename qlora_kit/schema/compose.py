@@ -204,9 +204,8 @@ def _compose_initialized(verb: str, lines: list[str]) -> tuple[DictConfig, list[
     except COMPOSE_ERRORS as error:
         misspelled = {word.override.key_or_group.split(".")[0] for word in words if problems[word.typed]}
         raise RecipeError([*named, *_failed_compose_problems(verb, good, misspelled, error)]) from error
-    for word in good:
-        if word.mapping and (problem := set_in_mapping(tree, root, word)):
-            named.append(problem)
+    set_apart = (set_in_mapping(tree, root, word) for word in good if word.mapping)
+    named.extend(problem for problem in set_apart if problem)
     if named:
         raise RecipeError(named)
     choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}

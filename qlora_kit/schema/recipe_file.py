@@ -94,14 +94,14 @@ def _entry_problems(found: RecipeText, above: tuple[str, ...], key: Any, value: 
     elif walk.group_class(declared) is not None or walk.is_dict(declared):
         if isinstance(value, yaml.MappingNode):
             if walk.is_dict(declared) and walk.group_class(declared) is None:
-                yield from _value_problems(found, path, declared, value, where)
+                yield from _value_problems(path, declared, value, where)
             else:
                 for inner in value.value:
                     yield from _entry_problems(found, path, *inner)
         elif not _may_be_scalar(declared, value):
-            yield _wrong_value(found, path, declared, value, where)
+            yield _wrong_value(path, declared, value, where)
     else:
-        yield from _value_problems(found, path, declared, value, where)
+        yield from _value_problems(path, declared, value, where)
 
 
 def _pairs(node: Any) -> list[Any]:
@@ -143,9 +143,7 @@ def _root_has(name: str) -> bool:
     return _type((name,)) is not None and walk.group_class(_type((name,))) is None
 
 
-def _value_problems(
-    found: RecipeText, path: tuple[str, ...], declared: Any, value: Any, where: str
-) -> Iterator[Problem]:
+def _value_problems(path: tuple[str, ...], declared: Any, value: Any, where: str) -> Iterator[Problem]:
     given = _plain(value)
     if given == "???" or (isinstance(given, str) and "${" in given):
         return
@@ -155,7 +153,7 @@ def _value_problems(
     try:
         OmegaConf.merge(OmegaConf.structured(schema), _nested(inside, given))
     except VALUE_ERRORS:
-        yield _wrong_value(found, path, declared, value, where)
+        yield _wrong_value(path, declared, value, where)
         return
     number, wrong = _number(given), None
     if number is not None and holder is not None:
@@ -164,7 +162,7 @@ def _value_problems(
         yield Problem(wrong.what, where, f"{path[-1]}: {wrong.fitting}" if wrong.fitting else "")
 
 
-def _wrong_value(found: RecipeText, path: tuple[str, ...], declared: Any, value: Any, where: str) -> Problem:
+def _wrong_value(path: tuple[str, ...], declared: Any, value: Any, where: str) -> Problem:
     key = ".".join(path)
     what = f"{key} cannot be {printable(repr(_plain(value)))[:120]}: it is {walk.type_name(declared)}"
     options = getattr(declared, "__members__", {})

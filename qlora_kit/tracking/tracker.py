@@ -45,7 +45,7 @@ class _Kind:
     """How a service is opened, where its runs go, and how to ask whether it is there."""
 
     open: Callable[[TrackerConfig, Recorded], Service]
-    place: Callable[[TrackerConfig], str] = lambda config: ""
+    place: Callable[[TrackerConfig], str] = lambda _: ""
     reach: Callable[[str], None] | None = None
 
 

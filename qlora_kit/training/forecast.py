@@ -109,8 +109,10 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
 
 
 def _of_known_sizes(lora: LoraConfig) -> LoraConfig:
-    """The adapter with every linear module in place of names that the sizes do not tell: what is kept is then reckoned
-    as of them, and what is trained was counted."""
+    """The adapter with every linear module in place of names that the sizes do not tell.
+
+    What is kept is then reckoned as of them, and what is trained was counted.
+    """
     named = {*TARGET_SETS, *TARGET_SETS["all_linear"]}
     return lora if set(lora.targets) <= named else replace(lora, targets=["all_linear"], modules_to_save=[])
 

@@ -177,7 +177,7 @@ def _reach_in(
     with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):
         put_4bit_linears(model)  # of which peft asks no other library
         adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
-    _check_promise(recipe, adapted_names(adapted_model), promised)
+    _check_promise(adapted_names(adapted_model), promised)
     trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
     trained += sum(weight.numel() for name, weight in model.named_parameters() if _is_saved(name, recipe.lora))
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
@@ -223,7 +223,7 @@ def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -
     return {name for name in linears if name.rpartition(".")[2] in targets}
 
 
-def _check_promise(recipe: TrainRecipe, adapted: set[str], promised: set[str]) -> None:
+def _check_promise(adapted: set[str], promised: set[str]) -> None:
     if adapted == promised:
         return
     missing, extra = sorted(promised - adapted), sorted(adapted - promised)

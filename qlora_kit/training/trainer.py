@@ -84,7 +84,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     _globalstep_last_logged: int
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what TRL's trainer takes, and what the kit adds
         self,
         model: PeftModel,
         settings: SFTConfig,

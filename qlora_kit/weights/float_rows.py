@@ -35,6 +35,7 @@ class FloatRows:
 
     @property
     def rows(self) -> int:
+        """All dimensions but the last, as one."""
         count = 1
         for size in self.shape[:-1]:
             count *= size

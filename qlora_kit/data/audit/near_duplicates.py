@@ -129,7 +129,7 @@ def _candidates(keys: Hashes, starts: Ints) -> Ints:
     if len(rows) < 2:
         return np.zeros((0, 2), dtype=np.int64)
     signatures = _signatures(keys, starts[rows])
-    pairs = []
+    pairs: list[Ints] = []
     for band in range(BANDS):
         part = np.ascontiguousarray(signatures[band * BAND_HASHES : (band + 1) * BAND_HASHES])
         mixed = np.zeros(len(rows), dtype=np.uint64)
@@ -141,8 +141,7 @@ def _candidates(keys: Hashes, starts: Ints) -> Ints:
         first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
         later = np.flatnonzero(same)
         # The first row of a bucket and the one before, not every pair: a thousand copies would be half a million.
-        for earlier in (first[later], later - 1):
-            pairs.append(np.stack((order[earlier], order[later]), axis=1))
+        pairs.extend(np.stack((order[earlier], order[later]), axis=1) for earlier in (first[later], later - 1))
     found = np.unique(np.concatenate(pairs), axis=0)
     agree = np.zeros(len(found))
     for hashes in signatures:

@@ -157,7 +157,7 @@ def _padding_token(turns: Turns) -> Iterator[Finding]:
     if special.pad is None:
         return
     name = special.name(special.pad)
-    if special.pad == special.eos or special.pad == scan.closed.commonest:
+    if special.pad in (special.eos, scan.closed.commonest):
         what = (
             f"{name} both ends a turn and pads; harmless here, where padding is masked by its place and not by its id"
         )

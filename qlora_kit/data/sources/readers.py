@@ -26,7 +26,7 @@ _ROW_KEYS = frozenset({"messages", "conversations", "conversation", "prompt", "c
 class TextFile(FileOnDisk):
     """A file of JSON or CSV rows; what it holds decides how it is read where its name leaves that open."""
 
-    def entries(self, rows: int) -> Iterator[Entry]:
+    def entries(self, rows: int) -> Iterator[Entry]:  # noqa: ARG002  # of the sources, tables read ahead by it
         """Rows with the line that they start in, or their number in an array.
 
         Raises:

@@ -95,6 +95,7 @@ class SavedSet:
 
     @property
     def name(self) -> str:
+        """As messages name it: the folder."""
         return str(self.folder)
 
     def sha256(self) -> str:
@@ -140,6 +141,7 @@ class HubSet:
 
     @property
     def name(self) -> str:
+        """As messages name it: the id and the commit."""
         return f"{self.id}@{self.revision}"
 
     def sha256(self) -> str:

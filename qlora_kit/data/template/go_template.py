@@ -1,6 +1,6 @@
-"""The part of Go's text/template that the kit's Ollama templates use, rendered as Go renders it.
+r"""The part of Go's text/template that the kit's Ollama templates use, rendered as Go renders it.
 
-    GoTemplate("{{ range .Messages }}{{ .Role }}: {{ .Content }}\\n{{ end }}").render({"Messages": [...]})
+    GoTemplate("{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}").render({"Messages": [...]})
 
 Fields, variables, `range`, `if`, `else if`, `else`, assignments, white-space trimming, and the functions eq, ne, and,
 or, not, len, slice. Anything else is refused, so that nothing is rendered otherwise than Go would.

@@ -1,4 +1,4 @@
-"""Does a training row begin as the prompt does that the served model will get?"""
+"""Whether a training row begins as the prompt does that the served model will get."""
 
 from qlora_kit.data.audit.finding import Finding, Level
 from qlora_kit.data.conversation import Message

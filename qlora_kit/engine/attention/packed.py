@@ -155,7 +155,7 @@ def _mask(
     return mask
 
 
-def _attention(
+def _attention(  # noqa: PLR0913, PLR0917  # transformers passes each by itself
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

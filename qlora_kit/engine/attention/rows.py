@@ -36,12 +36,12 @@ def enable_row_attention(model: PreTrainedModel) -> Callable[[], None] | None:
     return lambda: model.set_attn_implementation(before)
 
 
-def _attention(
+def _attention(  # noqa: PLR0913, PLR0917  # transformers passes each by itself
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: None,  # noqa: ARG001  # passed by name
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,

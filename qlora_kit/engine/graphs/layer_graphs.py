@@ -28,7 +28,7 @@ SPARE = 1.1  # memory that has to be free, for what a step was seen to take: poo
 class LayerForward(Protocol):
     """A layer: from hidden states `[rows, tokens, hidden]` and what the model hands to every layer to the next ones."""
 
-    def __call__(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor: ...
+    def __call__(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor: ...  # noqa: D102  # said by the class
 
 
 class CapturableLayer(NamedTuple):
@@ -211,7 +211,7 @@ class Replay(Function):
     """A recorded layer: takes hidden states, the recording, the owner of all, and the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, known: CapturedLayer, owner: LayerGraphs, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, _h: Tensor, known: CapturedLayer, owner: LayerGraphs, *_: Tensor) -> Tensor:
         """The hidden states after the layer, in memory that the next forward pass writes over."""
         ctx.known, ctx.owner, ctx.turn = known, owner, owner.turn
         known.forward_graph.replay()

@@ -104,6 +104,7 @@ class NormProject(Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection, *_: Tensor) -> Any:
+        """Queries, keys and values by head, and h."""
         rows = h.flatten(0, 1)
         x, angles = parts.norm.forward(rows), _cos_sin(cos, sin)
         raw: list[Tensor] = []
@@ -129,6 +130,7 @@ class NormProject(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, residual: Tensor) -> Any:
+        """The gradients of h and of what is trained."""
         h, cos, sin, xa, *raw = ctx.saved_tensors
         parts: Projection = ctx.parts
         rows = h.flatten(0, 1)
@@ -148,6 +150,7 @@ class ProjectAdd(Function):
 
     @staticmethod
     def forward(ctx: Any, attention: Tensor, residual: Tensor, parts: Output, *_: Tensor) -> Tensor:
+        """The residual with the projected attention added."""
         added, y, xa = add_to_residual(residual, attention.flatten(0, 1), parts.group, parts.after)
         ctx.parts = parts
         ctx.save_for_backward(attention, xa, y)
@@ -156,6 +159,7 @@ class ProjectAdd(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradients of the attention, of the residual and of what is trained."""
         attention, xa, y = ctx.saved_tensors
         dy = grad.flatten(0, 1)
         if ctx.parts.after is not None:

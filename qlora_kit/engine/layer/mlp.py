@@ -111,6 +111,7 @@ class GatedMlp(Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, parts: DenseMlp, recompute_gate_up: bool, *_: Tensor) -> Tensor:
+        """h with the block's output added."""
         gate, up, xa = parts.gate_and_up(parts.norm.forward(h.flatten(0, 1)))
         more, down_a = parts.deltas(xa, h.dtype), parts.down.all_a(h.dtype)
         product, down_xa = glu(gate, up, parts.activation, more, down_a)
@@ -123,6 +124,7 @@ class GatedMlp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradients of h and of what is trained."""
         h, xa, down_xa, y, gate, up = ctx.saved_tensors
         parts: DenseMlp = ctx.parts
         rows, d_out = h.flatten(0, 1), grad.flatten(0, 1)

@@ -25,7 +25,7 @@ USE_BF16 = "engine.compute=bf16"
 class Product(Protocol):
     """`rows @ weight^T`, for a weight `[N, K]` in fp8 with scales `[1, N]`."""
 
-    def __call__(self, rows: Rounded, weight: Tensor, scale: Tensor) -> Tensor: ...
+    def __call__(self, rows: Rounded, weight: Tensor, scale: Tensor) -> Tensor: ...  # noqa: D102  # said by the class
 
 
 def has_fp8() -> bool:

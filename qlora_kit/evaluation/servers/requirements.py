@@ -54,7 +54,7 @@ def sixteen_bit_problems(folder: Path) -> Iterator[str]:
 def quantized_problems(
     folder: Path,
     required: Iterable[Required],
-    also: Callable[[Mapping[str, Any]], Iterator[str]] = lambda settings: iter(()),
+    also: Callable[[Mapping[str, Any]], Iterator[str]] = lambda _: iter(()),
 ) -> Iterator[str]:
     """What a server would refuse in a folder of quantized weights.
 

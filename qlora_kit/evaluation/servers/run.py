@@ -175,7 +175,7 @@ def _ollama_server(models: Path) -> Iterator[str]:
     log = models / "serve.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
-            ["ollama", "serve"],
+            ["ollama", "serve"],  # noqa: S607  # the one on the PATH, as the user starts it
             env={**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": str(models)},
             stdout=stream,
             stderr=stream,

@@ -32,7 +32,7 @@ def check_folder(contract: TokenParity, trained: Trained, folder: Path) -> None:
     else:
         compare_all(contract, trained, TRANSFORMERS, reading_of(tokenizer))
     if (folder / "config.json").is_file():
-        judge_stops(contract, trained, TRANSFORMERS, transformers_stops(folder, tokenizer))
+        judge_stops(contract, trained, TRANSFORMERS, transformers_stops(folder))
 
 
 def reading_of(tokenizer: Any) -> Reading:

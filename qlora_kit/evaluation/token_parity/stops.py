@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_kit.core.files import read_json
 
@@ -16,7 +15,7 @@ class Stops:
     known_texts: frozenset[str] = frozenset()
 
 
-def transformers_stops(folder: Path, tokenizer: Any) -> Stops:
+def transformers_stops(folder: Path) -> Stops:
     """What ends an answer in transformers, vLLM and SGLang: the generation settings, else config.json.
 
     The tokenizer's end of text is not among them: transformers does not look at it.

@@ -20,14 +20,21 @@ _MOST_WEIGHTS_ROUNDED = 1 << 19  # of a layer, in each format
 class Formats(Protocol):
     """What a target leaves open in the layers of a model."""
 
-    def groups(self) -> list[tuple[str, ...]]: ...
-    def bits(self, name: str) -> dict[str, float]: ...
-    def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor": ...
+    def groups(self) -> list[tuple[str, ...]]:
+        """Layers that get the same format."""
+
+    def bits(self, name: str) -> dict[str, float]:
+        """Bits per weight of each format that a layer may get."""
+
+    def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor":
+        """The weight as a format holds it."""
+
     @property
-    def needs_moments(self) -> bool: ...
-    def error_left(
-        self, name: str, weight: "Tensor", format: str, mass: "Tensor", moment: "Tensor | None"
-    ) -> float: ...
+    def needs_moments(self) -> bool:
+        """Whether `error_left` asks for the second moments of the inputs."""
+
+    def error_left(self, name: str, weight: "Tensor", format: str, mass: "Tensor", moment: "Tensor | None") -> float:
+        """Share of the error of rounding that the method leaves."""
 
 
 @dataclass(frozen=True)

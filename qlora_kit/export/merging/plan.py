@@ -76,6 +76,7 @@ class Plan:
 
     @property
     def pieces(self) -> list[Piece]:
+        """Those of all files, in order."""
         return [piece for shard in self.shards.values() for piece in shard]
 
     @property

@@ -49,7 +49,7 @@ def write_shards(
     out: Path,
     wrote: Callable[[int], object],
     finished: Mapping[str, list[Written]] | None = None,
-    record: Callable[[str, list[Written]], object] = lambda name, tensors: None,
+    record: Callable[[str, list[Written]], object] = lambda _name, _tensors: None,
 ) -> list[Written]:
     """Write every file of the plan, and the index where there are several.
 

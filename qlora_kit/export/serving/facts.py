@@ -30,12 +30,21 @@ class ServedFormat(Protocol):
     """What the serving files ask of a format."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As recipes name it."""
+
     @property
-    def hub(self) -> Hub: ...
-    def serve_commands(self, served: Served) -> list[ServeCommand]: ...
-    def serving_note(self, facts: "ServingFacts") -> str: ...
-    def write_server_files(self, folder: Path, facts: "ServingFacts") -> list[str]: ...
+    def hub(self) -> Hub:
+        """What a model hub is told of it."""
+
+    def serve_commands(self, served: Served) -> list[ServeCommand]:
+        """The commands that serve the artifact, a server each."""
+
+    def serving_note(self, facts: "ServingFacts") -> str:
+        """What else the model card says of serving it."""
+
+    def write_server_files(self, folder: Path, facts: "ServingFacts") -> list[str]:
+        """Write the files that its servers want beside it, and return their names."""
 
 
 @dataclass(frozen=True)

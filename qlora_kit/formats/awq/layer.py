@@ -36,6 +36,7 @@ class Settings:
     layout: AwqLayout = AwqLayout.gemm
 
     def group(self, width: int) -> int:
+        """Inputs per group of a linear module that reads `width`."""
         return width if self.group_size == -1 else self.group_size
 
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from qlora_kit.core.errors import Problem
 from qlora_kit.export.checks.fault import Fault, with_fixes
 from qlora_kit.export.checks.form import ModelForm, no_linear_layers
-from qlora_kit.schema.export import BnbTarget
 
 
-def bnb_problems(path: str, target: BnbTarget, form: ModelForm) -> Iterator[Problem]:
+def bnb_problems(path: str, form: ModelForm) -> Iterator[Problem]:
     """What is wrong with a bitsandbytes file of this model."""
     faults = [] if form.blocks else [Fault("kind", no_linear_layers("bitsandbytes", form))]
-    yield from with_fixes(path, faults, lambda fault: (), lambda changed: faults)
+    yield from with_fixes(path, faults, lambda _: (), lambda _: faults)

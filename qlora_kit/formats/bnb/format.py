@@ -40,7 +40,7 @@ class Bnb(Format[BnbTarget]):
         """What the library asks of a model that it has not."""
         from qlora_kit.formats.bnb.checks import bnb_problems
 
-        return bnb_problems(path, target, form)
+        return bnb_problems(path, form)
 
     def unquantized(self, target: BnbTarget, form: "ModelForm") -> "Unquantized | None":
         """Experts."""

@@ -64,5 +64,5 @@ def fp8_block_weights(artifact: Path) -> WeightReader:
     return weight
 
 
-def _round_inputs(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _round_inputs(_module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (rounded_inputs(args[0]), *args[1:])

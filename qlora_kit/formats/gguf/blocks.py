@@ -84,7 +84,7 @@ def write_blocks(
     """
     pieces = [piece for placed in tensors for piece in _pieces(placed)]
     count = max(1, min(_usable_cores(), _MOST_WORKERS) if workers is None else workers)
-    tell = report or (lambda values: None)
+    tell = report or (lambda _: None)
     with ThreadPoolExecutor(count) as pool:
         for values in _in_order(pool, pieces, ahead=2 * count):
             tell(values)

@@ -49,8 +49,12 @@ _SEVENTY_B_LAYERS = 80  # of a model that llama.cpp calls 70B, which gives attn_
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the type rules look at besides the tensor: layers, heads, tied embeddings, whether there is an importance
-    matrix, and the family's rule for a 70B model: see `GgufRules`."""
+    """What the type rules look at besides the tensor.
+
+    Attributes:
+        has_imatrix: there is an importance matrix.
+        seventy_b: the family's rule for a 70B model: see `GgufRules`.
+    """
 
     layers: int
     heads: int
@@ -66,6 +70,7 @@ class ModelShape:
 
     @property
     def is_seventy_b(self) -> bool:
+        """Whether llama.cpp takes it for a 70B model."""
         is_called_so = self.seventy_b == "always" or (self.seventy_b == "grouped" and self.heads != self.kv_heads)
         return self.layers == _SEVENTY_B_LAYERS and is_called_so
 
@@ -102,7 +107,7 @@ def _q6_for_more_bits(layer: int, model: ModelShape) -> str | None:
 
 
 def _always(tensor_type: str) -> Rule:
-    return lambda layer, model: tensor_type
+    return lambda _layer, _model: tensor_type
 
 
 def _first_eighth(tensor_type: str) -> Rule:
@@ -114,7 +119,7 @@ def _middle(tensor_type: str) -> Rule:
 
 
 def _shared_values(shared: str, otherwise: str | None = None) -> Rule:
-    return lambda layer, model: shared if model.shares_values else otherwise
+    return lambda _layer, model: shared if model.shares_values else otherwise
 
 
 def _first_eighth_with_imatrix(tensor_type: str) -> Rule:
@@ -125,7 +130,7 @@ def _first_eighth_without_imatrix(tensor_type: str) -> Rule:
     return lambda layer, model: tensor_type if not model.has_imatrix and layer < model.layers // 8 else None
 
 
-def _q3_k_m_attn_v(layer: int, model: ModelShape) -> str | None:
+def _q3_k_m_attn_v(layer: int, _model: ModelShape) -> str | None:
     return "Q5_K" if layer < 2 else "Q4_K"
 
 
@@ -133,11 +138,11 @@ def _q3_k_m_ffn_down(layer: int, model: ModelShape) -> str | None:
     return "Q5_K" if layer < model.layers // 16 else "Q4_K"
 
 
-def _q4_k_s_attn_v(layer: int, model: ModelShape) -> str | None:
+def _q4_k_s_attn_v(layer: int, _model: ModelShape) -> str | None:
     return "Q5_K" if layer < 4 else None
 
 
-def _iq3_xxs_attn_v(layer: int, model: ModelShape) -> str | None:
+def _iq3_xxs_attn_v(_layer: int, model: ModelShape) -> str | None:
     if model.shares_values:
         return "Q4_K"
     return None if model.has_imatrix else "IQ3_S"

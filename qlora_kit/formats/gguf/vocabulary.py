@@ -307,8 +307,7 @@ def _add_stop_ids(
         special_ids["eos"] = stop_ids[0]
     rest = [i for i in stop_ids if i != special_ids.get("eos") and i < len(tokens)]
     rest.sort(key=lambda i: tokens[i] in LLAMA_CPP_STOPS)
-    for key, token_id in zip(("eot", "eom"), rest, strict=False):
-        special_ids[key] = token_id
+    special_ids.update(zip(("eot", "eom"), rest, strict=False))
     unnamed = [tokens[i] for i in rest[2:] if tokens[i] not in LLAMA_CPP_STOPS]
     if unnamed:
         raise RecipeError(

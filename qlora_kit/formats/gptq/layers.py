@@ -26,6 +26,7 @@ class LayerSettings:
 
     @property
     def quantized(self) -> bool:
+        """Whether it is stored in fewer than 16 bits."""
         return self.bits in BITS
 
 

@@ -197,7 +197,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 buffer.optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's interface
         """Zero the gradients in place; the argument is there for callers that know other optimizers."""
         for buffer in self._buffers:
             buffer.zero_gradients()
