@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
         raise RecipeError([composed.problem(issue) for issue in found])
 
     from qlora_kit.formats.next_line import line_to_report
-    from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
+    from qlora_kit.pipelines.evaluate import evaluate, raise_failed_scores
     from qlora_kit.report.scores import print_scores
     from qlora_kit.runs.open import open_exports, open_idle_run
 
@@ -47,5 +47,5 @@ def run(arguments: list[str]) -> int:
     table = [asdict(row) for row in rows]
     print_scores(str(subject.directory.path), table, subject.models[-1], subject.reference_as_stored)
     log.info(f"next: {line_to_report(subject.directory)}")
-    raise_what_went_wrong(rows, subject.directory.exports)
+    raise_failed_scores(rows, subject.directory.exports)
     return EXIT_OK

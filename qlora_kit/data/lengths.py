@@ -15,7 +15,9 @@ MOST_LINES_NAMED = 20
 Cut = tuple[int, int, int]  # head, begin, end: what is left of a row
 
 
-def fit(rows: TokenRows, max_tokens: int, policy: Overflow, bos: int | None) -> tuple[TokenRows, LongRowCounts]:
+def truncate_or_drop(
+    rows: TokenRows, max_tokens: int, policy: Overflow, bos: int | None
+) -> tuple[TokenRows, LongRowCounts]:
     """Rows of at most `max_tokens` tokens, each with a loss token, and what was done to get there.
 
     `truncate_prompt` takes tokens from the left, between the beginning-of-text token and the first loss token. In
@@ -51,7 +53,7 @@ def fit(rows: TokenRows, max_tokens: int, policy: Overflow, bos: int | None) -> 
     return fitted, LongRowCounts(len(long), dropped, cut, pieces, untrained)
 
 
-def told(counts: LongRowCounts, name: str, policy: Overflow, max_tokens: int) -> list[str]:
+def describe_long_rows(counts: LongRowCounts, name: str, policy: Overflow, max_tokens: int) -> list[str]:
     """Lines for the user: one for each thing that happened to the rows of a split."""
     lines = []
     if counts.dropped:

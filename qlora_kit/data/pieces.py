@@ -20,7 +20,7 @@ from qlora_kit.data.conversation import HASH_BYTES, Conversation
 from qlora_kit.data.encode import EncodedRow, Encoder
 from qlora_kit.data.formats.bad_rows import BadRowError
 from qlora_kit.data.formats.reader import RowReader
-from qlora_kit.data.sources.source import Piece, parse
+from qlora_kit.data.sources.source import Chunk, parse
 from qlora_kit.data.tokens import REASONING_DROPPED, TEXT_DROPPED, BadRow, Ids, Ints, Mask
 
 Number = TypeVar("Number", bound=np.generic)
@@ -61,12 +61,12 @@ class EncodedPiece:
 
 
 def encoded_pieces(
-    pieces: Iterator[Piece], encoder: Encoder, readings: Sequence[Reading], processes: int | None
+    pieces: Iterator[Chunk], encoder: Encoder, readings: Sequence[Reading], processes: int | None
 ) -> Iterator[EncodedPiece]:
     """Tokenize pieces in their order; processes are started only where there is enough to do.
 
     Args:
-        readings: by `Piece.file`.
+        readings: by `Chunk.file`.
         processes: at most this many; None for one each CPU that this process may use.
 
     Raises:
@@ -86,7 +86,7 @@ def encoded_pieces(
         ) from error
 
 
-def encode_piece(piece: Piece, encoder: Encoder, readings: Sequence[Reading]) -> EncodedPiece:
+def encode_piece(piece: Chunk, encoder: Encoder, readings: Sequence[Reading]) -> EncodedPiece:
     """Parse, read, render and tokenize one piece; a row that cannot be used is named and left out."""
     file, reader = readings[piece.file].file, readings[piece.file].reader
     bad: list[BadRow] = []
@@ -113,7 +113,7 @@ def encode_piece(piece: Piece, encoder: Encoder, readings: Sequence[Reading]) ->
 
 
 def _as_arrays(
-    piece: Piece, kept: Sequence[tuple[Conversation, EncodedRow]], bad: tuple[BadRow, ...], unused: frozenset[str]
+    piece: Chunk, kept: Sequence[tuple[Conversation, EncodedRow]], bad: tuple[BadRow, ...], unused: frozenset[str]
 ) -> EncodedPiece:
     rows = [row for _, row in kept]
     hashes = b"".join(conversation.content_hash() for conversation, _ in kept)
@@ -146,7 +146,7 @@ def _joined(arrays: Sequence[npt.NDArray[Number]], dtype: type[Number]) -> npt.N
 
 
 def _in_processes(
-    pieces: Iterator[Piece], encoder: Encoder, readings: Sequence[Reading], count: int
+    pieces: Iterator[Chunk], encoder: Encoder, readings: Sequence[Reading], count: int
 ) -> Iterator[EncodedPiece]:
     # A forked copy of a process that runs torch's threads may hang, so each one starts anew.
     context = multiprocessing.get_context("spawn")
@@ -182,7 +182,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(piece: Piece) -> EncodedPiece:
+def _work(piece: Chunk) -> EncodedPiece:
     encoder, readings = _of_this_process["encoder"], _of_this_process["readings"]
     assert isinstance(encoder, Encoder) and isinstance(readings, tuple)
     return encode_piece(piece, encoder, readings)

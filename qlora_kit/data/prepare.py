@@ -14,7 +14,7 @@ from qlora_kit.core.units import counted
 from qlora_kit.data.conversation import Conversation
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.formats.absent import COLUMNS
-from qlora_kit.data.lengths import fit, told
+from qlora_kit.data.lengths import describe_long_rows, truncate_or_drop
 from qlora_kit.data.problems import MOST_PROBLEMS_SHOWN, several_shapes, told_once
 from qlora_kit.data.split import held_out, mixed, shared_rows
 from qlora_kit.data.summary import DataSummary, LongRowCounts, SourceSummary, SplitSummary
@@ -240,8 +240,8 @@ def _fitted(
     longest = int(whole.lengths.max())
     if limit is None:
         return whole, _summary(whole, source, longest, LongRowCounts())
-    kept, counts = fit(whole, limit, config.overflow, bos)
-    for line in told(counts, name, config.overflow, limit):
+    kept, counts = truncate_or_drop(whole, limit, config.overflow, bos)
+    for line in describe_long_rows(counts, name, config.overflow, limit):
         log.info(line)
     return kept, _summary(kept, source, limit, counts)
 

@@ -19,7 +19,7 @@ from qlora_kit.data.formats.columns import REQUIRED
 from qlora_kit.data.formats.reader import RowReader, recognize
 from qlora_kit.data.pieces import Reading, encoded_pieces
 from qlora_kit.data.problems import told_once
-from qlora_kit.data.sources.source import Piece, Source, open_source, parse
+from qlora_kit.data.sources.source import Chunk, Source, open_source, parse
 from qlora_kit.data.store import StoreWriter, stored
 from qlora_kit.data.tokens import Ints, StoredFile, TokenStore
 from qlora_kit.schema.data import DataConfig, RowFormat, SourceConfig, TrainOn
@@ -83,7 +83,7 @@ class _Opened:
     reader: RowReader
     is_recognized: bool
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Chunk]:
         """Its pieces, up to the limit of rows."""
         return _limited(self.source.pieces(ROWS_IN_A_PIECE), self.named.limit)
 
@@ -191,7 +191,7 @@ def _recognized(source: Source, limit: int | None, columns: Mapping[str, str]) -
     )
 
 
-def _limited(pieces: Iterator[Piece], limit: int | None) -> Iterator[Piece]:
+def _limited(pieces: Iterator[Chunk], limit: int | None) -> Iterator[Chunk]:
     left = limit
     for piece in pieces:
         if left is None:
@@ -199,7 +199,7 @@ def _limited(pieces: Iterator[Piece], limit: int | None) -> Iterator[Piece]:
             continue
         if left <= 0:
             return
-        yield Piece(piece.file, piece.lines[:left], piece.records[:left])
+        yield Chunk(piece.file, piece.lines[:left], piece.records[:left])
         left -= len(piece.lines)
 
 
@@ -227,7 +227,7 @@ def _fill(
 ) -> list[StoredFile]:
     files: list[StoredFile] = []
     readings: list[Reading] = []
-    all_pieces: list[Iterator[Piece]] = []
+    all_pieces: list[Iterator[Chunk]] = []
     for source in opened:
         hashes = source.source.sha256()
         all_pieces.append(_renumbered(source.pieces(), len(files)))
@@ -244,9 +244,9 @@ def _fill(
     return files
 
 
-def _renumbered(pieces: Iterator[Piece], first: int) -> Iterator[Piece]:
+def _renumbered(pieces: Iterator[Chunk], first: int) -> Iterator[Chunk]:
     for piece in pieces:
-        yield Piece(piece.file + first, piece.lines, piece.records)
+        yield Chunk(piece.file + first, piece.lines, piece.records)
 
 
 def _progress(files: list[StoredFile]) -> AbstractContextManager[Bar]:

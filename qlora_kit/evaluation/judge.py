@@ -15,7 +15,7 @@ LEAST_DESTROYED_KL = 0.5  # nats; a random model says nearly the same everywhere
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Baselines:
     """What a file's scores are held against, on the same rows.
 
     Attributes:
@@ -28,24 +28,24 @@ class Yardstick:
 
 
 def faults_of(
-    fidelity: Fidelity, max_mean_kl: float | None, scores: Scores | None = None, yardstick: Yardstick | None = None
+    fidelity: Fidelity, max_mean_kl: float | None, scores: Scores | None = None, baselines: Baselines | None = None
 ) -> Iterator[str]:
     """Reasons to reject a scored file; none for a good one.
 
     Args:
         max_mean_kl: in nats; None without a bound.
-        scores: of the file, to be held against `yardstick`.
+        scores: of the file, to be held against `baselines`.
     """
     if odd := not_finite(fidelity):
         yield f"its scores are not finite numbers ({odd}), so the file is broken"
         return
     if max_mean_kl is not None and not fidelity.mean_kl <= max_mean_kl:
         yield f"mean KL {fidelity.mean_kl:.4f} is above export.max_mean_kl={max_mean_kl}"
-    if scores is None or yardstick is None:
+    if scores is None or baselines is None:
         return
-    if yardstick.untrained is not None:
-        yield from _lost(scores, yardstick.reference, yardstick.untrained)
-    yield from _says_nothing(fidelity, yardstick.reference)
+    if baselines.untrained is not None:
+        yield from _lost(scores, baselines.reference, baselines.untrained)
+    yield from _says_nothing(fidelity, baselines.reference)
 
 
 def not_finite(fidelity: Fidelity) -> str:

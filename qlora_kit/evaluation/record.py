@@ -9,7 +9,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import file_hash, read_json, write_json
 from qlora_kit.core.units import counted
-from qlora_kit.evaluation.exam import Exam
+from qlora_kit.evaluation.eval_plan import EvalPlan
 from qlora_kit.evaluation.scored_on import scored_on
 
 MOST_EARLIER = 8
@@ -23,20 +23,20 @@ FIELDS = {
 Record = Mapping[str, Any]
 
 
-def asked(exam: Exam) -> dict[str, Any]:
+def asked(plan: EvalPlan) -> dict[str, Any]:
     """What every artifact is asked, with the settings that its scores depend on; None for a part that is left out."""
-    config = exam.config
-    prompts = sha256(repr(exam.prompts).encode()).hexdigest()
-    text = config.text_file if exam.windows else None
+    config = plan.config
+    prompts = sha256(repr(plan.prompts).encode()).hexdigest()
+    text = config.text_file if plan.windows else None
     return {
-        "scored_on": {**scored_on(exam.rows), "top_tokens": config.top_tokens},
+        "scored_on": {**scored_on(plan.rows), "top_tokens": config.top_tokens},
         "answers": {
-            "prompts": len(exam.prompts),
+            "prompts": len(plan.prompts),
             "sha256": prompts,
-            "task": exam.task.value,
+            "task": plan.task.value,
             "max_new_tokens": config.max_new_tokens,
         }
-        if exam.prompts
+        if plan.prompts
         else None,
         "text": {
             "sha256": file_hash(Path(text)),
@@ -46,7 +46,7 @@ def asked(exam: Exam) -> dict[str, Any]:
         }
         if text
         else None,
-        "lm_eval": {"tasks": list(exam.harness.names), "limit": config.lm_eval_limit} if exam.harness.names else None,
+        "lm_eval": {"tasks": list(plan.harness.names), "limit": config.lm_eval_limit} if plan.harness.names else None,
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.data.tokens import TokenRow
-from qlora_kit.evaluation.judge import Yardstick
+from qlora_kit.evaluation.judge import Baselines
 from qlora_kit.evaluation.scores import Scorer, Scores
 from qlora_kit.runs.run import Run
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -24,13 +24,13 @@ class Reference:
     """
 
     rows: Sequence[TokenRow]
-    yardstick: Yardstick
+    baselines: Baselines
     twins: dict[tuple[str, int], float] = field(default_factory=dict)
 
     @property
     def scores(self) -> Scores:
         """Of the trained model, or the base that is exported."""
-        return self.yardstick.reference
+        return self.baselines.reference
 
 
 def open_models(run: Run) -> dict[str, Scorer]:

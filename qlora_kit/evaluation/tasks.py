@@ -5,7 +5,7 @@ import json
 from qlora_kit.schema.data import Task
 
 
-def judge(task: Task, answer: str, expected: str) -> bool:
+def grade(task: Task, answer: str, expected: str) -> bool:
     """Whether an answer is right.
 
     `json_exact_match`: both are JSON and equal, types included, so 1 is neither true nor "1" nor 1.0; the order of keys

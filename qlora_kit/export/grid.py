@@ -60,6 +60,6 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return ((grouped - grid.zero[..., None]) * grid.scale[..., None]).flatten(1)
 
 
-def nearest(weight: Tensor, grid: Grid) -> Tensor:
+def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     """Weights moved to the nearest value of the grid."""
     return decode(encode(weight, grid), grid)

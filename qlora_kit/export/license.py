@@ -38,7 +38,7 @@ def license_files(base_folder: Path) -> list[Path]:
 
 def read_license(base_folder: Path) -> License:
     """The license by the base's README.md, else by the text of its license file."""
-    card = front_matter(base_folder / "README.md")
+    card = read_front_matter(base_folder / "README.md")
     if isinstance(card.get("license"), str):
         return License(card["license"], _text(card, "license_name"), _text(card, "license_link"))
     for path in license_files(base_folder):
@@ -58,7 +58,7 @@ def copy_license(base_folder: Path, folder: Path) -> list[str]:
     return names
 
 
-def front_matter(readme: Path) -> Mapping[str, Any]:
+def read_front_matter(readme: Path) -> Mapping[str, Any]:
     """The facts at the head of a model card; none where it is absent or damaged."""
     if not readme.is_file():
         return {}

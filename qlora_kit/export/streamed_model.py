@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.weights.float_rows import FloatRows, read_rows
+from qlora_kit.weights.float_rows import FloatRows, read_float_rows
 
 HEAD = "lm_head"
 
@@ -53,5 +53,5 @@ def drop_weights(module: nn.Module) -> None:
 
 
 def _set(module: nn.Module, leaf: str, tensor: FloatRows, device: torch.device) -> None:
-    values = torch.from_numpy(read_rows(tensor, 0, tensor.rows).reshape(tensor.shape))
+    values = torch.from_numpy(read_float_rows(tensor, 0, tensor.rows).reshape(tensor.shape))
     setattr(module, leaf, nn.Parameter(values.to(device), requires_grad=False))

@@ -72,7 +72,7 @@ def finish(
     servers = check_servers(job.format, folder, job.file)
     far: list[str] = []
     if fidelity and reference:
-        far = list(faults_of(fidelity, max_mean_kl, scores, reference.yardstick))
+        far = list(faults_of(fidelity, max_mean_kl, scores, reference.baselines))
         if not far:
             far = list(far_from_rounding(job, fidelity, merged, reference, int(run.tokenizer.pad_token_id)))
     faults = (*far, *map(str, contract.failures), *_wrong_for(servers))

@@ -10,7 +10,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.evaluation.servers.requirements import SGLANG, VLLM
 from qlora_kit.export.serving.commands import ServeCommand, Served, Server
 from qlora_kit.export.serving.facts import Hub, ServingFacts
-from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.formats.job import ExportJob, ExportSource, settings_of
 from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Format(ABC, Generic[Target]):
         """The target with what the recipe says for all files."""
         return target
 
-    def jobs(self, source: Source) -> Callable[[str, Target], ExportJob]:
+    def jobs(self, source: ExportSource) -> Callable[[str, Target], ExportJob]:
         """What makes a job of a target and its name; targets of one source may share what is costly to measure."""
 
         def job(name: str, target: Target) -> ExportJob:
@@ -93,7 +93,7 @@ class Format(ABC, Generic[Target]):
 
         return job
 
-    def write(self, source: Source, target: Target, out: Path) -> "Allocation | None":
+    def write(self, source: ExportSource, target: Target, out: Path) -> "Allocation | None":
         """Fill an empty folder; returns what a budget of bits was spent on, where there is one."""
         raise NotImplementedError(f"the jobs of {self.name} write by themselves")
 
@@ -175,9 +175,9 @@ class Format(ABC, Generic[Target]):
 
     def check_tokens(self, contract: "TokenParity", trained: "Trained", folder: Path, file: str) -> None:
         """Add what its readers see otherwise than training did; of most, what transformers makes of the folder."""
-        from qlora_kit.evaluation.token_parity.folder import check_folder
+        from qlora_kit.evaluation.token_parity.folder import compare_folder
 
-        check_folder(contract, trained, folder)
+        compare_folder(contract, trained, folder)
 
     def serving_note(self, facts: ServingFacts) -> str:
         """What the lines of a card look for beside the files; empty for nothing."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What every export is made from.
 
     Attributes:

@@ -13,7 +13,7 @@ from qlora_kit.formats.format import Format
 from qlora_kit.formats.fp8_block.format import Fp8Block
 from qlora_kit.formats.gguf.format import Gguf
 from qlora_kit.formats.gptq.format import Gptq
-from qlora_kit.formats.job import ExportJob, Source
+from qlora_kit.formats.job import ExportJob, ExportSource
 from qlora_kit.formats.merged.format import Merged
 from qlora_kit.schema.export import ExportConfig
 
@@ -55,7 +55,7 @@ def requested(export: ExportConfig) -> Iterator[Requested]:
         yield Requested(one.name, one.path, found.with_shared(one.target, export), found)
 
 
-def export_jobs(export: ExportConfig, source: Source) -> Iterator[ExportJob]:
+def export_jobs(export: ExportConfig, source: ExportSource) -> Iterator[ExportJob]:
     """The jobs of a recipe, quick ones first."""
     made: dict[str, Callable[[str, Any], ExportJob]] = {}
     for asked in sorted(requested(export), key=lambda one: one.format.order):

@@ -13,16 +13,16 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.core.verdict import Verdict, recorded_verdict, verdict_on
-from qlora_kit.evaluation.exam import Exam, set_exam
+from qlora_kit.evaluation.eval_plan import EvalPlan, build_eval_plan
 from qlora_kit.evaluation.harness import TaskScores, require_harness, run_harness
 from qlora_kit.evaluation.intervals import CONFIDENCE, Interval, wilson
-from qlora_kit.evaluation.judge import Yardstick, faults_of
+from qlora_kit.evaluation.judge import Baselines, faults_of
 from qlora_kit.evaluation.perplexity import text_fit
 from qlora_kit.evaluation.record import asked, write_record
 from qlora_kit.evaluation.reference import open_models
 from qlora_kit.evaluation.scored_on import scored_on
 from qlora_kit.evaluation.scores import Answers, Fidelity, Scorer, Scores, compare
-from qlora_kit.evaluation.tasks import judge
+from qlora_kit.evaluation.tasks import grade
 from qlora_kit.evaluation.torch_scorer import TorchScorer
 from qlora_kit.export.manifest import faults_of_export, read_manifest, record_scores
 from qlora_kit.export.rows import rows_of_eval
@@ -103,20 +103,20 @@ def _evaluate(run: Run, config: EvalConfig) -> list[Row | Unscored]:
     if config.lm_eval:
         require_harness()
     rows = rows_of_eval(run, config, config.eos_rows if run.task is Task.none else config.task_rows)
-    exam = set_exam(run, rows.scored, rows.conversations, config)
+    plan = build_eval_plan(run, rows.scored, rows.conversations, config)
 
     models = open_models(run)
-    yardstick = _yardstick(models, exam)
+    baselines = _baselines(models, plan)
     table: list[Row | Unscored] = []
     for name, scorer in models.items():
         if name in wanted:
             one = _Asked(name, size_on_disk(run.directory.adapter if name == "adapter" else run.base.folder))
-            table.append(_row(run, one, scorer, yardstick, exam))
+            table.append(_row(run, one, scorer, baselines, plan))
     for scorer in models.values():
         scorer.close()
 
-    table.extend(_score_or_say(run, exports[name], yardstick, exam) for name in wanted if name in exports)
-    write_record(run.directory.evaluation, _record(table, exam), _current(run, exports, table))
+    table.extend(_score_or_say(run, exports[name], baselines, plan) for name in wanted if name in exports)
+    write_record(run.directory.evaluation, _record(table, plan), _current(run, exports, table))
     return table
 
 
@@ -158,54 +158,54 @@ def _wanted(artifacts: Sequence[str], run: Run, exports: list[str]) -> list[str]
     return [name for name in known if name in artifacts]
 
 
-def _yardstick(models: Mapping[str, Scorer], exam: Exam) -> Yardstick:
-    log.info(f"eval: scoring {exam.reference}, which the others are held against, on {counted(len(exam.rows), 'row')}")
-    reference = models[exam.reference].score(exam.rows, None, exam.config.top_tokens)
-    before = next((scorer for name, scorer in models.items() if name != exam.reference), None)
-    return Yardstick(reference, before.score(exam.rows, None, 1) if before else None)
+def _baselines(models: Mapping[str, Scorer], plan: EvalPlan) -> Baselines:
+    log.info(f"eval: scoring {plan.reference}, which the others are held against, on {counted(len(plan.rows), 'row')}")
+    reference = models[plan.reference].score(plan.rows, None, plan.config.top_tokens)
+    before = next((scorer for name, scorer in models.items() if name != plan.reference), None)
+    return Baselines(reference, before.score(plan.rows, None, 1) if before else None)
 
 
-def _score_or_say(run: Run, folder: Path, yardstick: Yardstick, exam: Exam) -> Row | Unscored:
+def _score_or_say(run: Run, folder: Path, baselines: Baselines, plan: EvalPlan) -> Row | Unscored:
     """Score a file; one that fails keeps its place, and the others go on."""
     try:
-        return _score_export(run, folder, yardstick, exam)
+        return _score_export(run, folder, baselines, plan)
     except Exception as error:
-        exam.said.pop(folder.name, None)
+        plan.said.pop(folder.name, None)
         kind = "" if isinstance(error, KitError) else f"{type(error).__name__}: "
         log.info(f"{folder.name}: failed: {kind}{error}")
         return Unscored(folder.name, size_on_disk(folder), f"{kind}{error}")
 
 
-def _score_export(run: Run, folder: Path, yardstick: Yardstick, exam: Exam) -> Row:
+def _score_export(run: Run, folder: Path, baselines: Baselines, plan: EvalPlan) -> Row:
     manifest = read_manifest(folder)
     one = _Asked(folder.name, size_on_disk(folder), manifest)
     pad = int(run.tokenizer.pad_token_id)
     scorer = find_format(manifest["format"]).open(folder / manifest["file"], pad, run.base.folder)
     try:
-        row = _row(run, one, scorer, yardstick, exam)
+        row = _row(run, one, scorer, baselines, plan)
     finally:
         scorer.close()
-    record_scores(folder, asdict(row), scored_on(exam.rows))
+    record_scores(folder, asdict(row), scored_on(plan.rows))
     if row.verdict != recorded_verdict(manifest).value and not folder.is_symlink():
         rewrite_card(run, read_manifest(folder), folder)
     return row
 
 
-def _row(run: Run, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam) -> Row:
-    config, reference = exam.config, yardstick.reference
+def _row(run: Run, one: _Asked, scorer: Scorer, baselines: Baselines, plan: EvalPlan) -> Row:
+    config, reference = plan.config, baselines.reference
     log.info(f"eval: {one.name} ...")
-    scores = scorer.score(exam.rows, reference.ids, config.top_tokens)
+    scores = scorer.score(plan.rows, reference.ids, config.top_tokens)
     fidelity = compare(reference, scores)
     answers = Answers([], 0.0)
-    if exam.prompts:
-        answers = scorer.answer(exam.prompts, config.max_new_tokens, config.batch_size)
+    if plan.prompts:
+        answers = scorer.answer(plan.prompts, config.max_new_tokens, config.batch_size)
     said = [run.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers.token_ids]
-    exam.said[one.name] = said[:SAMPLES]
+    plan.said[one.name] = said[:SAMPLES]
     right = (
-        [] if exam.task is Task.none else [judge(exam.task, *pair) for pair in zip(said, exam.expected, strict=True)]
+        [] if plan.task is Task.none else [grade(plan.task, *pair) for pair in zip(said, plan.expected, strict=True)]
     )
-    text = text_fit(scorer, exam.windows) if exam.windows else None
-    verdict, faults = _judged(one.manifest, fidelity, scores, yardstick)
+    text = text_fit(scorer, plan.windows) if plan.windows else None
+    verdict, faults = _judged(one.manifest, fidelity, scores, baselines)
     row = Row(
         name=one.name,
         size_bytes=one.size_bytes,
@@ -222,27 +222,27 @@ def _row(run: Run, one: _Asked, scorer: Scorer, yardstick: Yardstick, exam: Exam
         text_perplexity=text.perplexity if text else None,
         text_perplexity_interval=text.interval if text else None,
         text_tokens=text.tokens if text else 0,
-        lm_eval=_harness(run, one.name, scorer, exam),
+        lm_eval=_harness(run, one.name, scorer, plan),
     )
-    log.info(_told(row, exam.reference))
+    log.info(_told(row, plan.reference))
     return row
 
 
 def _judged(
-    manifest: Mapping[str, Any] | None, fidelity: Fidelity, scores: Scores, yardstick: Yardstick
+    manifest: Mapping[str, Any] | None, fidelity: Fidelity, scores: Scores, baselines: Baselines
 ) -> tuple[Verdict | None, tuple[str, ...]]:
     """The verdict on a file, and what these scores show; a file that was rejected stays so until it is made again."""
     if manifest is None:
         return None, tuple(faults_of(fidelity, None))
     bound = manifest.get("max_mean_kl")
-    faults = tuple(faults_of(fidelity, bound, scores, yardstick))
+    faults = tuple(faults_of(fidelity, bound, scores, baselines))
     was_rejected = recorded_verdict(manifest) is Verdict.rejected
     if was_rejected and (faults_of_export(manifest) or not manifest.get("faults")):
         return Verdict.rejected, faults
     return verdict_on(is_measured=True, max_mean_kl=bound, faults=faults), faults
 
 
-def raise_what_went_wrong(table: Sequence[Row | Unscored], exports: Path) -> None:
+def raise_failed_scores(table: Sequence[Row | Unscored], exports: Path) -> None:
     """End as the worst of the scores did.
 
     Args:
@@ -267,14 +267,14 @@ def _share(hits: Sequence[bool]) -> float | None:
     return sum(hits) / len(hits) if hits else None
 
 
-def _harness(run: Run, name: str, scorer: Scorer, exam: Exam) -> TaskScores:
-    if not exam.harness.names:
+def _harness(run: Run, name: str, scorer: Scorer, plan: EvalPlan) -> TaskScores:
+    if not plan.harness.names:
         return {}
     if not isinstance(scorer, TorchScorer):
         log.warning(f"{name}: lm-eval runs models of transformers only, so its tasks are left out here")
         return {}
     with scorer.lent() as model:
-        return run_harness(model, run.tokenizer, exam.harness, exam.config.batch_size, exam.config.lm_eval_limit)
+        return run_harness(model, run.tokenizer, plan.harness, plan.config.batch_size, plan.config.lm_eval_limit)
 
 
 def _told(row: Row, reference: str) -> str:
@@ -291,16 +291,16 @@ def _told(row: Row, reference: str) -> str:
     return f"{row.name}: {', '.join(parts)}{worse}"
 
 
-def _record(table: Sequence[Row | Unscored], exam: Exam) -> Mapping[str, object]:
+def _record(table: Sequence[Row | Unscored], plan: EvalPlan) -> Mapping[str, object]:
     samples = [
-        {"prompt": question, "expected": expected, "answers": {name: said[place] for name, said in exam.said.items()}}
-        for place, (question, expected) in enumerate(zip(exam.questions, exam.expected, strict=True))
+        {"prompt": question, "expected": expected, "answers": {name: said[place] for name, said in plan.said.items()}}
+        for place, (question, expected) in enumerate(zip(plan.questions, plan.expected, strict=True))
         if place < SAMPLES
     ]
     return {
         "rows": [asdict(row) for row in table],
         "samples": samples,
         "confidence": CONFIDENCE,
-        "text_file": exam.config.text_file,
-        "asked": asked(exam),
+        "text_file": plan.config.text_file,
+        "asked": asked(plan),
     }

@@ -20,7 +20,7 @@ from qlora_kit.core.units import counted, human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.exported import Exported
-from qlora_kit.evaluation.judge import Yardstick
+from qlora_kit.evaluation.judge import Baselines
 from qlora_kit.evaluation.reference import Reference, open_models
 from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.manifest import record_bases
@@ -30,7 +30,7 @@ from qlora_kit.export.sixteen_bit import write_sixteen_bit
 from qlora_kit.formats.checks import check_exports, refuse_group_sizes
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
-from qlora_kit.formats.job import ExportJob, Source
+from qlora_kit.formats.job import ExportJob, ExportSource
 from qlora_kit.formats.merge_bases import base_for, merge_bases
 from qlora_kit.formats.next_line import lines_after_export
 from qlora_kit.formats.registry import export_jobs, find_format
@@ -121,7 +121,7 @@ def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
     return fit.unquantized
 
 
-def _jobs(config: ExportConfig, source: Source, left: Mapping[str, Unquantized]) -> Iterator[ExportJob]:
+def _jobs(config: ExportConfig, source: ExportSource, left: Mapping[str, Unquantized]) -> Iterator[ExportJob]:
     for job in export_jobs(config, source):
         yield replace(job, unquantized=left[job.name].record()) if job.name in left else job
 
@@ -145,11 +145,11 @@ def _reference(run: Run, rows: Sequence[TokenRow]) -> Reference:
     untrained = models["base"].score(rows, None, 1) if run.trained else None
     for scorer in models.values():
         scorer.close()
-    return Reference(rows, Yardstick(scores, untrained))
+    return Reference(rows, Baselines(scores, untrained))
 
 
-def _source(run: Run, sixteen_bit: Path, calibration: list[list[int]]) -> Source:
-    return Source(sixteen_bit, run.directory.adapter, run.base.name, file_part(run.name), calibration)
+def _source(run: Run, sixteen_bit: Path, calibration: list[list[int]]) -> ExportSource:
+    return ExportSource(sixteen_bit, run.directory.adapter, run.base.name, file_part(run.name), calibration)
 
 
 def _merge_folder(run: Run, merge_base: MergeBase) -> Path:

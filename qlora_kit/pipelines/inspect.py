@@ -60,11 +60,11 @@ def inspect(recipe: TrainRecipe, name: str, rows: int, page: Path | None = None)
     tokenizer = load_tokenizer(base, recipe.model.chat_template)
     data = rows_that_fit(recipe, base, tokenizer)
     audit = audit_of(recipe, data, packing_of(recipe.data, data), base, tokenizer)
-    show(Inspected(name, data.train, data.summary, audit, tokenizer), rows, page)
+    print_inspection(Inspected(name, data.train, data.summary, audit, tokenizer), rows, page)
     return audit
 
 
-def show(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
+def print_inspection(shown: Inspected, rows: int, page: Path | None = None, console: Console | None = None) -> None:
     """Print the first rows, their lengths, the sources and the findings on standard output, and write a page.
 
     Loss tokens are bold green on a terminal and stand between [[ and ]] elsewhere.

@@ -149,7 +149,7 @@ def _at_once(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> in
     return tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
 
 
-def rows_of(path: Path, limit: int | None) -> int | None:
+def count_rows(path: Path, limit: int | None) -> int | None:
     """Rows that a file holds, at most `limit`; None where there is none, or none that can be read."""
     try:
         source = open_source("train", SourceConfig(path=str(path)), "data.train_file")
@@ -207,7 +207,7 @@ def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tupl
         )
     ]
     file, most = recipe.data.train_file, recipe.data.train_rows
-    rows = rows_of(Path(file), most) if read is None and file is not None else read
+    rows = count_rows(Path(file), most) if read is None and file is not None else read
     if rows:
         steps = trainer.steps(rows)
         passes = trainer.epochs if trainer.max_steps is None else steps * batch / rows

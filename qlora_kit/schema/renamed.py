@@ -70,7 +70,7 @@ def todays_value(key: str, value: str) -> str:
     return words.sub(lambda found: values[found[0].lower()], value)
 
 
-def in_words(old: str, new: str) -> str:
+def describe_rename(old: str, new: str) -> str:
     """The line for the user of an override that was written as in an earlier release."""
     old, new = old.lstrip("+~"), new.lstrip("+~")
     key, today = key_of(old), key_of(new)

@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.schema.recipe_text import RecipeText, with_text
-from qlora_kit.schema.renamed import RENAMED, SWEPT, in_words, todays_value
+from qlora_kit.schema.renamed import RENAMED, SWEPT, describe_rename, todays_value
 
 _ALIAS = re.compile(r"\s*:\s*(\*[\w-]+)")
 
@@ -54,7 +54,7 @@ def under_todays_names(found: RecipeText, above: tuple[str, ...]) -> Rewritten:
         old, new = f"{entry.key}={_shown(entry.value)}", f"{RENAMED[entry.key].key}={entry.todays_value}"
         made = [*_key_edits(found, entry), *_value_edits(found, entry)]
         if made and made[0].begin not in edits:
-            lines.append(f"{found.place(entry.node.start_mark.line + 1)}: {in_words(old, new)}")
+            lines.append(f"{found.place(entry.node.start_mark.line + 1)}: {describe_rename(old, new)}")
             edits |= {edit.begin: edit for edit in made}
     text = found.text
     for edit in sorted(edits.values(), key=lambda edit: edit.begin, reverse=True):

@@ -18,7 +18,7 @@ from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import meant_choice
-from qlora_kit.schema.renamed import in_words, key_of, tell_renamed, todays_override
+from qlora_kit.schema.renamed import describe_rename, key_of, tell_renamed, todays_override
 
 _KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w/-]*(?:\.[\w*-]+)*)")
 
@@ -65,7 +65,7 @@ def read_words(root: type[Sealed], lines: list[str], *, sweeps: bool = False) ->
         if word := _read(root, line, sweeps=sweeps):
             words.append(replace(word, typed=typed))
             if line != typed:
-                tell_renamed(in_words(typed, line))
+                tell_renamed(describe_rename(typed, line))
         else:
             what = f"cannot read '{printable(typed)}'; an override is group=option or path=value"
             problems.append(Problem(what, "the command line", meant_choice(typed)))

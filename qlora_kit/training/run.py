@@ -37,7 +37,7 @@ from qlora_kit.training.trainer import KitTrainer
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Where training stands."""
 
     step: int
@@ -155,7 +155,7 @@ def _held_out_dataset(
     return objective.dataset(rows, alike, multiple)
 
 
-def run_training(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
+def run_training(trainer: KitTrainer, checkpoint: Path | None) -> RunProgress:
     """Train to the end, or until a stop was asked for.
 
     From a checkpoint the same rows come in the same order, with the same random numbers and optimizer states. On a CPU
@@ -170,7 +170,7 @@ def run_training(trainer: KitTrainer, checkpoint: Path | None) -> Progress:
     else:
         with closing(trainer.callback):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return Progress(trainer.state.global_step, trainer.args.max_steps)
+    return RunProgress(trainer.state.global_step, trainer.args.max_steps)
 
 
 def held_out_loss(trainer: KitTrainer) -> float | None:

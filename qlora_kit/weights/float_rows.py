@@ -78,7 +78,7 @@ def _tensors_of(file: Path) -> dict[str, FloatRows]:
     return found
 
 
-def read_rows(tensor: FloatRows, start: int, stop: int) -> "npt.NDArray[np.float32]":
+def read_float_rows(tensor: FloatRows, start: int, stop: int) -> "npt.NDArray[np.float32]":
     """Rows start..stop as a float32 array of shape [stop - start, width].
 
     Raises:

@@ -29,7 +29,7 @@ def stored_tensors(folder: Path) -> WeightReader:
     return read
 
 
-def packed_tensors(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "dict[str, Tensor] | None":
+def tensors_by_kind(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "dict[str, Tensor] | None":
     """The tensors of several kinds that stand in a weight's place, by kind; None where one is missing."""
     module = name.removesuffix(".weight")
     found = {kind: tensor for kind in kinds if (tensor := read(f"{module}.{kind}")) is not None}

@@ -30,7 +30,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, room: "Tensor | None"
             if not count:
                 raise broken(tensor.file, f"it ends within {tensor.name}")
             done += count
-    return buffer.view(torch_dtype(tensor.dtype)).view(stop - start, tensor.width)
+    return buffer.view(dtype_of_stored(tensor.dtype)).view(stop - start, tensor.width)
 
 
 def read_whole(tensor: StoredTensor) -> "Tensor":
@@ -38,7 +38,7 @@ def read_whole(tensor: StoredTensor) -> "Tensor":
     return read_rows(tensor, 0, tensor.rows).view(tensor.shape)
 
 
-def torch_dtype(name: str) -> "dtype":
+def dtype_of_stored(name: str) -> "dtype":
     """The torch dtype of a safetensors type name."""
     import torch
 

@@ -5,7 +5,7 @@ import torch
 
 from qlora_kit.export import error_compensation
 from qlora_kit.export.error_compensation import BLOCK, compensated_codes
-from qlora_kit.export.grid import decode, nearest, ranges, span
+from qlora_kit.export.grid import decode, ranges, round_to_grid, span
 from qlora_kit.formats.awq.search import output_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -29,4 +29,4 @@ def test_codes_of_one_kernel_are_those_of_the_columns_one_by_one(monkeypatch, ou
     assert torch.equal(found, found.round().clamp(0, 15))
     if width > BLOCK:
         change = decode(found, grid)[1:] - weight[1:]
-        assert output_error(change, moment) < 0.7 * output_error((nearest(weight, grid) - weight)[1:], moment)
+        assert output_error(change, moment) < 0.7 * output_error((round_to_grid(weight, grid) - weight)[1:], moment)

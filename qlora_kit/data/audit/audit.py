@@ -14,10 +14,10 @@ from qlora_kit.data.audit.near_duplicates import near_duplicates
 from qlora_kit.data.audit.noted import noted
 from qlora_kit.data.audit.row_checks import (
     leaks,
-    left_out,
     near_repeats,
     odd_texts,
     repeats,
+    rows_left_out,
     script_shares,
     scripts,
     skipped,
@@ -175,7 +175,7 @@ def _row_findings(turns: Turns, held_out: TokenRows | None, summary: SplitSummar
         yield from leaks(train, held_out)
     yield from repeats(train)
     yield from near_repeats(train, held_out, near_duplicates(train, held_out))
-    yield from left_out("training", train, summary)
+    yield from rows_left_out("training", train, summary)
     yield from skipped(train)
     yield from odd_texts(train)
     yield from noted(train)
@@ -199,7 +199,7 @@ def _held_out_findings(data: Prepared, turns: Turns, of_train: Sequence[Finding]
         if finding.level is not Level.note and finding.name not in known:
             yield replace(finding, what=f"held out: {finding.what}")
     if summary is not None:
-        yield from left_out("held-out", rows, summary)
+        yield from rows_left_out("held-out", rows, summary)
     if rows.store is not data.train.store:
         yield from skipped(rows)
         yield from (replace(finding, what=f"held out: {finding.what}") for finding in noted(rows))

@@ -106,7 +106,7 @@ def oddities(texts: Iterable[str]) -> Oddity:
     return Oddity(bits)
 
 
-def in_words(bits: int) -> list[str]:
+def describe_oddities(bits: int) -> list[str]:
     """Each bit that is set, in plain words."""
     return [words for bit, words in WORDS.items() if bits & bit]
 

@@ -111,7 +111,7 @@ def trained_shares(rows: TokenRows, scan: Scan, special: SpecialTokens, train_on
         yield Finding(Level.warning, "nearly_all_is_trained", what, fix="data.roles={<your role>: user}")
 
 
-def left_out(name: str, rows: TokenRows, summary: SplitSummary) -> Iterator[Finding]:
+def rows_left_out(name: str, rows: TokenRows, summary: SplitSummary) -> Iterator[Finding]:
     """Rows that were cut, split or dropped for their length, or skipped because they could not be read."""
     counts: LongRowCounts = summary.long_rows
     before = summary.rows + counts.dropped + counts.untrained

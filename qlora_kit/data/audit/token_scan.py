@@ -117,11 +117,11 @@ def chunks(rows: TokenRows, indices: Ints) -> Iterator[tuple[Ints, Ids, Mask, In
         last = max(first + 1, int(np.searchsorted(ends, before + CHUNK_TOKENS, side="right")))
         chosen = indices[first:last]
         starts = ends[first:last] - lengths[first:last] - before
-        yield chosen, *flat(rows, chosen), starts
+        yield chosen, *flatten_rows(rows, chosen), starts
         first = last
 
 
-def flat(rows: TokenRows, indices: Ints) -> tuple[Ids, Mask]:
+def flatten_rows(rows: TokenRows, indices: Ints) -> tuple[Ids, Mask]:
     """Ids and mask of some rows, one row after another."""
     store = rows.store
     first = store.table.starts[rows.rows[indices]]

@@ -10,13 +10,13 @@ from qlora_kit.data.sources.readers import TextFile
 from qlora_kit.data.sources.records import BadRecord, Part, Record, parse
 from qlora_kit.schema.data import SourceConfig
 
-__all__ = ["BadRecord", "Piece", "Record", "Source", "open_source", "parse"]
+__all__ = ["BadRecord", "Chunk", "Record", "Source", "open_source", "parse"]
 
 PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some rows of one file, in order.
 
     Attributes:
@@ -51,7 +51,7 @@ class Source:
         """Hash of each file, by name; in hex."""
         return {part.name: part.sha256() for part in self.parts}
 
-    def pieces(self, rows: int = 512) -> Iterator[Piece]:
+    def pieces(self, rows: int = 512) -> Iterator[Chunk]:
         """Rows in order, at most `rows` a piece, and fewer where they are long.
 
         Raises:
@@ -76,7 +76,7 @@ def open_source(name: str, config: SourceConfig, setting: str) -> Source:
     return Source(name, tuple(parts_of(config, setting)))
 
 
-def _pieces(index: int, part: Part, rows: int) -> Iterator[Piece]:
+def _pieces(index: int, part: Part, rows: int) -> Iterator[Chunk]:
     lines: list[int] = []
     records: list[Record] = []
     held = 0
@@ -85,7 +85,7 @@ def _pieces(index: int, part: Part, rows: int) -> Iterator[Piece]:
         records.append(record)
         held += size
         if len(lines) >= rows or held >= PIECE_BYTES:
-            yield Piece(index, tuple(lines), tuple(records))
+            yield Chunk(index, tuple(lines), tuple(records))
             lines, records, held = [], [], 0
     if lines:
-        yield Piece(index, tuple(lines), tuple(records))
+        yield Chunk(index, tuple(lines), tuple(records))

@@ -18,7 +18,7 @@ from qlora_kit.evaluation.token_parity.stops import transformers_stops
 TRANSFORMERS = "transformers"
 
 
-def check_folder(contract: TokenParity, trained: Trained, folder: Path) -> None:
+def compare_folder(contract: TokenParity, trained: Trained, folder: Path) -> None:
     """Compare the tokenizer, template and generation settings of a Hugging Face folder."""
     from transformers import AutoTokenizer
 

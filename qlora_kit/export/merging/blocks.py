@@ -45,7 +45,7 @@ def merge_rows(
     if piece.source.dtype not in FLOATS:
         return Block(stored, changed=False)
     if piece.replaced and not bool(stored.isfinite().all()):
-        raise not_finite(piece)
+        raise not_finite_error(piece)
     return Block(stored.to(torch.bfloat16), changed=False)
 
 
@@ -145,7 +145,7 @@ def _added(
         sums = part if unpacked and changed else part.to(torch.float32, copy=True)
         update.add(sums, start + first)
         if not bool(sums.sum().isfinite()):
-            raise not_finite(piece)
+            raise not_finite_error(piece)
         if not changed:
             old = part if before is None else before[rows]
             changed = not torch.equal(sums.to("cpu", torch.bfloat16), old.to("cpu", torch.bfloat16))
@@ -153,7 +153,7 @@ def _added(
     return Block(values, changed)
 
 
-def not_finite(piece: Piece) -> RunError:
+def not_finite_error(piece: Piece) -> RunError:
     """The error for a tensor whose merged values are no numbers."""
     where = str(piece.source.file)
     return RunError(

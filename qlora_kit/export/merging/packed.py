@@ -71,7 +71,7 @@ def can_pack(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[1] % GROUP == 0
 
 
-def pack(blocks: "Iterable[Tensor]", shape: tuple[int, ...], kind: str, double_quant: bool) -> PackedWeight:
+def pack_weight(blocks: "Iterable[Tensor]", shape: tuple[int, ...], kind: str, double_quant: bool) -> PackedWeight:
     """Round a weight to 4 bit.
 
     Args:

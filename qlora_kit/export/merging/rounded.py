@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack
+from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack_weight
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.headers import StoredTensor
 from qlora_kit.weights.torch_rows import read_whole
@@ -47,12 +47,12 @@ class Rounding:
         return self.quant.kind in (QuantKind.nf4, QuantKind.fp4) and self.device.type == "cpu" and can_pack(shape)
 
     def packed(self, blocks: "Iterable[Tensor]", shape: tuple[int, ...]) -> PackedWeight:
-        """What `exact` gives, still packed; for the arguments see `packed.pack`."""
+        """What `exact` gives, still packed; for the arguments see `packed.pack_weight`."""
         import torch
 
         compute = self._compute()
         near = blocks if compute == torch.float32 else (block.to(compute) for block in blocks)
-        return pack(near, shape, self.quant.kind.value, self.quant.double_quant)
+        return pack_weight(near, shape, self.quant.kind.value, self.quant.double_quant)
 
     def _compute(self) -> "dtype":
         from qlora_kit.model.load import torch_dtype

@@ -21,7 +21,7 @@ from qlora_kit.export.merging.blocks import Block, merge_rows, merge_whole
 from qlora_kit.export.merging.plan import BLOCK, Piece, Plan, block_spans
 from qlora_kit.export.merging.rounded import Rounding
 from qlora_kit.weights.headers import BYTES, INDEX
-from qlora_kit.weights.torch_rows import torch_dtype
+from qlora_kit.weights.torch_rows import dtype_of_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,7 +229,7 @@ class _Shard:
     def _keep(self, task: _Task, start: int, block: Block) -> None:
         """Write the block that begins with row `start` of its tensor, and note its checksum."""
         piece = task.piece
-        data = block.values.reshape(-1).view(torch_dtype("U8")).numpy().data
+        data = block.values.reshape(-1).view(dtype_of_stored("U8")).numpy().data
         self._digests[piece.name][start] = xxh3_64_digest(data)
         with self._writing:
             self._put(data, task.offset + start * _row_bytes(piece))

@@ -36,7 +36,7 @@ def lock_of(facts: ServingFacts) -> dict[str, object]:
             "revision": facts.base.revision,
             "config_sha256": _hash_if_there(facts.base.folder / "config.json"),
             "tokenizer_sha256": _hash_if_there(facts.base.folder / "tokenizer.json"),
-            "weights": weights_of(facts.base),
+            "weights": weight_hashes(facts.base),
         },
         "chat_template_sha256": _text_hash(facts.tokenizer.chat_template),
         "seed": facts.seed,
@@ -45,7 +45,7 @@ def lock_of(facts: ServingFacts) -> dict[str, object]:
     }
 
 
-def weights_of(base: Base) -> list[dict[str, object]]:
+def weight_hashes(base: Base) -> list[dict[str, object]]:
     """Size and header hash of each weight file of the base: quick to compute, and no two conversions share them.
 
     The header names every tensor with its type, shape and place; the numbers themselves are not read.

@@ -12,7 +12,7 @@ from qlora_kit.export.serving.markdown import code
 from qlora_kit.formats.adapter.server_files import adapter_problems
 from qlora_kit.formats.adapter.serving import GGUF_SERVERS, SERVERS
 from qlora_kit.formats.format import Format
-from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.formats.job import ExportJob, ExportSource, settings_of
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Alone(Format[AdapterTarget]):
         except RecipeError as error:
             yield from (Problem(problem.what, path, ELSEWHERE) for problem in error.problems)
 
-    def jobs(self, source: Source) -> Callable[[str, AdapterTarget], ExportJob]:
+    def jobs(self, source: ExportSource) -> Callable[[str, AdapterTarget], ExportJob]:
         """Jobs that copy or convert what was trained."""
 
         def job(name: str, target: AdapterTarget) -> ExportJob:
@@ -57,7 +57,7 @@ class _Alone(Format[AdapterTarget]):
         """Refused: it is no model by itself."""
         raise _no_base()
 
-    def file_name(self, source: Source) -> str:
+    def file_name(self, source: ExportSource) -> str:
         """The path inside the folder that a reader opens."""
         return "."
 
@@ -109,7 +109,7 @@ class GgufAdapter(_Alone):
 
         return open_gguf_adapter(path, base)
 
-    def file_name(self, source: Source) -> str:
+    def file_name(self, source: ExportSource) -> str:
         """The GGUF file."""
         return f"{source.name}.adapter.gguf"
 
@@ -136,7 +136,7 @@ def _no_base() -> RecipeError:
     return RecipeError("an adapter is read beside its base, and none is at hand", fix="qlora-kit chat <run directory>")
 
 
-def _write(source: Source, target: AdapterTarget, file: str, out: Path) -> None:
+def _write(source: ExportSource, target: AdapterTarget, file: str, out: Path) -> None:
     from qlora_kit.formats.adapter.write import write_adapter
 
     write_adapter(source.adapter, source.merged, out, target, source.base, file)

@@ -14,7 +14,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.families.family import ConfigFields, GgufRules
 from qlora_kit.formats.gguf.architectures import find_architecture
-from qlora_kit.formats.gguf.metadata import read_config
+from qlora_kit.formats.gguf.metadata import read_full_config
 from qlora_kit.formats.gguf.tensors import gguf_names, paired_order, rotated_heads_of
 from qlora_kit.formats.gguf.whole_file import whole_gguf
 
@@ -57,7 +57,7 @@ def write_lora_gguf(adapter_dir: Path, model_dir: Path, out_file: Path, base_nam
     settings = read_json(adapter_dir / ADAPTER_SETTINGS)
     refuse_changed_base(settings)
     refuse_unplaced(settings)
-    config = read_config(model_dir)
+    config = read_full_config(model_dir)
     architecture = find_architecture(config)
     pairs = lora_pairs(adapter_dir, settings, architecture, config)
     with whole_gguf(out_file, architecture.name, "writing a GGUF file") as writer:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlora_kit.export.grid import Grid, nearest, ranges, span
+from qlora_kit.export.grid import Grid, ranges, round_to_grid, span
 
 SCALE_STEPS = 20
 JUDGED = 1 << 23  # weights of a layer, in whole outputs, that a candidate is judged by
@@ -52,7 +52,7 @@ def channel_scales(
         for weight, whole in zip(weights, energy, strict=True):
             scaled = weight * scales
             grid = span(*ranges(scaled, group_size), bits=bits, zero_point=zero_point)
-            error += output_error(nearest(scaled, grid) / scales - weight, moment) / whole
+            error += output_error(round_to_grid(scaled, grid) / scales - weight, moment) / whole
         if error < best_error:
             best, best_error = scales, error
     return best
@@ -72,7 +72,7 @@ def clipped_grid(weight: Tensor, moment: Tensor, *, bits: int, group_size: int, 
     for step in range(SHRINK_STEPS):
         shrink = 1 - (1 - SMALLEST_SHRINK) * step / SHRINK_STEPS
         grid = span(low * shrink, high * shrink, bits=bits, zero_point=zero_point)
-        change = (nearest(weight, grid) - weight).reshape(-1, groups, group_size).transpose(0, 1)
+        change = (round_to_grid(weight, grid) - weight).reshape(-1, groups, group_size).transpose(0, 1)
         error = (torch.bmm(change, blocks) * change).sum(-1).T
         better = error < best_error
         best = torch.where(better, shrink, best)

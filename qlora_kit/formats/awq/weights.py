@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
 from qlora_kit.schema.export import AwqLayout
-from qlora_kit.weights.reader import WeightReader, packed_tensors, stored_tensors
+from qlora_kit.weights.reader import WeightReader, stored_tensors, tensors_by_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ def awq_weights(artifact: Path, merged_dir: Path) -> WeightReader:
     read, merged = stored_tensors(artifact), stored_tensors(merged_dir)
 
     def weight(name: str) -> "Tensor | None":
-        packed, source = packed_tensors(read, name, KINDS), merged(name)
+        packed, source = tensors_by_kind(read, name, KINDS), merged(name)
         if packed is None or source is None:
             return read(name)
         found = unpacked_weight(packed, int(settings["group_size"]), AwqLayout(settings["version"]))

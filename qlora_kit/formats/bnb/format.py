@@ -11,7 +11,7 @@ from qlora_kit.export.serving.commands import SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.bnb.server_files import REQUIRED, width_problems
 from qlora_kit.formats.format import Format
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import BnbTarget
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Bnb(Format[BnbTarget]):
 
         return experts_unquantized(form)
 
-    def write(self, source: Source, target: BnbTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: BnbTarget, out: Path) -> None:
         """Quantize."""
         from qlora_kit.formats.bnb.write import write_bnb
 

@@ -11,7 +11,7 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transfor
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.compressed.server_files import REQUIRED, group_problems
 from qlora_kit.formats.format import Format
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import CompressedTarget
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Compressed(Format[CompressedTarget]):
 
         return experts_unquantized(form)
 
-    def write(self, source: Source, target: CompressedTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: CompressedTarget, out: Path) -> None:
         """Quantize."""
         from qlora_kit.formats.compressed.write import write_compressed
 

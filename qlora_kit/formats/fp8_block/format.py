@@ -11,7 +11,7 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transfor
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.fp8_block import BLOCK, METHOD
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import Fp8BlockTarget
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Fp8Block(Format[Fp8BlockTarget]):
             what = f"FP8 blocks are {BLOCK} x {BLOCK} weights, which do not fill '{odd[0]}' of {outputs} x {inputs}"
             yield Problem(what, path, ELSEWHERE)
 
-    def write(self, source: Source, target: Fp8BlockTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: Fp8BlockTarget, out: Path) -> None:
         """Round, tensor by tensor."""
         from qlora_kit.formats.fp8_block.write import write_fp8_block
 

@@ -11,9 +11,9 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.evaluation.servers.requirements import OLLAMA
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.formats.format import Format
-from qlora_kit.formats.gguf.server_files import gguf_problems
+from qlora_kit.formats.gguf.server_files import server_file_problems
 from qlora_kit.formats.gguf.serving import SERVERS
-from qlora_kit.formats.job import ExportJob, Source, settings_of
+from qlora_kit.formats.job import ExportJob, ExportSource, settings_of
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Gguf(Format[GgufTarget]):
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
-    def jobs(self, source: Source) -> Callable[[str, GgufTarget], ExportJob]:
+    def jobs(self, source: ExportSource) -> Callable[[str, GgufTarget], ExportJob]:
         """Jobs that share one importance matrix, measured when the first one needs it."""
         from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
         from qlora_kit.formats.gguf.target import gguf_file_name
@@ -112,7 +112,7 @@ class Gguf(Format[GgufTarget]):
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What Ollama would refuse."""
-        return gguf_problems(folder, folder / file)
+        return server_file_problems(folder, folder / file)
 
     def check_tokens(self, contract: "TokenParity", trained: "Trained", folder: Path, file: str) -> None:
         """Compare llama.cpp, and the Modelfile beside the file, with the trained tokenizer."""
@@ -130,7 +130,7 @@ class Gguf(Format[GgufTarget]):
         return [write_modelfile(folder, facts)]
 
 
-def _write(source: Source, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Allocation | None":
+def _write(source: ExportSource, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Allocation | None":
     from qlora_kit.formats.gguf.budget import allocate_gguf
     from qlora_kit.formats.gguf.target import write_gguf_target
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.console.bar import each
 from qlora_kit.core.errors import RunError
 from qlora_kit.formats.gguf.architectures import find_architecture
-from qlora_kit.formats.gguf.metadata import read_config
+from qlora_kit.formats.gguf.metadata import read_full_config
 from qlora_kit.formats.gguf.tensors import gguf_names
 from qlora_kit.formats.gguf.whole_file import whole_gguf
 from qlora_kit.weights.float_rows import find_tensors
@@ -44,7 +44,7 @@ class ImportanceMatrix:
         Raises:
             RunError: an activation is not finite.
         """
-        config = read_config(self.model_dir)
+        config = read_full_config(self.model_dir)
         found = mean_squared_inputs(self.model_dir, self.rows)
         names = gguf_names(found, find_architecture(config), config["num_hidden_layers"])
         return {names[source]: _usable(names[source], values.cpu().numpy()) for source, values in found.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.export.license import front_matter
+from qlora_kit.export.license import read_front_matter
 from qlora_kit.families.family import ROPE_BY_WAVELENGTH, ConfigFields, GgufRules
 from qlora_kit.formats.gguf.architectures import (
     head_width,
@@ -16,7 +16,7 @@ from qlora_kit.formats.gguf.architectures import (
 )
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
+def read_full_config(model_dir: Path) -> dict[str, Any]:
     """config.json with every default filled in and old spellings of the rotary settings brought up to date.
 
     Raises:
@@ -61,7 +61,7 @@ def add_general(writer: Any, model_dir: Path, config: ConfigFields, name: str, f
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    card = front_matter(model_dir / "README.md")
+    card = read_front_matter(model_dir / "README.md")
     license = card.get("license") or config.get("license")
     if isinstance(license, str):
         writer.add_license(license)

@@ -48,7 +48,7 @@ _SEVENTY_B_LAYERS = 80  # of a model that llama.cpp calls 70B, which gives attn_
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class MixContext:
     """What the type rules look at besides the tensor.
 
     Attributes:
@@ -75,7 +75,7 @@ class ModelShape:
         return self.layers == _SEVENTY_B_LAYERS and is_called_so
 
 
-Rule = Callable[[int, ModelShape], str | None]
+Rule = Callable[[int, MixContext], str | None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _q6_for_more_bits(layer: int, model: ModelShape) -> str | None:
+def _q6_for_more_bits(layer: int, model: MixContext) -> str | None:
     return "Q6_K" if _more_bits(layer, model.layers) else None
 
 
@@ -130,25 +130,25 @@ def _first_eighth_without_imatrix(tensor_type: str) -> Rule:
     return lambda layer, model: tensor_type if not model.has_imatrix and layer < model.layers // 8 else None
 
 
-def _q3_k_m_attn_v(layer: int, _model: ModelShape) -> str | None:
+def _q3_k_m_attn_v(layer: int, _model: MixContext) -> str | None:
     return "Q5_K" if layer < 2 else "Q4_K"
 
 
-def _q3_k_m_ffn_down(layer: int, model: ModelShape) -> str | None:
+def _q3_k_m_ffn_down(layer: int, model: MixContext) -> str | None:
     return "Q5_K" if layer < model.layers // 16 else "Q4_K"
 
 
-def _q4_k_s_attn_v(layer: int, _model: ModelShape) -> str | None:
+def _q4_k_s_attn_v(layer: int, _model: MixContext) -> str | None:
     return "Q5_K" if layer < 4 else None
 
 
-def _iq3_xxs_attn_v(_layer: int, model: ModelShape) -> str | None:
+def _iq3_xxs_attn_v(_layer: int, model: MixContext) -> str | None:
     if model.shares_values:
         return "Q4_K"
     return None if model.has_imatrix else "IQ3_S"
 
 
-def _iq3_xxs_ffn_down(layer: int, model: ModelShape) -> str | None:
+def _iq3_xxs_ffn_down(layer: int, model: MixContext) -> str | None:
     if model.has_imatrix:
         return None
     return "Q4_K" if layer < model.layers // 8 else "Q3_K"
@@ -252,7 +252,7 @@ def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and name.endswith(".weight") and not name.endswith("_norm.weight")
 
 
-def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: ModelShape, wanted: str | None = None) -> str:
+def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: MixContext, wanted: str | None = None) -> str:
     """The type of one tensor.
 
     Args:
@@ -269,7 +269,7 @@ def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: ModelShape, 
     return _fitting(wanted or _wanted(name, shape[-1], mix, model), shape[-1])
 
 
-def _wanted(name: str, width: int, mix: Mix, model: ModelShape) -> str:
+def _wanted(name: str, width: int, mix: Mix, model: MixContext) -> str:
     if name == "output.weight" or (name == "token_embd.weight" and model.tied_embeddings):
         return "Q8_0" if width % BLOCK_SIZES[mix.base] else mix.output
     if name == "token_embd.weight":

@@ -8,7 +8,7 @@ from qlora_kit.data.template.ollama import MODELFILE, Modelfile
 GGUF_MAGIC = b"GGUF"
 
 
-def gguf_problems(folder: Path, file: Path) -> Iterator[str]:
+def server_file_problems(folder: Path, file: Path) -> Iterator[str]:
     """What is wrong with them."""
     if not file.is_file():
         yield f"there is no {file.name}"

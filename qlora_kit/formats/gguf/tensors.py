@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.families.family import ConfigFields, GgufRules
-from qlora_kit.formats.gguf.mixes import Mix, ModelShape, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.mixes import Mix, MixContext, requires_imatrix, tensor_type
 from qlora_kit.formats.gguf.overrides import overridden_types
 from qlora_kit.weights.float_rows import (
     FloatRows,
     find_tensors,
+    read_float_rows,
     read_picked_rows,
-    read_rows,
     read_stored_rows,
 )
 
@@ -60,7 +60,7 @@ class PlannedTensor:
             values = read_picked_rows(stored, paired_order(stored.rows, self.rotated_heads)[start:stop])
             values = values if len(self.stored.shape) > 1 else values.reshape(1, -1)
         else:
-            values = read_rows(self.stored, start, stop)
+            values = read_float_rows(self.stored, start, stop)
         return values + self.offset if self.offset else values
 
     def all_rows(self) -> "npt.NDArray[np.float32]":
@@ -88,7 +88,7 @@ def plan_tensors(
     *,
     overrides: Mapping[str, str] | None = None,
     has_imatrix: bool = False,
-) -> tuple[list[PlannedTensor], ModelShape]:
+) -> tuple[list[PlannedTensor], MixContext]:
     """Every tensor of the file in layer order, and the shape the type rules looked at.
 
     Args:
@@ -110,10 +110,10 @@ def plan_stored(
     *,
     overrides: Mapping[str, str] | None = None,
     has_imatrix: bool = False,
-) -> tuple[list[PlannedTensor], ModelShape]:
+) -> tuple[list[PlannedTensor], MixContext]:
     """`plan_tensors` of tensors that were found, or that will be there once the model is merged."""
     stored = _without_unused(found, config)
-    model = ModelShape(
+    model = MixContext(
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],

@@ -16,7 +16,7 @@ from qlora_kit.formats.gguf.architectures import extra_tensors, find_architectur
 from qlora_kit.formats.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
 from qlora_kit.formats.gguf.container import open_container
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
-from qlora_kit.formats.gguf.metadata import add_general, add_hyper_parameters, read_config, stop_token_ids
+from qlora_kit.formats.gguf.metadata import add_general, add_hyper_parameters, read_full_config, stop_token_ids
 from qlora_kit.formats.gguf.mixes import find_mix, is_weighted, requires_imatrix
 from qlora_kit.formats.gguf.shards import shard_paths, split_tensors, tensor_offsets
 from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_tensors
@@ -143,7 +143,7 @@ def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], w
 
 def _plan(model_dir: Path, choices: GgufChoices, has_imatrix: bool) -> _Plan:
     mix = find_mix(choices.mix)
-    config = read_config(model_dir)
+    config = read_full_config(model_dir)
     architecture = find_architecture(config)
     tensors, _ = plan_tensors(
         model_dir, architecture, config, mix, overrides=choices.overrides, has_imatrix=has_imatrix

@@ -61,11 +61,11 @@ class GptqFormats:
 
     def rounded(self, name: str, weight: "Tensor", format: str) -> "Tensor":
         """Whole rows of a layer's weight as plain rounding stores them, float32."""
-        from qlora_kit.export.grid import nearest
+        from qlora_kit.export.grid import round_to_grid
         from qlora_kit.formats.gptq.rounding import rounded_grid
 
         settings = LayerSettings(_bits(format), self.plan[name].group_size)
-        return nearest(weight, rounded_grid(weight, settings, sym=self.target.sym))
+        return round_to_grid(weight, rounded_grid(weight, settings, sym=self.target.sym))
 
     @property
     def needs_moments(self) -> bool:

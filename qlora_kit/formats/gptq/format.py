@@ -11,7 +11,7 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transfor
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
@@ -70,7 +70,7 @@ class Gptq(Format[GptqTarget]):
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
-    def write(self, source: Source, target: GptqTarget, out: Path) -> "Allocation | None":
+    def write(self, source: ExportSource, target: GptqTarget, out: Path) -> "Allocation | None":
         """Spend the budget, where there is one, and quantize."""
         from qlora_kit.formats.gptq.budget import allocate_gptq
         from qlora_kit.formats.gptq.write import write_gptq

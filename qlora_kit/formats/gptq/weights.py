@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.formats.gptq.layout import PACKED, unpacked_weight
-from qlora_kit.weights.reader import WeightReader, packed_tensors, stored_tensors
+from qlora_kit.weights.reader import WeightReader, stored_tensors, tensors_by_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ def gptq_weights(artifact: Path) -> WeightReader:
     read = stored_tensors(artifact)
 
     def weight(name: str) -> "Tensor | None":
-        packed = packed_tensors(read, name, PACKED)
+        packed = tensors_by_kind(read, name, PACKED)
         return read(name) if packed is None else unpacked_weight(packed)
 
     return weight

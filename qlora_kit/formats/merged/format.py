@@ -9,7 +9,7 @@ from qlora_kit.evaluation.servers.requirements import sixteen_bit_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import Format
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import MergedTarget
 
 
@@ -23,7 +23,7 @@ class Merged(Format[MergedTarget]):
     hub = Hub("transformers", "finetune")
     servers = (transformers("accelerate"), SERVE_VLLM, SERVE_SGLANG)
 
-    def write(self, source: Source, target: MergedTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: MergedTarget, out: Path) -> None:
         """Copy the merged folder."""
         shutil.copytree(source.merged, out, dirs_exist_ok=True)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_kit.evaluation.judge import Yardstick, faults_of, kl_of_ignorance
+from qlora_kit.evaluation.judge import Baselines, faults_of, kl_of_ignorance
 from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 
 FIT = Fidelity(loss=1.25, perplexity=3.49, mean_kl=0.0125, p99_kl=0.5, same_top=0.975, positions=40)
@@ -42,7 +42,7 @@ def model(seed: int, sharpness: float, right: float = 0.0) -> Scores:
 
 
 def told(file: Scores, trained: Scores, untrained: Scores | None = None) -> list[str]:
-    return list(faults_of(compare(trained, file), None, file, Yardstick(trained, untrained)))
+    return list(faults_of(compare(trained, file), None, file, Baselines(trained, untrained)))
 
 
 def mixed(one: Scores, other: Scores, share: float) -> Scores:

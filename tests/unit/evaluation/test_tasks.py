@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_kit.evaluation.tasks import judge
+from qlora_kit.evaluation.tasks import grade
 from qlora_kit.schema.data import Task
 
 
@@ -31,21 +31,21 @@ from qlora_kit.schema.data import Task
     ],
 )
 def test_json_is_compared_as_values_with_types(answer, expected, right):
-    assert judge(Task.json_exact_match, answer, expected) is right
+    assert grade(Task.json_exact_match, answer, expected) is right
 
 
 @pytest.mark.parametrize(
     ("answer", "expected", "right"), [(" yes\n", "yes", True), ("Yes", "yes", False), ('{"a": 1}', '{"a":1}', False)]
 )
 def test_text_is_compared_without_the_white_space_around_it(answer, expected, right):
-    assert judge(Task.exact_match, answer, expected) is right
+    assert grade(Task.exact_match, answer, expected) is right
 
 
 def test_an_expected_answer_that_is_not_json_is_an_error_and_not_a_wrong_answer():
     with pytest.raises(ValueError, match="Expecting value"):
-        judge(Task.json_exact_match, "yes", "yes")
+        grade(Task.json_exact_match, "yes", "yes")
 
 
 def test_nothing_is_judged_without_a_task():
     with pytest.raises(ValueError, match="nothing to judge with task=none"):
-        judge(Task.none, "a", "a")
+        grade(Task.none, "a", "a")

@@ -19,7 +19,7 @@ from qlora_kit.formats.gguf.budget import GgufFormats, allocate_gguf, gguf_names
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gptq.budget import GptqFormats, allocate_gptq
 from qlora_kit.formats.gptq.layers import plan_layers
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.registry import export_jobs
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget, GptqMethod, GptqOverride, GptqTarget
 from tests.tiny_models import build_tiny_model
@@ -80,7 +80,7 @@ def test_files_hold_what_was_chosen_and_the_record_says_so(
 ) -> None:
     config = ExportConfig(gguf={"a": GgufTarget()}, gptq={"b": GPTQ}, bits_budget=4.5)
     written = {}
-    for job in export_jobs(config, Source(folder, folder, BaseName("x"), "mine", ROWS)):
+    for job in export_jobs(config, ExportSource(folder, folder, BaseName("x"), "mine", ROWS)):
         out = tmp_path / job.name
         out.mkdir()
         spent = job.write(out)
@@ -242,5 +242,5 @@ def test_block_types_fit_the_width() -> None:
 
 def test_a_targets_own_budget_comes_before_the_shared_one(folder: Path) -> None:
     config = ExportConfig(gguf={"a": GgufTarget()}, gptq={"b": GptqTarget(bits_budget=5), "c": GPTQ}, bits_budget=6)
-    jobs = export_jobs(config, Source(folder, folder, BaseName("x"), "mine", ROWS))
+    jobs = export_jobs(config, ExportSource(folder, folder, BaseName("x"), "mine", ROWS))
     assert {job.name: job.settings["bits_budget"] for job in jobs} == {"a": 6, "b": 5, "c": 6}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.evaluation.judge import Yardstick
+from qlora_kit.evaluation.judge import Baselines
 from qlora_kit.evaluation.reference import Reference
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.formats import far_from_rounding as far
@@ -63,7 +63,7 @@ def told(monkeypatch):
 
         monkeypatch.setattr(far, "score_rounded_twin", score)
         job = ExportJob("gptq_4bit", "gptq", ".", settings_of(target or GptqTarget()), lambda _: None)
-        reference = Reference([], Yardstick(None))
+        reference = Reference([], Baselines(None))
         found = [list(far.far_from_rounding(job, fidelity, Path("m"), reference, 0)) for _ in range(times)]
         return found[-1], scored
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from qlora_kit.adapter.saved import BaseName
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.registry import FORMATS, export_jobs, requested
 from qlora_kit.schema.export import (
     AdapterFormat,
@@ -56,7 +56,7 @@ def test_a_shared_budget_is_the_targets_that_has_none() -> None:
 
 
 def test_quick_ones_are_written_first_and_those_of_a_group_in_their_order(tmp_path: Path) -> None:
-    jobs = export_jobs(ALL, Source(tmp_path, tmp_path, BaseName("x"), "mine", []))
+    jobs = export_jobs(ALL, ExportSource(tmp_path, tmp_path, BaseName("x"), "mine", []))
     assert [(job.name, job.file) for job in jobs] == [
         ("lora", "mine.adapter.gguf"),
         ("peft", "."),

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.data.prepare import prepare
-from qlora_kit.evaluation import exam
-from qlora_kit.evaluation.exam import set_exam
+from qlora_kit.evaluation import eval_plan
+from qlora_kit.evaluation.eval_plan import build_eval_plan
 from qlora_kit.evaluation.scores import Fidelity
 from qlora_kit.export.rows import rows_of_eval
 from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.pipelines import evaluate as evaluation
-from qlora_kit.pipelines.evaluate import evaluate, raise_what_went_wrong
+from qlora_kit.pipelines.evaluate import evaluate, raise_failed_scores
 from qlora_kit.report.scores import print_scores
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
@@ -213,9 +213,9 @@ def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
 
 def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsys):
     prompts = iter([[], [1, 2], [3], [], [4]])
-    monkeypatch.setattr(exam.Encoder, "prompt_ids", lambda *_: next(prompts))
+    monkeypatch.setattr(eval_plan.Encoder, "prompt_ids", lambda *_: next(prompts))
     rows = rows_of_eval(opened, EvalConfig(), None)
-    found = set_exam(opened, rows.scored, rows.conversations, EvalConfig())
+    found = build_eval_plan(opened, rows.scored, rows.conversations, EvalConfig())
     assert found.prompts == [[1, 2], [3], [4]]
     assert found.expected == [f"The answer is {number * 7}." for number in (1, 2, 4)]
     assert "2 held-out rows are texts without a prompt" in capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     adapter, merged = evaluate(with_task_none(opened), config)
     assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
     with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
-        raise_what_went_wrong([adapter, merged], opened.directory.exports)
+        raise_failed_scores([adapter, merged], opened.directory.exports)
     assert read_json(folder / "manifest.json")["verdict"] == "rejected"
     assert "**Rejected**, do not serve this file" in (folder / "README.md").read_text(encoding="utf-8")
     for path in (folder / "manifest.json", opened.directory.evaluation):
@@ -244,7 +244,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
     # The fault was of that scoring, so the next one is judged by itself.
     (again,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"]))
     assert (again.verdict, read_json(folder / "manifest.json")["faults"]) == ("measured", [])
-    raise_what_went_wrong([again], opened.directory.exports)
+    raise_failed_scores([again], opened.directory.exports)
     write_json(folder / "manifest.json", before)
 
 
@@ -314,7 +314,7 @@ def test_a_file_that_cannot_be_read_is_a_row_and_the_others_are_scored(opened, c
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "a_broken_one" in line]
     assert line.endswith("FAILED")
     with pytest.raises(RunError, match=r"a_broken_one was not scored: llama\.cpp cannot load") as caught:
-        raise_what_went_wrong(table, opened.directory.exports)
+        raise_failed_scores(table, opened.directory.exports)
     assert (caught.value.exit_code, caught.value.problems[0].where) == (1, str(folder))
     assert caught.value.problems[0].fix == "export it again, or move its folder out of exports/"
     # An answer of the file as it was is not the broken one's.

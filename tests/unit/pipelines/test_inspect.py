@@ -12,7 +12,7 @@ from rich.console import Console
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.data.audit.audit import audit, stop_on_errors, tell_warnings
 from qlora_kit.data.prepare import prepare
-from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, marked_text, show
+from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, marked_text, print_inspection
 from qlora_kit.schema.data import DataConfig, Overflow, RowFormat
 from tests.tiny_models import build_tiny_model, smollm_tokenizer
 
@@ -36,7 +36,7 @@ def inspected(config):
 
 def said(shown, rows, page=None, **console):
     stream = io.StringIO()
-    show(shown, rows, page, Console(file=stream, **{"width": 200, **console}))
+    print_inspection(shown, rows, page, Console(file=stream, **{"width": 200, **console}))
     return stream.getvalue()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
-from qlora_kit.pipelines.plan import known_base, known_rows, plan, rows_of
+from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
 from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
@@ -89,8 +89,8 @@ def test_steps_that_the_recipe_says_need_no_rows(tmp_path):
 def test_rows_of_any_kind_that_training_reads_are_counted(tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,completion\n"a\nb",c\nd,e\n')
     (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b"}, {"text": "c"}]')
-    assert rows_of(tmp_path / "rows.csv", None) == 2
-    assert rows_of(tmp_path / "rows.json", None) == 3
+    assert count_rows(tmp_path / "rows.csv", None) == 2
+    assert count_rows(tmp_path / "rows.json", None) == 3
 
 
 def test_the_optimizer_that_would_run_here_is_told(monkeypatch):
@@ -106,9 +106,9 @@ def test_a_recipe_without_a_train_file_can_be_planned():
 
 
 def test_rows_leave_blank_lines_out_and_keep_to_the_limit(rows):
-    assert rows_of(rows, None) == 100
-    assert rows_of(rows, 7) == 7
-    assert rows_of(rows.with_name("none"), None) is None
+    assert count_rows(rows, None) == 100
+    assert count_rows(rows, 7) == 7
+    assert count_rows(rows.with_name("none"), None) is None
 
 
 def test_rows_at_hand_make_the_largest_batch_of_the_run(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.core.errors import RecipeError, RunError
-from qlora_kit.weights.float_rows import find_tensors, read_picked_rows, read_rows, read_stored_rows
+from qlora_kit.weights.float_rows import find_tensors, read_float_rows, read_picked_rows, read_stored_rows
 
 VALUES = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 
@@ -22,7 +22,7 @@ def stored(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_rows_are_widened_or_narrowed_to_float32(stored, dtype):
-    found = read_rows(stored(dtype), 2, 7)
+    found = read_float_rows(stored(dtype), 2, 7)
     assert found.dtype == np.float32
     assert np.array_equal(found, VALUES.to(dtype)[2:7].float().numpy())
     picked = np.array([5, 3, 8, 3])
@@ -42,7 +42,7 @@ def test_a_file_that_became_shorter_is_named(stored):
     tensor = stored(torch.float32)
     tensor.file.write_bytes(tensor.file.read_bytes()[:-40])
     with pytest.raises(RunError, match=r"model\.safetensors ends before its last tensor") as caught:
-        read_rows(tensor, 0, 9)
+        read_float_rows(tensor, 0, 9)
     assert caught.value.problems[0].fix == "fetch or copy this file again"
 
 

@@ -6,7 +6,7 @@ import timeit
 
 import pytest
 
-from qlora_kit.data.audit.oddities import FLAWS, SCRIPTS, WORDS, Oddity, in_words, oddities
+from qlora_kit.data.audit.oddities import FLAWS, SCRIPTS, WORDS, Oddity, describe_oddities, oddities
 
 GOOD = {
     Oddity.LATIN: [
@@ -101,7 +101,7 @@ def test_every_bit_has_words_and_fits_the_store():
     bits = [bit for bit in Oddity if bit]
     assert [*FLAWS, *SCRIPTS] == bits == list(WORDS)
     assert max(bits) < 1 << 32
-    assert in_words(Oddity.MARKUP | Oddity.GREEK) == ["HTML entities or tags", "Greek"]
+    assert describe_oddities(Oddity.MARKUP | Oddity.GREEK) == ["HTML entities or tags", "Greek"]
 
 
 def test_it_is_quick_enough_for_millions_of_rows():

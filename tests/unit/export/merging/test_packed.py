@@ -30,7 +30,7 @@ def by_bitsandbytes(weight: Tensor, kind: str, double_quant: bool) -> Tensor:
 
 
 def pack(weight: Tensor, kind: str, double_quant: bool, rows: int = 1000) -> PackedWeight:
-    return packed.pack(weight.split(rows), tuple(weight.shape), kind, double_quant)
+    return packed.pack_weight(weight.split(rows), tuple(weight.shape), kind, double_quant)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

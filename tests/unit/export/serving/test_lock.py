@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_kit import __version__
-from qlora_kit.export.serving.lock import lock_of, weights_of, write_lock
+from qlora_kit.export.serving.lock import lock_of, weight_hashes, write_lock
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
@@ -37,13 +37,13 @@ def test_no_path_of_the_machine_is_in_it(facts: Made, tmp_path: Path) -> None:
 
 
 def test_weights_are_told_by_size_and_header(base: Path) -> None:
-    before = weights_of(Base("x", base))
+    before = weight_hashes(Base("x", base))
     raw = (base / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = sha256(raw[8 : 8 + length]).hexdigest()
     assert before == [{"file": "model.safetensors", "bytes": len(raw), "header_sha256": header}]
     save_file({"b": np.zeros((2, 3), np.float32)}, base / "model.safetensors")
-    assert weights_of(Base("x", base)) != before
+    assert weight_hashes(Base("x", base)) != before
 
 
 def test_a_base_that_was_never_trained(facts: Made) -> None:
@@ -53,4 +53,4 @@ def test_a_base_that_was_never_trained(facts: Made) -> None:
 
 def test_a_broken_weight_file_has_no_header(base: Path) -> None:
     (base / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert weights_of(Base("x", base))[0]["header_sha256"] is None
+    assert weight_hashes(Base("x", base))[0]["header_sha256"] is None

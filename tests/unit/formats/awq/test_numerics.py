@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.error_compensation import DAMPING, TRUST, compensated_codes
-from qlora_kit.export.grid import Grid, decode, encode, nearest, ranges, span
+from qlora_kit.export.grid import Grid, decode, encode, ranges, round_to_grid, span
 from qlora_kit.formats.awq import search
 from qlora_kit.formats.awq.layer import Settings, _quantize_linears
 from qlora_kit.formats.awq.layout import gemm_tensors, gemv_tensors, pack_columns, unpack_columns, unpacked_weight
@@ -37,7 +37,7 @@ def grid_of(weight: Tensor, *, zero_point: bool = True) -> Grid:
 @pytest.mark.parametrize("zero_point", [True, False])
 def test_nearest_is_the_nearest_value_of_the_grid(weight: Tensor, zero_point: bool) -> None:
     grid = grid_of(weight, zero_point=zero_point)
-    moved = nearest(weight, grid)
+    moved = round_to_grid(weight, grid)
     for row, column in [(0, 0), (3, 17), (23, 63), (11, 40)]:
         scale, zero = float(grid.scale[row, column // GROUP]), float(grid.zero[row, column // GROUP])
         values = [(code - zero) * scale for code in range(16)]
@@ -47,7 +47,7 @@ def test_nearest_is_the_nearest_value_of_the_grid(weight: Tensor, zero_point: bo
 
 def test_all_positive_group_is_covered() -> None:
     high = torch.full((1, GROUP), 5.0) + torch.rand(1, GROUP, generator=torch.Generator().manual_seed(0))
-    assert (nearest(high, grid_of(high)) - high).abs().max() < 6 / 15
+    assert (round_to_grid(high, grid_of(high)) - high).abs().max() < 6 / 15
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0, 300.0])
@@ -59,11 +59,11 @@ def test_scales_mean_the_same_in_both_16_bit_dtypes(weight: Tensor, size: float)
 
 def test_group_of_zeros_stays_zero() -> None:
     zeros = torch.zeros(8, GROUP)
-    assert torch.equal(nearest(zeros, grid_of(zeros)), zeros)
+    assert torch.equal(round_to_grid(zeros, grid_of(zeros)), zeros)
 
 
 def test_output_error_is_that_of_the_outputs(weight: Tensor, inputs: Tensor) -> None:
-    change = nearest(weight, grid_of(weight)) - weight
+    change = round_to_grid(weight, grid_of(weight)) - weight
     wanted = float((inputs @ change.T).square().sum())
     assert output_error(change, inputs.T @ inputs) == pytest.approx(wanted, rel=1e-4)
 
@@ -72,8 +72,8 @@ def test_channel_scales_lower_the_output_error(weight: Tensor, inputs: Tensor) -
     moment = inputs.T @ inputs
     scales = channel_scales([weight], inputs.abs().mean(0), moment, bits=4, group_size=GROUP, zero_point=True)
     scaled = weight * scales
-    plain = output_error(nearest(weight, grid_of(weight)) - weight, moment)
-    kept = output_error(nearest(scaled, grid_of(scaled)) / scales - weight, moment)
+    plain = output_error(round_to_grid(weight, grid_of(weight)) - weight, moment)
+    kept = output_error(round_to_grid(scaled, grid_of(scaled)) / scales - weight, moment)
     assert kept < 0.5 * plain
     assert scales[5] > scales.median()
 
@@ -123,7 +123,7 @@ def test_shrunk_ranges_are_the_best_of_all_tried(weight: Tensor, inputs: Tensor)
         one, given = weight[row : row + 1, columns], inputs[:, columns]
 
         def error(candidate: Grid, one: Tensor = one, given: Tensor = given) -> float:
-            return float((given @ (nearest(one, candidate) - one).T).square().sum())
+            return float((given @ (round_to_grid(one, candidate) - one).T).square().sum())
 
         tried = []
         for step in range(20):
@@ -167,7 +167,7 @@ def test_compensation_follows_its_formulas(weight: Tensor, inputs: Tensor) -> No
 
 def test_compensation_lowers_the_output_error(weight: Tensor, inputs: Tensor) -> None:
     moment, grid = inputs.T @ inputs, grid_of(weight)
-    plain = output_error(nearest(weight, grid) - weight, moment)
+    plain = output_error(round_to_grid(weight, grid) - weight, moment)
     assert output_error(decode(compensated_codes(weight, moment, grid), grid) - weight, moment) < 0.7 * plain
 
 

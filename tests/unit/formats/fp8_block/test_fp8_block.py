@@ -18,7 +18,7 @@ from qlora_kit.export.checks.form import model_form
 from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.fp8_block.load import load_fp8_block, rounded_inputs
 from qlora_kit.formats.fp8_block.write import block_codes
-from qlora_kit.formats.job import Source
+from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.registry import export_jobs, find_format
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig, Fp8BlockTarget
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("written")
-    (job,) = export_jobs(EXPORT, Source(source, source, BaseName("x"), "mine", []))
+    (job,) = export_jobs(EXPORT, ExportSource(source, source, BaseName("x"), "mine", []))
     assert job.write(out) is None
     return out
 

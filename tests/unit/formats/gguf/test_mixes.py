@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.formats.gguf.mixes import MIXES, ModelShape, find_mix, is_weighted, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.mixes import MIXES, MixContext, find_mix, is_weighted, requires_imatrix, tensor_type
 from qlora_kit.schema.export import GgufMix
 
 
@@ -31,7 +31,7 @@ def llama_tensors(
     return tensors
 
 
-def counts(mix: str, model: ModelShape, tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def counts(mix: str, model: MixContext, tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
     return dict(Counter(tensor_type(name, shape, MIXES[mix], model) for name, shape in tensors.items()))
 
 
@@ -51,7 +51,7 @@ PUBLISHED_8B = {
 
 @pytest.mark.parametrize("mix", PUBLISHED_8B)
 def test_8b_shape_gets_the_types_of_published_files(mix: str) -> None:
-    model = ModelShape(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
+    model = MixContext(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
     assert counts(mix, model, llama_tensors(32, 4096, 14336, 1024, 128256, tied=False)) == PUBLISHED_8B[mix]
 
 
@@ -87,15 +87,15 @@ def test_every_mix_is_compared_with_llama_cpp() -> None:
 
 @pytest.mark.parametrize("mix", SNAPSHOT_06B)
 def test_types_are_those_of_llama_cpps_snapshot(mix: str) -> None:
-    model = ModelShape(layers=28, heads=16, kv_heads=8, tied_embeddings=False)
+    model = MixContext(layers=28, heads=16, kv_heads=8, tied_embeddings=False)
     found = counts(mix, model, llama_tensors(28, 1024, 3072, 1024, 151936, tied=False))
     assert {kind: number for kind, number in found.items() if kind != "F32"} == SNAPSHOT_06B[mix]
 
 
 # by hand from llama.cpp's rules: what an importance matrix, shared values and 80 layers change
-WITH_IMATRIX = ModelShape(layers=32, heads=32, kv_heads=8, tied_embeddings=False, has_imatrix=True)
-WITHOUT = ModelShape(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
-LLAMA_70B = ModelShape(layers=80, heads=64, kv_heads=8, tied_embeddings=False, seventy_b="grouped")
+WITH_IMATRIX = MixContext(layers=32, heads=32, kv_heads=8, tied_embeddings=False, has_imatrix=True)
+WITHOUT = MixContext(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
+LLAMA_70B = MixContext(layers=80, heads=64, kv_heads=8, tied_embeddings=False, seventy_b="grouped")
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ LLAMA_70B = ModelShape(layers=80, heads=64, kv_heads=8, tied_embeddings=False, s
         ("IQ3_S", "blk.9.attn_v", LLAMA_70B, "Q5_K"),
     ],
 )
-def test_rules_that_depend_on_the_model(mix: str, name: str, model: ModelShape, expected: str) -> None:
+def test_rules_that_depend_on_the_model(mix: str, name: str, model: MixContext, expected: str) -> None:
     assert tensor_type(f"{name}.weight", (4096, 4096), MIXES[mix], model) == expected
 
 
 def test_codebook_types_fall_back_to_blocks_of_32() -> None:
-    model = ModelShape(layers=30, heads=9, kv_heads=3, tied_embeddings=True, has_imatrix=True)
+    model = MixContext(layers=30, heads=9, kv_heads=3, tied_embeddings=True, has_imatrix=True)
     for mix in ("IQ4_XS", "IQ3_S", "IQ2_XS", "IQ1_S"):
         assert tensor_type("blk.5.attn_q.weight", (576, 576), MIXES[mix], model) == "IQ4_NL"
         assert tensor_type("token_embd.weight", (49152, 576), MIXES[mix], model) == "Q8_0"
@@ -164,13 +164,13 @@ BITS |= {"Q4_K": 4.5, "Q4_0": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}
 
 @pytest.mark.parametrize("mix", NARROW_135M)
 def test_narrow_rows_fall_back_as_in_llama_cpp(mix: str) -> None:
-    model = ModelShape(layers=30, heads=9, kv_heads=3, tied_embeddings=True)
+    model = MixContext(layers=30, heads=9, kv_heads=3, tied_embeddings=True)
     assert counts(mix, model, llama_tensors(30, 576, 1536, 192, 49152, tied=True)) == NARROW_135M[mix]
 
 
 @pytest.mark.parametrize("mix", LLAMA_CPP_FILE_MB)
 def test_file_size_is_that_of_llama_cpp(mix: str) -> None:
-    model = ModelShape(layers=30, heads=9, kv_heads=3, tied_embeddings=True)
+    model = MixContext(layers=30, heads=9, kv_heads=3, tied_embeddings=True)
     bits = 0.0
     for name, shape in llama_tensors(30, 576, 1536, 192, 49152, tied=True).items():
         values = shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -179,32 +179,32 @@ def test_file_size_is_that_of_llama_cpp(mix: str) -> None:
 
 
 def test_seventy_b_gives_values_more_bits() -> None:
-    model = ModelShape(layers=80, heads=64, kv_heads=8, tied_embeddings=False, seventy_b="grouped")
+    model = MixContext(layers=80, heads=64, kv_heads=8, tied_embeddings=False, seventy_b="grouped")
     found = counts("Q4_K_M", model, llama_tensors(80, 8192, 28672, 1024, 128256, tied=False))
     assert found == {"F32": 161, "Q4_K": 441, "Q5_K": 40, "Q6_K": 81}
 
 
 def test_q2_k_values_depend_on_heads_per_kv_head() -> None:
-    few = ModelShape(layers=24, heads=14, kv_heads=7, tied_embeddings=True)
-    many = ModelShape(layers=24, heads=28, kv_heads=7, tied_embeddings=True)
+    few = MixContext(layers=24, heads=14, kv_heads=7, tied_embeddings=True)
+    many = MixContext(layers=24, heads=28, kv_heads=7, tied_embeddings=True)
     assert tensor_type("blk.5.attn_v.weight", (512, 1024), MIXES["Q2_K"], few) == "Q3_K"
     assert tensor_type("blk.5.attn_v.weight", (512, 1024), MIXES["Q2_K"], many) == "Q4_K"
 
 
 def test_untied_embedding_takes_the_usual_type_and_the_output_more() -> None:
-    untied = ModelShape(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
+    untied = MixContext(layers=32, heads=32, kv_heads=8, tied_embeddings=False)
     assert tensor_type("token_embd.weight", (32000, 4096), MIXES["Q4_K_M"], untied) == "Q4_K"
     assert tensor_type("output.weight", (32000, 4096), MIXES["Q4_K_M"], untied) == "Q6_K"
 
 
 def test_rows_that_fit_no_block_stay_16_bit() -> None:
-    model = ModelShape(layers=2, heads=2, kv_heads=2, tied_embeddings=False)
+    model = MixContext(layers=2, heads=2, kv_heads=2, tied_embeddings=False)
     assert tensor_type("blk.0.attn_q.weight", (40, 40), MIXES["Q4_K_M"], model) == "F16"
     assert tensor_type("blk.0.attn_q.weight", (40, 40), MIXES["Q8_0"], model) == "F16"
 
 
 def test_vectors_and_norms_stay_32_bit() -> None:
-    model = ModelShape(layers=2, heads=2, kv_heads=2, tied_embeddings=False)
+    model = MixContext(layers=2, heads=2, kv_heads=2, tied_embeddings=False)
     for name in ("blk.0.attn_q_norm.weight", "output_norm.weight", "blk.0.attn_q.bias"):
         assert tensor_type(name, (256,), MIXES["Q4_K_M"], model) == "F32"
 

@@ -19,7 +19,7 @@ from qlora_kit.schema.eval import EvalConfig
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalPlan:
     """What every artifact is asked, and the first answers in words by artifact, as they come.
 
     Attributes:
@@ -38,7 +38,9 @@ class Exam:
     said: dict[str, list[str]] = field(default_factory=dict)
 
 
-def set_exam(run: Run, rows: Sequence[TokenRow], conversations: Sequence[Conversation], config: EvalConfig) -> Exam:
+def build_eval_plan(
+    run: Run, rows: Sequence[TokenRow], conversations: Sequence[Conversation], config: EvalConfig
+) -> EvalPlan:
     """The questions of a recipe on held-out rows and conversations.
 
     Raises:
@@ -54,7 +56,7 @@ def set_exam(run: Run, rows: Sequence[TokenRow], conversations: Sequence[Convers
     if len(prompts) < len(conversations):
         texts = counted(len(conversations) - len(prompts), "held-out row is a text", "held-out rows are texts")
         log.warning(f"{texts} without a prompt, so nothing answers them")
-    return Exam(
+    return EvalPlan(
         rows=rows,
         prompts=[ids for ids, _ in prompts],
         questions=["\n".join(message.content for message in row.messages[-2:-1]) for _, row in prompts],
