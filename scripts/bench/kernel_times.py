@@ -62,7 +62,7 @@ def glu_cases(tokens: int, config: "TileConfig | None" = None) -> Iterator[Case]
     back = config or BACKWARD
     yield Case(
         "glu backward",
-        lambda: start_glu_backward(gate, up, grad, tuple(deltas), True, (first, second), back),
+        lambda: start_glu_backward(gate, up, grad, (deltas[0], deltas[1], deltas[2]), True, (first, second), back),
         5 * wide,
     )
 

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from qlora_kit import __version__
 from tests.chat_templates import trl_templates

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from qlora_kit.memory.estimate import estimate
 from qlora_kit.memory.shapes import frozen_linears, other_parameters

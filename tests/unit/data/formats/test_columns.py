@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from qlora_kit.data.conversation import Message
