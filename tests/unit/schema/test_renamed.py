@@ -1,5 +1,7 @@
 """Keys and values of earlier releases go on working: on the line, in recipe files, in the recipes of older runs."""
 
+from pathlib import Path
+
 import pytest
 
 from qlora_kit.core.errors import RecipeError
@@ -16,6 +18,7 @@ from qlora_kit.schema.renamed import RENAMED, todays_override
 from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.walk import find_path
 
+GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
 LINE = ["model=demo", "data=rows", "data.train_file=rows.jsonl", "data.max_tokens=64"]
 INVERTED = "optim.strict is called optim.fallback now; optim.strict=true was read as optim.fallback=false"
 
@@ -49,6 +52,12 @@ def test_a_renamed_key_stays_in_its_group_and_hides_no_field():
         assert any(find_path(root, today.key) for root in RECIPE_OF_VERB.values())
         if old != today.key:
             assert not any(find_path(root, old) for root in RECIPE_OF_VERB.values())
+
+
+def test_the_glossary_names_every_key_that_was_renamed():
+    rows = [line for line in GLOSSARY.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    for old, today in RENAMED.items():
+        assert [row for row in rows if row.startswith(f"| `{old}") and f"| `{today.key}" in row], old
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ The first GPU begins with the steps of the 8B shape, ours and the peers'. What c
 both sides have one GPU. Packages of the stacks are in folders of their own. What is over `--seconds` is stopped,
 and every row measured until then is kept:
 
-    python scripts/bench/sitting.py --work /tmp/sitting --site /tmp/site --peers-site /tmp/peers \\
+    python scripts/bench/session.py --work /tmp/session --site /tmp/site --peers-site /tmp/peers \\
         --quantizers-site /tmp/quantizers --base FOLDER --text /usr/lib/python3.12 --seconds 1500
 
 Writes the files that the single benchmarks would write, into --results; logs are in --work.
