@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit import __version__
 from tests.chat_templates import trl_templates

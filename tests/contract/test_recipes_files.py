@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.memory.estimate import estimate
 from qlora_kit.memory.shapes import frozen_linears, other_parameters

@@ -5,7 +5,7 @@ from dataclasses import asdict, is_dataclass
 from enum import Enum
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.cli.verbs import main
 from qlora_kit.schema.compose import compose_unchecked

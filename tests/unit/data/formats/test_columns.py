@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from omegaconf import OmegaConf
 
 from qlora_kit.data.conversation import Message
