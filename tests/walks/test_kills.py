@@ -40,7 +40,7 @@ EXPORTED = ["export.score_rows=2", "export.calibration_rows=4", "export=[gguf_q8
 class ForkedPopen:
     """What `subprocess.Popen` is to a sweep, with a fork in the place of a new interpreter."""
 
-    def __init__(self, command, *, stdin, stdout, stderr, env, start_new_session):  # type: ignore[no-untyped-def]
+    def __init__(self, command, *, stdin, stdout, stderr, env, start_new_session):
         assert command[:3] == [sys.executable, "-m", "qlora_kit"] and start_new_session
         reads, self._writes = os.pipe()
         self.pid = os.fork()
