@@ -64,13 +64,13 @@ def rows_of_export(run: Run, config: ExportConfig) -> ExportRows:
         config.calibration_rows,
         held_out=data.held_out,
         tokenizer=run.tokenizer,
-        general_share=config.calibration_general,
+        general_share=config.general_text_share,
         seed=run.seed,
     )
     scored = data.scored(config.score_rows)
     if not run.trained:
         rows = counted(len(calibration), "row")
-        log.info(f"calibrating on {rows} of data, with export.calibration_general of them general text")
+        log.info(f"calibrating on {rows} of data, with export.general_text_share of them general text")
     return ExportRows(calibration, scored, {"calibration": "rows of data", **asdict(data.summary)})
 
 
@@ -99,7 +99,7 @@ def rows_of_general_text(config: ExportConfig, tokenizer: "PreTrainedTokenizerFa
     places = np.linspace(0, len(usable) - 1, min(config.calibration_rows, len(usable))).round().astype(int)
     calibration = [usable[place] for place in places.tolist()]
     log.info(
-        f"no data is given: calibrating on {counted(len(calibration), 'row')} of the general text that the kit ships, "
+        f"no data is given: calibrating on {counted(len(calibration), 'row')} of built-in general text, "
         f"and scoring on {counted(len(scored), 'other')}, {GENERAL_TOKENS} tokens each; data=<option> "
         "data.train_file=<rows like those that "
         "it will see> serves a model with a task better"

@@ -306,8 +306,11 @@ class ExportConfig(Sealed):
     calibration_rows: int = setting(
         32, "Rows that GPTQ, AWQ, the importance matrix and activation scales look at.", unit="rows", minimum=1
     )
-    calibration_general: float = setting(
-        0.1, "Share of them that is general text instead of training rows.", minimum=0, maximum=1
+    general_text_share: float = setting(
+        0.1,
+        "Share of the calibration rows that is built-in general text instead of training rows.",
+        minimum=0,
+        maximum=1,
     )
     score_rows: int = setting(24, "Held-out rows on which each file is compared with the trained model.", minimum=1)
     bits_budget: float | None = setting(

@@ -32,6 +32,7 @@ RENAMED = {
     "data.on_long_row": Renamed("data.overflow", {"cut_end": "truncate_end", "cut_prompt": "truncate_prompt"}),
     "engine.weight_copies": Renamed("engine.cached_weights"),
     "eval.stop_prompts": Renamed("eval.eos_rows"),
+    "export.calibration_general": Renamed("export.general_text_share"),
     "export.merge_base": Renamed("export.merge_base", {"measure": "best"}),
     "optim.strict": Renamed("optim.fallback", {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")}),
     "trainer": Renamed("trainer", {"smoke": "smoke_test"}),

@@ -125,7 +125,7 @@ def test_a_base_is_no_run(exported):
 def test_without_rows_general_text_serves_and_a_bound_rejects(workshop, tmp_path):
     done = kit(tmp_path, *line(workshop, ["gguf_q2_k"], "export.max_mean_kl=1e-6", "out=mine"))
     assert done.returncode == 3
-    assert "no data is given: calibrating on 6 rows of the general text that the kit ships" in done.stderr
+    assert "no data is given: calibrating on 6 rows of built-in general text" in done.stderr
     assert "scoring on 4 others" in done.stderr
     assert "is above export.max_mean_kl=1e-06" in done.stderr
     assert "REJECTED" in done.stdout

@@ -57,7 +57,7 @@ def test_general_text_is_parted_and_said(tokenizer, capsys):
         assert tokenizer.decode(stretch).strip("\ufffd\n ").split("\n")[0] in text
         assert not any(ids[start : start + 40] == stretch for ids in rows.calibration for start in range(len(ids)))
     said = capsys.readouterr().err
-    assert "calibrating on 20 rows of the general text that the kit ships" in said and "scoring on 8 others" in said
+    assert "calibrating on 20 rows of built-in general text" in said and "scoring on 8 others" in said
     assert rows.origin == {"calibration": "general text of the kit", "rows": 20, "scored": 8, "tokens": 128}
 
 
@@ -77,7 +77,7 @@ def test_the_seed_decides_which_text(tokenizer):
 
 def test_rows_that_are_held_out_are_scored_and_the_others_calibrate(tmp_path, base, tokenizer):
     data = data_of(write(tmp_path / "a.jsonl", 12, "alpha"), eval_file=write(tmp_path / "b.jsonl", 5, "beta"))
-    rows = rows_of_data(data, ExportConfig(calibration_rows=6, score_rows=4, calibration_general=0), base, tokenizer)
+    rows = rows_of_data(data, ExportConfig(calibration_rows=6, score_rows=4, general_text_share=0), base, tokenizer)
     assert [line.line for line in rows.scored] == [1, 2, 3, 4]
     assert all("beta" in tokenizer.decode(row.input_ids) for row in rows.scored)
     assert len(rows.calibration) == 6 and all("alpha" in tokenizer.decode(ids) for ids in rows.calibration)
@@ -85,7 +85,7 @@ def test_rows_that_are_held_out_are_scored_and_the_others_calibrate(tmp_path, ba
 
 
 def test_rows_of_one_file_are_parted_here(tmp_path, base, tokenizer, capsys):
-    config = ExportConfig(calibration_rows=100, score_rows=100, calibration_general=0)
+    config = ExportConfig(calibration_rows=100, score_rows=100, general_text_share=0)
     rows = rows_of_data(data_of(write(tmp_path / "a.jsonl", 50, "alpha")), config, base, tokenizer)
     assert "data holds no rows out: 20% of them are set aside to score on" in capsys.readouterr().err
     calibrated, scored = {tuple(ids) for ids in rows.calibration}, {row.input_ids for row in rows.scored}
@@ -99,5 +99,5 @@ def test_auto_is_the_context_of_the_base(tmp_path, base, tokenizer):
     long = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ok"}]}
     path.write_text(path.read_text() + json.dumps(long) + "\n")
     data = data_of(str(path), overflow="drop", eval_rows=3)
-    rows = rows_of_data(data, ExportConfig(calibration_general=0), base, tokenizer)
+    rows = rows_of_data(data, ExportConfig(general_text_share=0), base, tokenizer)
     assert rows.origin["train"]["max_tokens"] == rows.origin["held_out"]["max_tokens"] == 64

@@ -75,6 +75,7 @@ def test_the_glossary_names_every_key_that_was_renamed():
         ("data.on_long_row=drop,cut_prompt", "data.overflow=drop,truncate_prompt"),
         ("engine.weight_copies=6.4GB", "engine.cached_weights=6.4GB"),
         ("eval.stop_prompts=4", "eval.eos_rows=4"),
+        ("export.calibration_general=0.2", "export.general_text_share=0.2"),
         ("export.merge_base=measure", "export.merge_base=best"),
         ("export.merge_base=original", "export.merge_base=original"),
         ("trainer=smoke", "trainer=smoke_test"),
@@ -251,6 +252,7 @@ def test_the_recipe_of_an_older_run(tmp_path, capsys):
     assert (recipe.data.overflow.name, recipe.optim.fallback) == ("truncate_end", False)
     assert recipe.engine.cached_weights == "none"
     path = tmp_path / "export.yaml"
-    path.write_text("run: x\ndata: {max_tokens: auto}\nexport: {merge_base: measure, merged: {a: {}}}\n")
-    assert load_recipe("export", path).export.merge_base.name == "best"
+    path.write_text("run: x\ndata: {max_tokens: auto}\nexport: {merge_base: measure, calibration_general: 0.3}\n")
+    export = load_recipe("export", path).export
+    assert (export.merge_base.name, export.general_text_share) == ("best", 0.3)
     assert capsys.readouterr().err == ""
