@@ -24,7 +24,7 @@ def source(path, setting=SETTING, **options):
 
 def read(path, rows=512, **options):
     """Lines and rows; a bad row is its reason."""
-    found = []
+    found: list[tuple[int | None, object]] = []
     for piece in source(path, **options).pieces(rows):
         for line, record in zip(piece.lines, piece.records, strict=True):
             try:

@@ -42,7 +42,12 @@ def _gemma3_text() -> Any:
 
 
 def _gemma3_image_text() -> Any:
-    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight: dict[str, int | str] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     sight |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
     text = _gemma3_text().to_dict()
     return T.Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=5)

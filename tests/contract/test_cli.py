@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qlora_kit.cli.verbs import VERBS, main
-from qlora_kit.schema.store import RECIPE_OF_VERB
+from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.walk import schema_paths
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ RUN_VERBS = ["train", "export", "eval"]
 
 def kit(*words: str, cwd: object = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora_kit", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)  # type: ignore[call-overload]
 
 
 def children_seconds():

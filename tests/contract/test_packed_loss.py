@@ -1,5 +1,7 @@
 """Packed rows give the loss and the gradients that the same rows give apart from each other."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +14,7 @@ from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
 
 LENGTHS = [41, 7, 1, 30, 19, 2, 24]  # two samples are longer than the window of 16
-WINDOWED = {"mistral": {"sliding_window": 16}, "phi3": {"sliding_window": 16}}
+WINDOWED: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 16}, "phi3": {"sliding_window": 16}}
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi3"]
 
 
@@ -178,7 +180,7 @@ def test_attention_that_reads_ahead_is_refused(llama, rows):
 def test_packed_rows_with_a_mask_are_refused(llama, rows):
     enable_packed_attention(llama, Attention.sdpa)
     batch = PackedCollator()([feature(rows, [0, 1])])
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"] = torch.ones_like(torch.as_tensor(batch["input_ids"]))
     with pytest.raises(RunError, match="packed samples came with a mask"):
         loss_of(llama, batch)
 

@@ -14,7 +14,7 @@ from qlora_kit.cli.verbs import VERBS, main
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.shell import is_line
 from qlora_kit.schema.compose import compose_recipe, compose_unchecked, sweep_jobs
-from qlora_kit.schema.store import RECIPE_OF_VERB
+from qlora_kit.schema.root import RECIPE_OF_VERB
 from qlora_kit.schema.walk import find_path, schema_paths
 from tests import printed_lines
 from tests.printed_lines import TOP, Fix, Printed

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slow
 def swept(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     files = {"train_file": str(workshop / "train.jsonl"), "eval_file": str(workshop / "held_out.jsonl")}
-    data = prepare(DataConfig(**files, max_tokens=512), load_tokenizer(workshop / "base"))
+    data = prepare(
+        DataConfig(train_file=files["train_file"], eval_file=files["eval_file"], max_tokens=512),
+        load_tokenizer(workshop / "base"),
+    )
+    assert data.held_out is not None
     longest = max(len(row.input_ids) for row in [*data.train, *data.held_out])
     words = [word for word in train_line(workshop) if not word.startswith(("data.max_tokens", "trainer.max_steps"))]
     # A row is too long for the smaller limit, and only `error` minds.

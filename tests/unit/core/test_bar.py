@@ -1,8 +1,9 @@
 """A bar on a terminal, a line now and then elsewhere, nothing where nothing is to be shown."""
 
+import time
+
 import pytest
 
-from qlora_kit.core.console import bar as module
 from qlora_kit.core.console.bar import BYTES, bar, each
 from qlora_kit.core.console.lines import TERMINAL, log
 from qlora_kit.core.console.session import session
@@ -14,7 +15,7 @@ EVIL = "\x1b]0;owned\x07"
 def clock(monkeypatch):
     """Time that passes as the test says."""
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def sleep(seconds):
         now[0] += seconds
@@ -111,4 +112,4 @@ def test_a_command_that_failed_leaves_no_bar_behind(as_terminal, clock, capsys):
         one.advance()
         assert TERMINAL.above_bar is not None
     assert TERMINAL.above_bar is None
-    assert capsys.readouterr().err.endswith("\x1b[?25h")
+    assert capsys.readouterr().err.endswith("\x1b[?25h")  # type: ignore[unreachable]  # mypy keeps what held before

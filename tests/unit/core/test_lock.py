@@ -33,6 +33,7 @@ def other(tmp_path):
         command = [sys.executable, "-c", HOLDS, str(tmp_path), str(seconds)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
+        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         return process
 
@@ -47,7 +48,8 @@ def test_the_second_process_is_refused_and_told_who_has_it(other, tmp_path):
     with pytest.raises(BusyError, match=rf"train is at work there \(process {process.pid}, since 20") as caught:
         hold(tmp_path, "export", patience=0.1).__enter__()
     assert caught.value.exit_code == EXIT_BAD_RECIPE
-    assert holder(tmp_path).pid == process.pid
+    found = holder(tmp_path)
+    assert found is not None and found.pid == process.pid
 
 
 def test_a_killed_process_holds_nothing_though_its_file_is_there(other, tmp_path):

@@ -1,6 +1,7 @@
 """What becomes of rows that are too long: stopped, dropped, cut or split, and counted."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_long_conversations_are_split_between_turns_and_keep_the_system_text(tmp
     for name in "abcd":
         turns += [{"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": f"{name}!"}]
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
-    settings = {"train_file": str(path), "overflow": Overflow.split_turns}
+    settings: dict[str, Any] = {"train_file": str(path), "overflow": Overflow.split_turns}
     whole = prepare(DataConfig(**settings, max_tokens=500), TOKENIZER).train[0]
     head = "<|im_start|>system\nbe brief<|im_end|>\n"
 

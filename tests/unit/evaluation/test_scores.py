@@ -96,7 +96,10 @@ def test_scores_are_read_at_the_trained_positions():
 
 
 def test_each_position_knows_its_row():
-    rows = [TokenRow((5, 6, 7, 8), trained, "rows.jsonl", 1) for trained in ((0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0))]
+    rows = [
+        TokenRow((5, 6, 7, 8), tuple(map(bool, trained)), "rows.jsonl", 1)
+        for trained in ((0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0))
+    ]
     logprobs = torch.log_softmax(torch.arange(20.0).reshape(2, 10), -1)
     given = [logprobs, logprobs[:0], logprobs[:1]]
     scores = gather_scores(zip(rows, given, strict=True), None, 3)

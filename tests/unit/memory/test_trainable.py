@@ -1,5 +1,7 @@
 """Trained weights by arithmetic equal those that peft adds."""
 
+from typing import Any
+
 import pytest
 
 from qlora_kit.core.errors import RecipeError
@@ -41,7 +43,7 @@ def test_fused_modules_of_phi_count_as_their_parts():
 @pytest.mark.parametrize("field", ["targets", "modules_to_save"])
 def test_an_unknown_module_is_refused_with_the_known_ones(field):
     with pytest.raises(RecipeError, match=r"banana_proj.*gate_proj"):
-        trainable_parameters(TINY, LoraConfig(**{field: ["banana_proj"]}))
+        trainable_parameters(TINY, LoraConfig(**dict[str, Any]({field: ["banana_proj"]})))
 
 
 def _counted_by_peft(lora: LoraConfig) -> int:

@@ -1,5 +1,8 @@
 """What `doctor` finds, and the line it gives."""
 
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,7 +48,7 @@ def test_a_missing_extra_is_optional_and_comes_with_the_pip_line(monkeypatch):
 
 
 def test_without_a_compiler_it_says_what_wants_one(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     found = doctor._compiler()
     assert found.health is Health.missing
     assert found.value == "none: GPTQ export compiles its packing kernel" and "g++" in found.fix
@@ -55,14 +58,14 @@ def test_a_folder_that_cannot_be_written_is_bad(monkeypatch):
     def refuse(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
     found = {check.name: check for check in doctor._folders()}
     assert found["working folder"].health is Health.failed
     assert "Permission denied" in found["working folder"].value
 
 
 def test_a_python_out_of_range_is_bad(monkeypatch):
-    monkeypatch.setattr(doctor.sys, "version_info", (3, 14, 0))
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
     assert next(doctor._machine()).health is Health.failed
 
 

@@ -20,7 +20,7 @@ LLAMA_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256, False)
 
 
 def recipe(train_file: Path | None, **trainer) -> TrainRecipe:
-    data = DataConfig(train_file=train_file and str(train_file), max_tokens=2048)
+    data = DataConfig(train_file=str(train_file) if train_file else None, max_tokens=2048)
     return TrainRecipe(model=ModelConfig(source="base"), data=data, trainer=TrainerConfig(**trainer))
 
 
@@ -124,6 +124,7 @@ def test_rows_at_hand_make_the_largest_batch_of_the_run(tmp_path):
         trainer=TrainerConfig(batch_size=2),
     )
     data = known_rows(planned)
+    assert data is not None
     longest = int(data.train.lengths.max())
     shown = plan(planned, known_base(planned), data)
     assert longest < 200

@@ -97,7 +97,7 @@ def test_latest_passes_over_a_run_at_work_and_says_so(outputs, capsys):
         with held_elsewhere(outputs / "a/2"), pytest.raises(RecipeError, match="there is no unfinished run") as caught:
             find_run("latest", finished=False)
         assert "passed over outputs/a/2: train is at work" in str(caught.value)
-        assert newest_run().path.name == "3"  # to look at
+        assert (newest := newest_run()) is not None and newest.path.name == "3"  # to look at
         with pytest.raises(BusyError, match="process 7"):
             refuse_at_work(RunDirectory(outputs / "a/3"))
 

@@ -50,7 +50,7 @@ def test_an_option_of_model_names_a_base_at_its_commit(base, monkeypatch):
     monkeypatch.setattr("qlora_kit.runs.named_base.locate_base", lambda model: asked.append(model) or base)
     named = named_base(ExportRecipe(export=EXPORT, base="smollm2_360m"))
     assert named.model.source == "HuggingFaceTB/SmolLM2-360M-Instruct"
-    assert len(named.model.revision) == 40
+    assert named.model.revision is not None and len(named.model.revision) == 40
     assert asked == [named.model]
     assert named_base(ExportRecipe(export=EXPORT, base="smollm2_360m", revision="main")).model.revision == "main"
 

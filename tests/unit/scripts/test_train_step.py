@@ -187,8 +187,8 @@ def test_attention_in_blocks_needs_no_copies(monkeypatch):
     found = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert found.shape == query.shape and places == [[part.data_ptr() for part in (query, key, value)]]
     for at in range(0, 3 * BLOCK, BLOCK):
-        block = [part[:, :, at : at + BLOCK] for part in (query, key, value)]
-        exact = whole(*block, is_causal=True, enable_gqa=True)
+        q, k, v = (part[:, :, at : at + BLOCK] for part in (query, key, value))
+        exact = whole(q, k, v, is_causal=True, enable_gqa=True)
         torch.testing.assert_close(found[:, :, at : at + BLOCK], exact)
     with pytest.raises(RuntimeError, match="cannot be cut into blocks"):
         functional.scaled_dot_product_attention(query, key, value, attn_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))

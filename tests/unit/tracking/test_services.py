@@ -1,6 +1,7 @@
 """The services themselves, without a network: parameters as parameters, one run through all resumes, its ending."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_a_server_that_is_away_is_told_before_anything_is_loaded(tmp_path, monke
     assert "  fix      tracker.mode=offline" in said
     assert "hunter2222" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    reach_services(TrackerConfig(mode=TrackerMode.offline, **{service: True}))
+    reach_services(TrackerConfig(mode=TrackerMode.offline, **dict[str, Any]({service: True})))
 
 
 def test_online_without_a_key_is_told(monkeypatch):

@@ -113,7 +113,7 @@ def test_the_newest_whole_one_wins_and_half_written_ones_go(tmp_path, capsys):
     written(tmp_path, 100)
     found = last_complete(tmp_path)
     assert found == tmp_path / "checkpoint-10"
-    assert step_of(found) == 10
+    assert found is not None and step_of(found) == 10
     assert not (tmp_path / "checkpoint-100").exists()
     said = f"{tmp_path / 'checkpoint-100'} was not written to its end, so it is passed over and removed"
     assert capsys.readouterr().err == f"warning: {said}; going on from checkpoint-10\n"

@@ -63,6 +63,7 @@ def test_packing_and_padding_are_measured(tmp_path):
     bins = pack(train.lengths, 40)
     result = audit(StoredData(train), SMOLLM, 40, frozenset(), packing=bins, batch_size=2)
     # 10 + 20 + 10 + 40 tokens in two bins of 40; sorted pairs (10, 10), (20, 40) pad to 20 + 80
+    assert result.packing is not None and result.padding is not None
     assert (result.packing.bins, result.packing.efficiency) == (2, 1.0)
     assert sorted(map(sorted, result.packing.drawn)) == [[10, 10, 20], [40]]
     assert result.padding.by_length == pytest.approx(1 - 80 / 100)

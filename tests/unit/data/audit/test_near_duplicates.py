@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qlora_kit.data.audit import near_duplicates as module
 from qlora_kit.data.audit.near_duplicates import LEAST_OVERLAP, near_duplicates
+from qlora_kit.data.audit.token_scan import sampled
 from tests.stored_rows import stored_rows
 
 TEMPLATE = list(range(900, 940))
@@ -93,10 +93,10 @@ def test_many_copies_give_one_pair_each(tmp_path, rows):
 
 
 def test_a_large_set_is_thinned_out_evenly(tmp_path, rows):
-    counts = module.sampled(np.full(1000, 10), most_tokens=1000, most_rows=50)
+    counts = sampled(np.full(1000, 10), most_tokens=1000, most_rows=50)
     assert counts.tolist() == list(range(0, 1000, 20))
-    assert module.sampled(np.full(1000, 10), most_tokens=1000, most_rows=5000).tolist() == list(range(0, 1000, 10))
-    assert module.sampled(np.array([3, 0, 4]), most_tokens=100, most_rows=50).tolist() == [0, 2]
+    assert sampled(np.full(1000, 10), most_tokens=1000, most_rows=5000).tolist() == list(range(0, 1000, 10))
+    assert sampled(np.array([3, 0, 4]), most_tokens=100, most_rows=50).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("row", [[], [1], [1, 2, 3, 4]])

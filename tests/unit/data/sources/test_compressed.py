@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import resource
+from collections.abc import Callable
 
 import pyarrow
 import pytest
@@ -21,7 +22,12 @@ def zstd(data):
     return sink.getvalue().to_pybytes()
 
 
-PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from qlora_kit.data.template.go_template import GoTemplate, GoTemplateError
+from qlora_kit.data.template.go_template import GoTemplate, GoTemplateError, Value
 
 TURNS = [{"Role": "user", "Content": " a\n"}, {"Role": "assistant", "Content": "b"}, {"Role": "user", "Content": "c"}]
-VALUES = {"System": "", "Messages": TURNS, "Response": ""}
+VALUES: dict[str, Value] = {"System": "", "Messages": TURNS, "Response": ""}
 
 
 @pytest.mark.parametrize(

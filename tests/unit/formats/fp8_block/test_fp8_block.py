@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig, Fp8BlockTarget
 from tests.tiny_models import build_tiny_model
 
-FULL = {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+FULL: dict[str, Any] = {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 ROWS = [TokenRow(tuple((7 * step) % 600 for step in range(40)), tuple(step > 5 for step in range(40)), "", 1)]
 EXPORT = ExportConfig(fp8_block={"fp8_block": Fp8BlockTarget()})
 

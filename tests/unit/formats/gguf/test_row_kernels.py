@@ -1,5 +1,7 @@
 """The row kernels: the same bytes from both wheels, and an error where llama.cpp would end the process."""
 
+import ctypes
+import importlib.util
 from types import SimpleNamespace
 
 import libgguf
@@ -59,14 +61,14 @@ def test_rows_that_do_not_lie_together(asked):
 
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None), SimpleNamespace(origin="/no/such/library.so")])
 def test_without_the_wheel_libgguf_serves(monkeypatch, asked, found):
-    monkeypatch.setattr(row_kernels.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     expected = libgguf.quantize_rows(ROWS, int(libgguf.GGMLQuantizationType.Q4_K))
     assert np.array_equal(quantized(ROWS, "Q4_K"), expected)
     assert asked[-1] == "Q4_K"
 
 
 def test_a_library_without_the_function_is_not_taken(monkeypatch):
-    monkeypatch.setattr(row_kernels.ctypes, "CDLL", lambda path: SimpleNamespace())
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace())
     assert row_kernels._chunk_kernel() is None
 
 
@@ -76,7 +78,7 @@ def test_a_kernel_that_writes_other_blocks_is_not_taken(monkeypatch):
         assert row_kernels._chunk_kernel() is None
     size = 2 * libgguf.row_size(int(libgguf.GGMLQuantizationType.Q4_K), 256)
     assert not _agrees(lambda *_: size - 1)
-    assert not _agrees(lambda number, rows, blocks, *rest: row_kernels.ctypes.memset(blocks, 0, size) and size)
+    assert not _agrees(lambda number, rows, blocks, *rest: ctypes.memset(blocks, 0, size) and size)
 
 
 @pytest.mark.slow
