@@ -1,23 +1,66 @@
 """The shell of a page: one file, readable without a network or scripts, that knows its own kind again."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from functools import cache
-from html import escape
 from importlib.resources import files
 from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from qlora_kit import __version__
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_text
 from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.units import counted
 
 GENERATOR = '<meta name="generator" content="qlora-kit'
 HEAD_CHARACTERS = 500  # in which the generator stands
 
 
-def text(value: object) -> str:
+@dataclass(frozen=True)
+class Number:
+    """One of the numbers at the top of a page, as it is written."""
+
+    name: str
+    value: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text; the columns whose index is in `numbers` are right-aligned."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Container[int] = ()
+
+
+@cache
+def templates() -> Environment:
+    """Every template of this package: all that one writes is escaped, and a value that it does not get is an error."""
+    found = Environment(
+        loader=PackageLoader("qlora_kit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.globals["version"] = __version__
+    found.filters |= {"counted": counted, "percent": "{:.1%}".format, "whole": "{:,}".format}
+    return found
+
+
+def render(template: str, **values: object) -> Markup:
+    """What a template of this package makes of some values; control characters become their pictures."""
+    html = templates().get_template(template).render(values)
+    return Markup(html.translate(_PICTURES))  # noqa: S704 - the template escaped what it was given
+
+
+def text(value: object) -> Markup:
     """A value as HTML text, or as the value of an attribute; control characters become their pictures."""
-    return escape(str(value).translate(_PICTURES), quote=True)
+    return escape(str(value).translate(_PICTURES))
 
 
 def page(title: str, body: str, *styles: str) -> str:
@@ -79,7 +122,7 @@ def _is_ours(path: Path) -> bool:
 
 @cache
 def _style(name: str) -> str:
-    return files("qlora_kit.report").joinpath(name).read_text(encoding="utf-8")
+    return files("qlora_kit.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 # HTML knows no control characters but white space; lone surrogates cannot be written at all.

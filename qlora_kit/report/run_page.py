@@ -67,7 +67,7 @@ def _header(run: RunPage) -> str:
         for name, value, unit in numbers
     )
     return (
-        f'<header>\n<p class="eyebrow">qlora-kit report</p>\n<h1>{text(run.name).replace("_", "_<wbr>")}</h1>\n'
+        f'<header>\n<p class="eyebrow">qlora-kit report</p>\n<h1>{str(text(run.name)).replace("_", "_<wbr>")}</h1>\n'
         f'<p class="lead">{text(said)}</p>\n<p class="soft"><code>{text(run.path)}</code></p>\n'
         f'<dl class="numbers eight">{shown}</dl>\n</header>'
     )

@@ -15,7 +15,7 @@ from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.report.histogram import histogram
 from qlora_kit.report.inspect_page import InspectPage, inspect_page, verdict
-from qlora_kit.report.page import page, text, write_page
+from qlora_kit.report.page import text, write_page
 from tests.html_reader import read
 from tests.stored_rows import StoredData, stored_rows
 from tests.tiny_models import FAMILIES, smollm_tokenizer
@@ -162,22 +162,22 @@ def test_tokens_joined_are_the_text(family):
 
 
 def test_control_characters_become_pictures():
-    assert text("a\x00\x1b\x7f\x85\t\n<&\"'") == "a␀␛␡\ufffd\t\n&lt;&amp;&quot;&#x27;"
+    assert text("a\x00\x1b\x7f\x85\t\n<&\"'") == "a␀␛␡\ufffd\t\n&lt;&amp;&#34;&#39;"
 
 
-def test_a_page_replaces_pages_alone(tmp_path):
+def test_a_page_replaces_pages_alone(tmp_path, content):
     place = tmp_path / "new" / "inspect.html"
-    write_page(place, page("first", "<p>1</p>"))
-    write_page(place, page("second", "<p>2</p>"))
-    assert "<p>2</p>" in place.read_text(encoding="utf-8")
+    write_page(place, inspect_page(content))
+    write_page(place, inspect_page(dataclasses.replace(content, name="second")))
+    assert "second" in place.read_text(encoding="utf-8")
     other = tmp_path / "mine.html"
     other.write_text("<html>mine</html>")
     with pytest.raises(RecipeError) as refused:
-        write_page(other, page("third", ""))
+        write_page(other, "third")
     assert refused.value.problems[0].fix == f"page={tmp_path / 'mine-inspect.html'}"
     assert other.read_text() == "<html>mine</html>"
     with pytest.raises(RecipeError, match="is a folder"):
-        write_page(tmp_path, page("fourth", ""))
+        write_page(tmp_path, "fourth")
 
 
 def test_bars_on_the_terminal_are_as_long_as_their_counts(content):

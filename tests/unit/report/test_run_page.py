@@ -337,7 +337,7 @@ def test_what_lora_reaches_is_shown_as_training_said_it(finished):
 @pytest.mark.parametrize(
     ("fix", "shown"),
     [
-        ("qlora-kit eval 'run=a b'", "<pre>qlora-kit eval &#x27;run=a b&#x27;</pre>"),
+        ("qlora-kit eval 'run=a b'", "<pre>qlora-kit eval &#39;run=a b&#39;</pre>"),
         ("qlora-kit export base=<model>", "<p>Do: qlora-kit export base=&lt;model&gt;</p>"),
     ],
 )
