@@ -22,6 +22,7 @@ def test_rows_conversations_and_numbers_belong_together(tmp_path):
     data = prepare(DataConfig(train_file=train, eval_file=held_out, max_tokens=64), TOKENIZER)
     encoder = Encoder.of(TOKENIZER)
     (conversation,) = data.held_out_conversations()
+    assert data.held_out is not None
     assert data.held_out[0].input_ids == tuple(encoder.row(conversation).ids.tolist())
     assert (conversation.messages[0].content, conversation.messages[1].content) == ("d", "e")
     assert TOKENIZER.decode(data.train[1].input_ids).count("a longer answer<|im_end|>") == 1
@@ -50,6 +51,7 @@ def test_rows_conversations_and_numbers_belong_together(tmp_path):
         ],
         "skipped": [],
     }
+    assert data.summary.held_out is not None
     assert data.summary.held_out.rows == 1
 
 
@@ -59,6 +61,7 @@ def test_row_limits_apply_to_their_file(tmp_path):
     config = DataConfig(train_file=train, eval_file=held_out, max_tokens=64, train_rows=1, eval_rows=2)
     data = prepare(config, TOKENIZER)
     assert [row.line for row in data.train] == [1]
+    assert data.held_out is not None
     assert [row.line for row in data.held_out] == [1, 2]
 
 
@@ -189,6 +192,7 @@ def test_held_out_rows_may_do_without_an_optional_column(tmp_path):
     other = rows_file(tmp_path / "b.jsonl", {"question": "c", "answer": "d"})
     columns = {**TABLE, "system": "rules"}
     data = prepare(DataConfig(train_file=train, eval_file=other, columns=columns, max_tokens=64), TOKENIZER)
+    assert data.held_out is not None
     assert len(data.held_out) == 1
 
 

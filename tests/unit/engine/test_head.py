@@ -45,6 +45,7 @@ def test_numbers_equal_those_of_trl(model, trained):
     undo = enable_fused_head(model)
     found, gradient = step(model, trained)
     told, told_gradient = step(model, trained, trained_tokens=2 * min(trained, 11))
+    assert undo is not None
     undo()
 
     assert torch.equal(told.log_probs, found.log_probs) and torch.equal(told_gradient, gradient)
@@ -76,6 +77,7 @@ def test_a_product_for_the_logits_and_one_for_the_gradient_at_trained_positions(
         step(model, 5)
     with Products() as scoring, torch.no_grad():
         model(**batch(5), fused_lm_head=True)
+    assert undo is not None
     undo()
     head = model.get_output_embeddings().weight
     assert training.shapes == [(2 * 5, len(head)), (2 * 5, head.shape[1])]
@@ -93,6 +95,7 @@ def uses_trl(model, monkeypatch, **inputs):
 def test_a_frozen_head_is_replaced_and_restored(model, monkeypatch):
     undo = enable_fused_head(model)
     assert not uses_trl(model, monkeypatch)
+    assert undo is not None
     undo()
     assert uses_trl(model, monkeypatch)
 
@@ -102,6 +105,7 @@ def test_labels_that_are_shifted_already_are_left_to_trl(model, monkeypatch):
     undo = enable_fused_head(model)
     assert uses_trl(model, monkeypatch, shift_labels=shifted)
     assert not uses_trl(model, monkeypatch, num_items_in_batch=7)
+    assert undo is not None
     undo()
 
 
@@ -110,6 +114,7 @@ def test_a_trained_head_keeps_trls_forward(model, monkeypatch):
     model.get_output_embeddings().weight.requires_grad_(True)
     assert uses_trl(model, monkeypatch)
     model.get_output_embeddings().weight.requires_grad_(False)
+    assert undo is not None
     undo()
 
 
@@ -126,4 +131,5 @@ def test_without_the_fused_head_logits_are_the_models_own(model):
     expected = model(**batch(5)).logits
     undo = enable_fused_head(model)
     assert torch.equal(model(**batch(5)).logits, expected)
+    assert undo is not None
     undo()

@@ -47,7 +47,9 @@ def test_equal_rows_are_students_interval_over_their_means():
 
 def test_long_rows_weigh_more():
     """By hand: mean 2; the rows' sums of deviations are -1, -1 and 2; 3/2 * 6 / 6^2 = 1/4."""
-    low, high = mean_by_row(torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 4.0]), torch.tensor([0, 1, 2, 2, 2, 2]))
+    found = mean_by_row(torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 4.0]), torch.tensor([0, 1, 2, 2, 2, 2]))
+    assert found is not None
+    low, high = found
     assert (low + high) / 2 == pytest.approx(2)
     assert (high - low) / 2 == pytest.approx(4.302653 * 0.5, rel=1e-6)
 
@@ -71,7 +73,9 @@ def test_infinite_losses_have_no_interval():
 
 def test_a_share_of_rows_that_agree_counts_the_rows():
     """Every position agrees: as sure as that many rows, Student's reach in place of the normal one, and no more."""
-    low, high = share_by_row(torch.ones(1000, dtype=torch.bool), torch.arange(10).repeat_interleave(100))
+    found = share_by_row(torch.ones(1000, dtype=torch.bool), torch.arange(10).repeat_interleave(100))
+    assert found is not None
+    low, high = found
     assert high == 1
     expected = stats.binomtest(10, 10).proportion_ci(0.95, method="wilson").low
     assert 0.6 < low < expected < 0.75
@@ -92,7 +96,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         lengths = draw.integers(3, 25, 24)
         rows = np.repeat(np.arange(24), lengths)
         values = draw.normal(0, 1, 24)[rows] + draw.normal(0, 0.5, len(rows))
-        low, high = mean_by_row(torch.from_numpy(values), torch.from_numpy(rows))
+        found = mean_by_row(torch.from_numpy(values), torch.from_numpy(rows))
+        assert found is not None
+        low, high = found
         held += low < 0 < high
         naive += abs(values.mean()) < 1.96 * stats.sem(values)
     assert 0.90 < held / 400 < 0.98

@@ -116,6 +116,7 @@ def test_intervals_are_those_of_loss_and_kl_by_row(pair):
     losses = torch.nn.functional.cross_entropy(other.double(), targets, reduction="none")
     assert fidelity.loss_interval == pytest.approx(mean_by_row(losses, ROWS))
     assert fidelity.mean_kl_interval == pytest.approx(mean_by_row(torch.tensor(slow_kl(logits, other)), ROWS), abs=1e-6)
+    assert fidelity.same_top_interval is not None
     assert fidelity.same_top_interval[0] < fidelity.same_top < fidelity.same_top_interval[1]
     assert fidelity.rows == 10
 
@@ -127,13 +128,16 @@ def test_a_small_loss_that_every_row_shows_is_told_from_noise(pair):
     wobble = 0.002 * torch.randn(50, generator=torch.Generator().manual_seed(1)).double()
     worse = compare(reference, replace(reference, target=reference.target - 0.01 + wobble))
     assert worse.loss_change == pytest.approx(0.01, abs=0.001)
+    assert worse.loss_interval is not None
     assert worse.loss_interval[0] < compare(reference, reference).loss < worse.loss_interval[1]
     assert worse.is_worse
+    assert worse.loss_change_interval is not None
     assert 0.008 < worse.loss_change_interval[0] < 0.01 < worse.loss_change_interval[1] < 0.012
 
     noise = compare(reference, replace(reference, target=reference.target - 0.0001 + wobble))
     assert not noise.is_worse
     better = compare(reference, replace(reference, target=reference.target + 0.01))
+    assert better.loss_change_interval is not None
     assert not better.is_worse and better.loss_change_interval[1] < 0
 
 
@@ -142,7 +146,8 @@ def test_a_kl_interval_ends_at_zero(pair):
     other = logits.clone()
     other[0, :20] += 9
     reference = scores_of(logits, targets, 40)
-    assert compare(reference, scores_of(other, targets, reference.ids)).mean_kl_interval[0] == 0
+    interval = compare(reference, scores_of(other, targets, reference.ids)).mean_kl_interval
+    assert interval is not None and interval[0] == 0
 
 
 def test_a_record_reads_back_whichever_version_wrote_it(pair):

@@ -155,7 +155,7 @@ def test_each_line_divides_the_tokens_of_its_steps_by_their_time(base, tmp_path,
 
         trainer.model.register_forward_pre_hook(spend, with_kwargs=True)
         trainer.add_callback(Pauses(clock))
-        run_training(trainer, checkpoint and tmp_path / "None" / "run" / f"checkpoint-{checkpoint}")
+        run_training(trainer, tmp_path / "None" / "run" / f"checkpoint-{checkpoint}" if checkpoint else None)
         lines = [row for row in tracker.rows if "loss" in row]
         assert lines[-1]["step"] == LAST
         assert [row["tokens_per_second"] for row in lines] == pytest.approx([TOKENS_A_SECOND] * len(lines))
