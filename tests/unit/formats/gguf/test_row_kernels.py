@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from qlora_kit.formats.gguf import row_kernels
-from qlora_kit.formats.gguf.row_kernels import _agrees, quantized
+from qlora_kit.formats.gguf.row_kernels import quantized
 
 ROWS = np.random.default_rng(0).standard_normal((12, 512)).astype(np.float32)
 WEIGHTS = np.random.default_rng(1).gamma(0.5, size=512).astype(np.float32) + np.float32(1e-3)
+
+
+libgguf_quantize_rows = libgguf.quantize_rows
+
+
+def libgguf_blocks(rows, kind, weights=None):
+    return libgguf_quantize_rows(rows, int(libgguf.GGMLQuantizationType[kind]), imatrix=weights)
 
 
 @pytest.fixture
@@ -42,16 +49,13 @@ def fresh():
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q4_1", "IQ4_XS"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_blocks_are_those_of_libgguf(kind, weights):
-    number = int(libgguf.GGMLQuantizationType[kind])
-    assert np.array_equal(quantized(ROWS, kind, weights), libgguf.quantize_rows(ROWS, number, imatrix=weights))
+    assert np.array_equal(quantized(ROWS, kind, weights), libgguf_blocks(ROWS, kind, weights))
 
 
 def test_the_faster_kernel_is_taken(asked):
-    assert row_kernels._chunk_kernel() is not None
-    asked.clear()  # of the trial
-    for kind in ("Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
+    for kind in ("Q6_K", "Q5_K", "IQ4_NL", "IQ4_XS"):
         quantized(ROWS, kind)
-    assert asked == ["IQ4_NL", "IQ4_XS"]
+    assert asked == ["Q4_K", "IQ4_NL", "IQ4_XS"]  # the first is the trial
 
 
 def test_rows_that_do_not_lie_together(asked):
@@ -62,23 +66,27 @@ def test_rows_that_do_not_lie_together(asked):
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None), SimpleNamespace(origin="/no/such/library.so")])
 def test_without_the_wheel_libgguf_serves(monkeypatch, asked, found):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    expected = libgguf.quantize_rows(ROWS, int(libgguf.GGMLQuantizationType.Q4_K))
-    assert np.array_equal(quantized(ROWS, "Q4_K"), expected)
-    assert asked[-1] == "Q4_K"
+    assert np.array_equal(quantized(ROWS, "Q6_K"), libgguf_blocks(ROWS, "Q6_K"))
+    assert asked == ["Q6_K"]
 
 
-def test_a_library_without_the_function_is_not_taken(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace())
-    assert row_kernels._chunk_kernel() is None
+def of_another_size(number, rows, blocks, first, count, width, weights):
+    return 1
 
 
-def test_a_kernel_that_writes_other_blocks_is_not_taken(monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(row_kernels, "_agrees", lambda kernel: False)
-        assert row_kernels._chunk_kernel() is None
-    size = 2 * libgguf.row_size(int(libgguf.GGMLQuantizationType.Q4_K), 256)
-    assert not _agrees(lambda *_: size - 1)
-    assert not _agrees(lambda number, rows, blocks, *rest: ctypes.memset(blocks, 0, size) and size)
+def of_other_blocks(number, rows, blocks, first, count, width, weights):
+    size = count * libgguf.row_size(number, width)
+    ctypes.memset(blocks, 0, size)
+    return size
+
+
+@pytest.mark.parametrize(
+    "exports", [{}, {"ggml_quantize_chunk": of_another_size}, {"ggml_quantize_chunk": of_other_blocks}]
+)
+def test_a_library_that_does_other_than_it_should_is_not_taken(monkeypatch, asked, exports):
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(**exports))
+    assert np.array_equal(quantized(ROWS, "Q6_K"), libgguf_blocks(ROWS, "Q6_K"))
+    assert asked[-1] == "Q6_K"
 
 
 @pytest.mark.slow
