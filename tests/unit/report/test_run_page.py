@@ -233,7 +233,10 @@ def test_values_of_the_wrong_kind_count_as_absent(finished, value):
     put(finished.exports / "gguf_q8_0" / "manifest.json", {"format": value, "fidelity": value, "serve": value})
     with finished.metrics.open("a") as stream:
         stream.write(json.dumps(value) + "\n" + json.dumps({"step": 9, "loss": value}) + "\n")
-    read(run_page(read_run(finished)))
+    said = text_of(run_page(read_run(finished)))
+    assert "Held-out loss 1.2500 Training loss 1.3333 last step" in said
+    assert "Training rows - " in said
+    assert "gguf_q8_0" in said
 
 
 def test_no_text_of_a_run_acts_as_html(finished):

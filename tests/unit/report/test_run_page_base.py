@@ -109,4 +109,7 @@ def test_a_note_of_another_version_leaves_the_rest(exports, note):
 def test_values_of_the_wrong_kind_count_as_absent(exports, value):
     put(exports.data, {"calibration": value, "rows": value, "scored": value, "tokens": value, "train": value})
     put(exports.evaluation, json.dumps(value))
-    read(page_of(exports))
+    said = text_of(page_of(exports))
+    assert "data.json tells nothing about the rows." in said
+    assert "Not scored by eval yet: gguf_q2_k, gguf_q8_0; their numbers are those of the export." in said
+    assert ("eval.json cannot be read" in said) is (value != {})

@@ -22,9 +22,11 @@ def told(*words):
 @pytest.mark.slow
 @pytest.mark.skipif(not extras.is_present("hydra_plugins.hydra_joblib_launcher"), reason="needs the extra sweep")
 def test_what_sweeps_need_composes():
-    compose_unchecked("train", [*LINE, "launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=x"])
+    plain = compose_unchecked("train", LINE)
+    parallel = ["launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=x"]
     sampled = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random"]
-    compose_unchecked("train", [*LINE, *sampled])
+    for words in (parallel, sampled):  # they are Hydra's own, and leave each job's recipe as it is
+        assert compose_unchecked("train", [*LINE, *words]) == plain
 
 
 @pytest.mark.parametrize(

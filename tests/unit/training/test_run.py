@@ -101,7 +101,8 @@ def test_trl_prepares_nothing(base, rows, tmp_path, monkeypatch, batching):
     monkeypatch.setattr(SFTTrainer, "_prepare_dataset", prepare)
     trainer = trainer_for(base, recipe_for(batching, max_steps=1), *rows, tmp_path)
     run_training(trainer, None)
-    held_out_loss(trainer)
+    assert trainer.state.global_step == 1
+    assert 0 < held_out_loss(trainer) < float("inf")
 
 
 @pytest.mark.parametrize("batching", Batching)

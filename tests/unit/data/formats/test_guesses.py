@@ -45,4 +45,5 @@ def test_where_columns_cannot_say_it_no_line_is_made_up():
 
 
 def test_an_empty_column_of_that_name_is_no_preference():
-    read(messages(ASK, ANSWER, rejected=None))
+    found = read(messages(ASK, ANSWER, rejected=None))
+    assert found.messages == (Message("user", "hi"), Message("assistant", "hello"))
