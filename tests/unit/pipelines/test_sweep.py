@@ -7,7 +7,7 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.pipelines import sweep as module
-from qlora_kit.pipelines.sweep import Job, JobRow, ranked, run_job
+from qlora_kit.pipelines.sweep import Job, JobRow, conclude, ranked, run_job
 from qlora_kit.runs.job_process import STOP, SweepStop
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.model import ModelConfig
@@ -102,3 +102,38 @@ def test_a_sweep_of_an_earlier_release_is_gone_on_with(sweep):
     recipe.write_text(older)
     assert run(older=older) == 0.5
     assert len(begun) == 2
+
+
+def test_a_job_that_is_killed_says_by_what_and_one_that_says_nothing_where_its_log_is(sweep):
+    place, _, run = sweep
+    run(0, code=-9, said="error: not its last word\n")
+    run(1, code=3)
+    errors = {row.job: row.error for row in ranked(place, Direction.minimize)}
+    assert errors == {0: "killed by signal 9", 1: f"exit code 3; see {place / '1' / 'log.txt'}"}
+
+
+def test_a_result_without_the_objective_is_a_failure(sweep):
+    place, _, run = sweep
+    run()
+    (place / "0" / "result.json").write_text('{"loss": 1.0}')
+    assert run() == math.inf
+    (row,) = ranked(place, Direction.minimize)
+    assert (row.status, row.error) == ("failed", "result.json has no 'eval_loss'")
+
+
+def test_the_end_ranks_jobs_by_what_differs_and_fails_with_a_job(sweep, capsys):
+    place, _, run = sweep
+    run(1)
+    run(0)
+    recipe = TrainRecipe()
+    assert conclude(place, recipe) == 0
+    rows = json.loads((place / "sweep.json").read_text())["rows"]
+    assert [(row["job"], row["objective"]) for row in rows] == [(0, 0.5), (1, 1.5)]
+    run(2, code=1, said="error: no rows\nmore\n")
+    assert conclude(place, recipe) == 1
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[-3:] == [
+        ["1", "0", "0.5000", "n=0"],
+        ["2", "1", "1.5000", "n=1"],
+        ["-", "2", "failed", "n=2", "no", "rows"],
+    ]
