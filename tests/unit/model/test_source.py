@@ -138,8 +138,9 @@ def locate_with_hub(tmp_path, **environment):
         "try:\n    print(locate_base(ModelConfig(source='owner/name', revision='0' * 40)))\n"
         "except RecipeError as error:\n    print(error)\n"
     )
-    # Libraries that other tests import set caches of their own.
-    mine = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
+    # Whether the hub is to be asked is up to each test, and libraries that other tests import set caches of their own.
+    of_hub = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_OFFLINE")
+    mine = {key: value for key, value in os.environ.items() if not key.startswith(of_hub)}
     everything = {**mine, "HF_HOME": str(tmp_path / "hub"), **environment}
     return subprocess.run(
         [sys.executable, "-c", code], env=everything, capture_output=True, text=True, check=True
