@@ -16,7 +16,6 @@ GROUP = 16
 @pytest.mark.parametrize("zero_point", [True, False])
 @pytest.mark.parametrize(("outputs", "width"), [(7, 16), (70, BLOCK), (130, 3 * BLOCK + 16)])
 def test_codes_of_one_kernel_are_those_of_the_columns_one_by_one(monkeypatch, outputs, width, zero_point):
-    torch.manual_seed(0)
     weight = torch.randn(outputs, width, device="cuda")
     weight[0] *= 1e9  # far outside of a grid that was made before
     inputs = torch.randn(500, width, device="cuda") @ torch.randn(width, width, device="cuda")

@@ -48,7 +48,6 @@ def exact_products():
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("ranks", GATED_RANKS)
 def test_gated_products_gradients_and_sums(dtype, ranks):
-    torch.manual_seed(0)
     gate, up = drawn(TOKENS, 2 * COLUMNS, dtype=dtype).chunk(2, dim=1)
     grad = drawn(TOKENS, COLUMNS, dtype=dtype)
     more = [factors(TOKENS, COLUMNS, rank, dtype) for rank in ranks]
@@ -75,7 +74,6 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
 @pytest.mark.parametrize("rank", [1, 16, FUSED_RANK, FUSED_RANK + 1])
 @pytest.mark.parametrize(("tokens", "columns"), [(TOKENS, COLUMNS), (192, 1024)], ids=["ragged", "whole tiles"])
 def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
-    torch.manual_seed(0)
     gate, up, down = (
         drawn(tokens, columns, dtype=dtype),
         drawn(tokens, columns, dtype=dtype),
@@ -94,7 +92,6 @@ def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rank", [0, 5, LARGEST_RANK, LARGEST_RANK + 1])
 def test_sums(dtype, rank):
-    torch.manual_seed(0)
     for parts in (1, 2, 3):
         values = [drawn(TOKENS, COLUMNS, dtype=dtype) for _ in range(parts)]
         more = factors(TOKENS, COLUMNS, rank, dtype)
@@ -106,7 +103,6 @@ def test_sums(dtype, rank):
 @pytest.mark.parametrize(("head_dim", "rotated"), [(64, 64), (96, 96), (64, 32)], ids=["64", "96", "half of 64"])
 @pytest.mark.parametrize("rank", [0, 16, 40])
 def test_rotated_sums(dtype, head_dim, rotated, rank):
-    torch.manual_seed(0)
     heads = 3
     x = drawn(TOKENS, 2 * heads * head_dim, dtype=dtype)[:, : heads * head_dim]
     angle = drawn(TOKENS, rotated, dtype=torch.float32)

@@ -14,7 +14,6 @@ def in_float64(one):
 
 
 def test_products_over_tokens_are_one_part_in_float32():
-    torch.manual_seed(0)
     left, right = torch.randn(TOKENS, NARROW), torch.randn(TOKENS, WIDE)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         found = split_k_matmul(left.to(dtype), right.to(dtype)).parts
@@ -24,7 +23,6 @@ def test_products_over_tokens_are_one_part_in_float32():
 
 
 def test_an_input_that_is_not_made():
-    torch.manual_seed(0)
     h, scale, weight, inner = (torch.randn(TOKENS, n) for n in (WIDE, 1, TOKENS, NARROW))
     normed = Normed(h, scale, weight[0, :WIDE])
     exact = inner.double().t() @ (h.double() * scale * normed.weight)
@@ -36,7 +34,6 @@ def test_an_input_that_is_not_made():
 @pytest.mark.parametrize("factor", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_sums_are_written_to_their_places(parts, factor):
-    torch.manual_seed(0)
     by = None if factor is None else torch.randn(WIDE).to(factor)
     rows = torch.randn(parts, 3 * NARROW, WIDE)
     sums = [
