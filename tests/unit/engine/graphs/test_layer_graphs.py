@@ -1,10 +1,13 @@
 """When layers are recorded, and what a recording depends on."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from qlora_kit.engine.graphs import layer_graphs as graphs
-from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, _capture
+from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
     MOST_MISFITS,
     REPEATS,
@@ -75,57 +78,32 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
 DOUBLE = CapturableLayer(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
 
 
-def without_cuda(monkeypatch, recorded):
-    def opened(self, h):
-        self._memory, self.gradient = object(), torch.empty_like(h)
-        return True
+@pytest.fixture
+def cuda(monkeypatch):
+    """What stands in for CUDA, which records nothing and has a GB free."""
+    device = SimpleNamespace(graphs=[], generator=Mock(), stream=Mock())
 
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(graphs, "CapturedLayer", recorded)
-    monkeypatch.setattr(LayerGraphs, "_open", opened)
+    def graph():
+        device.graphs.append(FakeGraph())
+        return device.graphs[-1]
 
-
-class Fails:
-    """A recording that CUDA refuses half-way."""
-
-    def __init__(self, *_):
-        pass
-
-    def capture(self, *_):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-
-def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(monkeypatch, capsys):
-    without_cuda(monkeypatch, Fails)
-    made, h = LayerGraphs(), torch.ones(1, 2, 3)
-    for _ in range(2 * REPEATS + 2):
-        for place in (0, 1):
-            assert torch.equal(made.run(place, DOUBLE, h, {}), h * 2)
-        assert not made.captured
-    assert made.gradient is None
-    assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted") == 1
-
-
-class Misfit:
-    """A recording that fits no later pass."""
-
-    def __init__(self, *_):
-        self.shape = "another"
-
-    def capture(self, *_):
-        made.append(self)
-
-
-made = []
-
-
-def test_layers_that_never_fit_their_recordings_are_left_alone(monkeypatch, capsys):
-    without_cuda(monkeypatch, Misfit)
-    layers, h = LayerGraphs(), torch.ones(1, 2, 3)
-    for _ in range(10 * REPEATS):
-        assert torch.equal(layers.run(0, DOUBLE, h, {}), h * 2)
-    assert len(made) == MOST_MISFITS + 1
-    assert capsys.readouterr().err.count("called with other settings from step to step") == 1
+    stand_ins = {
+        "CUDAGraph": graph,
+        "Stream": lambda: device.stream,
+        "current_device": lambda: 0,
+        "current_stream": Mock,
+        "default_generators": [device.generator],
+        "empty_cache": lambda: None,
+        "graph_pool_handle": lambda: "a pool",
+        "max_memory_allocated": lambda: 0,
+        "mem_get_info": lambda: (10**9, 10**9),
+        "memory_allocated": lambda: 0,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return device
 
 
 class FakeGraph:
@@ -134,8 +112,11 @@ class FakeGraph:
     def __init__(self):
         self.calls = []
 
+    def replay(self):
+        pass
+
     def capture_begin(self, **settings):
-        self.calls.append("begin")
+        self.calls.append(f"begin in {settings['pool']}")
 
     def capture_end(self):
         self.calls.append("end")
@@ -143,22 +124,66 @@ class FakeGraph:
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_failed_recording_tells_what_failed():
-    graph = FakeGraph()
-    with pytest.raises(RuntimeError, match="not permitted"), _capture(graph, GraphMemory(None, None)):
-        graph.calls.append("failed")
-        raise RuntimeError("operation not permitted when stream is capturing")
-    assert graph.calls == ["begin", "failed", "end"]
-    graph = FakeGraph()
-    with pytest.raises(RuntimeError, match="previous error"), _capture(graph, GraphMemory(None, None)):
-        graph.calls.append("failed")
-    graph = FakeGraph()
-    with _capture(graph, GraphMemory(None, None)):
-        pass
-    assert graph.calls == ["begin", "end"]
+def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda, capsys):
+    def compute(hidden, settings):
+        if cuda.graphs and cuda.graphs[-2].calls == ["begin in a pool"]:
+            cuda.graphs[-2].calls.append("failed")
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return hidden * 2
+
+    layer = DOUBLE._replace(compute=compute)
+    made, h = LayerGraphs(), torch.ones(1, 2, 3)
+    for _ in range(2 * REPEATS + 2):
+        for place in (0, 1):
+            assert torch.equal(made.run(place, layer, h, {}), h * 2)
+        assert not made.captured
+    assert made.gradient is None
+    # what failed first is told, once, and not that a recording that has failed cannot be ended
+    assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted when stream is") == 1
+    assert [graph.calls for graph in cuda.graphs] == [["begin in a pool", "failed", "end"], []]
+    # the generator would refuse to draw until a recording ends well
+    cuda.generator.graphsafe_set_state.assert_called_once_with(cuda.generator.clone_state())
 
 
-def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast():
+def test_layers_that_never_fit_their_recordings_are_left_alone(cuda, capsys):
+    two = torch.tensor(2.0, requires_grad=True)
+    layer = CapturableLayer(lambda hidden, settings: hidden * two, [two], lambda of_input, of_parameters: None)
+    layers, h = LayerGraphs(), torch.ones(1, 2, 3)
+    for turn in range(10 * REPEATS):
+        layers.run(0, layer, h, {})
+        found = layers.run(1, layer, h, {"longest": turn})
+    assert torch.equal(found, h * 2)
+    assert not layers.captured
+    forward_and_backward, both_layers = 2, 2
+    assert len(cuda.graphs) == forward_and_backward * both_layers * (MOST_MISFITS + 1)
+    assert capsys.readouterr().err.count("called with other settings from step to step") == 1
+
+
+def captured(cuda, compute):
+    """A layer of three numbers, recorded."""
+    start = torch.ones(3, requires_grad=True)
+    layer = CapturedLayer(None, {}, start, [], torch.ones(3))
+    layer.capture(compute, GraphMemory("a pool", cuda.stream), lambda of_input, of_parameters: None)
+    return layer
+
+
+def test_both_passes_are_recorded(cuda):
+    layer = captured(cuda, lambda x: 2 * x)
+    assert [graph.calls for graph in cuda.graphs] == [["begin in a pool", "end"]] * 2
+    assert layer.output.tolist() == layer.gradient.tolist() == [2, 2, 2]
+
+
+def test_an_error_that_only_the_end_of_a_recording_tells_is_told(cuda):
+    def compute(x):
+        cuda.graphs[0].calls.append("failed")
+        return 2 * x
+
+    with pytest.raises(RuntimeError, match="previous error"):
+        captured(cuda, compute)
+    assert [graph.calls for graph in cuda.graphs] == [["begin in a pool", "failed", "end"], []]
+
+
+def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast(cuda):
     seen = []
 
     class Layer(torch.autograd.Function):
@@ -171,9 +196,6 @@ def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast():
             seen.append(torch.is_autocast_enabled("cpu"))
             return 2 * grad
 
-    recorded = CapturedLayer.__new__(CapturedLayer)  # its graphs need a GPU
-    start = torch.ones(3, requires_grad=True)
-    recorded.gradient, recorded.gradients, recorded.needs_input, recorded._wanted = torch.ones(3), [], True, [start]
     with torch.autocast("cpu", torch.bfloat16):
-        recorded._capture_backward(Layer.apply(start))
-    assert seen == [False] and recorded.gradient.tolist() == [2, 2, 2]
+        assert captured(cuda, Layer.apply).gradient.tolist() == [2, 2, 2]
+    assert seen == [False]

@@ -12,18 +12,20 @@ from qlora_kit.engine.layer.host_memory import SavedOnHost
 def test_a_tensor_comes_back_from_its_pieces(monkeypatch, dtype, shape):
     monkeypatch.setattr(host_memory, "PIECE_BYTES", 64)
     tensor = (100 * torch.randn(shape)).to(dtype)
-    stored = host_memory._store(tensor)
+    saved = SavedOnHost()
+    stored = saved.pack_hook(tensor)
     assert all(piece.nbytes == 64 for piece in stored.pieces[:-1])
-    found = host_memory._fetch(stored)
+    found = saved.unpack_hook(stored)
     assert torch.equal(found, tensor) and found.dtype is dtype and found.shape == tensor.shape
 
 
 def test_columns_apart_are_stored_densely(monkeypatch):
     monkeypatch.setattr(host_memory, "PIECE_BYTES", 64)
     tensor = torch.randn(6, 20)[:, 3:11]
-    stored = host_memory._store(tensor)
+    saved = SavedOnHost()
+    stored = saved.pack_hook(tensor)
     assert sum(piece.nbytes for piece in stored.pieces) == tensor.nbytes
-    assert torch.equal(host_memory._fetch(stored), tensor)
+    assert torch.equal(saved.unpack_hook(stored), tensor)
 
 
 def test_gradients_are_those_of_tensors_that_stayed(monkeypatch):
