@@ -203,7 +203,7 @@ class LayerGraphs:
                 static.copy_(given[name])
                 self._fed[id(static)] = given[name].data_ptr()
         if h.data_ptr() != known.start.data_ptr():
-            known.start.copy_(h.detach())
+            known.start.detach().copy_(h.detach())
         return True
 
 

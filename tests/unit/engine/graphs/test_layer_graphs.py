@@ -159,6 +159,15 @@ def test_layers_that_never_fit_their_recordings_are_left_alone(cuda, capsys):
     assert capsys.readouterr().err.count("called with other settings from step to step") == 1
 
 
+def test_a_recording_is_fed_an_input_that_is_trained_and_is_no_recordings_result(cuda):
+    """As behind an embedding that is trained too."""
+    layers = LayerGraphs()
+    for turn in range(REPEATS + 2):
+        h = torch.full((1, 2, 3), float(turn), requires_grad=True)
+        layers.run(0, DOUBLE, h, {})
+    assert torch.equal(layers.captured[0].start, h)
+
+
 def captured(cuda, compute):
     """A layer of three numbers, recorded."""
     start = torch.ones(3, requires_grad=True)
