@@ -3,7 +3,6 @@
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,7 +11,7 @@ from markupsafe import Markup, escape
 from qlora_kit import __version__
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import write_text
-from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.shell import is_line, override, shell_line
 from qlora_kit.core.units import counted
 
 GENERATOR = '<meta name="generator" content="qlora-kit'
@@ -49,6 +48,7 @@ def templates() -> Environment:
     )
     found.globals["version"] = __version__
     found.filters |= {"counted": counted, "percent": "{:.1%}".format, "whole": "{:,}".format}
+    found.tests["line"] = is_line
     return found
 
 
@@ -61,33 +61,6 @@ def render(template: str, **values: object) -> Markup:
 def text(value: object) -> Markup:
     """A value as HTML text, or as the value of an attribute; control characters become their pictures."""
     return escape(str(value).translate(_PICTURES))
-
-
-def page(title: str, body: str, *styles: str) -> str:
-    """A whole page.
-
-    Args:
-        body: HTML, escaped already.
-        styles: names of CSS files of this package, besides page.css.
-    """
-    css = "".join(_style(name) for name in ("page.css", *styles))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR} {text(__version__)}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{text(title)}</title>\n'
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table that scrolls inside its box; cells are plain text, those of the columns in `numbers` right-aligned."""
-
-    def cell(kind: str, index: int, value: str) -> str:
-        of_number = ' class="number"' if index in numbers else ""
-        return f"<{kind}{of_number}>{text(value)}</{kind}>"
-
-    head = "".join(cell("th", index, name) for index, name in enumerate(columns))
-    body = "".join(f"<tr>{''.join(cell('td', index, value) for index, value in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def write_page(path: Path, html: str) -> None:
@@ -118,11 +91,6 @@ def check_place(path: Path) -> None:
 def _is_ours(path: Path) -> bool:
     with path.open("rb") as stream:
         return GENERATOR.encode() in stream.read(HEAD_CHARACTERS)
-
-
-@cache
-def _style(name: str) -> str:
-    return files("qlora_kit.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 # HTML knows no control characters but white space; lone surrogates cannot be written at all.

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
+from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
-from qlora_kit.report.run_page_base import base_missing
-from qlora_kit.report.run_page_facts import Missing, RunPage
+from qlora_kit.report.run_page_facts import Missing, RunPage, Untrained
 
 
 def what_is_missing(page: RunPage) -> list[Missing]:
     """Everything that a whole one would have and this one has not."""
     if page.untrained is not None:
-        return list(base_missing(page, page.untrained))
+        return list(_of_base(page, page.untrained))
     return [*_training(page), *_records(page), *_files(page)]
 
 
@@ -51,3 +51,18 @@ def _files(page: RunPage) -> Iterator[Missing]:
         elif unscored:
             what = f"Not scored by eval yet: {', '.join(unscored)}; their numbers are those of the export."
             yield Missing(what, page.line("eval", "run"))
+
+
+def _of_base(page: RunPage, untrained: Untrained) -> Iterator[Missing]:
+    """What whole exports of a base would have and these have not."""
+    if not page.exports:
+        base = override("base", untrained.base) if untrained.base else "base=<model>"
+        line = shell_line(["qlora-kit", "export", base, "export=gguf_q4_k_m"])
+        yield Missing("There is no finished file.", line)
+    if not page.splits and untrained.calibration_rows is None:
+        yield Missing("data.json tells nothing about the rows.")
+    if not page.environment.packages:
+        yield Missing("environment.json tells no versions, so these files cannot be made again exactly.")
+    if unscored := [one.name for one in page.exports if not one.is_evaluated]:
+        what = f"Not scored by eval yet: {', '.join(unscored)}; their numbers are those of the export."
+        yield Missing(what, page.line("eval", "base"))

@@ -1,12 +1,13 @@
-"""How a run was made: setup, rows, and what it takes to make it again."""
+"""How a run or the exports of a base were made: setup, rows, and what it takes to make them again."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import counted, human_count
-from qlora_kit.report.page import table, text
-from qlora_kit.report.run_page_facts import Environment, RunPage, Split
+from qlora_kit.report.page import Table
+from qlora_kit.report.run_page_facts import Environment, RunPage, Split, Untrained
 from qlora_kit.schema.quant import QuantKind
 from qlora_kit.schema.root import TrainRecipe
 
@@ -19,20 +20,59 @@ LONG_ROWS = {
 }
 
 
-def setup(page: RunPage) -> str:
-    """Model, adapter, optimizer and machine as a list of facts."""
+@dataclass(frozen=True)
+class Rows:
+    """Rows of every split.
+
+    Attributes:
+        limit: tokens that a row might have; None where there was no limit.
+        long_rows: a split, and what became of its long rows.
+    """
+
+    table: Table
+    limit: int | None
+    long_rows: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What it takes to make the files again; what is not known is empty.
+
+    Attributes:
+        files: of rows, with their hashes.
+        versions: Python's and those of packages, by name.
+        recipe: the whole of it, as `recipe_file` holds it.
+    """
+
+    command: str
+    files: Table
+    versions: Sequence[tuple[str, str]]
+    platform: str
+    recipe: str
+    recipe_file: str
+
+    def __bool__(self) -> bool:
+        return any((self.command, self.files.rows, self.versions, self.platform, self.recipe))
+
+
+def setup(page: RunPage) -> list[tuple[str, str]]:
+    """Model, adapter, optimizer and machine by name."""
+    if page.untrained is not None:
+        return _base_setup(page, page.untrained)
     facts = _of_recipe(page.recipe, page.result.get("trainable_parameters"), page.optimizer) if page.recipe else []
     facts += [("Reaches", "; ".join(page.reach))] if page.reach else []
-    hardware = hardware_of(page.environment)
-    facts += [("Hardware", hardware)] if hardware else []
-    facts += [("Started", page.started)] if page.started else []
-    return facts_list(facts)
+    return facts + _machine(page)
 
 
-def facts_list(facts: Sequence[tuple[str, str]]) -> str:
-    """Names and values as a list; empty without any."""
-    lines = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts)
-    return f'<dl class="facts">{lines}</dl>' if lines else ""
+def _base_setup(page: RunPage, untrained: Untrained) -> list[tuple[str, str]]:
+    """What was exported, and on which machine."""
+    at = f" at {untrained.recipe.revision}" if untrained.recipe and untrained.recipe.revision else ""
+    return ([("Base", f"{untrained.base}{at}")] if untrained.base else []) + _machine(page)
+
+
+def _machine(page: RunPage) -> list[tuple[str, str]]:
+    facts = [("Hardware", hardware_of(page.environment)), ("Started", page.started)]
+    return [(name, value) for name, value in facts if value]
 
 
 def hardware_of(environment: Environment) -> str:
@@ -64,21 +104,21 @@ def _of_recipe(recipe: TrainRecipe, parameters: float | None, ran: str) -> list[
     ]
 
 
-def data_facts(splits: Sequence[Split]) -> str:
-    """Counts, shares and lengths by split and source, and what became of long rows."""
+def data_facts(splits: Sequence[Split]) -> Rows | None:
+    """Counts, shares and lengths by split and source, and what became of long rows; None without any split."""
     if not splits:
-        return ""
+        return None
     columns = ("split", "source", "rows", "tokens", "trained tokens", "trained share", "mean row", "longest", "skipped")
-    rows = [line for split in splits for line in _lines(split)]
-    parts = [table(columns, rows, numbers=range(2, 9))]
-    limits = {split.max_tokens for split in splits if split.max_tokens}
-    if limits:
-        parts.append(f'<p class="note">Lengths in tokens; the limit was {max(limits):,}.</p>')
-    for split in splits:
-        said = [f"{count:,} {LONG_ROWS.get(key, key)}" for key, count in split.long_rows.items() if count]
-        if said:
-            parts.append(f'<p class="note">Rows, {text(split.name)}: {text(", ".join(said))}.</p>')
-    return "\n".join(parts)
+    table = Table(columns, [line for split in splits for line in _lines(split)], numbers=range(2, 9))
+    limit = max((split.max_tokens for split in splits if split.max_tokens), default=None)
+    long_rows = [
+        (
+            split.name,
+            ", ".join(f"{count:,} {LONG_ROWS.get(key, key)}" for key, count in split.long_rows.items() if count),
+        )
+        for split in splits
+    ]
+    return Rows(table, limit, [(name, said) for name, said in long_rows if said])
 
 
 def _lines(split: Split) -> list[list[str]]:
@@ -105,24 +145,17 @@ def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def reproduction(page: RunPage) -> str:
+def reproduction(page: RunPage) -> Record:
     """The command line, hashes of the rows, versions, and the whole recipe."""
-    parts = []
-    if page.overrides:
-        line = shell_line(["qlora-kit", "train" if page.untrained is None else "export", *page.overrides])
-        parts.append(f"<p>The command, run where the same files lie:</p><pre>{text(line)}</pre>")
+    verb, file = ("train", "recipe.yaml") if page.untrained is None else ("export", "export.yaml")
     hashes = {path: digest for split in page.splits for one in split.sources for path, digest in one.sha256.items()}
-    if hashes:
-        parts.append(f"<h3>Files of rows</h3>{table(('file', 'SHA-256'), list(hashes.items()))}")
     environment = page.environment
-    versions = [(name, version) for name, version in (("Python", environment.python), *environment.packages.items())]
-    if any(version for _, version in versions):
-        said = "".join(f"<div><dt>{text(name)}</dt><dd>{text(version)}</dd></div>" for name, version in versions)
-        parts.append(f'<h3>Versions</h3><dl class="versions">{said}</dl>')
-    if environment.platform:
-        parts.append(f'<p class="note">{text(environment.platform)}</p>')
-    if page.recipe_yaml:
-        file = "recipe.yaml" if page.untrained is None else "export.yaml"
-        recipe = f"<pre>{text(page.recipe_yaml.rstrip())}</pre>"
-        parts.append(f"<details><summary>The whole recipe, {file}</summary>{recipe}</details>")
-    return "\n".join(parts)
+    versions = [("Python", environment.python), *environment.packages.items()]
+    return Record(
+        command=shell_line(["qlora-kit", verb, *page.overrides]) if page.overrides else "",
+        files=Table(("file", "SHA-256"), list(hashes.items())),
+        versions=versions if any(version for _, version in versions) else (),
+        platform=environment.platform,
+        recipe=page.recipe_yaml.rstrip(),
+        recipe_file=file,
+    )

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qlora_kit.report.page import Number
 from qlora_kit.report.run_page import headline, run_page, seconds_in_steps, verdict
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing
 from qlora_kit.report.run_page_fidelity import fidelity_table, remarks, size_against_kl
@@ -105,14 +106,14 @@ def test_the_numbers_at_the_top(finished):
     # 100 tokens at 50 tokens/s, at 100, at 150: 2 s + 1 s + 2/3 s.
     assert seconds_in_steps(run) == pytest.approx(2 + 1 + 2 / 3)
     assert headline(run) == [
-        ("Held-out loss", "1.2500", ""),
-        ("Training loss", "1.3333", "last step"),
-        ("Steps", "3", ""),
-        ("Time in steps", "3.7 s", ""),
-        ("Training rows", "100", ""),
-        ("Tokens seen", "300", ""),
-        ("Throughput", "125", "tokens/s"),
-        ("Peak memory", "2.5 GB", "process"),
+        Number("Held-out loss", "1.2500"),
+        Number("Training loss", "1.3333", "last step"),
+        Number("Steps", "3"),
+        Number("Time in steps", "3.7 s"),
+        Number("Training rows", "100"),
+        Number("Tokens seen", "300"),
+        Number("Throughput", "125", "tokens/s"),
+        Number("Peak memory", "2.5 GB", "process"),
     ]
     assert verdict(run) == "Trained; 2 files, of which 1 is rejected."
 
