@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from qlora_kit.report.page import text
 
 Point = tuple[float, float]
@@ -11,7 +13,24 @@ FONT = 12  # px, as run_page.css sets it in charts
 LETTER = 0.6  # width of a letter by its height; monospaced fonts have 0.55 to 0.61
 MOST_POINTS = 200  # of a line; more are drawn as means of neighbors
 MANTISSAS = (1.0, 2.0, 5.0, 10.0)
+WIDE, SLIM = 1104.0, 372.0  # px that the page gives a drawing on a desk and on a phone
+SLIM_HEIGHT = 260.0  # px that it has at most on a phone
 LOG_RANGE = 40  # a curve whose highest value is this many times its lowest is drawn on a log scale
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing made twice, for a wide page and for a phone, so that its text keeps its size.
+
+    Attributes:
+        key: marks as drawings, and what they stand for.
+    """
+
+    title: str
+    key: Sequence[tuple[Markup, str]]
+    wide: Markup
+    slim: Markup
+    caption: str
 
 
 def tick_text(value: float) -> str:
@@ -111,6 +130,17 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
     return [10.0**exponent for exponent in range(first, last + 1, every)]
 
 
+def two_sizes(
+    title: str,
+    draw: Callable[[tuple[float, float]], Markup],
+    height: float,
+    key: Sequence[tuple[Markup, str]],
+    caption: str,
+) -> Figure:
+    """A figure of a drawing that takes its size in pixels; `height` is that on a wide page."""
+    return Figure(title, key, draw((WIDE, height)), draw((SLIM, min(height, SLIM_HEIGHT))), caption)
+
+
 def frame(
     across: tuple[float, float],
     x_ticks: Sequence[float],
@@ -132,27 +162,25 @@ def frame(
     return Frame(width, height, x_scale, y_scale, list(x_ticks), list(y_ticks))
 
 
-def svg(inside: Frame, label: str, drawn: str) -> str:
+def svg(inside: Frame, label: str, drawn: Sequence[Markup]) -> Markup:
     """A drawing that fills the width of its box; the label is for readers that do not see it."""
-    return f'<svg viewBox="0 0 {inside.width:g} {inside.height:g}" role="img" aria-label="{text(label)}">{drawn}</svg>'
+    whole = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg>')
+    return whole.format(inside.width, inside.height, text(label), Markup("").join(drawn))
 
 
-def axes(inside: Frame, x: Axis, y: Axis, x_name: str) -> str:
+def axes(inside: Frame, x: Axis, y: Axis, x_name: str) -> Markup:
     """Grid lines, the texts of the ticks, and the name of the axis below."""
     bottom = inside.y.start
+    across = Markup('<path class="{}" d="M{:.1f} {:.1f}H{:.1f}"/>')
+    said = Markup('<text class="tick {}" x="{:.1f}" y="{:.1f}">{}</text>')
     parts = []
     for tick in inside.y_ticks:
         at = inside.y.at(tick)
-        kind = "base" if at == bottom else "grid"
-        parts.append(f'<path class="{kind}" d="M{inside.x.start:.1f} {at:.1f}H{inside.x.end:.1f}"/>')
-        parts.append(
-            f'<text class="tick end" x="{inside.x.start - 7:.1f}" y="{at + 4:.1f}">{text(y.tick(tick))}</text>'
-        )
-    for tick in inside.x_ticks:
-        at = inside.x.at(tick)
-        parts.append(f'<text class="tick middle" x="{at:.1f}" y="{bottom + 18:.1f}">{text(x.tick(tick))}</text>')
-    parts.append(f'<text class="tick end" x="{inside.x.end:.1f}" y="{bottom + 36:.1f}">{text(x_name)}</text>')
-    return "".join(parts)
+        parts.append(across.format("base" if at == bottom else "grid", inside.x.start, at, inside.x.end))
+        parts.append(said.format("end", inside.x.start - 7, at + 4, text(y.tick(tick))))
+    parts += [said.format("middle", inside.x.at(tick), bottom + 18, text(x.tick(tick))) for tick in inside.x_ticks]
+    parts.append(said.format("end", inside.x.end, bottom + 36, text(x_name)))
+    return Markup("").join(parts)
 
 
 def line_chart(
@@ -162,7 +190,7 @@ def line_chart(
     y: Axis,
     dots: Sequence[Point] = (),
     dots_name: str = "",
-) -> str:
+) -> Markup:
     """Values over steps as a line, and a second kind of value as dots.
 
     Args:
@@ -180,7 +208,7 @@ def line_chart(
     parts = [axes(inside, Axis(), y, "step"), _band(inside, groups), _line(inside, groups)]
     parts += [_hover(inside, groups, index, name, y) for index in range(len(groups))]
     parts += [_dot(inside, point, f"{dots_name} {y.value(point[1])}") for point in dots]
-    return svg(inside, f"{name} over steps", "".join(parts))
+    return svg(inside, f"{name} over steps", parts)
 
 
 def thinned(line: Sequence[Point], most: int = MOST_POINTS) -> list[Group]:
@@ -194,22 +222,22 @@ def thinned(line: Sequence[Point], most: int = MOST_POINTS) -> list[Group]:
     return groups
 
 
-def _band(inside: Frame, groups: Sequence[Group]) -> str:
+def _band(inside: Frame, groups: Sequence[Group]) -> Markup:
     if all(group.first == group.last for group in groups):
-        return ""
+        return Markup("")
     above = [f"{inside.x.at(group.x):.1f} {inside.y.at(group.high):.1f}" for group in groups]
     below = [f"{inside.x.at(group.x):.1f} {inside.y.at(group.low):.1f}" for group in reversed(groups)]
-    return f'<path class="band" d="M{"L".join([*above, *below])}Z"/>'
+    return Markup('<path class="band" d="M{}Z"/>').format("L".join([*above, *below]))
 
 
-def _line(inside: Frame, groups: Sequence[Group]) -> str:
+def _line(inside: Frame, groups: Sequence[Group]) -> Markup:
     if len(groups) == 1:
         return _dot(inside, (groups[0].x, groups[0].mean), "", "c1")
     points = [f"{inside.x.at(group.x):.1f} {inside.y.at(group.mean):.1f}" for group in groups]
-    return f'<path class="line c1" d="M{"L".join(points)}"/>' if points else ""
+    return Markup('<path class="line c1" d="M{}"/>').format("L".join(points)) if points else Markup("")
 
 
-def _hover(inside: Frame, groups: Sequence[Group], index: int, name: str, y: Axis) -> str:
+def _hover(inside: Frame, groups: Sequence[Group], index: int, name: str, y: Axis) -> Markup:
     """An unseen strip around a point of the line, wide enough to be hit, that tells its values."""
     group = groups[index]
     at = inside.x.at(group.x)
@@ -222,13 +250,12 @@ def _hover(inside: Frame, groups: Sequence[Group], index: int, name: str, y: Axi
         span = f"{y.value(group.low)} to {y.value(group.high)}"
         title = f"steps {group.first:,.0f} to {group.last:,.0f}: mean {name} {y.value(group.mean)}, {span}"
     top = inside.y.end
-    return (
-        f'<rect class="hit" x="{start:.1f}" y="{top:g}" width="{max(0.1, end - start):.1f}" '
-        f'height="{inside.y.start - top:g}"><title>{text(title)}</title></rect>'
-    )
+    strip = Markup('<rect class="hit" x="{:.1f}" y="{:g}" width="{:.1f}" height="{:g}"><title>{}</title></rect>')
+    return strip.format(start, top, max(0.1, end - start), inside.y.start - top, text(title))
 
 
-def _dot(inside: Frame, point: Point, title: str, color: str = "c2") -> str:
-    told = f"<title>{text(f'step {point[0]:,.0f}: {title}')}</title>" if title else ""
+def _dot(inside: Frame, point: Point, title: str, color: str = "c2") -> Markup:
+    told = Markup("<title>{}</title>").format(text(f"step {point[0]:,.0f}: {title}")) if title else ""
     x, y = inside.x.at(point[0]), inside.y.at(point[1])
-    return f'<path class="dot {color}" d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6Z">{told}</path>'
+    drawn = Markup('<path class="dot {}" d="M{:.1f} {:.1f}l6 6l-6 6l-6 -6Z">{}</path>')
+    return drawn.format(color, x, y - 6, told)

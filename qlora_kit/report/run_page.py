@@ -4,13 +4,11 @@ import math
 from itertools import pairwise
 from statistics import median
 
-from markupsafe import Markup
-
 from qlora_kit.core.units import counted, human_bytes, human_count, human_seconds
 from qlora_kit.report.page import Number, render
 from qlora_kit.report.run_page_curves import curves, series
 from qlora_kit.report.run_page_facts import RunPage
-from qlora_kit.report.run_page_fidelity import decimals, fidelity_table, samples, serving, size_against_kl
+from qlora_kit.report.run_page_fidelity import decimals, fidelity, samples, size_against_kl
 from qlora_kit.report.run_page_record import data_facts, reproduction, setup
 from qlora_kit.report.run_page_weights import merge_bases, survival
 
@@ -26,17 +24,14 @@ def run_page(run: RunPage) -> str:
         facts=setup(run),
         rows=data_facts(run.splits),
         record=reproduction(run),
-        curves=Markup(curves(run.metrics)),  # noqa: S704
-        fidelity=Markup(_fidelity(run)),  # noqa: S704
-        bases=Markup(merge_bases(run.exports)),  # noqa: S704
-        survival=Markup(survival(run.exports)),  # noqa: S704
-        samples=Markup(samples(run.samples, run.reference)),  # noqa: S704
-        serving=Markup(serving(run)),  # noqa: S704
+        curves=curves(run.metrics),
+        fidelity=fidelity(run.artifacts, run.reference),
+        plot=size_against_kl(run.exports, run.reference),
+        bases=merge_bases(run.exports),
+        survival=survival(run.exports),
+        samples=samples(run.samples, run.reference),
+        served=[one for one in run.exports if one.serve],
     )
-
-
-def _fidelity(run: RunPage) -> str:
-    return fidelity_table(run.artifacts, run.reference) + size_against_kl(run.exports, run.reference)
 
 
 def verdict(run: RunPage) -> str:

@@ -1,18 +1,75 @@
-"""How close each file is to what it was made from: table, plot of size against KL, commands to serve, samples."""
+"""How close each file is to what it was made from: table, plot of size against KL, samples."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from qlora_kit.core.units import human_bytes, human_seconds
 from qlora_kit.core.verdict import Verdict
-from qlora_kit.report.charts import Axis, scientific, tick_text
-from qlora_kit.report.page import text
-from qlora_kit.report.run_page_curves import two_sizes
-from qlora_kit.report.run_page_facts import THE_TRAINED, Artifact, Reference, RunPage, Sample
+from qlora_kit.report.charts import Axis, Figure, scientific, tick_text, two_sizes
+from qlora_kit.report.run_page_facts import THE_TRAINED, Artifact, Reference, Sample
 from qlora_kit.report.run_page_scatter import MARKS, Mark, mark_svg, scatter
 
 NONE = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number or the head of a column of them, as it is written, and what stands small below it."""
+
+    name: str
+    below: str = ""
+    is_chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Badge:
+    """A verdict: a class of the page's style, and words."""
+
+    state: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """The numbers of a file, or of the base or the adapter."""
+
+    name: str
+    cells: Sequence[Cell]
+    badge: Badge | None = None
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """A line a file; `first` is the head of their names."""
+
+    first: str
+    heads: Sequence[Cell]
+    lines: Sequence[Line]
+
+    @property
+    def has_badges(self) -> bool:
+        """Whether there is a column of verdicts."""
+        return any(line.badge is not None for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close each file is to the reference; `remarks` are about single files."""
+
+    table: FileTable
+    remarks: Sequence[str]
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A held-out prompt, and who said what."""
+
+    prompt: str
+    lines: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -32,17 +89,16 @@ class Column:
     write: Callable[[float], str]
     interval: str = ""
 
-    def cell(self, one: Artifact) -> str:
-        """An artifact's value, and its interval below, as HTML."""
+    def cell(self, one: Artifact) -> Cell:
+        """An artifact's value, and its interval below."""
         value = self.value(one)
         if value is None:
-            return NONE
+            return Cell(NONE)
         interval = one.intervals.get(self.interval)
         if interval is None:
-            return text(self.write(value))
+            return Cell(self.write(value))
         low, high = (self.write(end) for end in interval)
-        span = f"{low.removesuffix('%')}..{high}"
-        return f"{text(self.write(value))}<small>{text(span)}</small>"
+        return Cell(self.write(value), f"{low.removesuffix('%')}..{high}")
 
 
 def decimals(places: int, sign: str = "") -> Callable[[float], str]:
@@ -78,22 +134,15 @@ COLUMNS = (
 )
 
 
-def fidelity_table(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> str:
-    """One line an artifact; columns that nobody fills are left out."""
+def fidelity(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> Fidelity | None:
+    """One line an artifact, without columns that nobody fills; None without artifacts."""
     if not artifacts:
-        return ""
+        return None
     more = [_other(name) for name in dict.fromkeys(name for one in artifacts for name in one.others)]
     shown = [column for column in (*COLUMNS, *more) if any(column.value(one) is not None for one in artifacts)]
-    heads = "".join(
-        f'<th class="number">{text(_title(column, reference))} <small>{column.unit}</small></th>' for column in shown
-    )
-    body = "".join(_row(one, shown, reference) for one in artifacts)
-    notes = "".join(f'<p class="note"><b>{text(said)}</b></p>' for said in remarks(artifacts, reference))
-    explained = f'<p class="note">{_explanation(artifacts, reference)}</p>'
-    return (
-        f'<div class="scroll" tabindex="0"><table class="fidelity"><thead><tr><th>model or file</th><th>verdict</th>'
-        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>\n{notes}{explained}"
-    )
+    lines = [Line(one.name, [column.cell(one) for column in shown], badge(one, reference)) for one in artifacts]
+    table = FileTable("model or file", [Cell(_title(column, reference), column.unit) for column in shown], lines)
+    return Fidelity(table, remarks(artifacts, reference), _explanation(artifacts, reference))
 
 
 def _other(name: str) -> Column:
@@ -102,13 +151,6 @@ def _other(name: str) -> Column:
 
 def _title(column: Column, reference: Reference) -> str:
     return f"to {reference.name}" if column.name == TO_REFERENCE else column.name
-
-
-def _row(one: Artifact, columns: Sequence[Column], reference: Reference) -> str:
-    cells = "".join(f'<td class="number">{column.cell(one)}</td>' for column in columns)
-    state, said = verdict(one, reference)
-    badge = f'<span class="badge {state}">{said}</span>'
-    return f"<tr><td><b>{text(one.name)}</b></td><td>{badge}</td>{cells}</tr>"
 
 
 # Classes of the page's style.
@@ -120,12 +162,12 @@ BADGES = {
 }
 
 
-def verdict(one: Artifact, reference: Reference) -> tuple[str, str]:
-    """The state of an artifact, as a CSS class and in words."""
+def badge(one: Artifact, reference: Reference) -> Badge:
+    """The state of an artifact."""
     if not one.is_export:
-        return "reference", reference.labels.get(one.name, one.name)
+        return Badge("reference", reference.labels.get(one.name, one.name))
     found = one.verdict or Verdict.not_measured
-    return BADGES[found], found.value
+    return Badge(BADGES[found], found.value)
 
 
 def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -> list[str]:
@@ -152,7 +194,7 @@ def remarks(artifacts: Sequence[Artifact], reference: Reference = THE_TRAINED) -
 def _explanation(artifacts: Sequence[Artifact], reference: Reference) -> str:
     counts = sorted({one.positions for one in artifacts if one.positions})
     over = f"{' or '.join(f'{count:,}' for count in counts)} " if counts else ""
-    states = {verdict(one, reference)[1] for one in artifacts}
+    states = {badge(one, reference).said for one in artifacts}
     said = [
         f"Compared with {reference.said}, over {over}{reference.unit}. KL and loss: lower is better. Same top: how "
         "often both hold the same token for the most likely."
@@ -163,14 +205,14 @@ def _explanation(artifacts: Sequence[Artifact], reference: Reference) -> str:
         said.append("Accepted: measured, and the mean KL is within export.max_mean_kl.")
     if Verdict.measured.value in states:
         said.append("Measured: export.max_mean_kl was not set, so no KL is too large.")
-    return text(" ".join(said))
+    return " ".join(said)
 
 
-def size_against_kl(exports: Sequence[Artifact], reference: Reference = THE_TRAINED) -> str:
-    """The plot of files by size and mean KL; empty where no file has both."""
+def size_against_kl(exports: Sequence[Artifact], reference: Reference = THE_TRAINED) -> Figure | None:
+    """The plot of files by size and mean KL; None where no file has both."""
     drawn = [one for one in exports if _is_drawable(one)]
     if not drawn:
-        return ""
+        return None
     kinds = {name: index for index, name in enumerate(sorted({one.format for one in drawn}))}
     divisor, unit = (1e9, "GB") if max(one.size_bytes or 0 for one in drawn) >= 2e9 else (1e6, "MB")
     marks = [_mark(one, kinds[one.format], divisor) for one in drawn]
@@ -179,16 +221,14 @@ def size_against_kl(exports: Sequence[Artifact], reference: Reference = THE_TRAI
     limit = bounds.pop() if len(bounds) == 1 else None
     axis = Axis(tick_text, tick_text, log=max(values) > 0)
 
-    def draw(size: tuple[float, float]) -> str:
+    def draw(size: tuple[float, float]) -> Markup:
         return scatter("Size against mean KL", marks, size, Axis(), axis, f"size, {unit}", limit)
 
-    key = "".join(
-        f'<span><svg viewBox="0 0 14 14">{mark_svg(kind, 7, 7)}</svg>{text(name)}</span>'
-        for name, kind in kinds.items()
-    )
+    box = Markup('<svg viewBox="0 0 14 14">{}</svg>')
+    key = [(box.format(mark_svg(kind, 7, 7)), name) for name, kind in kinds.items()]
     if any(one.rejected for one in drawn):
-        hollow = f'<path class="mark hollow" d="M7 7{MARKS[0]}"/>'
-        key += f'<span><svg viewBox="0 0 14 14">{hollow}</svg>hollow: rejected</span>'
+        hollow = Markup('<path class="mark hollow" d="M7 7{}"/>').format(MARKS[0])
+        key.append((box.format(hollow), "hollow: rejected"))
     closer = "the trained model" if reference is THE_TRAINED else reference.said
     said = [f"Mean KL in nats, log scale: lower is closer to {closer}, further left is smaller."]
     if min(values) == 0 and axis.log:
@@ -197,8 +237,7 @@ def size_against_kl(exports: Sequence[Artifact], reference: Reference = THE_TRAI
         said.append(f"Dashed: the bound, {limit:g}.")
     if left_out := [one.name for one in exports if not _is_drawable(one)]:
         said.append(f"Not drawn, for want of a finite KL: {', '.join(left_out)}.")
-    caption = f"<figcaption>{text(' '.join(said))}</figcaption>"
-    return f'<figure><h3>Size against KL</h3><div class="key">{key}</div>{two_sizes(draw, 360.0)}{caption}</figure>'
+    return two_sizes("Size against KL", draw, 360.0, key, " ".join(said))
 
 
 def _is_drawable(one: Artifact) -> bool:
@@ -212,28 +251,16 @@ def _mark(one: Artifact, kind: int, divisor: float) -> Mark:
     return Mark(one.name, size / divisor, kl, kind, title, hollow=one.rejected)
 
 
-def serving(page: RunPage) -> str:
-    """The commands of each file that has any, the first file's unfolded."""
-    parts: list[str] = []
-    for one in page.exports:
-        lines = "".join(f"<p>{text(server)}</p><pre>{text(command)}</pre>" for server, command in one.serve)
-        if lines:
-            warning = ' <span class="badge rejected">rejected</span>' if one.rejected else ""
-            head = f"<summary>{text(one.name)} <small>{text(one.format)}</small>{warning}</summary>"
-            parts.append(f"<details{'' if parts else ' open'}>{head}{lines}</details>")
-    return f'<div class="serve">{"".join(parts)}</div>' if parts else ""
-
-
-def samples(shown: Sequence[Sample], reference: Reference) -> str:
+def samples(shown: Sequence[Sample], reference: Reference) -> list[Answers]:
     """Held-out prompts with the answer that was wanted and the answers that came."""
-    return "".join(_sample(sample, reference) for sample in shown)
+    return [Answers(sample.prompt, list(_lines(sample, reference))) for sample in shown]
 
 
-def _sample(sample: Sample, reference: Reference) -> str:
-    lines = [("wanted", sample.expected)] if sample.expected else []
-    lines += [(_names(names), answer) for answer, names in _by_answer(sample, reference).items()]
-    shown = "".join(f"<dt>{text(who)}</dt><dd>{text(said)}</dd>" for who, said in lines)
-    return f'<article class="sample"><pre>{text(sample.prompt)}</pre><dl>{shown}</dl></article>'
+def _lines(sample: Sample, reference: Reference) -> Iterator[tuple[str, str]]:
+    if sample.expected:
+        yield "wanted", sample.expected
+    for answer, names in _by_answer(sample, reference).items():
+        yield _names(names), answer
 
 
 def _by_answer(sample: Sample, reference: Reference) -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from markupsafe import Markup
+
 from qlora_kit.report.charts import FONT, LETTER, Axis, Frame, axes, frame, inner_ticks, log_ticks, svg, ticks
 from qlora_kit.report.page import text
 
@@ -71,11 +73,12 @@ class Label:
     leader: tuple[float, float, float, float] | None
 
 
-def mark_svg(kind: int, x: float, y: float, *, hollow: bool = False, title: str = "") -> str:
+def mark_svg(kind: int, x: float, y: float, *, hollow: bool = False, title: str = "") -> Markup:
     """The mark of a kind around a pixel."""
-    told = f"<title>{text(title)}</title>" if title else ""
-    kinds = f"mark c{kind % len(MARKS) + 1}{' hollow' * hollow}"
-    return f'<path class="{kinds}" d="M{x:.1f} {y:.1f}{MARKS[kind % len(MARKS)]}">{told}</path>'
+    told = Markup("<title>{}</title>").format(text(title)) if title else ""
+    shape = kind % len(MARKS)
+    mark = Markup('<path class="mark c{}{}" d="M{:.1f} {:.1f}{}">{}</path>')
+    return mark.format(shape + 1, " hollow" * hollow, x, y, MARKS[shape], told)
 
 
 def scatter(
@@ -86,7 +89,7 @@ def scatter(
     y: Axis,
     x_name: str,
     limit: float | None = None,
-) -> str:
+) -> Markup:
     """Points with their names beside them; the drawing grows where the names need more room.
 
     Args:
@@ -105,16 +108,18 @@ def scatter(
         height += GROWTH
     parts = [axes(inside, x, y, x_name)]
     if line is not None:
-        parts.append(f'<path class="limit" d="M{inside.x.start:.1f} {line:.1f}H{inside.x.end:.1f}"/>')
+        limit_line = Markup('<path class="limit" d="M{:.1f} {:.1f}H{:.1f}"/>')
+        parts.append(limit_line.format(inside.x.start, line, inside.x.end))
     for one in placed:
         if one.leader is not None:
-            parts.append('<path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>'.format(*one.leader))
-        parts.append(f'<text class="name" x="{one.box.left:.1f}" y="{one.box.top + FONT:.1f}">{text(one.name)}</text>')
+            parts.append(Markup('<path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(*one.leader))
+        name = Markup('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>')
+        parts.append(name.format(one.box.left, one.box.top + FONT, text(one.name)))
     for mark in marks:
         parts.append(
             mark_svg(mark.kind, inside.x.at(mark.x), inside.y.at(mark.y), hollow=mark.hollow, title=mark.title)
         )
-    return svg(inside, label, "".join(parts))
+    return svg(inside, label, parts)
 
 
 def _frame(marks: Sequence[Mark], size: tuple[float, float], x: Axis, y: Axis, limit: float | None) -> Frame:

@@ -18,7 +18,7 @@ def parsed(name):
 
 
 def test_every_file_of_the_folder_is_a_template_or_a_style():
-    assert {"page.html.jinja", "parts.html.jinja", "inspect_page.html.jinja"} <= set(PAGES)
+    assert {"page.html.jinja", "parts.html.jinja", "inspect_page.html.jinja", "run_page.html.jinja"} <= set(PAGES)
     assert all(name in PAGES or name.endswith(".css") for name in NAMES)
 
 

@@ -10,7 +10,7 @@ import pytest
 from qlora_kit.report.page import Number
 from qlora_kit.report.run_page import headline, run_page, seconds_in_steps, verdict
 from qlora_kit.report.run_page_facts import Artifact, Environment, Missing
-from qlora_kit.report.run_page_fidelity import fidelity_table, remarks, size_against_kl
+from qlora_kit.report.run_page_fidelity import Cell, fidelity, remarks, size_against_kl
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.report.run_page_record import hardware_of
 from qlora_kit.runs.directory import RunDirectory
@@ -143,7 +143,7 @@ def test_the_fidelity_table_has_every_file_and_names_the_rejected_one(finished):
 
 
 def test_numbers_are_right_aligned(finished):
-    cells = re.findall(r"<td( class=\"number\")?>([^<]+)", fidelity_table(read_run(finished).artifacts))
+    cells = re.findall(r"<td( class=\"number\")?>([^<]+)", run_page(read_run(finished)))
     assert cells
     assert all(align for align, said in cells if re.match(r"[\d-]", said))
 
@@ -263,19 +263,22 @@ def test_a_kl_that_is_no_number_is_said_and_not_drawn():
         Artifact("a", "gguf", size_bytes=9.0, mean_kl=math.nan),
         Artifact("b", "gptq", size_bytes=8.0, mean_kl=0.1),
     ]
-    assert "not a number" in fidelity_table(artifacts)
+    shown = fidelity(artifacts)
+    assert shown is not None
+    assert [line.cells[1] for line in shown.table.lines] == [Cell("not a number"), Cell("0.10000")]
     plot = size_against_kl(artifacts)
-    assert "Not drawn, for want of a finite KL: a." in plot
-    assert plot.count("b: 8 B, mean KL 0.1") == 2  # once for each width
-    assert size_against_kl(artifacts[:1]) == ""
+    assert plot is not None
+    assert "Not drawn, for want of a finite KL: a." in plot.caption
+    assert [drawn.count("b: 8 B, mean KL 0.1") for drawn in (plot.wide, plot.slim)] == [1, 1]
+    assert size_against_kl(artifacts[:1]) is None
 
 
-def test_intervals_stand_below_their_numbers_and_a_worse_loss_is_said():
+def test_intervals_stand_below_their_numbers_and_a_worse_loss_is_said(finished):
     worse = Artifact(
         "a", "gguf", mean_kl=0.01, loss_change=0.02, intervals={"mean_kl": (0.008, 0.012), "loss_change": (0.01, 0.03)}
     )
     chance = Artifact("b", "gguf", mean_kl=0.01, loss_change=0.02, intervals={"loss_change": (-0.01, 0.05)})
-    html = fidelity_table([worse, chance])
+    html = run_page(dataclasses.replace(read_run(finished), artifacts=[worse, chance]))
     assert "0.01000<small>0.00800..0.01200</small>" in html
     assert "+0.0200<small>-0.0100..+0.0500</small>" in html
     assert remarks([worse, chance]) == [

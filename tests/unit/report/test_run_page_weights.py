@@ -6,9 +6,8 @@ import re
 import pytest
 
 from qlora_kit.report.run_page import run_page
-from qlora_kit.report.run_page_facts import Artifact, Survival
+from qlora_kit.report.run_page_facts import Artifact, Environment, RunPage, Survival
 from qlora_kit.report.run_page_read import read_run
-from qlora_kit.report.run_page_weights import merge_bases, survival
 from qlora_kit.runs.directory import RunDirectory
 from tests.html_reader import read
 
@@ -41,6 +40,27 @@ def page_of(tmp_path):
         return run_page(read_run(run))
 
     return write
+
+
+def page_with(*artifacts):
+    """The page of a run that has these and no more."""
+    run = RunPage(
+        path="runs/a",
+        name="a",
+        started="",
+        is_finished=True,
+        recipe=None,
+        recipe_yaml="",
+        overrides=(),
+        environment=Environment(),
+        metrics=(),
+        result={},
+        splits=(),
+        artifacts=artifacts,
+        samples=(),
+        missing=(),
+    )
+    return run_page(run)
 
 
 def section(html, name):
@@ -92,19 +112,19 @@ def test_values_of_the_wrong_kind_count_as_absent(page_of, value):
 
 def test_numbers_that_are_none_are_said():
     nan = float("nan")
-    assert "not a number" in merge_bases([Artifact("a", "gguf", merge_bases={"original": nan})])
-    assert "not a number" in survival([Artifact("a", "gguf", survival=Survival(nan))])
+    assert "not a number" in section(page_with(Artifact("a", "gguf", merge_bases={"original": nan})), "bases")
+    assert "not a number" in section(page_with(Artifact("a", "gguf", survival=Survival(nan))), "survival")
 
 
 def test_a_base_that_was_not_tried_for_a_file_is_a_dash():
     both = Artifact("a", "gguf", merge_base="dequantized", merge_bases={"dequantized": 1.0, "original": 2.0})
     one = Artifact("b", "gguf", merge_base="original", merge_bases={"original": 2.0})
-    assert "b - 2.0000 taken" in words(merge_bases([both, one]))
+    assert "b - 2.0000 taken" in section(page_with(both, one), "bases")
 
 
 def test_advice_that_files_share_is_given_once():
     files = [Artifact(name, "gguf", survival=Survival(0.1, warning=WARNING)) for name in ("a", "b")]
-    said = words(survival(files))
+    said = section(page_with(*files), "survival")
     assert said.count("try more bits") == 1
     assert "a: the file keeps" in said
     assert "b: the file keeps" in said
