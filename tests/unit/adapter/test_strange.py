@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from qlora_kit.adapter import strange as strange_adapter
 from qlora_kit.adapter.strange import refuse_strange_adapter
+from qlora_kit.adapter.updates import read_adapter
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, DamagedFileError
 
 NAMES = ("q_proj", "v_proj")
@@ -47,8 +48,11 @@ def folders(tmp_path):
     return written
 
 
-def test_what_the_kit_writes_passes(folders):
-    refuse_strange_adapter(*folders())
+def test_what_the_kit_writes_passes_and_is_read(folders):
+    adapter, base = folders()
+    refuse_strange_adapter(adapter, base)
+    scalings = {module.rpartition(".")[2]: part.scaling for module, part in read_adapter(adapter).updates.items()}
+    assert scalings == {"q_proj": 8 / 4, "v_proj": 4 / 4}  # alpha over rank; v_proj has an alpha of its own
 
 
 @pytest.mark.slow

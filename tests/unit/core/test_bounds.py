@@ -81,13 +81,15 @@ def test_processor_time_runs_out_past_what_libraries_catch():
 
 @pytest.mark.slow
 def test_waiting_costs_nothing_and_each_body_has_its_own_time():
+    began = time.process_time()
     with bounded_memory(64 * MIB):
         with Timed(0.5):
             time.sleep(0.8)
         for _ in range(3):
             with Timed(0.75):
                 work(0.3)
-        work(0.6)  # outside of a body no time is counted
+        work(0.9)  # outside of a body no time is counted
+    assert time.process_time() - began > 1.75  # more than any one of them had
 
 
 def test_another_thread_is_bounded_in_memory_alone():

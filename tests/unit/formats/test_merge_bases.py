@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.formats.merge_bases import merge_bases
 from qlora_kit.pipelines.export import export, refuse_unmeasurable
 from qlora_kit.runs.base import Base
@@ -77,10 +77,17 @@ def test_what_judges_by_held_out_rows_is_refused_where_there_are_none():
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("held_out", [{"eval_share": 0.02}, {"eval_rows": 4}, {"eval_file": "rows.jsonl"}])
-def test_a_run_with_held_out_rows_may_have_a_bound(held_out):
-    run = run_of(QuantKind.nf4, **held_out)
-    refuse_unmeasurable(run, ExportConfig(merge_base=BEST, max_mean_kl=0.05))
+@pytest.mark.parametrize(
+    ("held_out", "problems"),
+    [({}, 2), ({"eval_share": 0.02}, 0), ({"eval_rows": 4}, 0), ({"eval_file": "rows.jsonl"}, 0)],
+)
+def test_a_run_with_held_out_rows_may_have_a_bound(held_out, problems):
+    found: tuple[Problem, ...] = ()
+    try:
+        refuse_unmeasurable(run_of(QuantKind.nf4, **held_out), ExportConfig(merge_base=BEST, max_mean_kl=0.05))
+    except RecipeError as error:
+        found = error.problems
+    assert len(found) == problems
 
 
 def test_a_bound_without_rows_is_refused_before_any_row_is_read(monkeypatch):
