@@ -1,5 +1,6 @@
 """`qlora-kit export`: files to serve from a finished run, or a base model quantized."""
 
+from functools import partial
 from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
@@ -34,8 +35,12 @@ def run(arguments: list[str]) -> int:
     if found := check_exported(recipe, None if option == "None" else option):
         raise RecipeError([composed.problem(issue) for issue in found])
 
-    from qlora_kit.pipelines.export import export
+    from qlora_kit.formats.checks import refuse_unfit
     from qlora_kit.runs.open import open_to_export
 
-    export(open_to_export(recipe, line.overrides), recipe.export)
+    opened = open_to_export(recipe, line.overrides, partial(refuse_unfit, export=recipe.export))
+
+    from qlora_kit.pipelines.export import export  # behind the checks: it takes seconds to import
+
+    export(opened, recipe.export)
     return EXIT_OK

@@ -48,6 +48,19 @@ def check_exports(base: Path, export: ExportConfig, adapter: Mapping[str, Any] |
     return fit
 
 
+def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
+    """Refuse what a base cannot be written as: group sizes by config.json alone, at once, then all by its layers.
+
+    Raises:
+        RecipeError: with everything that cannot be written, and the lines that mend it.
+    """
+    refuse_group_sizes(base, export)
+    found = check_exports(base, export, adapter)
+    if found.problems:
+        raise RecipeError(found.problems)
+    return found
+
+
 def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """The same of a form, budgets of bits aside."""
     files = list(requested(export))

@@ -27,7 +27,7 @@ from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.rows import rows_of_export
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
-from qlora_kit.formats.checks import check_exports, refuse_group_sizes
+from qlora_kit.formats.checks import refuse_unfit
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
 from qlora_kit.formats.job import ExportJob, ExportSource
@@ -74,7 +74,7 @@ def _tell_next(run: Run, done: Sequence[Exported]) -> None:
 
 
 def _exported(run: Run, config: ExportConfig) -> list[Exported]:
-    left = _refuse_unfit(run, config)
+    left = _unquantized(run, config)
     rows = rows_of_export(run, config)
     with _alone(run), ExitStack() as folders:
         if not run.trained:
@@ -109,13 +109,10 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
         raise RecipeError(problems)
 
 
-def _refuse_unfit(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
+def _unquantized(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
     """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
-    refuse_group_sizes(run.base.folder, config)
     settings = run.directory.adapter / CONFIG
-    fit = check_exports(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
-    if fit.problems:
-        raise RecipeError(fit.problems)
+    fit = refuse_unfit(run.base.folder, config, read_json(settings) if run.trained and settings.is_file() else None)
     for name, left in fit.unquantized.items():
         log.info(f"{name}: {left}")
     return fit.unquantized

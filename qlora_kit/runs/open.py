@@ -1,6 +1,6 @@
 """Opens what verbs work on: a finished run, a base to export, or the exports of a base; loads no weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,19 +66,23 @@ def open_idle_run(name: str, later: LaterRows | None = None) -> Run:
     return open_run(str(found.path), later)
 
 
-def open_to_export(recipe: ExportRecipe, overrides: Sequence[str] = ()) -> Run:
+def open_to_export(recipe: ExportRecipe, overrides: Sequence[str], check: Callable[[Path], object]) -> Run:
     """The finished run, or the base, that an export recipe names; loads no weight.
 
     Args:
         overrides: the command line's words, for the record.
+        check: of the base's folder, before anything else of the run is read; raises where the line does not fit it.
 
     Raises:
         RecipeError: there is none, or it cannot be exported.
     """
     if recipe.base is not None:
-        return open_base(recipe, named_base(recipe), overrides)
+        named = named_base(recipe)
+        check(named.folder)
+        return open_base(recipe, named, overrides)
     found = find_run("latest" if recipe.run is None else recipe.run, finished=True)
     refuse_at_work(found)
+    check(locate_base(cast(TrainRecipe, load_recipe("train", found.recipe)).model))
     return open_run(str(found.path), LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows))
 
 
