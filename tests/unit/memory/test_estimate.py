@@ -74,6 +74,7 @@ def test_an_adapter_of_rank_16_on_every_linear_of_an_8b_model():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", OptimizerName)
 def test_an_optimizer_has_the_state_that_its_library_makes(name):
     """Counted after a real step, in the optimizer that transformers builds by that name."""
