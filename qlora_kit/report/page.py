@@ -1,5 +1,6 @@
 """The shell of a page: one file, readable without a network or scripts, that knows its own kind again."""
 
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from qlora_kit.core.units import counted
 
 GENERATOR = '<meta name="generator" content="qlora-kit'
 HEAD_CHARACTERS = 500  # in which the generator stands
+WHITE_SPACE = re.compile(r"([ \n\t\r])")  # each character of it apart from the words between
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,12 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     found.globals["version"] = __version__
-    found.filters |= {"counted": counted, "percent": "{:.1%}".format, "whole": "{:,}".format}
+    found.filters |= {
+        "counted": counted,
+        "percent": "{:.1%}".format,
+        "whole": "{:,}".format,
+        "apart": WHITE_SPACE.split,
+    }
     found.tests["line"] = is_line
     return found
 
@@ -55,12 +62,12 @@ def templates() -> Environment:
 def render(template: str, **values: object) -> Markup:
     """What a template of this package makes of some values; control characters become their pictures."""
     html = templates().get_template(template).render(values)
-    return Markup(html.translate(_PICTURES))  # noqa: S704 - the template escaped what it was given
+    return Markup(_pictured(html))  # noqa: S704 - the template escaped what it was given
 
 
 def text(value: object) -> Markup:
     """A value as HTML text, or as the value of an attribute; control characters become their pictures."""
-    return escape(str(value).translate(_PICTURES))
+    return escape(_pictured(str(value)))
 
 
 def write_page(path: Path, html: str) -> None:
@@ -94,8 +101,15 @@ def _is_ours(path: Path) -> bool:
 
 
 # HTML knows no control characters but white space; lone surrogates cannot be written at all.
-_PICTURES = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n\r"},
-    **dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"),
-    0x7F: "\N{SYMBOL FOR DELETE}",
-}
+_UNKNOWN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _pictured(shown: str) -> str:
+    return _UNKNOWN.sub(_picture, shown)
+
+
+def _picture(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"

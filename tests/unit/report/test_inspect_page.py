@@ -123,6 +123,24 @@ def test_each_token_shows_its_id_its_place_and_whether_it_is_trained(content):
     assert "↵" in reader.text and "·" in reader.text
 
 
+@pytest.mark.parametrize(
+    ("given", "inside", "after"),
+    [
+        ("a b", "a<wbr><i>·</i>b", ""),
+        ("a\n", "a<i>↵</i>", "\n"),
+        ("\n\n", "<i>↵</i>\n<i>↵</i>", "\n"),
+        ("\t\r", "<i>→</i>\t<i>␍</i>", ""),
+        ("", "<i>⋯</i>", ""),
+    ],
+)
+def test_white_space_is_shown_and_an_id_stays_on_the_line_of_its_token(content, given, inside, after):
+    html = inspect_page(
+        dataclasses.replace(content, rows=[ShownRow("a:1", (ShownToken(7, given, True, False),), 1, 1)])
+    )
+    start = '<div class="tokens"><span class="t trained" title="id 7, position 0">'
+    assert f'{start}{inside}<span class="id" aria-hidden="true">7</span>{after}</span></div>' in html
+
+
 def test_trained_tokens_differ_by_more_than_color(content):
     assert re.search(r"\.trained[^}]*border-bottom-color: var\(--accent\)", inspect_page(content))
 
