@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from qlora_kit.cli.line import Line
 from qlora_kit.cli.run_name import named
-from qlora_kit.core.console.lines import log
+from qlora_kit.core.console.lines import NOTICE, log
 from qlora_kit.core.errors import EXIT_RUN_FAILED
 from qlora_kit.core.lock import hold
 from qlora_kit.core.secrets import masked
@@ -44,7 +44,9 @@ def run_sweep(line: Line) -> int:
         finally:
             code = conclude(sweep, first)
             if stop.asked:
-                log.info(f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}")
+                log.log(
+                    NOTICE, f"stopped: the table has the jobs that were begun\n  to go on  {line_to_go_on(line, sweep)}"
+                )
             stop.withdraw()
         if not stop.heard:
             _tell_next(sweep)

@@ -62,12 +62,13 @@ def read_front_matter(readme: Path) -> Mapping[str, Any]:
     """The facts at the head of a model card; none where it is absent or damaged."""
     if not readme.is_file():
         return {}
+    import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
     from huggingface_hub import metadata_load
 
     try:
         return metadata_load(readme) or {}
-    except ValueError:
-        return {}  # a license line is not worth failing an export for
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return {}  # a license line is not worth failing a training or an export for
 
 
 def _text(card: Mapping[str, Any], key: str) -> str | None:

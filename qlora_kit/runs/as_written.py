@@ -36,7 +36,7 @@ def refuse_edited(run: RunDirectory) -> None:
     if noted is None:
         if run.has_steps:
             state = "is damaged" if run.written.is_file() else "is not there"
-            log.info(f"{run.written} {state}, so nothing tells whether recipe and adapter are as the run wrote them")
+            log.warning(f"{run.written} {state}, so nothing tells whether recipe and adapter are as the run wrote them")
         return
     problems = list(_problems(run, noted))
     if problems:

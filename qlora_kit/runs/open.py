@@ -147,7 +147,12 @@ def note_export(run: Run, origin: Mapping[str, object]) -> None:
 
     Args:
         origin: what the rows are and where they come from.
+
+    Raises:
+        RecipeError: exports of another base are there by now.
     """
+    assert isinstance(run.recipe, ExportRecipe)
+    _refuse_taken(run.directory.path, run.recipe)  # again: another export may have begun there since it was opened
     write_text(run.directory.export_recipe, recipe_yaml(run.recipe))
     write_overrides(run.directory.overrides, run.overrides)
     write_json(run.directory.environment, capture_environment())

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from qlora_kit.core.console.lines import log
+from qlora_kit.core.errors import RecipeError
 from qlora_kit.schema.folders import groups
 
 SWEPT = "hydra.sweeper.params."
@@ -21,10 +22,12 @@ class Renamed:
     Attributes:
         key: of today, in the same group.
         values: of an earlier release -> of today; any other value is written as it was.
+        is_opposite: it means the opposite of what it meant, so that a value which is not in the table is refused.
     """
 
     key: str
     values: Mapping[str, str] = field(default_factory=dict)
+    is_opposite: bool = False
 
 
 # A group stands here by itself where an option of it was renamed.
@@ -34,7 +37,9 @@ RENAMED = {
     "eval.stop_prompts": Renamed("eval.eos_rows"),
     "export.calibration_general": Renamed("export.general_text_share"),
     "export.merge_base": Renamed("export.merge_base", {"measure": "best"}),
-    "optim.strict": Renamed("optim.fallback", {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")}),
+    "optim.strict": Renamed(
+        "optim.fallback", {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")}, is_opposite=True
+    ),
     "trainer": Renamed("trainer", {"smoke": "smoke_test"}),
 }
 
@@ -59,16 +64,35 @@ def todays_override(typed: str) -> str:
     key = path.removeprefix(SWEPT)
     if key not in RENAMED:
         return typed
-    return f"{sign}{prefix}{RENAMED[key].key}{equals or ''}{todays_value(key, value or '')}"
+    today = todays_value(key, value or "", f"command line: {typed}")
+    return f"{sign}{prefix}{RENAMED[key].key}{equals or ''}{today}"
 
 
-def todays_value(key: str, value: str) -> str:
-    """A value, or several in Hydra's grammar, of a key of an earlier release as it is written today."""
+def todays_value(key: str, value: str, where: str) -> str:
+    """A value, or several in Hydra's grammar, of a key of an earlier release as it is written today.
+
+    Args:
+        where: it was set.
+    Raises:
+        RecipeError: the key means the opposite today, and of this value nothing tells what that is.
+    """
+    if RENAMED[key].is_opposite and _is_beyond_words(key, value):
+        today = RENAMED[key].key
+        what = f"{key} is called {today} now and means the opposite, which of '{value}' cannot be told"
+        raise RecipeError(what, where, f"{today}=false where it was true")
     values = {old: new for old, new in RENAMED[key].values.items() if old not in groups().get(key, [])}
     if not values:
         return value
     words = re.compile(rf"(?<![\w.-])(?:{'|'.join(values)})(?![\w.-])", re.IGNORECASE)
     return words.sub(lambda found: values[found[0].lower()], value)
+
+
+def _is_beyond_words(key: str, value: str) -> bool:
+    """Whether a value may be a truth value that the table lacks: a number, a reference, what Hydra makes of a call."""
+    if (call := re.match(r"\s*(\w+)\(", value)) and call[1] != "choice":
+        return True
+    words = [word for word in re.split(r"[\s,()\[\]'\"]+", value.lower()) if word not in ("", "choice")]
+    return any(word not in RENAMED[key].values and not word.isalpha() for word in words)
 
 
 def describe_rename(old: str, new: str) -> str:

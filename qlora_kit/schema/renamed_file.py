@@ -49,12 +49,12 @@ def under_todays_names(found: RecipeText, above: tuple[str, ...]) -> Rewritten:
         return Rewritten(found, [])
     edits: dict[int, _Edit] = {}
     lines: list[str] = []
-    for entry in _entries(found.root, above):
+    for entry in _entries(found, found.root, above):
         _refuse_both(found, entry)
         old, new = f"{entry.key}={_shown(entry.value)}", f"{RENAMED[entry.key].key}={entry.todays_value}"
         made = [*_key_edits(found, entry), *_value_edits(found, entry)]
         if made and made[0].begin not in edits:
-            lines.append(f"{found.place(entry.node.start_mark.line + 1)}: {describe_rename(old, new)}")
+            lines.append(f"{entry.place}: {describe_rename(old, new)}")
             edits |= {edit.begin: edit for edit in made}
     text = found.text
     for edit in sorted(edits.values(), key=lambda edit: edit.begin, reverse=True):
@@ -70,20 +70,22 @@ class _Entry:
         key: of the recipe, in dots.
         node: of its name; in a list of defaults a group's name.
         beside: names in the same mapping, with their lines.
+        place: file and line.
     """
 
     key: str
     node: Any
     value: Any
     beside: dict[str, int]
+    place: str
 
     @property
     def todays_value(self) -> str:
         """The value under its name of today."""
-        return todays_value(self.key, _shown(self.value))
+        return todays_value(self.key, _shown(self.value), self.place)
 
 
-def _entries(node: Any, path: tuple[str, ...]) -> Iterator[_Entry]:
+def _entries(found: RecipeText, node: Any, path: tuple[str, ...]) -> Iterator[_Entry]:
     if not isinstance(node, yaml.MappingNode):
         return
     beside = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
@@ -91,23 +93,27 @@ def _entries(node: Any, path: tuple[str, ...]) -> Iterator[_Entry]:
         inside = (*path, str(key.value))
         if key.tag == "tag:yaml.org,2002:merge":
             for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                yield from _entries(merged, path)
+                yield from _entries(found, merged, path)
         elif key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-            yield from _choices(value)
+            yield from _choices(found, value)
         elif (name := ".".join(inside).removeprefix(SWEPT)) in RENAMED and isinstance(value, yaml.ScalarNode):
-            yield _Entry(name, key, value, beside)
+            yield _Entry(name, key, value, beside, _place(found, key))
         else:
-            yield from _entries(value, inside)
+            yield from _entries(found, value, inside)
 
 
-def _choices(defaults: Any) -> Iterator[_Entry]:
+def _choices(found: RecipeText, defaults: Any) -> Iterator[_Entry]:
     """Options of groups that a list of defaults chooses."""
     for item in defaults.value:
         for key, value in item.value if isinstance(item, yaml.MappingNode) else []:
             group = str(key.value).split(" ")[-1].removeprefix("/")
             for option in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if group in RENAMED and isinstance(option, yaml.ScalarNode):
-                    yield _Entry(group, key, option, {})
+                    yield _Entry(group, key, option, {}, _place(found, key))
+
+
+def _place(found: RecipeText, node: Any) -> str:
+    return found.place(node.start_mark.line + 1)
 
 
 def _shown(value: Any) -> str:
@@ -119,7 +125,7 @@ def _refuse_both(found: RecipeText, entry: _Entry) -> None:
     names = (entry.key, today) if "." in str(entry.node.value) else (entry.key.split(".")[-1], today.split(".")[-1])
     if names[0] != names[1] and names[1] in entry.beside:
         what = f"{found.shown} gives {today} and {entry.key}, which is what {today} was called before"
-        raise RecipeError([Problem(what, found.place(entry.node.start_mark.line + 1), f"leave out {names[0]}")])
+        raise RecipeError([Problem(what, entry.place, f"leave out {names[0]}")])
 
 
 def _key_edits(found: RecipeText, entry: _Entry) -> Iterator[_Edit]:
@@ -135,14 +141,20 @@ def _value_edits(found: RecipeText, entry: _Entry) -> Iterator[_Edit]:
     if entry.todays_value == _shown(entry.value):
         return
     if entry.value.start_mark.index < entry.node.end_mark.index:
-        if alias := _ALIAS.match(found.text, entry.node.end_mark.index):
-            yield _Edit(alias.start(1), alias.end(1), entry.todays_value)
+        alias = _ALIAS.match(found.text, entry.node.end_mark.index)
+        if alias is None:  # a comment stands between, say
+            raise _no_place(found, entry, "an alias that is not behind")
+        yield _Edit(alias.start(1), alias.end(1), entry.todays_value)
         return
     begin, end = entry.value.start_mark.index, entry.value.end_mark.index
     if found.text[begin] == "&":  # another field may have the same value by it
-        today = RENAMED[entry.key].key
-        what = f"{found.shown} has an anchor on {entry.key}, which is called {today} now"
-        where = found.place(entry.node.start_mark.line + 1)
-        raise RecipeError(what, where, f"{today.split('.')[-1]}: {entry.todays_value}")
+        raise _no_place(found, entry, "an anchor on")
     quote = entry.value.style if entry.value.style in ("'", '"') else ""
     yield _Edit(begin, end, f"{quote}{entry.todays_value}{quote}")
+
+
+def _no_place(found: RecipeText, entry: _Entry, how: str) -> RecipeError:
+    """For a value that cannot be written anew where it stands."""
+    today = RENAMED[entry.key].key
+    what = f"{found.shown} has {how} {entry.key}, which is called {today} now"
+    return RecipeError(what, entry.place, f"{today.split('.')[-1]}: {entry.todays_value}")

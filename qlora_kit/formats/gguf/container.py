@@ -3,6 +3,7 @@
 A vocabulary is three lists of a hundred thousand entries; the package packs them one by one, in a third of a second.
 """
 
+import logging
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 def open_container(file: Path, architecture: str) -> Any:
     """A `gguf.GGUFWriter` of a little-endian file; what it writes is the same to the byte."""
     import gguf
+
+    # It tells each file and its size, by the name of a folder that is not whole yet.
+    logging.getLogger("gguf").setLevel(logging.ERROR)
 
     class Writer(gguf.GGUFWriter):  # type: ignore[misc]  # the package has no types
         def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:

@@ -29,6 +29,14 @@ def test_without_a_card_the_license_file_tells(base: Path, text: str, expected: 
     assert read_license(base) == expected
 
 
+@pytest.mark.parametrize("head", ["license: mit\ntags: [a", "license: !x mit", "- " * 3000 + "license"])
+def test_a_damaged_card_states_nothing_and_stops_nothing(base: Path, head: str) -> None:
+    for path in base.glob("LICENSE*"):
+        path.unlink()
+    (base / "README.md").write_text(f"---\n{head}\n---\n", encoding="utf-8")
+    assert read_license(base) == License()
+
+
 def test_every_license_file_is_copied_and_nothing_else(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

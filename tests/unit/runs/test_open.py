@@ -78,6 +78,15 @@ def test_what_is_exported_is_noted(recipe):
     assert opened(recipe(out="there")).directory.path.name == "there"
 
 
+def test_a_place_that_was_taken_since_it_was_opened(recipe, tmp_path):
+    build_tiny_model("qwen3", tmp_path / "models" / "other")
+    first, second = opened(recipe(out="there")), opened(recipe(base=str(tmp_path / "models" / "other"), out="there"))
+    note_export(second, {})
+    with pytest.raises(RecipeError, match="holds exports of another base"):
+        note_export(first, {})
+    assert "other" in second.directory.export_recipe.read_text(encoding="utf-8")
+
+
 def test_a_place_that_is_taken(recipe, tmp_path):
     here = tmp_path / "here"
     (here / "file").write_text("")

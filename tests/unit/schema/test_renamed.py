@@ -227,6 +227,30 @@ def test_an_anchor_on_a_value_that_was_renamed_is_refused(tmp_path, monkeypatch)
     )
 
 
+def test_an_alias_that_cannot_be_written_anew_is_refused(tmp_path, monkeypatch):
+    text = "# @package _global_\ndata: {cache: &yes true}\noptim:\n  strict: # said so\n    *yes\n"
+    mine(tmp_path, monkeypatch, text)
+    with pytest.raises(RecipeError, match=r"has an alias that is not behind optim\.strict") as caught:
+        compose_unchecked("train", [*LINE, "experiment=mine"])
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == ("recipes/experiment/mine.yaml:4", "fallback: false")
+
+
+@pytest.mark.parametrize("value", ["${debug}", "2", "-1", "01", "range(0,2)", "range(0,1)", "???"])
+def test_a_value_whose_opposite_cannot_be_told_is_refused(tmp_path, monkeypatch, value):
+    what = f"optim.strict is called optim.fallback now and means the opposite, which of '{value}' cannot be told"
+    fix = "optim.fallback=false where it was true"
+    with pytest.raises(RecipeError) as caught:
+        compose_unchecked("train", [*LINE, f"optim.strict={value}"])
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.where, problem.fix) == (what, f"command line: optim.strict={value}", fix)
+    mine(tmp_path, monkeypatch, FILE.format(strict=value))
+    with pytest.raises(RecipeError) as caught:
+        compose_unchecked("train", [*LINE, "experiment=mine"])
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.where, problem.fix) == (what, "recipes/experiment/mine.yaml:6", fix)
+
+
 def test_a_sweep_in_a_file_of_an_earlier_release(tmp_path, monkeypatch, capsys):
     mine(tmp_path, monkeypatch, "# @package _global_\nhydra: {sweeper: {params: {optim.strict: 'true,false'}}}\n")
     compose_unchecked("train", [*LINE, "experiment=mine"])
