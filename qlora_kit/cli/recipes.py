@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="every option of every group, and where it comes from")
     listing.add_argument("group", nargs="?", help="only this group")
-    for name, text in (("show", "the composed recipe as YAML"), ("validate", "compose and check; says nothing heavy")):
+    for name, text in (("show", "the composed recipe as YAML"), ("validate", "compose and check, in a second")):
         action = actions.add_parser(name, help=text)
         action.add_argument("--verb", choices=VERB_CONFIGS, default="train", help="which primary recipe")
         action.add_argument("overrides", nargs="*", help="group=option and path=value")

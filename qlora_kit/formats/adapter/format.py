@@ -53,6 +53,10 @@ class _Alone(Format[AdapterTarget]):
 
         return job
 
+    def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """It is written as it was trained; what differs is the base that it stands beside."""
+        return ("a merged file, which stands beside no other base (export=merged_16bit)",)
+
     def load(self, folder: Path) -> Any:
         """Refused: it is no model by itself."""
         raise _no_base()

@@ -79,6 +79,10 @@ def test_a_failure_comes_before_a_rejection(tmp_path):
             "(export.calibration_rows)",
         ),
         ({"format": "bnb", "settings": {"kind": "nf4"}}, "int8 (bnb_int8)"),
+        (
+            {"format": "adapter_gguf", "settings": {}},
+            "a merged file, which stands beside no other base (export=merged_16bit)",
+        ),
     ],
 )
 def test_what_comes_closer_is_told_by_format(manifest, told, tmp_path):
