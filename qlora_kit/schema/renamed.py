@@ -12,6 +12,7 @@ from qlora_kit.schema.folders import groups
 
 SWEPT = "hydra.sweeper.params."
 _TRUE, _FALSE = ("true", "yes", "y", "on", "1"), ("false", "no", "n", "off", "0")
+_OPPOSITE = {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")}
 _OVERRIDE = re.compile(r"([+~]{0,2})([A-Za-z_][\w.]*)(?:(=)(.*))?", re.DOTALL)
 
 
@@ -22,12 +23,13 @@ class Renamed:
     Attributes:
         key: of today, in the same group.
         values: of an earlier release -> of today; any other value is written as it was.
-        is_opposite: it means the opposite of what it meant, so that a value which is not in the table is refused.
+        opposite: what to write for `true`, where the key means the opposite today; a truth value that is not in the
+            table is refused then.
     """
 
     key: str
     values: Mapping[str, str] = field(default_factory=dict)
-    is_opposite: bool = False
+    opposite: str = ""
 
 
 # A group stands here by itself where an option of it was renamed.
@@ -38,7 +40,9 @@ RENAMED = {
     "export.calibration_general": Renamed("export.general_text_share"),
     "export.merge_base": Renamed("export.merge_base", {"measure": "best"}),
     "optim.strict": Renamed(
-        "optim.fallback", {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")}, is_opposite=True
+        "optim.fallback",
+        {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")},
+        opposite="optim.fallback=false",
     ),
     "trainer": Renamed("trainer", {"smoke": "smoke_test"}),
 }
@@ -76,10 +80,10 @@ def todays_value(key: str, value: str, where: str) -> str:
     Raises:
         RecipeError: the key means the opposite today, and of this value nothing tells what that is.
     """
-    if RENAMED[key].is_opposite and _is_beyond_words(key, value):
-        today = RENAMED[key].key
+    if RENAMED[key].opposite and _is_beyond_words(key, value):
+        today, opposite = RENAMED[key].key, RENAMED[key].opposite
         what = f"{key} is called {today} now and means the opposite, which of '{value}' cannot be told"
-        raise RecipeError(what, where, f"{today}=false where it was true")
+        raise RecipeError(what, where, opposite)
     values = {old: new for old, new in RENAMED[key].values.items() if old not in groups().get(key, [])}
     if not values:
         return value

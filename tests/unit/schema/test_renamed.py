@@ -239,7 +239,7 @@ def test_an_alias_that_cannot_be_written_anew_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", ["${debug}", "2", "-1", "01", "range(0,2)", "range(0,1)", "???"])
 def test_a_value_whose_opposite_cannot_be_told_is_refused(tmp_path, monkeypatch, value):
     what = f"optim.strict is called optim.fallback now and means the opposite, which of '{value}' cannot be told"
-    fix = "optim.fallback=false where it was true"
+    fix = "optim.fallback=false"
     with pytest.raises(RecipeError) as caught:
         compose_unchecked("train", [*LINE, f"optim.strict={value}"])
     (problem,) = caught.value.problems
