@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.core.extras import require
 from qlora_kit.formats.gguf import EXTRA
+from qlora_kit.formats.gguf.container import open_container
 
 
 @contextmanager
@@ -17,9 +18,9 @@ def whole_gguf(out_file: Path, architecture: str, needed_for: str) -> Iterator[A
         architecture: of the model; empty for a file of none.
         needed_for: what is being done, for the message where the package is missing.
     """
-    gguf = require("gguf", needed_for, EXTRA)
+    require("gguf", needed_for, EXTRA)
     partial = out_file.with_name(f".{out_file.name}.partial")
-    writer = gguf.GGUFWriter(partial, architecture)
+    writer = open_container(partial, architecture)
     try:
         yield writer
         writer.write_header_to_file()
