@@ -20,6 +20,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -206,6 +209,28 @@ FAMILIES: dict[str, tuple[Callable[..., PretrainedConfig], Callable[[], PreTrain
 }
 
 
+def _granite(**changes: Any) -> PretrainedConfig:
+    scales = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    }
+    return GraniteConfig(**{**_WIDTHS, **scales, "tie_word_embeddings": True, **changes})
+
+
+def _glm(**changes: Any) -> PretrainedConfig:
+    return GlmConfig(**{**_WIDTHS, "head_dim": 64, "pad_token_id": 0, **changes})
+
+
+def _glm4(**changes: Any) -> PretrainedConfig:
+    return Glm4Config(**{**_WIDTHS, "head_dim": 64, "attention_bias": True, "pad_token_id": 0, **changes})
+
+
+# Families that the engine knows and whose tokenizers and files nothing in the kit knows: with SmolLM's tokenizer.
+WIRED: dict[str, Callable[..., PretrainedConfig]] = {"granite": _granite, "glm": _glm, "glm4": _glm4}
+
+
 def build_tiny_model(
     family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 0.08, **config: Any
 ) -> Path:
@@ -214,7 +239,7 @@ def build_tiny_model(
     `config` replaces fields of the family's configuration; `spread` is the standard deviation of the weights.
     Special token ids of the tokenizer are written into config.json and generation_config.json.
     """
-    make_config, make_tokenizer = FAMILIES[family]
+    make_config, make_tokenizer = FAMILIES[family] if family in FAMILIES else (WIRED[family], smollm_tokenizer)
     tokenizer = make_tokenizer()
     ids = {
         "bos_token_id": tokenizer.bos_token_id,

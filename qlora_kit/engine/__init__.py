@@ -8,7 +8,7 @@ One layer forward. h is `[rows, tokens, hidden]`; W is frozen, A and B are LoRA'
     | rope                             |    x W^T + xa B^T, rotated, in one kernel         project
     v                                  |                                                   (layer/attention_blocks.py)
     q, k, v                            |
-    | LayerParts.attend                |    the model's own attention, or attention/
+    | Attention.attend                 |    the model's own attention, or attention/
     v                                  |
     a                                  |
     | LinearGroup.forward_frozen       |    a W^T of the output module, and its xa
@@ -54,6 +54,7 @@ The order to read it in:
       adapted_linear.py linear_group.py                         and LoRA beside it
     layer/         the picture itself
       norm.py attention_blocks.py mlp.py                        its parts, forward and backward
+      attention_part.py plain_part.py                           attention as a whole; a part left as it is
       layer_parts.py                                            found in a layer of transformers, by its family
       fast.py                                                   put in the place of the layer's own forward
       checkpoint_policy.py host_memory.py                       what is kept, and where

@@ -55,34 +55,83 @@ class GgufRules:
     fixed: Callable[[ConfigFields], Iterator[tuple[str, str]]] = nothing_fixed
 
 
+class Rotary(Enum):
+    """Which values of a head are rotated with which, and how a model lays out the angles of both.
+
+    Attributes:
+        halves: the first half with the second; angles of the halves one after the other.
+        pairs: neighbors; angles as of halves.
+        paired_angles: neighbors; the two angles of a pair are neighbors too.
+    """
+
+    halves = "halves"
+    pairs = "pairs"
+    paired_angles = "paired_angles"
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Where the norms of a decoder layer stand, by name; None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+_AFTER = "post_attention_layernorm", "post_feedforward_layernorm"
+PRE_NORMS = LayerNorms()
+POST_NORMS = LayerNorms(None, _AFTER[0], None, _AFTER[1])
+SANDWICHED = LayerNorms("input_layernorm", _AFTER[0], "pre_feedforward_layernorm", _AFTER[1])
+
+
+def as_flagged(attention: Any) -> bool:
+    """A layer rotates unless it has a flag that says otherwise."""
+    return bool(getattr(attention, "use_rope", True))
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of decoders, by the names of transformers 5.17 to 5.23.
+
+    What is fused (q, k and v in `qkv_proj`, gate and up in `gate_up_proj`) is seen in a layer itself, as are the number
+    and the width of heads. A layer that holds a module, a buffer or a factor that is not told here is not computed by
+    hand.
 
     Attributes:
         model_type: in config.json.
         architecture: its class with a head of language, as config.json names it.
         layer: name of the decoder layer's class.
-        gguf: how llama.cpp has it.
-        fused: q, k and v come from `qkv_proj`, gate and up from `gate_up_proj`.
-        qk_norm: q and k are normed, over each head or over all of them.
+        gguf: how llama.cpp has it; None where its own converter is asked.
+        norms: of a layer.
+        qk_norm: q and k are normed, over each head or over all of them, by `head_norms`.
         unit_offset: norm weights are offsets from one: see `engine.ops.rms_norm`.
-        pre_norms: norms stand before attention and MLP.
-        post_norms: norms stand behind attention and MLP.
+        rotary: how heads are rotated.
+        rotates: whether an attention module rotates its heads at all.
+        residual_scale: attribute of a layer: what is multiplied by before it is added to the residual; "" without one.
+        unset: fields of config.json whose effect is not computed by hand: layers are plain where one is set.
         config_defaults: what transformers leaves out of config.json, as far as sizes are read from it.
     """
 
     model_type: str
     architecture: str
     layer: str
-    gguf: GgufRules
+    gguf: GgufRules | None = None
     window: Window = Window.attention
-    fused: bool = False
+    norms: LayerNorms = PRE_NORMS
     qk_norm: bool = False
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
     unit_offset: bool = False
-    pre_norms: bool = True
-    post_norms: bool = False
+    rotary: Rotary = Rotary.halves
+    rotates: Callable[[Any], bool] = as_flagged
+    residual_scale: str = ""
+    unset: tuple[str, ...] = ()
     config_defaults: Mapping[str, int | bool] = field(default_factory=dict)
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether a norm stands behind attention or MLP."""
+        return self.norms.after_attention is not None or self.norms.after_mlp is not None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_kit.families.family import ChatFormat, ConfigFields, Family, GgufRules
+from qlora_kit.families.family import SANDWICHED, ChatFormat, ConfigFields, Family, GgufRules
 
 _LAYERS_PER_FULL_ATTENTION = 6  # in llama.cpp's code, like what follows
 _LARGEST_LAYERS = 62  # of the 27B model, whose queries are scaled by another width
@@ -26,7 +26,7 @@ GEMMA3 = Family(
     GgufRules("gemma3", norm_offset=1.0, says_window=True, says_softcap=True, fixed=_fixed),
     qk_norm=True,
     unit_offset=True,
-    post_norms=True,
+    norms=SANDWICHED,
     config_defaults={
         "num_attention_heads": 8,
         "num_key_value_heads": 4,

@@ -1,6 +1,6 @@
 """OLMo 2: norms stand behind attention and MLP alone, and those of q and k span all heads."""
 
-from qlora_kit.families.family import Family, GgufRules, Window
+from qlora_kit.families.family import POST_NORMS, Family, GgufRules, Window
 
 OLMO2 = Family(
     "olmo2",
@@ -8,7 +8,6 @@ OLMO2 = Family(
     "Olmo2DecoderLayer",
     GgufRules("olmo2", says_head_width=False),
     window=Window.absent,
+    norms=POST_NORMS,
     qk_norm=True,
-    pre_norms=False,
-    post_norms=True,
 )

@@ -9,7 +9,6 @@ PHI3 = Family(
     # llama.cpp tells Phi-4 from Phi-3 by a window of zero
     GgufRules("phi3", says_head_width=False, says_window=True, long_rope=True, marker="phi-3"),
     window=Window.config,
-    fused=True,
 )
 
 PHI_CHAT = ChatFormat(

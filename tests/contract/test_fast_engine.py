@@ -20,7 +20,7 @@ from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from tests.drawn_rows import drawn_rows
-from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
@@ -36,7 +36,7 @@ def rows(tmp_path_factory):
     return drawn_rows(tmp_path_factory.mktemp("rows") / "store", LENGTHS, seed=3)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, *WIRED])
 def folder(request, tmp_path_factory):
     """Weights are bf16 numbers, so that every load quantizes the same ones."""
     family = request.param
@@ -180,7 +180,7 @@ def test_evaluation_and_generation_run_plain(tmp_path, monkeypatch):
         model.eval()
         text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     engine = patch_model(model, EngineConfig())
-    monkeypatch.setattr("qlora_kit.engine.layer.fast.project", lambda *_: pytest.fail("a layer ran fast"))
+    monkeypatch.setattr("qlora_kit.engine.layer.attention_part.project", lambda *_: pytest.fail("a layer ran fast"))
     with torch.no_grad():
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), text)
         assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, plain)
@@ -237,16 +237,44 @@ def test_what_is_not_known_runs_plain_and_is_said(tmp_path, rows, lora, reason):
     assert fast_loss == loss and all(torch.equal(fast[name], gradients[name]) for name in gradients)
 
 
-def test_one_plain_layer_among_fast_ones_still_computes_again(tmp_path, rows):
+def plain_mlp(layer):
+    layer.mlp.act_fn = torch.nn.ReLU()
+    return "the MLP of 1 of 2 layers runs plain, because the activation ReLU has no fast form", 2
+
+
+def plain_attention(layer):
+    layer.self_attn.more = torch.nn.Linear(1, 1).requires_grad_(False)
+    return "attention of 1 of 2 layers runs plain, because it has more, which is not known here", 2
+
+
+def plain_layer(layer):
+    layer.more = torch.nn.Linear(1, 1).requires_grad_(False)
+    return "1 of 2 layers run plain, because it has more, which is not known here", 1
+
+
+@pytest.mark.parametrize("change", [plain_mlp, plain_attention, plain_layer])
+def test_what_is_plain_among_fast_parts_still_computes_again(tmp_path, rows, change):
     model, batch = load(llama(tmp_path)), padded(rows)
-    model.get_submodule("base_model.model.model.layers.1.mlp").act_fn = torch.nn.ReLU()
+    message, fast = change(model.get_submodule("base_model.model.model.layers.1"))
     _, gradients = step(model, batch)
     engine = patch_model(model, EngineConfig())
-    assert engine.messages == ["1 of 2 layers run plain, because the activation ReLU has no fast form"]
-    assert (engine.fast_layers, len(engine.layers)) == (1, 2)
-    for policy in (0, 1, 2):
+    assert engine.messages == [message]
+    assert (engine.fast_layers, len(engine.layers)) == (fast, 2)
+    for policy in (0, 1, 2, 3, 4):
         engine.set_policies([policy, policy])
         assert difference(step(model, batch)[1], gradients) <= FP32
+
+
+@pytest.mark.parametrize("change", [plain_mlp, plain_attention, plain_layer])
+def test_what_is_plain_rounds_as_it_did(tmp_path, rows, change):
+    batch = padded(rows)
+    exact, model = load(llama(tmp_path)), load(tmp_path / "base", torch.bfloat16)
+    for one in (exact, model):
+        change(one.get_submodule("base_model.model.model.layers.1"))
+    _, reference = step(exact, batch)
+    _, gradients = step(model, batch)
+    patch_model(model, EngineConfig())
+    assert error(step(model, batch)[1], reference) <= ROUNDING * error(gradients, reference)
 
 
 def test_int8_bases_and_unknown_families_run_plain(tmp_path):

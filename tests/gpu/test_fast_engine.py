@@ -11,14 +11,14 @@ from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig
 from tests.drawn_rows import drawn_rows
-from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 FAST = EngineConfig(mode=EngineMode.fast)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, *WIRED])
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param) / "base"
     return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16)

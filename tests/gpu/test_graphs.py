@@ -15,7 +15,7 @@ from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import QuantConfig
 from tests.drawn_rows import drawn_rows
-from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,7 +28,7 @@ def rows(tmp_path_factory):
     return drawn_rows(tmp_path_factory.mktemp("rows") / "store", LENGTHS, seed=3)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, *WIRED])
 def folder(request, tmp_path_factory):
     torch.compiler.reset()  # each family compiles its own shapes, and a process keeps eight of a function
     place = tmp_path_factory.mktemp(request.param) / "base"

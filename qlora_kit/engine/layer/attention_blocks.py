@@ -11,16 +11,16 @@ norm of h is recomputed, and frozen weights are dequantized again. Attention kee
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from qlora_kit.engine.layer.norm import Norm, add_to_residual
+from qlora_kit.engine.layer.norm import After, Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
-from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate
+from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate, rotate_pairs
 
 
 @dataclass
@@ -30,54 +30,104 @@ class GradTarget:
     tensor: Tensor | None = None
 
 
+class Rotation(NamedTuple):
+    """What heads are rotated by.
+
+    Attributes:
+        cos: `[T, rotated width]`, like `sin`; half of that for pairs, and as many of the first tokens as are repeated
+            to the end where no norm stands between.
+        of_pairs: neighbors are rotated with each other, not halves.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    of_pairs: bool = False
+
+    def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Heads `[T, heads, head_dim]`, rotated, or rotated the other way."""
+        return (rotate_pairs if self.of_pairs else rotate)(x, self.cos, self.sin, back)
+
+
+class Stream(NamedTuple):
+    """Queries, keys or values, and what is done to them.
+
+    Attributes:
+        source: of which output of the linear modules they are made.
+        norm: of each head, or over all of them.
+        rotates: whether rope turns them.
+    """
+
+    source: int
+    norm: Norm | None
+    rotates: bool
+
+
 @dataclass(frozen=True)
 class Projection:
     """From the layer's input to attention.
 
     Attributes:
-        group: q, k and v, or one module with the three side by side.
-        heads: of q, of k and of v.
-        q_norm: over the width of a head; None in most families, like `k_norm`.
+        group: q, k and v, or one module with the three side by side; without v where that is k before its norm, and q
+            alone where keys and values are another layer's.
+        heads: of each of them.
+        q_norm: over the width of a head, or of all; None in most families, like `k_norm` and `v_norm`.
+        rotates_pairs: rope turns neighbors with each other, not halves of a head.
+        norms_rotated: norms of heads come after rope, not before.
+        has_gate: q comes with a gate of each head behind it, which is handed on.
         grad_target: is read when the gradient of the layer's input is written.
     """
 
     norm: Norm
     group: LinearGroup
-    heads: tuple[int, int, int]
+    heads: tuple[int, ...]
     head_dim: int
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    v_norm: Norm | None = None
+    rotates_pairs: bool = False
+    norms_rotated: bool = False
+    has_gate: bool = False
     grad_target: GradTarget = field(default_factory=GradTarget)
 
     @property
-    def has_qk_norm(self) -> bool:
-        """Whether q or k is normed over each head."""
-        return self.q_norm is not None or self.k_norm is not None
+    def streams(self) -> list[Stream]:
+        """Queries, and keys and values if they are made here."""
+        last = len(self.heads) - 1
+        q, *others = Stream(0, self.q_norm, True), Stream(1, self.k_norm, True), Stream(last, self.v_norm, False)
+        return [q, *others] if last else [q]
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether each of q, k and v is what a module gives, but for rope over halves of a head."""
+        has_norms = any(norm is not None for norm in (self.q_norm, self.k_norm, self.v_norm))
+        return not (has_norms or self.rotates_pairs or self.has_gate) and len(self.heads) == len("qkv")
 
     @property
     def widths(self) -> list[int]:
-        """Columns of q, of k and of v."""
-        return [n * self.head_dim for n in self.heads]
+        """Columns of each output: of q with its gate, of k and of v."""
+        found = [n * self.head_dim for n in self.heads]
+        return [2 * found[0], *found[1:]] if self.has_gate else found
 
     def deltas(self, xa: Tensor | None, dtype: torch.dtype) -> Sequence[LoraDelta | None]:
-        """What adapters add to q, to k and to v."""
+        """What adapters add to each output."""
         found = self.group.deltas(xa, dtype)
         if len(found) > 1 or (whole := found[0]) is None:
-            return found * (3 // len(found))
+            return found * (len(self.heads) // len(found))
         return [LoraDelta(whole.left, right) for right in torch.split(whole.right, self.widths, dim=1)]
 
     def split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """q, k and v, `[T, heads, head_dim]` each."""
-        parts = outputs if len(outputs) > 1 else torch.split(outputs[0], self.widths, dim=1)
-        return [part.view(len(part), n, self.head_dim) for part, n in zip(parts, self.heads, strict=True)]
+        """Heads `[T, heads, head_dim]` of each output, and the gate `[T, heads, head_dim]` if there is one."""
+        parts = outputs if len(outputs) == len(self.heads) else torch.split(outputs[0], self.widths, dim=1)
+        found = [part.view(len(part), n, -1) for part, n in zip(parts, self.heads, strict=True)]
+        return [*found[0].chunk(2, dim=2)[:1], *found[1:], found[0].chunk(2, dim=2)[1]] if self.has_gate else found
 
 
 @dataclass(frozen=True)
 class Output:
-    """From attention back to the residual stream; `after` is a norm of what is added, if there is one."""
+    """From attention back to the residual stream; `after` is what is added goes through, if anything."""
 
     group: LinearGroup
-    after: Norm | None = None
+    after: After | None = None
 
 
 def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection) -> tuple[Tensor, ...]:
@@ -85,9 +135,10 @@ def project(h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection
 
     Args:
         h: `[rows, tokens, hidden]`.
-        cos: `[rows or 1, tokens, rotated width]`, like `sin`; None for a layer without rope.
+        cos: `[rows or 1, tokens, rotated width]`, like `sin`, or half of that for pairs; None for a layer without rope.
     Returns:
-        q, k and v `[rows, heads, tokens, head_dim]`, and h.
+        q, k and v `[rows, heads, tokens, head_dim]`, or q alone; q's gate `[rows, tokens, heads, head_dim]`, if it has
+        one; and h.
     """
     found: tuple[Tensor, ...] = NormProject.apply(h, cos, sin, parts, *parts.group.parameters())  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return found
@@ -106,37 +157,42 @@ class NormProject(Function):
     def forward(ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, parts: Projection, *_: Tensor) -> Any:
         """Queries, keys and values by head, and h."""
         rows = h.flatten(0, 1)
-        x, angles = parts.norm.forward(rows), _cos_sin(cos, sin)
+        x, turn = parts.norm.forward(rows), _rotation(cos, sin, rows, parts)
         raw: list[Tensor] = []
-        if angles is not None and not parts.has_qk_norm:
+        gate: list[Tensor] = []
+        if turn is not None and parts.is_bare:
             outputs, xa = parts.group.forward_frozen(x)
             q, k, v = parts.split(outputs)
             of_q, of_k, of_v = parts.deltas(xa, x.dtype)
-            q, k = rope(q, *angles, of_q), rope(k, *angles, of_k)
-            v = add_n([v.flatten(1)], of_v).view_as(v)
+            q, k = rope(q, turn.cos, turn.sin, of_q), rope(k, turn.cos, turn.sin, of_k)
+            made = [q, k, add_n([v.flatten(1)], of_v).view_as(v)]
         else:
             outputs, xa = parts.group.forward(x)
-            q, k, v = parts.split(outputs)
-            normed = (q, parts.q_norm), (k, parts.k_norm)
-            raw = [part for part, norm in normed if norm is not None]
-            q, k = (part if norm is None else norm.forward_heads(part) for part, norm in normed)
-            if angles is not None:
-                angles = repeat_angles(angles[0], q), repeat_angles(angles[1], q)
-                q, k = rotate(q, *angles, False), rotate(k, *angles, False)
+            sources = parts.split(outputs)
+            made = []
+            for stream in parts.streams:
+                heads, kept = _forward_stream(parts, stream, sources[stream.source], turn)
+                made.append(heads)
+                raw += [] if kept is None else [kept]
+            gate = [sources[-1].contiguous()] if parts.has_gate else []
         ctx.parts = parts
         ctx.save_for_backward(h, cos, sin, xa, *raw)
-        return *(part.view(*h.shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v)), h
+        by_row = [part.view(*h.shape[:2], *part.shape[1:]) for part in [*made, *gate]]
+        return *(part.transpose(1, 2) for part in by_row[: len(made)]), *by_row[len(made) :], h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, residual: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         """The gradients of h and of what is trained."""
         h, cos, sin, xa, *raw = ctx.saved_tensors
         parts: Projection = ctx.parts
-        rows = h.flatten(0, 1)
+        *of_heads, residual = grads
+        rows, streams = h.flatten(0, 1), len(parts.streams)
         gradients = parts.group.gradient_buffers(rows)
-        through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in (q_grad, k_grad, v_grad)]
-        _project_backward(parts, through, _cos_sin(cos, sin), raw, gradients.outputs)
+        through = [grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in of_heads[:streams]]
+        _project_backward(parts, through, _rotation(cos, sin, rows, parts), raw, gradients.outputs)
+        for grad in of_heads[streams:]:
+            parts.split([gradients.outputs])[-1].copy_(grad.flatten(0, 1))
         d_xa = parts.group.backward_xa(gradients)
         dx = parts.group.backward_input(gradients, d_xa) if ctx.needs_input_grad[0] else None
         place = None if parts.grad_target.tensor is None else parts.grad_target.tensor.flatten(0, 1)
@@ -169,31 +225,53 @@ class ProjectAdd(Function):
         return None if dx is None else dx.view_as(attention), grad, None, *trained
 
 
+def _forward_stream(
+    parts: Projection, stream: Stream, heads: Tensor, rotation: Rotation | None
+) -> tuple[Tensor, Tensor | None]:
+    """Heads `[T, heads, head_dim]` as attention reads them, and as they were before their norm, if they have one."""
+    turn = rotation if stream.rotates else None
+    if parts.norms_rotated and turn is not None:
+        heads, turn = turn.turn(heads), None
+    kept = None if stream.norm is None else heads
+    if stream.norm is not None:
+        heads = stream.norm.forward_heads(heads)
+    return heads if turn is None else turn.turn(heads), kept
+
+
 def _project_backward(
-    parts: Projection,
-    grads: Sequence[Tensor],
-    angles: tuple[Tensor, Tensor] | None,
-    raw: Sequence[Tensor],
-    outputs: Tensor,
+    parts: Projection, grads: Sequence[Tensor], rotation: Rotation | None, raw: Sequence[Tensor], outputs: Tensor
 ) -> None:
     """Write the gradients of what the linear modules gave, from those of q, k and v `[T, heads, head_dim]`.
 
     Args:
-        raw: q and k before the norm of heads, where they have one.
-        outputs: `[T, sum of widths]`.
+        raw: what had a norm, as it was before.
+        outputs: `[T, sum of widths]`; a gate's columns are left.
     """
-    left = list(raw)
-    turns = angles, angles, None
-    for place, grad, norm, turn in zip(
-        torch.split(outputs, parts.widths, dim=1), grads, (parts.q_norm, parts.k_norm, None), turns, strict=True
-    ):
-        if norm is None and turn is not None:
-            rope_backward(grad, *turn, place)
+    left, places, written = list(raw), parts.split([outputs]), set[int]()
+    for stream, grad in zip(parts.streams, grads, strict=True):
+        turn, place = rotation if stream.rotates else None, places[stream.source]
+        if turn is not None and parts.is_bare:
+            rope_backward(grad, turn.cos, turn.sin, place.flatten(1))
             continue
-        found = grad if turn is None else rotate(grad, repeat_angles(turn[0], grad), repeat_angles(turn[1], grad), True)
-        place.copy_((found if norm is None else norm.backward_heads(left.pop(0), found)).flatten(1))
+        found = grad
+        if turn is not None and not parts.norms_rotated:
+            found = turn.turn(found, back=True)
+        if stream.norm is not None:
+            found = stream.norm.backward_heads(left.pop(0), found)
+        if turn is not None and parts.norms_rotated:
+            found = turn.turn(found, back=True)
+        if stream.source in written:
+            place.add_(found)
+        else:
+            place.copy_(found)
+        written.add(stream.source)
 
 
-def _cos_sin(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`, or of one row where all rows share them."""
-    return None if cos is None or sin is None else (cos.flatten(0, 1), sin.flatten(0, 1))
+def _rotation(cos: Tensor | None, sin: Tensor | None, rows: Tensor, parts: Projection) -> Rotation | None:
+    """cos and sin of `[rows or 1, tokens, width]` as `[T, width]`, or of one row where the kernel repeats them."""
+    if cos is None or sin is None:
+        return None
+    angles = cos.flatten(0, 1), sin.flatten(0, 1)
+    if not parts.is_bare:
+        angles = repeat_angles(angles[0], rows), repeat_angles(angles[1], rows)
+    return Rotation(*angles, parts.rotates_pairs)

@@ -4,6 +4,7 @@ Modules, parameters and their names stay as they are: each layer instance gets a
 training. Without gradients, in eval mode and with a cache the layer's own forward runs.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,13 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
 from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
-from qlora_kit.engine.layer.attention_blocks import project, project_add
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts, extract_parts
@@ -28,7 +27,7 @@ from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.schema.engine import EngineConfig
 
-NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")
+KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
 
 
 class MakeFrozen(Protocol):
@@ -52,6 +51,8 @@ class FastLayer:
 
     def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
         self.layer = layer
+        self._inputs = list(inspect.signature(type(layer).forward).parameters)[2:]  # behind self and hidden states
+        self._unknown = set(self._inputs) - KNOWN_INPUTS
         self._instance_forward = vars(layer).get("forward")
         self.plain: Callable[..., Any] = layer.forward
         self.parts = parts
@@ -68,13 +69,14 @@ class FastLayer:
             if self.graphs is not None and self.place == 0:
                 self.graphs.release()
             return self.plain(hidden_states, *rest, **settings)
-        if rest or settings.get("past_key_values") is not None:
+        settings |= dict(zip(self._inputs, rest, strict=False))
+        if settings.get("past_key_values") is not None:
             self.met_a_cache = True
-            return self.plain(hidden_states, *rest, **settings)
+            return self.plain(hidden_states, **settings)
         if self.begin is not None:
             self.begin()
         parts = self.parts
-        if parts is None or not all(linear.is_as_made() for linear in parts.linears):
+        if parts is None or not all(linear.is_as_made() for linear in parts.linears) or self._is_unknown(settings):
             return self._checkpointed(self.plain, hidden_states, settings)
         if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
             return self._fast(hidden_states, settings)
@@ -83,9 +85,12 @@ class FastLayer:
         return self.graphs.run(self.place, layer, hidden_states, settings)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
+        found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
         return found
+
+    def _is_unknown(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the layer is given what its family's layers do not take."""
+        return any(settings.get(name) is not None for name in self._unknown)
 
     def _checkpointed(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
         """The layer's result, of which less is kept than its backward needs, if its policy says so."""
@@ -101,7 +106,7 @@ class FastLayer:
 
     def _has_dropout(self) -> bool:
         """Whether a training step draws random numbers in this layer."""
-        return self.parts is None or self.parts.attention.attention_dropout > 0
+        return self.parts is None or self.parts.draws_random
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -120,15 +125,8 @@ class FastLayer:
             self.layer.forward = self._instance_forward
 
     def _by_hand(self, h: Tensor, **settings: Any) -> Tensor:
-        parts = self.parts
-        assert parts is not None
-        cos, sin = None, None
-        if parts.uses_rope:
-            cos, sin = (angle.to(h.dtype) for angle in settings["position_embeddings"])
-        rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
-        q, k, v, residual = project(h, cos, sin, parts.projection)
-        attention = parts.attend(q, k, v, settings.get("attention_mask"), rest)
-        return parts.mlp.forward(project_add(attention, residual, parts.output), self.policy)
+        assert self.parts is not None
+        return self.parts.forward(h, settings, self.policy)
 
 
 class FastEngine:
@@ -144,10 +142,10 @@ class FastEngine:
         self.layers = layers
         self.messages = messages
         self.graphs = graphs
-        recordable = [layer for layer in layers if layer.parts is not None]
+        recordable = [layer for layer in layers if layer.parts is not None and layer.parts.is_by_hand]
         for place, layer in enumerate(recordable):
             layer.graphs, layer.place = graphs, place
-        self._groups = [(layer.dtype, group) for layer in recordable for group in layer.groups]
+        self._groups = [(layer.dtype, group) for layer in layers for group in layer.groups]
         for _, group in self._groups:
             group.is_cast_with_others = True
         if layers:
@@ -155,7 +153,7 @@ class FastEngine:
 
     @property
     def fast_layers(self) -> int:
-        """Layers that are computed by hand."""
+        """Layers that are computed by hand, at least in part."""
         return sum(layer.parts is not None for layer in self.layers)
 
     @property
@@ -210,7 +208,8 @@ def patch_model(
 ) -> FastEngine:
     """Make the decoder layers of a model run by hand while it trains.
 
-    A layer that holds what the engine does not know stays plain; so does a whole model of an unknown family.
+    A part of a layer that holds what the engine does not know stays plain, or the whole layer where its family does not
+    tell what is around its parts; so does a whole model of an unknown family.
 
     Args:
         policies: see `FastEngine.set_policies`; without, everything is kept. Unused where no layer is fast.
@@ -225,18 +224,23 @@ def patch_model(
     if family is None:
         return FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
     make: MakeFrozen = make_weight or partial(weight_for, compute=config.compute)
-    found, reasons = [], Counter[str]()
+    found, reasons, of_parts = [], Counter[str](), Counter[tuple[str, str]]()
     for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
         dtype = _compute_dtype(layer)
+        parts: LayerParts | None = None
         try:
             parts = extract_parts(layer, family, partial(make, dtype=dtype))
+            of_parts.update(parts.plain_because)
         except (NotFastError, AttributeError) as reason:
             reasons[str(reason)] += 1
-            parts = None
         found.append(FastLayer(layer, parts, dtype))
     messages = [
         f"{count} of {counted(len(found), 'layer runs', 'layers run')} plain, because {why}"
         for why, count in reasons.items()
+    ]
+    messages += [
+        f"{part} of {count} of {counted(len(found), 'layer')} runs plain, because {why}"
+        for (part, why), count in of_parts.items()
     ]
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
@@ -248,9 +252,9 @@ def patch_model(
     return engine
 
 
-def _compute_dtype(layer: Any) -> torch.dtype:
+def _compute_dtype(layer: torch.nn.Module) -> torch.dtype:
     """The dtype of the layer's products with frozen weights, and of its activations."""
-    module = layer.self_attn.o_proj
-    linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    dtype: torch.dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    linears = [one for one in layer.modules() if isinstance(one, torch.nn.Linear) and not one.weight.requires_grad]
+    asked = (getattr(linear, "compute_dtype", None) for linear in linears)
+    dtype: torch.dtype = next((kind for kind in asked if kind is not None), linears[0].weight.dtype)
     return dtype

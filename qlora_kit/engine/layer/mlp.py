@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.layer.checkpoint_policy import PIECE, CheckpointPolicy
-from qlora_kit.engine.layer.norm import Norm, add_to_residual
+from qlora_kit.engine.layer.norm import After, Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.ops.glu import Activation, GluPartials, glu, glu_backward
 from qlora_kit.engine.ops.lora_delta import LoraDelta
@@ -48,7 +48,7 @@ class DenseMlp:
     group: LinearGroup
     down: LinearGroup
     activation: Activation
-    after: Norm | None = None
+    after: After | None = None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:

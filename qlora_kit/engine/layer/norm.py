@@ -1,9 +1,11 @@
 """The norms of a decoder layer, and how what a module gives comes to the residual stream."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.linear.linear_group import LinearGroup
 from qlora_kit.engine.ops.lora_delta import add_n
@@ -68,6 +70,10 @@ class NoNorm(Norm):
         """x itself."""
         return x
 
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG002  # as `Norm` has it
+        """The gradient itself."""
+        return grad
+
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
     ) -> tuple[Tensor | None, Normed]:
@@ -78,8 +84,51 @@ class NoNorm(Norm):
         return torch.add(grad, residual, out=torch.empty_like(x) if place is None else place), same
 
 
+NO_NORM = NoNorm(torch.ones(0), 0.0, unit_offset=False)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Stands where a family multiplies what is added to the residual."""
+
+    factor: float
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + factor * x`."""
+        return torch.add(residual, x, alpha=self.factor)
+
+    def backward(self, _x: Tensor | None, grad: Tensor) -> Tensor:
+        """Gradient of x, which it does not depend on."""
+        return grad * self.factor
+
+
+After = Norm | Scale  # what a module's output goes through before it is added to the residual
+
+
+def normed(h: Tensor, norm: Norm) -> Tensor:
+    """The norm of h `[rows, tokens, hidden]`, of which h alone is kept for the backward."""
+    found: Tensor = _Normed.apply(h, norm)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return found
+
+
+class _Normed(Function):
+    """See `normed`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, norm: Norm) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(h)
+        return norm.forward(h.flatten(0, 1)).view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (h,) = ctx.saved_tensors
+        return ctx.norm.backward(h.flatten(0, 1), grad.flatten(0, 1)).view_as(h), None
+
+
 def add_to_residual(
-    residual: Tensor, x: Tensor, group: LinearGroup, after: Norm | None, xa: Tensor | None = None
+    residual: Tensor, x: Tensor, group: LinearGroup, after: After | None, xa: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The residual stream `[rows, tokens, hidden]` after a module of x `[T, width]`.
 
@@ -89,7 +138,7 @@ def add_to_residual(
     rows = residual.flatten(0, 1)
     if after is not None:
         (y,), xa = group.forward(x, xa)
-        return after.add_to(rows, y).view_as(residual), y, xa
+        return after.add_to(rows, y).view_as(residual), y if isinstance(after, Norm) else None, xa
     (y,), xa = group.forward_frozen(x, xa)
     (more,) = group.deltas(xa, x.dtype)
     return add_n([y, rows], more).view_as(residual), None, xa

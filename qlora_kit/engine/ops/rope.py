@@ -31,7 +31,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return found if kept.shape[-1] == 0 else torch.cat((found, kept), dim=-1)
 
 
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """As `_rotate`, where neighbors are rotated with each other.
+
+    Args:
+        cos: `[T, rotated width / 2]` like `sin`: one angle for each pair.
+    """
+    width = 2 * cos.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    first, second = turned[..., 0::2], turned[..., 1::2]
+    cos, sin = cos[:, None], -sin[:, None] if back else sin[:, None]
+    found = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return found if kept.shape[-1] == 0 else torch.cat((found, kept), dim=-1)
+
+
 rotate = compiled(_rotate)
+rotate_pairs = compiled(_rotate_pairs)
 
 
 def repeat_angles(angles: Tensor, x: Tensor) -> Tensor:

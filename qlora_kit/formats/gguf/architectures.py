@@ -21,7 +21,7 @@ def find_architecture(config: ConfigFields) -> GgufRules:
     """
     names = config.get("architectures") or ["(none)"]
     found = ARCHITECTURES.get(names[0])
-    if found is None:
+    if found is None or (rules := found.gguf) is None:
         raise RecipeError(
             f"no GGUF export for the architecture {names[0]}",
             where="config.json, architectures",
@@ -33,9 +33,9 @@ def find_architecture(config: ConfigFields) -> GgufRules:
             where="config.json, quantization_config",
             fix="export the merged 16-bit model first, and convert that folder",
         )
-    for field, expected in found.gguf.fixed(config):
+    for field, expected in rules.fixed(config):
         raise _fixed(field, expected)
-    return found.gguf
+    return rules
 
 
 def _fixed(field: str, expected: str) -> RecipeError:

@@ -12,12 +12,12 @@ from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, enab
 from qlora_kit.engine.attention.rows import SDPA_ROWS, enable_row_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
-from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 
 LENGTHS = (21, 34, 7)
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=[*FAMILIES, *WIRED])
 def model(request, tmp_path):
     folder = build_tiny_model(request.param, tmp_path / "base", dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()

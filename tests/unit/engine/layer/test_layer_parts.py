@@ -1,5 +1,7 @@
 """Decoder layers are read as their family wires them, or refused with the reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
@@ -10,6 +12,7 @@ from qlora_kit.engine.linear.frozen_weight import Bf16Weight, NotFastError
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.registry import FAMILIES
 from tests.tiny_models import FAMILIES as TINY
+from tests.tiny_models import WIRED
 
 SIZES = {
     "hidden_size": 32,
@@ -31,7 +34,8 @@ def layer_of(config):
 
 
 def test_every_family_of_the_kit_is_known():
-    kinds = {make_config().model_type for make_config, _ in TINY.values()}
+    made = [make_config() for make_config, _ in TINY.values()] + [make_config() for make_config in WIRED.values()]
+    kinds = {config.model_type for config in made}
     assert kinds == set(FAMILIES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -40,17 +44,56 @@ def test_a_layer_is_taken_apart():
     layer.self_attn.q_norm.weight.data.fill_(3)
     parts = extract_parts(layer, FAMILIES["qwen3"], make)
     assert [linear.weight.out_features for linear in parts.linears] == [64, 32, 32, 32, 48, 48, 32]
-    assert parts.projection.heads == (4, 2, 2)
-    assert parts.projection.q_norm.weight is layer.self_attn.q_norm.weight
+    assert parts.attention.projection.heads == (4, 2, 2)
+    assert parts.attention.projection.q_norm.weight is layer.self_attn.q_norm.weight
     assert parts.mlp.norm.weight is layer.post_attention_layernorm.weight
     assert parts.mlp.activation is Activation.silu
-    assert parts.output.after is None
-    assert parts.uses_rope
+    assert parts.attention.output.after is None
+    assert parts.attention.uses_rope
 
 
-def test_an_unknown_activation_is_refused():
-    with pytest.raises(NotFastError, match="the activation ReLU has no fast form"):
-        extract_parts(layer_of(LlamaConfig(**SIZES, hidden_act="relu")), FAMILIES["llama"], make)
+def test_an_unknown_activation_leaves_its_mlp_plain():
+    layer = layer_of(LlamaConfig(**SIZES, hidden_act="relu"))
+    parts = extract_parts(layer, FAMILIES["llama"], make)
+    assert parts.plain_because == (("the MLP", "the activation ReLU has no fast form"),)
+    assert parts.mlp.module is layer.mlp and len(parts.linears) == 4
+    assert not parts.is_by_hand
+
+
+def test_a_part_that_holds_more_than_is_known_stays_plain():
+    layer = layer_of(LlamaConfig(**SIZES))
+    layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    layer.mlp.limit = 7.0
+    with pytest.raises(NotFastError, match="it has sinks, which is not known here"):
+        extract_parts(layer, FAMILIES["llama"], make)
+    del layer.mlp.limit
+    parts = extract_parts(layer, FAMILIES["llama"], make)
+    assert parts.plain_because == (("attention", "it has sinks, which is not known here"),)
+    assert parts.attention.module is layer.self_attn and len(parts.linears) == 3
+
+
+@pytest.mark.parametrize("held", [torch.nn.Linear(2, 2).requires_grad_(False), 0.5], ids=["module", "factor"])
+def test_a_layer_that_holds_more_than_is_known_is_refused(held):
+    layer = layer_of(LlamaConfig(**SIZES))
+    layer.more = held
+    with pytest.raises(NotFastError, match="it has more"):
+        extract_parts(layer, FAMILIES["llama"], make)
+
+
+def test_fields_whose_effect_is_not_known_are_refused():
+    layer = layer_of(LlamaConfig(**SIZES))
+    family = replace(FAMILIES["llama"], unset=("clip_qkv",))
+    assert extract_parts(layer, family, make).is_by_hand
+    layer.self_attn.config.clip_qkv = 8.0
+    with pytest.raises(NotFastError, match="clip_qkv is set"):
+        extract_parts(layer, family, make)
+
+
+def test_heads_of_another_width_are_refused():
+    layer = layer_of(LlamaConfig(**SIZES))
+    layer.self_attn.q_proj = torch.nn.Linear(32, 64).requires_grad_(False)
+    parts = extract_parts(layer, FAMILIES["llama"], make)
+    assert parts.plain_because == (("attention", "queries, keys and values are 96 numbers wide, not 64"),)
 
 
 def test_dropout_of_the_residual_is_refused():
