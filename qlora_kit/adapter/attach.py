@@ -1,25 +1,32 @@
 """Puts a LoRA adapter on a base, and says how many modules it touches."""
 
+import math
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
+from qlora_kit.adapter.expert_lora import BASE_LAYER, ExpertLora, attach_to_experts, short_names
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
+from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 from qlora_kit.weights.headers import read_header
 
 WEIGHTS = "adapter_model.safetensors"
+DEFAULT_ADAPTER = "default"  # peft's name for the one that is not named
 _FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 
 
@@ -85,7 +92,48 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str]
     """
     with no_banners(), warnings.catch_warnings():  # peft looks for layers of other libraries, which print
         _ignore_ties()
-        return get_peft_model(model, peft_config(model, lora, whole))
+        config = peft_config(model, lora, whole)
+        with names_as_they_are(model, config):
+            adapted = get_peft_model(model, config)
+    if adapts_experts(lora):
+        stacks = attach_to_experts(model, DEFAULT_ADAPTER, lambda name: _rank_and_alpha(name, config))
+        config.target_parameters = short_names(stacks) or None
+    return adapted
+
+
+@contextmanager
+def names_as_they_are(model: PreTrainedModel, config: PeftLoraConfig) -> Iterator[None]:
+    """Keep peft from taking a target for the part of an expert of an older transformers.
+
+    For some kinds of mixtures it would adapt the experts in place of the dense and the shared ones that have a
+    gate_proj too (peft, `transformers_weight_conversion.py`); it goes by the model's kind, which is hidden meanwhile.
+    """
+    rewritten = deepcopy(config)
+    convert_peft_config_for_transformers(rewritten, model, None)
+    if rewritten.target_modules == config.target_modules:
+        yield
+        return
+    fields = vars(model.config)
+    kept = {key: fields[key] for key in ("model_type",) if key in fields}
+    fields["model_type"] = ""
+    try:
+        yield
+    finally:
+        del fields["model_type"]
+        fields.update(kept)
+
+
+def adapts_experts(lora: LoraConfig) -> bool:
+    """Whether the experts of a mixture carry LoRA, where the base has such."""
+    return lora.experts and bool({"all_linear", "mlp"} & set(lora.targets))
+
+
+def _rank_and_alpha(name: str, config: PeftLoraConfig) -> tuple[int, float]:
+    """The rank of a stack of experts, and the alpha that gives it its scale, as peft finds them by its name."""
+    rank = next((r for key, r in config.rank_pattern.items() if re.match(whole_or_end(key), name)), config.r)
+    alphas = config.alpha_pattern.items()
+    alpha = next((alpha for key, alpha in alphas if re.match(whole_or_end(key), name)), config.lora_alpha)
+    return rank, alpha * math.sqrt(rank) if config.use_rslora else alpha
 
 
 def peft_config(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftLoraConfig:
@@ -120,7 +168,9 @@ def adapted_names(model: PeftModel) -> set[str]:
     base = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     return {
-        f"{name}.{module.parameter_name}".replace(".base_layer", "") if isinstance(module, ParamWrapper) else name
+        f"{name}.{module.parameter_name}".replace(BASE_LAYER, "")
+        if isinstance(module, ParamWrapper | ExpertLora)
+        else name
         for name, module in layers.items()
     }
 
@@ -137,16 +187,35 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     with no_banners(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
         _ignore_ties()
-        loaded = PeftModel.from_pretrained(model, folder, is_trainable=False)
-    placed = {name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
+        loaded = _loaded(model, folder)
+    layers = {name: module for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
+    placed = {name for name, module in layers.items() if not isinstance(module, ExpertLora)}
+    stacks = {name for name, module in layers.items() if isinstance(module, ExpertLora)}
     names = (tensor.name for tensor in read_header(folder / WEIGHTS))
-    held = {_FACTOR.split(name)[0].replace(".base_layer", "") for name in names if _FACTOR.search(name)}
+    held = {_FACTOR.split(name)[0] for name in names if _FACTOR.search(name)}
+    held = (held & stacks) | {name.replace(BASE_LAYER, "") for name in held - stacks}
+    placed |= stacks
     if odd := sorted(placed ^ held):
         modules = counted(
             len(odd), "module of the adapter and of this base does", "modules of the adapter and of this base do"
         )
         what = f"{modules} not match, such as {odd[0]}"
         raise RunError(f"{what}, so the adapter would not be used as it was trained", str(folder))
+    return loaded
+
+
+def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
+    config = PeftConfig.from_pretrained(folder)
+    named = getattr(config, "target_parameters", None)
+    if not named:
+        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    config.target_parameters, config.inference_mode = None, True
+    with names_as_they_are(model, config):
+        loaded = get_peft_model(model, config)
+    attach_to_experts(model, DEFAULT_ADAPTER, lambda name: _rank_and_alpha(name, config))
+    config.target_parameters = named
+    with names_as_they_are(model, config):
+        loaded.load_adapter(folder, DEFAULT_ADAPTER, is_trainable=False)
     return loaded
 
 

@@ -16,7 +16,9 @@ from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
+from qlora_kit.model.packed_loading import named_plainly, stack_experts, with_experts
 from qlora_kit.model.skeleton import skeleton, told_plainly
+from qlora_kit.model.stacked_experts import experts_of
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
@@ -53,7 +55,7 @@ def load_base(
     config = read_config(folder)
     kept = kept_whole(skeleton(folder))
     # An explicit None makes transformers 5.17 overlook the storage that a pre-quantized folder's config.json names.
-    quantize = {"quantization_config": bitsandbytes_config(quant, dtype, kept)} if stored is None else {}
+    quantize = {"quantization_config": _as_loaded(quant, dtype, kept)} if stored is None else {}
     with told_plainly(folder, config, "load"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -72,6 +74,8 @@ def load_base(
         raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
     if stored is not None:
         _set_compute_dtype(model, dtype)
+    named_plainly(model)
+    stack_experts(model)
     disable_cpu_inference_packing(model)
     return model
 
@@ -93,18 +97,19 @@ def check_storage(folder: Path, quant: QuantConfig) -> QuantKind | None:
 
 
 def rounded_names(model: PreTrainedModel, quant: QuantConfig) -> set[str]:
-    """Names of the modules of a model without weights whose weight the recipe's loading rounds.
+    """Names of the modules of a model without weights whose weights the recipe's loading rounds.
 
-    Asks transformers' own rule.
+    They are linear, or hold stacks of experts. Asks transformers' own rule.
     """
     wanted = bitsandbytes_config(quant, torch.float32, kept_whole(model))
     if wanted is None:
         return set()
     kept = HfQuantizer.get_modules_to_not_convert(model, wanted.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    stacks = experts_of(model) if quant.kind.is_4bit else {}
     return {
         name
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and should_convert_module(name, kept)
+        if (type(module) is torch.nn.Linear or name in stacks) and should_convert_module(name, kept)
     }
 
 
@@ -133,6 +138,11 @@ def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def _as_loaded(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig | None:
+    config = bitsandbytes_config(quant, dtype, whole)
+    return with_experts(config) if config is not None and quant.kind.is_4bit else config
 
 
 def try_forward(model: PreTrainedModel) -> None:

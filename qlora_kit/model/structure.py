@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.model.stacked_experts import StackedExperts
+
 _GATES = ("gate", "router")
 
 
@@ -17,7 +19,7 @@ class Weights:
     Attributes:
         name: of the module.
         kind: linear, router, head, embedding, experts, convolution, small (norms, biases and other vectors) or other.
-        count: of its weights; the bias of a linear module counts by itself, as it is never quantized.
+        count: of its weights; biases of a linear module or of experts count by themselves, as they are never quantized.
         shape: of its matrix [outputs, inputs]; empty where it is none.
     """
 
@@ -55,7 +57,8 @@ def weights_of(model: PreTrainedModel) -> list[Weights]:
         if kind == "other" and any(word in name.rpartition(".")[2] for word in _GATES):
             kind = "router"
         matrix = next((tuple(weight.shape) for weight in own if weight.ndim == 2), ())
-        biases = sum(weight.numel() for weight in own if weight.ndim < 2) if isinstance(module, nn.Linear) else 0
+        axes = 2 if isinstance(module, nn.Linear) else 3 if kind == "experts" else 0
+        biases = sum(weight.numel() for weight in own if weight.ndim < axes)
         found.append(Weights(name, kind, sum(weight.numel() for weight in own) - biases, matrix))
         if biases:
             found.append(Weights(f"{name}.bias", "small", biases))
@@ -94,6 +97,8 @@ def _routers(model: nn.Module) -> Iterator[str]:
 
 def _experts(name: str, module: nn.Module) -> int:
     """How many experts a module holds: in one tensor of three dimensions, or in a list; 0 where it holds none."""
+    if isinstance(module, StackedExperts):
+        return module.experts
     if isinstance(module, nn.ModuleList):
         return len(module) if "expert" in name.rpartition(".")[2] else 0
     if _is_convolution(module):

@@ -45,6 +45,7 @@ class LoraConfig(Sealed):
     )
     dropout: float = setting(0.0, "Dropout on the adapter's input.", minimum=0, maximum=0.99)
     targets: list[str] = setting(["all_linear"], "all_linear, attention, mlp, or module names such as q_proj.")
+    experts: bool = setting(True, "Adapt the experts of a mixture too, where targets mean its MLP.")
     rank_pattern: dict[str, int] = setting({}, "Rank by module name, where it differs from r.")
     alpha_pattern: dict[str, float] = setting({}, "Alpha by module name, where it differs from alpha.")
     use_rslora: bool = setting(False, "Rank-stabilized scale, alpha / sqrt(r).")

@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_kit.adapter.attach import adapts_experts
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.model.structure import Weights, transposed_modules
-from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
+from qlora_kit.schema.lora import LoraConfig, LoraInit
+from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.weights.headers import FLOATS, StoredTensor
 
+WITHOUT_EXPERTS = "lora.experts=false"
 ATTENTION_ONLY = "lora.targets=[attention]"
 _NAMED = 5  # names in a line
 
@@ -92,25 +95,33 @@ def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:
     experts = [part for part in weights if part.kind == "experts"]
     if not experts:
         return
+    yield from _expert_lora(recipe.lora)
     quant, names = recipe.quant, sorted({part.last for part in experts})
-    means_them = {"all_linear", "mlp"} & set(recipe.lora.targets)
-    stays = quant.kind is not QuantKind.none and not _all_kept(experts, quant)
-    if not means_them and not stays:
+    if quant.kind is not QuantKind.int8 or _all_kept(experts, quant):
         return
     count, total = sum(part.count for part in experts), sum(part.count for part in weights)
-    wide = 4 if quant.compute_dtype is ComputeDtype.float32 else 2
     what = (
         f"{recipe.model.source} keeps its experts in one tensor a layer ({human_count(count)} of "
-        f"{human_count(total)} weights, {count / total:.0%}), which LoRA does not reach"
+        f"{human_count(total)} weights, {count / total:.0%}), which int8 does not quantize: they would take "
+        f"{human_bytes(2 * count)}; store the base in 4 bit, or say that they stay "
+        f"(quant.keep_16bit=[{','.join(sorted({*names, *quant.keep_16bit}))}])"
     )
-    fixes = [ATTENTION_ONLY] if means_them else []
-    if quant.kind is not QuantKind.none:
-        what += (
-            f" and {quant.kind.name} does not quantize: they would take {human_bytes(wide * count)} and not be trained"
-        )
-        fixes.append(f"quant.keep_16bit=[{','.join(sorted({*names, *quant.keep_16bit}))}]")
-    where = "lora.targets" if means_them else "quant.keep_16bit"
-    yield Problem(f"{what}; to train the rest alone, say so", where, " ".join(fixes))
+    yield Problem(what, "quant.kind", "quant=nf4_double")
+
+
+def _expert_lora(lora: LoraConfig) -> Iterator[Problem]:
+    """Settings that peft's form of an adapter on experts has no place for."""
+    if not adapts_experts(lora):
+        return
+    odd = {
+        "use_dora": lora.use_dora,
+        "lora_bias": lora.lora_bias,
+        "dropout": lora.dropout > 0,
+        "init": lora.init is not LoraInit.default,
+    }
+    for key in [key for key, is_odd in odd.items() if is_odd]:
+        what = f"an adapter of experts has no lora.{key}: leave it at its default, or train the rest alone"
+        yield Problem(what, f"lora.{key}", WITHOUT_EXPERTS)
 
 
 def _all_kept(experts: list[Weights], quant: QuantConfig) -> bool:

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_kit.adapter.attach import adapted_names, linear_names, peft_config, resolve_targets
+from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, linear_names, resolve_targets
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
+from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
+from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import ComputeDtype
@@ -90,8 +92,10 @@ class Reach:
         reached = [part for part in self.linears if part.name in self.adapted]
         share = sum(part.count for part in reached) / max(1, sum(part.count for part in self.linears))
         line = f"LoRA on {len(reached)} of {len(self.linears)} linear modules, {share:.1%} of their weights"
-        if experts := sum(part.count for part in self.weights if part.kind == "experts"):
-            line += f", and none on the experts, {experts / self.total:.1%} of all weights"
+        if experts := [part for part in self.weights if part.kind == "experts"]:
+            held = sum(part.count for part in experts) / self.total
+            reaches = all(any(name.startswith(f"{part.name}.") for name in self.adapted) for part in experts)
+            line += f", and {'' if reaches else 'none '}on the experts, {held:.1%} of all weights"
         if left := self._by_name([part for part in self.linears if part.name not in self.adapted]):
             line += f": {self._by_name(reached)}; left out: {left}"
         return [line, *self._storage()]
@@ -176,7 +180,8 @@ def _reach_in(
     layers = layers_of(model)[1]
     with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):
         put_4bit_linears(model)  # of which peft asks no other library
-        adapted_model = get_peft_model(model, peft_config(model, _on_meta(recipe.lora), whole))
+        stack_experts(model)
+        adapted_model = attach_lora(model, _on_meta(recipe.lora), whole)
     _check_promise(adapted_names(adapted_model), promised)
     trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
     trained += sum(weight.numel() for name, weight in model.named_parameters() if _is_saved(name, recipe.lora))
@@ -211,7 +216,7 @@ def _is_saved(parameter: str, lora: LoraConfig) -> bool:
 
 
 def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -> set[str]:
-    """Full names of the linear modules that a recipe's targets mean.
+    """Full names of the linear modules, and of the stacks of experts, that a recipe's targets mean.
 
     Args:
         whole: of modules that never carry LoRA.
@@ -220,7 +225,9 @@ def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -
     """
     linears = linear_names(model, whole)
     targets = resolve_targets(lora.targets, linears)
-    return {name for name in linears if name.rpartition(".")[2] in targets}
+    stacks = experts_of(model).items() if adapts_experts(lora) else ()
+    of_experts = {f"{name}.{stack}" for name, module in stacks for stack in stacked_names(module)}
+    return {name for name in linears if name.rpartition(".")[2] in targets} | of_experts
 
 
 def _check_promise(adapted: set[str], promised: set[str]) -> None:

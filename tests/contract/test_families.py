@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 
 from qlora_kit.adapter.attach import adapted_names, attach_lora
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
@@ -16,7 +17,7 @@ from qlora_kit.model.structure import kept_whole
 from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.folders import recipe_file
-from qlora_kit.schema.lora import LoraConfig
+from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
@@ -29,17 +30,15 @@ from tests.families import KINDS, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
-TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text")
 EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
+TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text", *EXPERTS)
+STACKS = ("gate_up_proj", "down_proj")
 REFUSED = {
     "gpt2": "holds its linear layers the other way around",
     "mamba2": "mamba2",
     "t5": "is an encoder with a decoder",
     "gemma3": "takes images or sound too (config.json has a vision_config)",
-    "qwen3_moe": "keeps its experts in one tensor a layer",
-    "qwen2_moe": "keeps its experts in one tensor a layer",
-    "glm4_moe": "keeps its experts in one tensor a layer",
-    "gpt_oss": "keeps its experts in one tensor a layer",
+    "gpt_oss": "transformers has no sdpa attention",
 }
 
 
@@ -96,8 +95,9 @@ def test_every_linear_module_of_the_layers_is_adapted_and_learns(kind, folder_of
     model = loaded(recipe, folder)
 
     check_reached(model, reach)
-    layers = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    assert layers == reach.adapted == {part.name for part in reach.linears}
+    layers = adapted_names(model)
+    stacks = {f"{part.name}.{stack}" for part in reach.weights if part.kind == "experts" for stack in STACKS}
+    assert layers == reach.adapted == {part.name for part in reach.linears} | stacks
     gradients = one_step(model)
     assert len(gradients) == len(layers)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
@@ -110,11 +110,9 @@ def test_what_is_said_to_be_quantized_is(kind, folder_of):
     folder = folder_of(kind)
     reach = reach_of(recipe_for(folder), folder)
     model = load_base(folder, QuantConfig())
-    four = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    four = {name.rpartition(".")[0] for name, weight in model.named_parameters() if isinstance(weight, Params4bit)}
     assert four == reach.rounded
-    others = sum(
-        weight.numel() for name, weight in model.named_parameters() if name.removesuffix(".weight") not in four
-    )
+    others = sum(weight.numel() for weight in model.parameters() if not isinstance(weight, Params4bit))
     assert sum(reach.in_16_bit.values()) == others
 
 
@@ -128,24 +126,44 @@ def test_it_is_refused_before_a_weight_is_loaded(kind, folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_experts_stay_whole_and_untrained_only_where_the_recipe_says_so(kind, folder_of):
+def test_experts_stay_whole_and_untrained_where_the_recipe_says_so(kind, folder_of):
     folder = folder_of(kind)
-    message = refusal(recipe_for(folder), folder)
-    assert "fix      lora.targets=[attention] quant.keep_16bit=[experts]" in message
-    assert "fix      quant.keep_16bit=[experts]" in refusal(recipe_for(folder, targets=["attention"]), folder)
-    assert "fix      lora.targets=[attention]" in refusal(recipe_for(folder, quant=QuantKind.none), folder)
-
-    recipe = recipe_for(folder, targets=["attention"], keep=["experts"])
+    recipe = recipe_for(folder, keep=["experts"], experts=False)
     reach = reach_of(recipe, folder)
     model = loaded(recipe, folder)
     check_reached(model, reach)
-    assert {name.rpartition(".")[2] for name in reach.adapted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not [name for name in reach.adapted if ".experts." in name]
     assert all(gradient is not None for gradient in one_step(model).values())
     experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
     assert reach.in_16_bit["experts"] == experts > 0
     first, second = reach.lines()
     assert "none on the experts" in first
     assert second.startswith("warning: ") and "are not quantized" in second
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_that_int8_leaves_whole_are_refused(kind, folder_of):
+    folder = folder_of(kind)
+    message = refusal(recipe_for(folder, quant=QuantKind.int8), folder)
+    assert "which int8 does not quantize" in message and "fix      quant=nf4_double" in message
+    assert "quant.keep_16bit=[experts]" in message
+    assert reach_of(recipe_for(folder, quant=QuantKind.int8, keep=["experts"]), folder).adapted
+
+
+@pytest.mark.parametrize(
+    ("key", "lora"),
+    [
+        ("use_dora", {"use_dora": True}),
+        ("dropout", {"dropout": 0.1}),
+        ("init", {"init": LoraInit.pissa}),
+        ("lora_bias", {"lora_bias": True}),
+    ],
+)
+def test_what_an_adapter_of_experts_cannot_have_is_refused(key, lora, folder_of):
+    folder = folder_of("qwen3_moe")
+    message = refusal(recipe_for(folder, **lora), folder)
+    assert f"an adapter of experts has no lora.{key}" in message and "fix      lora.experts=false" in message
+    assert reach_of(recipe_for(folder, experts=False, **lora), folder).adapted
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
@@ -158,14 +176,13 @@ def test_what_chooses_experts_is_neither_quantized_nor_adapted(kind, folder_of):
     assert not [name for name in adapted if name.endswith("gate")]
 
 
-def test_shared_experts_that_peft_would_leave_out_are_named(folder_of):
+def test_shared_experts_that_peft_would_leave_out_are_adapted(folder_of):
     folder = folder_of("glm4_moe")
-    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    message = refusal(recipe_for(folder, targets=targets, keep=["experts"]), folder)
-    assert "peft would leave out 6 of the 8 linear modules that lora.targets means" in message
-    assert "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, model.layers.1.mlp.shared_experts" in message
-    experts = "adapt model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj instead"
-    assert f"{experts}, which no export could merge" in message
+    recipe = recipe_for(folder, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    adapted = reach_of(recipe, folder).adapted
+    assert "model.layers.0.mlp.gate_proj" in adapted
+    assert "model.layers.1.mlp.shared_experts.down_proj" in adapted
+    assert not [name for name in adapted if ".experts." in name]
 
 
 def test_attention_is_what_lies_in_a_module_of_that_name(folder_of):
@@ -184,9 +201,8 @@ def test_a_kind_of_module_that_only_some_layers_have_is_said(folder_of):
 
 def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
     folder = folder_of("gpt_oss")
-    explicit = {"targets": ["attention"], "keep": ["experts"]}
-    assert "fix      model.attention=eager" in refusal(recipe_for(folder, **explicit), folder)
-    recipe = recipe_for(folder, attention=Attention.eager, **explicit)
+    assert "fix      model.attention=eager" in refusal(recipe_for(folder), folder)
+    recipe = recipe_for(folder, attention=Attention.eager)
     check_reached(loaded(recipe, folder), reach_of(recipe, folder))
     assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
 
@@ -199,7 +215,7 @@ def test_of_a_base_that_cannot_be_trained_no_setting_is_told_that_would_not_help
 
 
 def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
-    message = refusal(recipe_for(folder_of("gpt_oss")), folder_of("gpt_oss"))
+    message = refusal(recipe_for(folder_of("gpt_oss"), quant=QuantKind.int8), folder_of("gpt_oss"))
     assert "fix      model.attention=eager" in message
     assert "keeps its experts in one tensor a layer" in message
 
@@ -307,12 +323,13 @@ def test_trying_a_forward_pass_draws_nothing(folder_of):
 @pytest.mark.parametrize("kind", ["llama", "opt", "qwen3_5_text", "qwen3_moe"])
 def test_a_plan_counts_every_weight(kind, folder_of):
     folder = folder_of(kind)
-    recipe = recipe_for(folder, targets=["attention"], keep=["experts"] if kind == "qwen3_moe" else [])
+    recipe = recipe_for(folder)
     base = known_base(recipe)
     planned = forecast(recipe, base, 64).memory
     model = skeleton(folder)
-    sizes = {name: module.weight.numel() for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    rounded = sum(sizes[name] for name in rounded_names(model, recipe.quant))
+    names = rounded_names(model, recipe.quant)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim > 1}
+    rounded = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in names)
     whole = sum(weight.numel() for weight in model.parameters()) - rounded
     assert planned.frozen_linears == 0.5 * rounded
     assert planned.frozen_rest == 2 * whole
@@ -329,7 +346,7 @@ def test_the_magnitudes_of_dora_are_counted(folder_of):
     assert reach_of(recipe, folder_of("llama")).trained == trained
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 def test_a_plan_refuses_what_training_refuses(kind, folder_of):
     with pytest.raises(RecipeError, match=re.escape(REFUSED[kind])):
         known_base(recipe_for(folder_of(kind)))

@@ -1,0 +1,169 @@
+"""The experts of a layer that lie in one parameter for each matrix, held in 4 bit or as they are.
+
+transformers keeps the experts of a mixture as parameters [experts, outputs, inputs]. Most of its classes share one way
+to compute with them, described by a few flags (transformers, `integrations/moe.py`): the rows of each expert go through
+its own weights. Others compute in ways of their own, and are given the weights unpacked.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qlora_kit.model.grouped_linear import ExpertUpdate, grouped_linear
+
+Updates = Mapping[
+    str, tuple[Tensor, Tensor, float]
+]  # by parameter: A [experts, rank, inputs], B [experts, outputs, rank], scaling
+_AXES = 3
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+
+
+def stacked_names(module: nn.Module) -> list[str]:
+    """The parameters of a module that each hold a matrix of every expert; none for a convolution."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | StackedExperts):
+        return []
+    return [name for name, weight in module.named_parameters(recurse=False) if weight.ndim == _AXES]
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold experts in stacks, by name."""
+    return {name: module for name, module in model.named_modules() if stacked_names(module)}
+
+
+class StackedExperts(nn.Module):
+    """Stands in the place of a module of experts, with its parameters under their own names.
+
+    Attributes:
+        stacks: shape of each stack, unpacked: [experts, outputs, inputs], or [experts, inputs, outputs] where
+            `transposed`.
+        transposed: whether the weight of an expert lies [inputs, outputs].
+        source_cls: class of the module that it stands for.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.stacks = {name: tuple(original.get_parameter(name).shape) for name in stacked_names(original)}
+        self.transposed = bool(getattr(original, "is_transposed", False))
+        self.source_cls = type(original)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        # A tuple hides it from nn.Module: its parameters are this module's.
+        self._original = (original,)
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return next(iter(self.stacks.values()))[0]
+
+    def widths(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs of an expert's matrix."""
+        _, first, second = self.stacks[name]
+        return (first, second) if self.transposed else (second, first)
+
+    def forward(self, hidden: Tensor, *arguments: Any, updates: Updates | None = None) -> Any:
+        """What the module that it stands for gives.
+
+        Args:
+            hidden: its first argument; where the experts share the usual interface [tokens, width].
+            arguments: its others; there the chosen experts and their shares, both [tokens, choices].
+            updates: LoRA on the stacks.
+        """
+        is_usual = all(hasattr(self._original[0], flag) for flag in _FLAGS) and len(arguments) == 2
+        if is_usual:
+            return self._routed(hidden, arguments[0], arguments[1], updates or {})
+        return self._as_original(hidden, arguments, updates or {})
+
+    def stack(self, name: str) -> "WeightStack":
+        """One stack, to be unpacked."""
+        return WeightStack(self.get_parameter(name), self.stacks[name], self.transposed)
+
+    def _routed(self, hidden: Tensor, chosen: Tensor, shares: Tensor, updates: Updates) -> Tensor:
+        original: Any = self._original[0]
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            experts, order = chosen.reshape(-1).sort(stable=True)
+            counts = torch.bincount(experts, minlength=self.experts)
+            rows = hidden.to(dtype)[order // chosen.shape[1]]
+            first = "gate_up_proj" if original.has_gate else "up_proj"
+            middle = self._linear(rows, counts, experts, first, updates)
+            middle = original._apply_gate(middle) if original.has_gate else original.act_fn(middle)
+            made = self._linear(middle, counts, experts, "down_proj", updates)
+            made = made * shares.reshape(-1)[order].unsqueeze(1)
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            summed = made[back].view(*chosen.shape, -1).sum(dim=1)
+        return summed.to(hidden.dtype)
+
+    def _linear(self, rows: Tensor, counts: Tensor, experts: Tensor, name: str, updates: Updates) -> Tensor:
+        update = ExpertUpdate(*updates[name]) if name in updates else None
+        made = grouped_linear(rows, counts, self.stack(name), update)
+        bias = self._parameters.get(f"{name}_bias")
+        return made if bias is None else made + bias.to(made.dtype)[experts]
+
+    def _as_original(self, hidden: Tensor, arguments: Sequence[Any], updates: Updates) -> Any:
+        """With every weight unpacked, and the update added to it."""
+        weights: dict[str, Tensor] = dict(self._parameters)  # type: ignore[arg-type]  # none of them is None
+        for name in self.stacks:
+            weight = self.stack(name).unpack(hidden.dtype)
+            if name in updates:
+                a, b, scaling = updates[name]
+                product = scaling * (b @ a)
+                weight = weight + (product.transpose(1, 2) if self.transposed else product).to(hidden.dtype)
+            weights[name] = weight
+        return functional_call(self._original[0], weights, (hidden, *arguments))
+
+
+@dataclass(frozen=True)
+class WeightStack:
+    """One stack: a parameter in 4 bit by bitsandbytes, or as it is.
+
+    Attributes:
+        shape: [experts, ...].
+        transposed: see `StackedExperts`.
+    """
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The weights of all experts, [experts, ...]."""
+        if (state := self._state) is None:
+            return self.parameter.detach().to(dtype)
+        return _dequantized(self.parameter.data, state.absmax, state, self.shape, nested=state.nested).to(dtype)
+
+    def unpack_each(self, experts: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights of some experts, one after another."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state, size = self._state, self.shape[1] * self.shape[2]
+        if state is None or size % state.blocksize:
+            dense = self.unpack(dtype)
+            yield from (dense[expert] for expert in experts)
+            return
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        codes, blocks = self.parameter.data.view(torch.uint8).view(-1), size // state.blocksize
+        for expert in experts:
+            part = codes[expert * size // 2 : (expert + 1) * size // 2]
+            own = scales[expert * blocks : (expert + 1) * blocks]
+            yield _dequantized(part, own, state, self.shape[1:], nested=False).to(dtype)
+
+    @property
+    def _state(self) -> Any:
+        return getattr(self.parameter, "quant_state", None)
+
+
+def _dequantized(codes: Tensor, scales: Tensor, state: Any, shape: tuple[int, ...], *, nested: bool) -> Tensor:
+    """Weights of some blocks; flat meanwhile, as bitsandbytes takes blocks to end with rows on a CPU."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    flat = torch.Size([math.prod(shape)])
+    of_scales = {"offset": state.offset, "state2": state.state2} if nested else {}
+    part = QuantState(scales, flat, state.code, state.blocksize, state.quant_type, state.dtype, **of_scales)
+    dense: Tensor = dequantize_4bit(codes.view(-1, 1), part)
+    return dense.view(shape)

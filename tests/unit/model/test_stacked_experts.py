@@ -1,0 +1,168 @@
+"""Experts in 4 bit give what transformers' own classes give with the same weights, and the same gradients of LoRA."""
+
+import pytest
+import torch
+from transformers import GptOssConfig, Llama4TextConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts
+from qlora_kit.model.packed_loading import stack_experts
+from qlora_kit.model.stacked_experts import StackedExperts, experts_of, stacked_names
+
+EXPERTS, WIDTH, MIDDLE, TOKENS, CHOICES = 4, 64, 32, 11, 2
+
+
+def qwen():
+    return Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=WIDTH, moe_intermediate_size=MIDDLE, num_experts=EXPERTS))
+
+
+def oss():
+    return GptOssExperts(GptOssConfig(hidden_size=WIDTH, intermediate_size=MIDDLE, num_local_experts=EXPERTS))
+
+
+def nemotron():
+    sizes = {"hidden_size": WIDTH, "moe_intermediate_size": MIDDLE, "n_routed_experts": EXPERTS}
+    return NemotronHExperts(NemotronHConfig(**sizes))
+
+
+def llama4():
+    return Llama4TextExperts(Llama4TextConfig(hidden_size=WIDTH, intermediate_size=MIDDLE, num_local_experts=EXPERTS))
+
+
+CLASSES = {"gated": qwen, "transposed with biases": oss, "without a gate": nemotron, "its own way": llama4}
+
+
+def original(name):
+    torch.manual_seed(0)
+    module = CLASSES[name]()
+    if hasattr(module, "config"):
+        module.config._experts_implementation = "eager"
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+        weight.requires_grad_(False)
+    return module
+
+
+def arguments(name):
+    torch.manual_seed(1)
+    if name == "its own way":
+        return (torch.randn(EXPERTS * TOKENS, WIDTH),)
+    chosen = torch.stack([torch.randperm(EXPERTS)[:CHOICES] for _ in range(TOKENS)])
+    chosen[chosen == 3] = 1  # an expert that no token chose, and one chosen twice
+    return torch.randn(TOKENS, WIDTH), chosen, torch.rand(TOKENS, CHOICES)
+
+
+def packed(module, double=True):
+    """The module, its stacks in NF4, and the same module with the weights that they stand for."""
+    from bitsandbytes.nn import Params4bit
+
+    stacked = StackedExperts(module)
+    for stack in stacked.stacks:
+        four = Params4bit(
+            stacked.get_parameter(stack).data.clone(), requires_grad=False, compress_statistics=double, quant_type="nf4"
+        ).to("cpu")
+        stacked.register_parameter(stack, four)
+    for stack in stacked.stacks:
+        module.register_parameter(stack, torch.nn.Parameter(stacked.stack(stack).unpack(torch.float32), False))
+    return stacked
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("double", [True, False])
+def test_packed_experts_give_what_their_weights_give(name, double):
+    module = original(name)
+    stacked = packed(module, double)
+    expected, found = module(*arguments(name)), stacked(*arguments(name))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert expected.abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_one_expert_is_unpacked_as_all_of_them_are(name, double):
+    stack = packed(original("gated"), double).stack(name)
+    whole, before = stack.unpack(torch.float32), original("gated").get_parameter(name)
+    assert (whole - before).abs().max() < 0.2 * before.abs().max()
+    for expert, weight in zip([2, 0], stack.unpack_each([2, 0], torch.float32), strict=True):
+        assert torch.equal(weight, whole[expert])
+
+
+def dense_gradients(module, stacked, name, updates):
+    """The module's own way, with the update added to each weight, by autograd."""
+    weights = {}
+    for stack, (a, b, scaling) in updates.items():
+        product = scaling * (b @ a)
+        weights[stack] = module.get_parameter(stack) + (product.transpose(1, 2) if stacked.transposed else product)
+    others = {key: value for key, value in module.named_parameters() if key not in weights}
+    return torch.func.functional_call(module, {**weights, **others}, arguments(name))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_lora_on_packed_experts_learns_as_on_whole_ones(name):
+    module = original(name)
+    stacked = packed(module)
+    torch.manual_seed(2)
+    rank = 4
+
+    def leaf(*shape):
+        return (0.3 * torch.randn(*shape)).requires_grad_()
+
+    updates = {}
+    for stack in stacked.stacks:
+        inputs, outputs = stacked.widths(stack)
+        updates[stack] = (leaf(EXPERTS, rank, inputs), leaf(EXPERTS, outputs, rank), 0.5)
+    hidden, *others = arguments(name)
+    hidden = hidden.requires_grad_()
+    leaves = [hidden, *(one for a, b, _ in updates.values() for one in (a, b))]
+    found = torch.autograd.grad(stacked(hidden, *others, updates=updates).square().sum(), leaves)
+    dense = dense_gradients(module, stacked, name, updates)
+    expected = torch.autograd.grad(dense.square().sum(), leaves[1:])
+    for one, other in zip(found[1:], expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+        assert other.abs().max() > 0
+    assert found[0].abs().max() > 0
+
+
+def test_the_products_of_a_group_are_differentiated_to_the_input_too():
+    stacked = packed(original("gated")).double()
+    hidden, chosen, shares = arguments("gated")
+    updates = {"down_proj": (torch.randn(EXPERTS, 2, MIDDLE).double(), torch.randn(EXPERTS, WIDTH, 2).double(), 1.0)}
+
+    def run(rows):
+        return stacked(rows, chosen, shares.double(), updates=updates)
+
+    assert torch.autograd.gradcheck(run, (hidden[:, :].double().requires_grad_(),), fast_mode=True)
+
+
+def test_stacks_are_told_by_their_three_axes():
+    module = torch.nn.Module()
+    module.add_module("experts", original("transposed with biases"))
+    module.add_module("conv", torch.nn.Conv1d(4, 4, 3))
+    assert list(experts_of(module)) == ["experts"]
+    assert stacked_names(module.experts) == ["gate_up_proj", "down_proj"]
+    assert stack_experts(module, kept=["experts"]) == []
+    assert stack_experts(module) == ["experts"] and isinstance(module.experts, StackedExperts)
+    assert set(dict(module.experts.named_parameters())) == {
+        *("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    }
+    assert stack_experts(module) == []
+
+
+def test_an_adapter_that_is_switched_off_leaves_the_experts_as_they_were():
+    module = torch.nn.Module()
+    module.add_module("experts", packed(original("gated")))
+    expected = module.experts(*arguments("gated"))
+    assert attach_to_experts(module, "default", lambda name: (2, 4.0)) == [
+        *("experts.gate_up_proj", "experts.down_proj")
+    ]
+    assert isinstance(module.experts, ExpertLora) and module.experts.base_layer.parameter_name == "gate_up_proj"
+    assert torch.equal(module.experts(*arguments("gated")), expected)  # B starts at zero
+    for weight in (module.experts.lora_B["default"].weight, module.experts.base_layer.lora_B["default"].weight):
+        torch.nn.init.normal_(weight)
+    assert not torch.allclose(module.experts(*arguments("gated")), expected)
+    for layer in (module.experts, module.experts.base_layer):
+        layer.enable_adapters(False)
+    assert torch.equal(module.experts(*arguments("gated")), expected)
