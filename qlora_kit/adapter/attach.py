@@ -17,7 +17,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
-from qlora_kit.adapter.expert_lora import BASE_LAYER, ExpertLora, attach_to_experts, short_names
+from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts, short_names
+from qlora_kit.adapter.expert_updates import BASE_LAYER
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners

@@ -12,8 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-BASE_LAYER = ".base_layer"
-
 
 @runtime_checkable
 class Experts(Protocol):

@@ -20,7 +20,15 @@ from qlora_kit.weights.headers import read_header, read_headers
 _SET = {
     *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "ensure_weight_tying"),
+    *(
+        "target_parameters",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "ensure_weight_tying",
+    ),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # of initial values, which training replaced
     *("megatron_core", "qalora_group_size"),
 }
@@ -65,7 +73,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("use_rslora", "use_dora", "ensure_weight_tying", "inference_mode"):
         if not isinstance(config.get(key, False), bool):
             yield f"has {key}={_shown(config[key])}, which is neither true nor false"
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = config.get(key)
         if value is not None and not _are_names(value):
             yield f"has {key}={_shown(value)}, which is no list of names"

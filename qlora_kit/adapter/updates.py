@@ -7,15 +7,16 @@ DoRA gives each row of the sum a trained length (Liu et al. 2024).
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter.expert_updates import StackFactors, finite_factor
 from qlora_kit.core.errors import DamagedFileError, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.units import counted
-from qlora_kit.weights.headers import FLOATS, StoredTensor, broken, read_header
+from qlora_kit.weights.headers import StoredTensor, broken, read_header
 from qlora_kit.weights.torch_rows import read_whole
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ REFUSED = (
     "kasa_config",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
 )
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
@@ -89,9 +89,9 @@ class LowRank:
         Raises:
             RunError: a value is not finite.
         """
-        a, b = (_finite(part).to(where) for part in (self.a, self.b))
+        a, b = (finite_factor(part).to(where) for part in (self.a, self.b))
         left, right = (a.t(), b.t().contiguous()) if self.embedding else (b, a)
-        lengths = None if self.magnitude is None else _finite(self.magnitude).to(where).view(-1)
+        lengths = None if self.magnitude is None else finite_factor(self.magnitude).to(where).view(-1)
         return Update((left * self.scaling).contiguous(), right, lengths)
 
     def learned(self) -> bool:
@@ -102,12 +102,23 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter: updates by module name, and the tensors that replace the base's, by tensor name."""
+    """A saved adapter: updates by module name, and the tensors that replace the base's, by tensor name.
+
+    Attributes:
+        stacks: factors of stacks of experts, by the name of the module that holds them with `.base_layer` behind it for
+            each stack that follows.
+    """
 
     folder: Path
     updates: Mapping[str, LowRank]
     replaced: Mapping[str, StoredTensor]
     keeps_tie: bool = False
+    stacks: Mapping[str, StackFactors] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> int:
+        """Linear modules and stacks of experts with an update."""
+        return len(self.updates) + len(self.stacks)
 
 
 def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
@@ -124,10 +135,15 @@ def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
     config = _settings(folder / CONFIG)
     _refuse(config, folder / CONFIG, merges=merges)
     parts: dict[str, dict[str, StoredTensor]] = {}
+    stacked: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
+    holders = _stack_holders(config)
     for tensor in read_header(folder / WEIGHTS):
-        name = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if match := _FACTOR.fullmatch(name):
+        nested = tensor.name.removeprefix("base_model.model.")
+        name = nested.replace(".base_layer.", ".")
+        if (match := _FACTOR.fullmatch(nested)) and _ends_in(match[1].replace(".base_layer", ""), holders):
+            stacked.setdefault(match[1], {})[match[2].removeprefix("lora_")] = tensor
+        elif match := _FACTOR.fullmatch(name):
             parts.setdefault(match[1], {})[match[2].removeprefix("lora_")] = tensor
         elif "lora_" in name or "trainable_tokens" in name:
             raise DamagedFileError(
@@ -136,7 +152,8 @@ def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
         else:
             replaced[name] = tensor
     updates = {module: _low_rank(module, found, config, folder) for module, found in sorted(parts.items())}
-    return Adapter(folder, updates, replaced, bool(config.get("ensure_weight_tying")))
+    stacks = {module: _stack(module, found, config, folder) for module, found in sorted(stacked.items())}
+    return Adapter(folder, updates, replaced, bool(config.get("ensure_weight_tying")), stacks)
 
 
 def refuse_unlearned(adapter: Adapter) -> set[str]:
@@ -146,7 +163,8 @@ def refuse_unlearned(adapter: Adapter) -> set[str]:
         RunError: all of them are, and nothing else is saved.
     """
     zero = {module for module, update in adapter.updates.items() if not update.learned()}
-    if len(zero) == len(adapter.updates) and not adapter.replaced:
+    zero |= {module for module, factors in adapter.stacks.items() if not factors.learned()}
+    if len(zero) == adapter.modules and not adapter.replaced:
         raise RunError(
             f"the adapter learned nothing: the update of each of its {counted(len(zero), 'module')} is zero, "
             "as before the first step of training",
@@ -174,6 +192,31 @@ def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[st
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     init = config.get("init_lora_weights")
     return LowRank(module, a, b, scaling, magnitude, embedding, init if init in SUBTRACTED_INITS else "")
+
+
+def _stack_holders(config: Mapping[str, Any]) -> set[str]:
+    """The ends of the names of the modules whose experts carry factors."""
+    return {str(name).rpartition(".")[0] for name in config.get("target_parameters") or []}
+
+
+def _ends_in(module: str, ends: set[str]) -> bool:
+    return any(module == end or module.endswith(f".{end}") for end in ends)
+
+
+def _stack(module: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any], folder: Path) -> StackFactors:
+    a, b = found.get("A"), found.get("B")
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        where = str(folder / WEIGHTS)
+        raise DamagedFileError(f"the adapter's tensors for {module} are no pair of factors", where=where)
+
+    def scaling_of(name: str, rank: int) -> float:
+        expected = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if rank != expected:
+            raise DamagedFileError(f"{CONFIG} gives {name} rank {expected:g}, its factors have {rank:g}", str(folder))
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return StackFactors(module, a, b, scaling_of)
 
 
 def _by_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
@@ -221,9 +264,9 @@ def _refuse(config: Mapping[str, Any], path: Path, *, merges: bool) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise DamagedFileError(f"the adapter is {kind}; only LoRA adapters can be merged", where=str(path))
-    for field in REFUSED:
-        if config.get(field):
-            raise DamagedFileError(f"an adapter with {field}={config[field]} cannot be merged", where=str(path))
+    for key in REFUSED:
+        if config.get(key):
+            raise DamagedFileError(f"an adapter with {key}={config[key]} cannot be merged", where=str(path))
     if not merges:
         return
     init = config.get("init_lora_weights", True)
@@ -232,16 +275,3 @@ def _refuse(config: Mapping[str, Any], path: Path, *, merges: bool) -> None:
             f"an adapter with init_lora_weights={init} cannot be merged: what it took out of the base is not saved",
             where=str(path),
         )
-
-
-def _finite(stored: StoredTensor) -> "Tensor":
-    if stored.dtype not in FLOATS:
-        raise RunError(f"the adapter's {stored.name} is stored as {stored.dtype}", where=str(stored.file))
-    values = read_whole(stored).float()
-    if not bool(values.isfinite().all()):
-        raise RunError(
-            f"the adapter's {stored.name} holds values that are not finite; its training has diverged",
-            where=str(stored.file),
-            fix="export an earlier checkpoint, or train with a lower optim.learning_rate",
-        )
-    return values

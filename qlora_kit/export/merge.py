@@ -2,9 +2,10 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter.updates import Adapter, read_adapter, refuse_unlearned
 from qlora_kit.core.console.bar import BYTES, bar
@@ -18,8 +19,11 @@ from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounde
 from qlora_kit.export.merging.write_shards import Written, write_shards
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
-from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.headers import StoredTensor, read_headers
 from qlora_kit.weights.names import tensor_shapes
+
+if TYPE_CHECKING:
+    from qlora_kit.model.expert_layout import StackLayout
 
 ROOM_FOR_SMALL_FILES = 50_000_000  # bytes; tokenizer and settings
 
@@ -88,7 +92,7 @@ def merge(
     as_trained = stored or (merge_base is not MergeBase.original and quant.kind is not QuantKind.none)
     base = read_headers(base_folder)
     rounded = _rounded(base_folder, trained, quant, stored, as_trained)
-    plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained)
+    plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained, _layouts(base_folder, base))
     rounding = Rounding(quant, this_device())
     journal = take_up(out, plan, inputs_hash(base.values(), adapter, plan, rounding))
     resumed = sum(piece.size for name in journal.finished for piece in plan.shards[name])
@@ -141,7 +145,7 @@ def _write(plan: Plan, rounding: Rounding, out: Path, journal: Journal) -> list[
 
 
 def _report(plan: Plan, written: list[Written], trained: Adapter, adapter: Path) -> MergeReport:
-    adapted, merged = adapted_modules(adapter), sum(piece.update is not None for piece in plan.pieces)
+    adapted, merged = adapted_modules(adapter), len({piece.update.module for piece in plan.pieces if piece.update})
     if merged != adapted:
         raise RunError(f"the adapter touches {adapted} modules, but {merged} were merged")
     return MergeReport(
@@ -158,9 +162,23 @@ def _report(plan: Plan, written: list[Written], trained: Adapter, adapter: Path)
 
 def _audit(plan: Plan, written: list[Written], zero: set[str]) -> None:
     updated = {piece.name: piece.update.module for piece in plan.pieces if piece.update}
-    expected = {name for name, module in updated.items() if module not in zero}
+    of_stacks = {piece.name for piece in plan.pieces if piece.stack}  # an expert that no token reached learned nothing
+    expected = {name for name, module in updated.items() if module not in zero and name not in of_stacks}
     optional = {piece.name for piece in plan.pieces if piece.touched} - expected
     audit_changes(written, expected, optional)
+    changed = {updated.get(tensor.name) for tensor in written if tensor.changed}
+    learned = {updated[name] for name in of_stacks if name in updated} - zero
+    if unchanged := sorted(learned - changed):
+        what = f"the merge left {len(unchanged)} of {len(learned)} stacks of experts as they were"
+        raise RunError(f"{what}: {unchanged[0]}")
+
+
+def _layouts(base_folder: Path, base: Mapping[str, StoredTensor]) -> "dict[str, StackLayout]":
+    """How the base's tensors make stacks of experts, where it has such."""
+    from qlora_kit.model.expert_layout import stack_layouts
+    from qlora_kit.model.skeleton import skeleton
+
+    return stack_layouts(skeleton(base_folder), base)
 
 
 def _tokens(base_folder: Path, plan: Plan, tokenizer: Any) -> int | None:

@@ -76,6 +76,7 @@ def load_base(
         _set_compute_dtype(model, dtype)
     named_plainly(model)
     stack_experts(model)
+    _name_decoder(model)
     disable_cpu_inference_packing(model)
     return model
 
@@ -138,6 +139,12 @@ def bitsandbytes_config(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def _name_decoder(model: PreTrainedModel) -> None:
+    """Have `base_model` give the decoder, which TRL takes hidden states from; some classes name another module."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), torch.nn.Module):
+        model.base_model_prefix = "model"
 
 
 def _as_loaded(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig | None:

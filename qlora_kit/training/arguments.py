@@ -74,6 +74,7 @@ def sft_config(
         eval_strategy="steps" if evaluates and loop.eval_every_steps else "no",
         eval_steps=loop.eval_every_steps,
         prediction_loss_only=True,
+        router_aux_loss_coef=0.0,  # routers are frozen, and the loss of a run is that of its answers alone
         disable_tqdm=True,
         report_to=[],
         **_device_arguments(has_gpu=torch.cuda.is_available()),

@@ -10,6 +10,8 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.model.expert_layout import stack_layouts
+from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.structure import Weights, transposed_modules
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -33,6 +35,7 @@ def base_problems(
     return [
         *_transposed(recipe, model),
         *_experts(recipe, weights),
+        *_unknown_layout(recipe, model, tensors),
         *_kept_nowhere(recipe, model),
         *_other_shapes(weights, tensors),
     ]
@@ -107,6 +110,22 @@ def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:
         f"(quant.keep_16bit=[{','.join(sorted({*names, *quant.keep_16bit}))}])"
     )
     yield Problem(what, "quant.kind", "quant=nf4_double")
+
+
+def _unknown_layout(
+    recipe: TrainRecipe, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
+) -> Iterator[Problem]:
+    """Stacks of experts that are made of the checkpoint's tensors in a way that no merge could go back."""
+    if not tensors or not adapts_experts(recipe.lora):
+        return
+    stacks = [f"{name}.{stack}" for name, module in experts_of(model).items() for stack in stacked_names(module)]
+    known = stack_layouts(model, tensors) if stacks else {}
+    if unknown := [name for name in stacks if name not in known]:
+        what = (
+            f"the checkpoint holds the experts of {few(unknown)} in a form that an adapter could not be merged into; "
+            "train the rest alone"
+        )
+        yield Problem(what, "lora.experts", WITHOUT_EXPERTS)
 
 
 def _expert_lora(lora: LoraConfig) -> Iterator[Problem]:

@@ -367,3 +367,15 @@ def test_a_shipped_image_text_recipe_composes_and_is_refused_by_train_alone(name
     check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3_text')}"]))
     with pytest.raises(RecipeError, match=r"config\.json has a vision_config"):
         check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3')}"]))
+
+
+def test_experts_in_a_form_that_no_merge_could_go_back_to_are_refused(folder_of, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(folder_of("qwen3_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.3.down_proj.weight"]
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    message = refusal(recipe_for(folder), folder)
+    assert "in a form that an adapter could not be merged into" in message and "fix      lora.experts=false" in message

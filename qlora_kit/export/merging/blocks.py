@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_kit.adapter.updates import Update
+from qlora_kit.adapter.expert_updates import StackUpdate
+from qlora_kit.adapter.updates import LowRank, Update
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.packed import PackedWeight
 from qlora_kit.export.merging.plan import Piece, block_spans
 from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
+from qlora_kit.export.merging.stacks import RoundedStacks
 from qlora_kit.weights.headers import FLOATS
 from qlora_kit.weights.torch_rows import read_rows, read_whole
 
@@ -28,7 +30,12 @@ class Block:
 
 
 def merge_rows(
-    piece: Piece, update: Update | None, rounding: Rounding, start: int, stop: int, room: "Tensor | None" = None
+    piece: Piece,
+    update: Update | StackUpdate | None,
+    rounding: Rounding,
+    start: int,
+    stop: int,
+    room: "Tensor | None" = None,
 ) -> Block:
     """Rows start..stop of a tensor that can be merged row by row.
 
@@ -49,17 +56,23 @@ def merge_rows(
     return Block(stored.to(torch.bfloat16), changed=False)
 
 
-def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[tuple[int, Block]]:
+def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor", stacks: RoundedStacks) -> Iterator[tuple[int, Block]]:
     """A tensor that has to be read whole: to be rounded, unpacked, or freed of what an initialization took out.
 
     Args:
         room: as for `merge_rows`, of at least BLOCK values in 16 bit.
+        stacks: of experts, where it is a part of one.
     Returns:
         Its blocks, those of `block_spans`, with the first row of each; one is done with when the next is asked for.
     Raises:
         RunError: the source ends early, or a merged value is not finite.
     """
     update = piece.update
+    if piece.rounds and piece.stack:
+        loaded = update.load(rounding.device) if update else None
+        for start, stop in block_spans(piece.shape):
+            yield start, _added(piece, stacks.rows(piece.stack, start, stop), loaded, start)
+        return
     if piece.rounds and not piece.state and not (update and update.init) and rounding.packs(piece.shape):
         yield from _merge_packed(piece, rounding, room)
         return
@@ -103,7 +116,7 @@ def _merge_packed(piece: Piece, rounding: Rounding, room: "Tensor") -> Iterator[
 def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
     """The weight that was left when the initialization had taken its factors out of the one met in training."""
     update = piece.update
-    assert update is not None  # the caller's condition
+    assert isinstance(update, LowRank)  # the caller's condition
     if piece.state:
         met = weight
     elif piece.met_rounded:
@@ -121,7 +134,7 @@ def _as_started(piece: Piece, weight: "Tensor", rounding: Rounding) -> "Tensor":
 def _added(
     piece: Piece,
     weight: "Tensor | PackedWeight",
-    update: Update | None,
+    update: Update | StackUpdate | None,
     start: int = 0,
     before: "Tensor | None" = None,
     values: "Tensor | None" = None,

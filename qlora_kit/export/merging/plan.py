@@ -3,13 +3,19 @@
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from qlora_kit.adapter.expert_updates import StackFactors
 from qlora_kit.adapter.updates import Adapter, LowRank
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.rounded import stored_shape, weight_beside
+from qlora_kit.export.merging.stacks import InStack, StackPartUpdate
 from qlora_kit.weights.headers import BYTES, FLOATS, StoredTensor
 from qlora_kit.weights.torch_rows import read_rows
+
+if TYPE_CHECKING:
+    from qlora_kit.model.expert_layout import StackLayout
 
 SHARD_BYTES = 4_000_000_000
 LARGEST_BASE_SHARD = 6_000_000_000  # bytes; a base that was sharded for its readers keeps its shards
@@ -29,6 +35,7 @@ class Piece:
         state: bitsandbytes' tensors beside it, where the base is stored in 4 or 8 bit.
         met_rounded: it was rounded in training.
         rounds: it is merged as rounded.
+        stack: its place in a stack of experts, which is rounded whole; None for any other.
     """
 
     name: str
@@ -36,11 +43,12 @@ class Piece:
     file: str
     shape: tuple[int, ...]
     dtype: str
-    update: LowRank | None = None
+    update: LowRank | StackPartUpdate | None = None
     state: Mapping[str, StoredTensor] = field(default_factory=dict)
     met_rounded: bool = False
     rounds: bool = False
     replaced: bool = False
+    stack: InStack | None = None
 
     @property
     def size(self) -> int:
@@ -86,7 +94,12 @@ class Plan:
 
 
 def make_plan(
-    base: Mapping[str, StoredTensor], adapter: Adapter, tied: bool, rounded: Collection[str], merge_rounded: bool
+    base: Mapping[str, StoredTensor],
+    adapter: Adapter,
+    tied: bool,
+    rounded: Collection[str],
+    merge_rounded: bool,
+    layouts: "Mapping[str, StackLayout] | None" = None,
 ) -> Plan:
     """Say what the merged folder holds.
 
@@ -95,22 +108,69 @@ def make_plan(
         tied: what its config.json says of head and embedding.
         rounded: modules that were rounded in training.
         merge_rounded: whether those are merged as rounded.
+        layouts: of the stacks of experts, by their names in the model.
     Raises:
         RunError: the adapter is not one of this base, or a rounded module is not in it.
     """
-    pieces = _base_pieces(base, _rounded_weights(base, rounded), merge_rounded)
+    layouts = layouts or {}
+    holders = {layout.holder for layout in layouts.values()}
+    linear = [name for name in rounded if name not in holders]
+    pieces = _base_pieces(base, _rounded_weights(base, linear), merge_rounded)
+    for layout in layouts.values():
+        met = layout.holder in rounded
+        pieces |= _in_stack(pieces, layout, met_rounded=met, rounds=met and merge_rounded)
     embedding = next((name for name in pieces if name.endswith(EMBEDDING)), "")
     head = next((name for name in pieces if name.endswith(HEAD)), HEAD)
     shared = tied and bool(embedding)
     if shared and head not in pieces:
         pieces = _with_head(pieces, embedding, head)
     edited = _edited(pieces, adapter)
+    edited |= _edited_stacks(edited, adapter, layouts)
     still_tied = shared and _same(pieces[embedding], pieces[head]) and _edited_alike(edited, embedding, head, adapter)
     rows = edited[embedding].shape[0] if embedding else 0
     grown = bool(embedding) and rows != pieces[embedding].shape[0]
     if still_tied:
         del edited[head]
     return Plan(_shards(edited.values()), still_tied, shared and not still_tied, rows if grown else None)
+
+
+def _in_stack(
+    pieces: Mapping[str, Piece], layout: "StackLayout", *, met_rounded: bool, rounds: bool
+) -> dict[str, Piece]:
+    """The pieces of a stack, each knowing its place."""
+    sources = {part.tensor: pieces[part.tensor].source for part in layout.parts}
+    return {
+        part.tensor: replace(
+            pieces[part.tensor], stack=InStack(layout, part, sources), met_rounded=met_rounded, rounds=rounds
+        )
+        for part in layout.parts
+    }
+
+
+def _edited_stacks(
+    pieces: Mapping[str, Piece], adapter: Adapter, layouts: "Mapping[str, StackLayout]"
+) -> dict[str, Piece]:
+    """The pieces of the stacks that the adapter updates."""
+    found: dict[str, Piece] = {}
+    for factors in adapter.stacks.values():
+        of_holder = [layout for layout in layouts.values() if layout.holder == factors.holder]
+        if factors.followers >= len(of_holder):
+            raise _foreign(adapter, f"it changes experts of {factors.holder}, which the base does not have")
+        layout = of_holder[-1 - factors.followers]
+        _check_factors(adapter, factors, layout)
+        for part in layout.parts:
+            piece = pieces[part.tensor]
+            assert piece.stack is not None  # put there by `_in_stack`
+            found[part.tensor] = replace(piece, update=StackPartUpdate(piece.stack, factors))
+    return found
+
+
+def _check_factors(adapter: Adapter, factors: StackFactors, layout: "StackLayout") -> None:
+    experts, rows, columns = layout.shape
+    outputs, inputs = (columns, rows) if layout.transposed else (rows, columns)
+    if (factors.b.shape[0], factors.a.shape[1]) != (outputs, inputs) or factors.a.shape[0] % experts:
+        shapes = f"{list(factors.b.shape)} and {list(factors.a.shape)}"
+        raise _foreign(adapter, f"its factors of {layout.name} are {shapes}, and the base has {list(layout.shape)}")
 
 
 def _rounded_weights(base: Mapping[str, StoredTensor], rounded: Collection[str]) -> set[str]:

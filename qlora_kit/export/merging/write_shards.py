@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from qlora_kit.adapter.expert_updates import StackUpdate
 from qlora_kit.adapter.updates import Update
 from qlora_kit.core.files import write_json
 from qlora_kit.export.merging.blocks import Block, merge_rows, merge_whole
 from qlora_kit.export.merging.plan import BLOCK, Piece, Plan, block_spans
 from qlora_kit.export.merging.rounded import Rounding
+from qlora_kit.export.merging.stacks import RoundedStacks
 from qlora_kit.weights.headers import BYTES, INDEX
 from qlora_kit.weights.torch_rows import dtype_of_stored
 
@@ -65,6 +67,7 @@ def write_shards(
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     threads = torch.get_num_threads()
     written = dict(finished or {})
+    stacks = RoundedStacks(rounding)
     # The blocks are small: threads within an operation cost more than they bring beside the threads here.
     torch.set_num_threads(1)
     try:
@@ -73,7 +76,7 @@ def write_shards(
                 if name in written:
                     wrote(sum(piece.size for piece in pieces))
                     continue
-                written[name] = _write_file(out / name, pieces, rounding, wrote, pool, workers)
+                written[name] = _write_file(out / name, pieces, rounding, wrote, pool, stacks)
                 record(name, written[name])
     finally:
         torch.set_num_threads(threads)
@@ -116,11 +119,13 @@ def _write_file(
     rounding: Rounding,
     wrote: Callable[[int], object],
     pool: ThreadPoolExecutor,
-    workers: int,
+    stacks: RoundedStacks,
 ) -> list[Written]:
     with path.open("wb", buffering=0) as stream:
-        shard = _Shard(stream.fileno(), pieces, rounding, wrote)
-        at_work: list[Future[None]] = [pool.submit(shard.work) for _ in range(workers)]
+        shard = _Shard(stream.fileno(), pieces, rounding, wrote, stacks)
+        at_work: list[Future[None]] = [
+            pool.submit(shard.work) for _ in range(MOST_WORKERS)
+        ]  # those over the pool's find no work
         try:
             for thread in at_work:
                 thread.result()
@@ -153,16 +158,24 @@ class _Task:
     offset: int
     start: int
     stop: int
-    update: Update | None
+    update: Update | StackUpdate | None
 
 
 class _Shard:
     """One file in work, by several threads."""
 
-    def __init__(self, file: int, pieces: Sequence[Piece], rounding: Rounding, wrote: Callable[[int], object]) -> None:
+    def __init__(
+        self,
+        file: int,
+        pieces: Sequence[Piece],
+        rounding: Rounding,
+        wrote: Callable[[int], object],
+        stacks: RoundedStacks,
+    ) -> None:
         self._file = file
         self._pieces = pieces
         self._rounding = rounding
+        self._stacks = stacks
         self._wrote = wrote
         self._digests: dict[str, dict[int, bytes]] = {piece.name: {} for piece in pieces}
         self._changed = {piece.name for piece in pieces if piece.replaced}
@@ -181,7 +194,7 @@ class _Shard:
             while task := self._take():
                 if task.piece.whole:
                     with self._whole:
-                        for start, block in merge_whole(task.piece, self._rounding, room):
+                        for start, block in merge_whole(task.piece, self._rounding, room, self._stacks):
                             self._keep(task, start, block)
                 else:
                     room = self._room_for(task, room)
