@@ -92,6 +92,10 @@ def _saved(config: Mapping[str, Any], held: Collection[str]) -> Iterator[str]:
     for name in names if _are_names(names) else []:
         if not any(f".{name}." in one for one in held):
             yield f"names {name[:_SHOWN]} under modules_to_save, and {WEIGHTS} holds no such module"
+    stacks = config.get("target_parameters") or []
+    for name in stacks if _are_names(stacks) else []:
+        if not any(f".{name.rpartition('.')[0]}." in one and ".lora_A" in one for one in held):
+            yield f"names {name[:_SHOWN]} under target_parameters, and {WEIGHTS} holds no factors of it"
 
 
 def _patterns(config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:

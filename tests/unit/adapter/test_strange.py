@@ -92,8 +92,13 @@ def test_what_it_never_writes_is_refused_by_name(folders, changes, told):
 
 def test_all_strange_settings_are_told_at_once(folders):
     with pytest.raises(DamagedFileError) as caught:
-        refuse_strange_adapter(*folders(use_qalora=True, fan_in_fan_out=True, target_parameters=["a.b"]))
+        refuse_strange_adapter(*folders(use_qalora=True, fan_in_fan_out=True, target_parameters=["a*b"]))
     assert len(caught.value.problems) == 3
+
+
+def test_stacks_of_experts_without_factors_are_told(folders):
+    with pytest.raises(DamagedFileError, match="under target_parameters, and adapter_model.safetensors holds no fac"):
+        refuse_strange_adapter(*folders(target_parameters=["mlp.experts.down_proj"]))
 
 
 @pytest.mark.parametrize("damage", ["[", "[1]"])
