@@ -130,6 +130,26 @@ def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.autograd.grad(_turn(x, cos, sin), x, wide(grad))[0]
 
 
+def _pairs(x: Tensor) -> Tensor:
+    """Neighbors as two halves."""
+    return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
+
+
+def _turned_pairs(x: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+    half = cos.shape[1]
+    found = _turn(_pairs(wide(x)), cos.repeat(1, 2), (-sin if is_back else sin).repeat(1, 2))
+    return torch.stack((found[..., :half], found[..., half:]), dim=-1).flatten(-2)
+
+
+def _sigmoid_backward(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x, gate = wide(x).requires_grad_(), wide(gate).requires_grad_()
+    return torch.autograd.grad(x * torch.sigmoid(gate), (x, gate), wide(grad))
+
+
+def _columns(dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+    return tuple(drawn(TOKENS, COLUMNS, dtype=dtype, seed=seed) for seed in range(count))
+
+
 def _angles(dtype: torch.dtype, tokens: int = TOKENS, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     angle = drawn(tokens, width // 2, dtype=torch.float32, seed=7).repeat(1, 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -288,6 +308,19 @@ CASES: dict[str, Case] = {
     "rotate: half of a head, back": Case(
         lambda dtype: (_heads(dtype), *_angles(dtype, width=WIDTH // 2), True), lambda *given: _turn_back(*given[:3])
     ),
+    **{
+        f"rotate_pairs: {'back' if is_back else 'there'}": Case(
+            lambda dtype, is_back=is_back: (
+                _heads(dtype),
+                *(angle[:, : WIDTH // 2].contiguous() for angle in _angles(dtype)),
+                is_back,
+            ),
+            _turned_pairs,
+        )
+        for is_back in (False, True)
+    },
+    "gated": Case(lambda dtype: _columns(dtype, 2), lambda x, gate: wide(x) * torch.sigmoid(wide(gate))),
+    "gated_backward": Case(lambda dtype: _columns(dtype, 3), _sigmoid_backward),
     "rope": Case(lambda dtype: (_heads(dtype), *_angles(dtype), delta(HEADS * WIDTH, 16, dtype, 1)), _rope),
     "rope: two rows, rank 40": Case(
         lambda dtype: (_heads(dtype), *_angles(dtype, TOKENS // 2), delta(HEADS * WIDTH, 40, dtype, 1)), _rope

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as T  # noqa: N812
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import Module
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    Glm4Config,
-    GlmConfig,
-    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -216,19 +215,117 @@ def _granite(**changes: Any) -> PretrainedConfig:
         "residual_multiplier": 0.4,
         "logits_scaling": 2.0,
     }
-    return GraniteConfig(**{**_WIDTHS, **scales, "tie_word_embeddings": True, **changes})
+    return T.GraniteConfig(**{**_WIDTHS, **scales, "tie_word_embeddings": True, **changes})
 
 
 def _glm(**changes: Any) -> PretrainedConfig:
-    return GlmConfig(**{**_WIDTHS, "head_dim": 64, "pad_token_id": 0, **changes})
+    return T.GlmConfig(**{**_WIDTHS, "head_dim": 64, "pad_token_id": 0, **changes})
 
 
 def _glm4(**changes: Any) -> PretrainedConfig:
-    return Glm4Config(**{**_WIDTHS, "head_dim": 64, "attention_bias": True, "pad_token_id": 0, **changes})
+    return T.Glm4Config(**{**_WIDTHS, "head_dim": 64, "attention_bias": True, "pad_token_id": 0, **changes})
+
+
+def _ministral3(**changes: Any) -> PretrainedConfig:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,  # queries grow behind it
+        "max_position_embeddings": 512,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "llama_4_scaling_beta": 0.3,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    return T.Ministral3Config(**{**_WIDTHS, "sliding_window": None, "head_dim": 64, "rope_parameters": rope, **changes})
+
+
+def _qwen3_5(**changes: Any) -> PretrainedConfig:
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+    }
+    shape = {"num_hidden_layers": 4, "head_dim": 64, "partial_rotary_factor": 0.5, **linear}
+    return T.Qwen3_5TextConfig(**{**_WIDTHS, **shape, "tie_word_embeddings": True, **changes})
+
+
+def _gemma2(**changes: Any) -> PretrainedConfig:
+    shape = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}
+    return T.Gemma2Config(**{**_WIDTHS, **shape, **changes})
+
+
+def _gemma4(**changes: Any) -> PretrainedConfig:
+    """As the large ones are: values of full attention are their keys."""
+    shape = {"num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128, "sliding_window": 16}
+    shape |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": EMBEDDING_ROWS, "num_kv_shared_layers": 0}
+    equal = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    return T.Gemma4TextConfig(**{**_WIDTHS, **shape, **equal, **changes})
+
+
+def _gemma4_e(**changes: Any) -> PretrainedConfig:
+    """As the small ones are: an input for each layer, and layers that attend over keys of others."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    shape = {"layer_types": kinds, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2}
+    return _gemma4(**{**shape, "attention_k_eq_v": False, "use_double_wide_mlp": True, **changes})
+
+
+def _lfm2(**changes: Any) -> PretrainedConfig:
+    kinds = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+    return T.Lfm2Config(**{**_WIDTHS, **kinds, **changes})
+
+
+def _granite_hybrid(**changes: Any) -> PretrainedConfig:
+    mamba = {"mamba_n_heads": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_chunk_size": 32}
+    shape = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, **mamba}
+    scales = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
+    return T.GraniteMoeHybridConfig(
+        **{**_WIDTHS, **shape, **scales, "shared_intermediate_size": 512, "position_embedding_type": "rope", **changes}
+    )
+
+
+def _windows(make: Callable[..., PretrainedConfig], **more: Any) -> Callable[..., PretrainedConfig]:
+    """A family with windows of 16 tokens in some layers."""
+    kinds = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
+    return lambda **changes: make(**{**_WIDTHS, **kinds, **more, **changes})
+
+
+def _plain(make: Callable[..., PretrainedConfig], **more: Any) -> Callable[..., PretrainedConfig]:
+    return lambda **changes: make(**{**_WIDTHS, **more, **changes})
 
 
 # Families that the engine knows and whose tokenizers and files nothing in the kit knows: with SmolLM's tokenizer.
-WIRED: dict[str, Callable[..., PretrainedConfig]] = {"granite": _granite, "glm": _glm, "glm4": _glm4}
+WIRED: dict[str, Callable[..., PretrainedConfig]] = {
+    "granite": _granite,
+    "granite_hybrid": _granite_hybrid,
+    "glm": _glm,
+    "glm4": _glm4,
+    "ministral3": _ministral3,
+    "qwen3_5": _qwen3_5,
+    "gemma": _plain(T.GemmaConfig, head_dim=64),
+    "gemma2": _gemma2,
+    "gemma4": _gemma4,
+    "gemma4_e": _gemma4_e,
+    "lfm2": _lfm2,
+    "olmo3": _windows(T.Olmo3Config),
+    "exaone4": _windows(T.Exaone4Config, sliding_window_pattern=None),
+    "seed_oss": _plain(T.SeedOssConfig, head_dim=64, attention_dropout=0.0, residual_dropout=0.0),
+    "hunyuan": _plain(T.HunYuanDenseV1Config, head_dim=64),
+    "ernie4_5": _plain(T.Ernie4_5Config, head_dim=64),
+    "helium": _plain(T.HeliumConfig, head_dim=64),
+    "cwm": _windows(T.CwmConfig, head_dim=64),
+}
+# What runs plain in them, beside what is fast.
+PARTLY_PLAIN = {
+    "granite_hybrid": "attention",
+    "qwen3_5": "attention",
+    "lfm2": "attention",
+    "gemma4_e": "the layer's own input",
+}
 
 
 def build_tiny_model(
@@ -290,6 +387,13 @@ def _draw_weights(model: torch.nn.Module, seed: int, spread: float) -> None:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_((0.2 if name.endswith("bias") else spread) * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
+        for module in model.modules():
+            # Scores of normed heads that nothing scales would be so large that rounding decides who is attended to.
+            if getattr(module, "scaling", None) == 1 and isinstance(norm := getattr(module, "q_norm", None), Module):
+                norm.weight.mul_(module.head_dim**-0.5)
 
 
 def _split_then_bytes(pattern: str) -> Any:

@@ -16,6 +16,7 @@ class Window(Enum):
     absent = "absent"
     config = "config"
     attention = "attention"
+    sliding_layers = "sliding_layers"  # in the attention module of every layer; used where that says `is_sliding`
 
 
 def nothing_fixed(_config: ConfigFields) -> Iterator[tuple[str, str]]:
@@ -55,6 +56,20 @@ class GgufRules:
     fixed: Callable[[ConfigFields], Iterator[tuple[str, str]]] = nothing_fixed
 
 
+class NormWeights(Enum):
+    """How RMS norms are multiplied by their weights.
+
+    Attributes:
+        rounded: after what is normed was rounded to the format of activations.
+        wide: before.
+        offset: before, by one plus the weight.
+    """
+
+    rounded = "rounded"
+    wide = "wide"
+    offset = "offset"
+
+
 class Rotary(Enum):
     """Which values of a head are rotated with which, and how a model lays out the angles of both.
 
@@ -78,11 +93,39 @@ class LayerNorms:
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
+    @property
+    def before(self) -> tuple[str | None, str | None]:
+        """Those before attention and MLP."""
+        return self.before_attention, self.before_mlp
+
+    @property
+    def after(self) -> tuple[str | None, str | None]:
+        """Those behind attention and MLP."""
+        return self.after_attention, self.after_mlp
+
 
 _AFTER = "post_attention_layernorm", "post_feedforward_layernorm"
 PRE_NORMS = LayerNorms()
 POST_NORMS = LayerNorms(None, _AFTER[0], None, _AFTER[1])
 SANDWICHED = LayerNorms("input_layernorm", _AFTER[0], "pre_feedforward_layernorm", _AFTER[1])
+
+
+@dataclass(frozen=True)
+class MlpNames:
+    """What a gated MLP calls its modules.
+
+    Attributes:
+        module: of the layer.
+        fused: gate and up in one, if there is such a module.
+        activation: what the gate goes through where no module tells it: `silu` or `gelu_tanh`.
+    """
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    fused: str = "gate_up_proj"
+    down: str = "down_proj"
+    activation: str = ""
 
 
 def as_flagged(attention: Any) -> bool:
@@ -104,11 +147,21 @@ class Family:
         layer: name of the decoder layer's class.
         gguf: how llama.cpp has it; None where its own converter is asked.
         norms: of a layer.
-        qk_norm: q and k are normed, over each head or over all of them, by `head_norms`.
-        unit_offset: norm weights are offsets from one: see `engine.ops.rms_norm`.
+        mixers: modules that stand in some layers in the place of attention, such as linear attention; they run plain.
+        output: the module behind attention.
+        qk_norm: q and k are normed, over each head or over all of them, by `head_norms`; and v, if three are named.
+        norms_rotated: these norms come after the rotation.
+        norm_weights: how norms are multiplied by theirs.
         rotary: how heads are rotated.
         rotates: whether an attention module rotates its heads at all.
+        gates_heads: `q_proj` gives a gate behind each head, whose sigmoid multiplies what attention gives.
+        grows_queries: queries are multiplied by a factor that grows with their position, as Llama 4 does.
+        softcap: attribute of an attention module: the cap of its scores, which is handed on; "" without one.
+        shares_keys: some layers attend over keys and values of an earlier one, from `shared_kv_states`.
+        mlp: names in the MLP.
         residual_scale: attribute of a layer: what is multiplied by before it is added to the residual; "" without one.
+        result_scale: buffer of a layer: what its result is multiplied by; "" without one.
+        layer_input: some models add to each layer's result what they make of `per_layer_input`.
         unset: fields of config.json whose effect is not computed by hand: layers are plain where one is set.
         config_defaults: what transformers leaves out of config.json, as far as sizes are read from it.
     """
@@ -119,19 +172,29 @@ class Family:
     gguf: GgufRules | None = None
     window: Window = Window.attention
     norms: LayerNorms = PRE_NORMS
+    mixers: tuple[str, ...] = ()
+    output: str = "o_proj"
     qk_norm: bool = False
-    head_norms: tuple[str, str] = ("q_norm", "k_norm")
-    unit_offset: bool = False
+    head_norms: tuple[str, ...] = ("q_norm", "k_norm")
+    norms_rotated: bool = False
+    norm_weights: NormWeights = NormWeights.rounded
     rotary: Rotary = Rotary.halves
     rotates: Callable[[Any], bool] = as_flagged
+    gates_heads: bool = False
+    grows_queries: bool = False
+    softcap: str = ""
+    shares_keys: bool = False
+    mlp: MlpNames = MlpNames()
     residual_scale: str = ""
+    result_scale: str = ""
+    layer_input: bool = False
     unset: tuple[str, ...] = ()
     config_defaults: Mapping[str, int | bool] = field(default_factory=dict)
 
     @property
     def post_norms(self) -> bool:
         """Whether a norm stands behind attention or MLP."""
-        return self.norms.after_attention is not None or self.norms.after_mlp is not None
+        return any(name is not None for name in self.norms.after)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Gemma 3, the text part, and its chat format."""
+"""Gemma 1 to 4, the text part, and the chat format of the first three."""
 
 from collections.abc import Iterator
 
-from qlora_kit.families.family import SANDWICHED, ChatFormat, ConfigFields, Family, GgufRules
+from qlora_kit.families.family import SANDWICHED, ChatFormat, ConfigFields, Family, GgufRules, NormWeights, Window
 
 _LAYERS_PER_FULL_ATTENTION = 6  # in llama.cpp's code, like what follows
 _LARGEST_LAYERS = 62  # of the 27B model, whose queries are scaled by another width
@@ -25,7 +25,7 @@ GEMMA3 = Family(
     "Gemma3DecoderLayer",
     GgufRules("gemma3", norm_offset=1.0, says_window=True, says_softcap=True, fixed=_fixed),
     qk_norm=True,
-    unit_offset=True,
+    norm_weights=NormWeights.offset,
     norms=SANDWICHED,
     config_defaults={
         "num_attention_heads": 8,
@@ -34,6 +34,28 @@ GEMMA3 = Family(
         "vocab_size": 262208,
         "tie_word_embeddings": True,
     },
+)
+
+GEMMA = Family("gemma", "GemmaForCausalLM", "GemmaDecoderLayer", window=Window.absent, norm_weights=NormWeights.offset)
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    "Gemma2DecoderLayer",
+    norms=SANDWICHED,
+    norm_weights=NormWeights.offset,
+    softcap="attn_logit_softcapping",
+)
+GEMMA4 = Family(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    "Gemma4TextDecoderLayer",
+    norms=SANDWICHED,
+    qk_norm=True,
+    head_norms=("q_norm", "k_norm", "v_norm"),
+    norm_weights=NormWeights.wide,
+    shares_keys=True,
+    result_scale="layer_scalar",
+    layer_input=True,
 )
 
 GEMMA_CHAT = ChatFormat(

@@ -1,9 +1,12 @@
-"""Mistral 7B and its successors with text alone, and their chat formats."""
+"""Mistral 7B and its successors, and their chat formats; queries of Ministral 3 grow with their position."""
 
 from qlora_kit.families.family import SERVED_EOS, ChatFormat, Family, Window
 from qlora_kit.families.llama import LLAMA
 
 MISTRAL = Family("mistral", "MistralForCausalLM", "MistralDecoderLayer", LLAMA.gguf, window=Window.config)
+MINISTRAL3 = Family(
+    "ministral3", "Ministral3ForCausalLM", "Ministral3DecoderLayer", window=Window.config, grows_queries=True
+)
 
 
 def _first(before: str, system: str, after: str, answer: str) -> str:

@@ -1,6 +1,8 @@
-"""OLMo 2: norms stand behind attention and MLP alone, and those of q and k span all heads."""
+"""OLMo 2 and 3: norms stand behind attention and MLP alone, and those of q and k span all heads."""
 
-from qlora_kit.families.family import POST_NORMS, Family, GgufRules, Window
+from dataclasses import replace
+
+from qlora_kit.families.family import POST_NORMS, Family, GgufRules, NormWeights, Window
 
 OLMO2 = Family(
     "olmo2",
@@ -10,4 +12,13 @@ OLMO2 = Family(
     window=Window.absent,
     norms=POST_NORMS,
     qk_norm=True,
+    norm_weights=NormWeights.wide,
+)
+OLMO3 = replace(
+    OLMO2,
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    layer="Olmo3DecoderLayer",
+    gguf=None,
+    window=Window.attention,
 )

@@ -9,8 +9,10 @@ from qlora_kit.families.registry import CHAT_FORMATS, FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qlora_kit"
-# Families are named with their versions, such as qwen3; the words are theirs without the digits.
-STEMS = {re.findall("^[a-z]+", name)[0] for name in (*FAMILIES, *(one.name for one in CHAT_FORMATS))} - {"chatml"}
+# Families are named with their versions, such as qwen3 and hunyuan_v1; the words are theirs without those.
+STEMS = {
+    re.findall(r"^[a-z]+(?:_(?!v?\d)[a-z]+)*", name)[0] for name in (*FAMILIES, *(one.name for one in CHAT_FORMATS))
+} - {"chatml"}
 WORDS = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(STEMS))})(?![a-z])")
 # A recipe is named after what it trains.
 RECIPES = {path.stem for path in (ROOT / "recipes").rglob("*.yaml") if WORDS.search(path.stem)}

@@ -20,7 +20,7 @@ from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from tests.drawn_rows import drawn_rows
-from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
+from tests.tiny_models import FAMILIES, PARTLY_PLAIN, WIRED, build_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
@@ -40,7 +40,7 @@ def rows(tmp_path_factory):
 def folder(request, tmp_path_factory):
     """Weights are bf16 numbers, so that every load quantizes the same ones."""
     family = request.param
-    place = tmp_path_factory.mktemp(family) / "base"
+    place = tmp_path_factory.mktemp(f"{family}-") / "base"
     return build_tiny_model(family, place, spread=0.05, dtype=torch.bfloat16, **WINDOWED.get(family, {}))
 
 
@@ -93,11 +93,18 @@ def error(found, expected):
     return sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
 
 
+def attentions(model):
+    """The layers' attention modules; some layers have something else."""
+    return [part for name, part in model.named_modules() if name.endswith("self_attn")]
+
+
 def test_fp32_gradients_equal_plain_ones_at_every_level(folder, rows, monkeypatch):
     model, batch = load(folder), padded(rows)
     loss, gradients = step(model, batch)
     engine = patch_model(model, EngineConfig())
-    assert engine.messages == [] and engine.fast_layers == len(engine.layers) == model.config.num_hidden_layers
+    assert engine.fast_layers == len(engine.layers) == model.config.num_hidden_layers
+    plain = PARTLY_PLAIN.get(folder.parent.name.rpartition("-")[0])
+    assert [message.partition(" of ")[0] for message in engine.messages] == ([] if plain is None else [plain])
     fast_loss, fast = step(model, batch)
     assert fast_loss == pytest.approx(loss, rel=1e-6)
     assert difference(fast, gradients) <= FP32
@@ -126,6 +133,8 @@ def test_bf16_gradients_are_as_near_to_fp32_as_plain_ones(folder, rows):
 
 
 def test_packed_samples_stay_apart(folder, rows):
+    if folder.parent.name.startswith("gemma2-"):
+        pytest.skip("capped scores cannot be packed")
     model, batch = load(folder), packed(rows)
     enable_packed_attention(model.get_base_model(), Attention.sdpa)
     loss, gradients = step(model, batch)
@@ -151,8 +160,10 @@ def test_attention_is_asked_for_as_the_layer_asks(folder, rows, monkeypatch):
     asked.clear()
     patch_model(model, EngineConfig())
     step(model, batch)
-    assert len(asked) == model.config.num_hidden_layers
+    assert len(asked) == len(attentions(model))
     for (*found, settings), (*expected, wanted) in zip(asked, plain, strict=True):
+        for one in (settings, wanted):
+            one.pop("use_cache", None)  # has no effect, and some layers fill it in
         assert found == expected and settings.keys() == wanted.keys()
         for name, value in wanted.items():
             assert torch.equal(settings[name], value) if name == "position_ids" else settings[name] == value

@@ -19,6 +19,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.layer.norm import After, Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
+from qlora_kit.engine.ops.gated import gated, gated_backward
 from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
 from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate, rotate_pairs
 
@@ -150,6 +151,12 @@ def project_add(attention: Tensor, residual: Tensor, parts: Output) -> Tensor:
     return found
 
 
+def gate_heads(attention: Tensor, gate: Tensor) -> Tensor:
+    """`attention * sigmoid(gate)`, each `[rows, tokens, heads * head_dim]`."""
+    found: Tensor = _GateHeads.apply(attention, gate)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return found
+
+
 class NormProject(Function):
     """See `project`. h reaches `project_add` through here so that its two gradients are added in one kernel."""
 
@@ -223,6 +230,22 @@ class ProjectAdd(Function):
         needs_input = ctx.needs_input_grad[0]
         dx, trained = ctx.parts.group.backward(attention.flatten(0, 1), Gradients(dy), xa, needs_input=needs_input)
         return None if dx is None else dx.view_as(attention), grad, None, *trained
+
+
+class _GateHeads(Function):
+    """See `gate_heads`."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(attention, gate)
+        return gated(attention.flatten(0, 1), gate.flatten(0, 1)).view_as(attention)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        attention, gate = ctx.saved_tensors
+        found = gated_backward(*(part.flatten(0, 1) for part in (attention, gate, grad)))
+        return tuple(part.view_as(attention) for part in found)
 
 
 def _forward_stream(

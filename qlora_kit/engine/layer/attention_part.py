@@ -3,17 +3,30 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.engine.layer.attention_blocks import Output, Projection, project, project_add
+from qlora_kit.engine.layer.attention_blocks import Output, Projection, gate_heads, project, project_add
 from qlora_kit.engine.linear.linear_group import LinearGroup
 from qlora_kit.families.family import Family, Rotary, Window
 
-NOT_FOR_ATTENTION = ("attention_mask", "past_key_values", "position_embeddings")
+SHARED = "shared_kv_states"  # keys and values by kind of layer, as some models hand them from layer to layer
+LAYER_INPUT = "per_layer_input"
+
+
+def inputs_of(module: torch.nn.Module) -> Mapping[str, Parameter]:
+    """What a module's forward names; attention hands on the rest of what it is given."""
+    return _named(type(module).forward)
+
+
+@cache
+def _named(forward: Callable[..., Any]) -> Mapping[str, Parameter]:
+    return dict(list(signature(forward).parameters.items())[1:])
 
 
 class AttentionPart(Protocol):
@@ -27,6 +40,16 @@ class AttentionPart(Protocol):
     @property
     def draws_random(self) -> bool:
         """Whether a training step draws random numbers here."""
+        ...
+
+    @property
+    def knows_shared_keys(self) -> bool:
+        """Whether its family's layers may take `shared_kv_states`."""
+        ...
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether keys and values come from another layer, or go to one."""
         ...
 
     def forward(self, h: Tensor, residual: Tensor | None, settings: Mapping[str, Any]) -> Tensor:
@@ -59,7 +82,11 @@ class Attention:
     @property
     def draws_random(self) -> bool:
         """See `AttentionPart`."""
-        return bool(self.module.attention_dropout > 0)
+        return self._dropout > 0
+
+    @property
+    def _dropout(self) -> float:
+        return float(getattr(self.module, "attention_dropout", 0.0))
 
     @property
     def uses_rope(self) -> bool:
@@ -70,11 +97,45 @@ class Attention:
         """See `AttentionPart`."""
         self.projection.grad_target.tensor = of_input
 
+    @property
+    def knows_shared_keys(self) -> bool:
+        """See `AttentionPart`."""
+        return self.family.shares_keys
+
+    @property
+    def shares_keys(self) -> bool:
+        """See `AttentionPart`."""
+        return self._takes_keys or self._gives_keys
+
+    @property
+    def _takes_keys(self) -> bool:
+        return self.family.shares_keys and bool(self.module.is_kv_shared_layer)
+
+    @property
+    def _gives_keys(self) -> bool:
+        some = self.family.shares_keys and self.module.config.num_kv_shared_layers > 0
+        return some and bool(self.module.store_full_length_kv)
+
     def forward(self, h: Tensor, residual: Tensor | None, settings: Mapping[str, Any]) -> Tensor:
         """See `AttentionPart`."""
-        q, k, v, same = project(h, *self._angles(h.dtype, settings), self.projection)
+        q, *others, same = project(h, *self._angles(h.dtype, settings), self.projection)
+        gate = others.pop() if self.projection.has_gate else None
+        if self.family.grows_queries:
+            q = q * self._growth(settings["position_ids"]).to(q.dtype)
+        k, v = settings[SHARED][self.module.layer_type] if self._takes_keys else others
+        if self._gives_keys:
+            settings[SHARED][self.module.layer_type] = k, v
         attention = self.attend(q, k, v, settings)
+        if gate is not None:
+            attention = gate_heads(attention, gate.flatten(2))
         return project_add(attention, same if residual is None else residual, self.output)
+
+    def _growth(self, positions: Tensor) -> Tensor:
+        """What queries at positions `[rows or 1, tokens]` are multiplied by, to be spread over heads."""
+        settings = self.module.config.rope_parameters
+        steps = torch.floor(positions / settings["original_max_position_embeddings"])
+        factor: Tensor = 1 + settings["llama_4_scaling_beta"] * torch.log(1 + steps)
+        return factor[:, None, :, None]
 
     def _angles(self, dtype: torch.dtype, settings: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if not self.uses_rope:
@@ -99,12 +160,17 @@ class Attention:
         call: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             config._attn_implementation, own
         )
-        rest = {name: given for name, given in settings.items() if name not in NOT_FOR_ATTENTION}
+        own_inputs = inputs_of(module)
+        rest = {name: given for name, given in settings.items() if name not in own_inputs}
         if self.family.window is Window.config:
             rest["sliding_window"] = getattr(config, "sliding_window", None)
         elif self.family.window is Window.attention:
             rest["sliding_window"] = module.sliding_window
-        dropout = module.attention_dropout if module.training else 0.0
+        elif self.family.window is Window.sliding_layers:
+            rest["sliding_window"] = module.sliding_window if module.is_sliding else None
+        if self.family.softcap:
+            rest["softcap"] = getattr(module, self.family.softcap)
+        dropout = self._dropout if module.training else 0.0
         mask = settings.get("attention_mask")
         found, _ = call(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **rest)
         return found.flatten(2)

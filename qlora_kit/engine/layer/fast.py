@@ -4,7 +4,6 @@ Modules, parameters and their names stay as they are: each layer instance gets a
 training. Without gradients, in eval mode and with a cache the layer's own forward runs.
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
 from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
+from qlora_kit.engine.layer.attention_part import inputs_of
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
+from qlora_kit.engine.layer.extract import extract_parts
 from qlora_kit.engine.layer.host_memory import SavedOnHost
-from qlora_kit.engine.layer.layer_parts import LayerParts, extract_parts
+from qlora_kit.engine.layer.layer_parts import LayerParts
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
@@ -51,8 +52,8 @@ class FastLayer:
 
     def __init__(self, layer: Any, parts: LayerParts | None, dtype: torch.dtype) -> None:
         self.layer = layer
-        self._inputs = list(inspect.signature(type(layer).forward).parameters)[2:]  # behind self and hidden states
-        self._unknown = set(self._inputs) - KNOWN_INPUTS
+        self._inputs = list(inputs_of(layer))[1:]  # behind hidden states
+        self._others = {*self._inputs} - KNOWN_INPUTS
         self._instance_forward = vars(layer).get("forward")
         self.plain: Callable[..., Any] = layer.forward
         self.parts = parts
@@ -76,8 +77,9 @@ class FastLayer:
         if self.begin is not None:
             self.begin()
         parts = self.parts
-        if parts is None or not all(linear.is_as_made() for linear in parts.linears) or self._is_unknown(settings):
+        if parts is None or not self._is_as_read(parts, settings):
             return self._checkpointed(self.plain, hidden_states, settings)
+        settings = {name: given for name, given in settings.items() if name not in parts.ignores}
         if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
@@ -88,9 +90,11 @@ class FastLayer:
         found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
         return found
 
-    def _is_unknown(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the layer is given what its family's layers do not take."""
-        return any(settings.get(name) is not None for name in self._unknown)
+    def _is_as_read(self, parts: LayerParts, settings: Mapping[str, Any]) -> bool:
+        """Whether adapters are as they were, and the layer is given nothing that its family's layers do not take."""
+        known = parts.takes | parts.ignores
+        unknown = (name for name in self._others if settings.get(name) is not None and name not in known)
+        return all(linear.is_as_made() for linear in parts.linears) and not any(unknown)
 
     def _checkpointed(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
         """The layer's result, of which less is kept than its backward needs, if its policy says so."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_kit.engine.layer.attention_part import inputs_of
 from qlora_kit.engine.layer.norm import After, Norm, normed
 from qlora_kit.engine.linear.linear_group import LinearGroup
 
@@ -26,6 +28,16 @@ class PlainPart:
 
     @property
     def draws_random(self) -> bool:
+        """It may."""
+        return True
+
+    @property
+    def knows_shared_keys(self) -> bool:
+        """It may take any of what the layer is given."""
+        return True
+
+    @property
+    def shares_keys(self) -> bool:
         """It may."""
         return True
 
@@ -50,6 +62,20 @@ class PlainAttention(PlainPart):
     def forward(self, h: Tensor, residual: Tensor | None, settings: Mapping[str, Any]) -> Tensor:
         """See `AttentionPart`."""
         return self.run(h, h if residual is None else residual, settings)
+
+
+@dataclass(frozen=True)
+class PlainMixer(PlainPart):
+    """What mixes the tokens of a row in the place of attention, such as linear attention, with its `layer`."""
+
+    layer: Any = None
+
+    def forward(self, h: Tensor, residual: Tensor | None, settings: Mapping[str, Any]) -> Tensor:
+        """See `AttentionPart`. It is given what it names, and what the layer does not keep to itself."""
+        own, of_layer = inputs_of(self.module), inputs_of(self.layer)
+        takes_any = any(one.kind is Parameter.VAR_KEYWORD for one in own.values())
+        given = {name: value for name, value in settings.items() if name in own or (takes_any and name not in of_layer)}
+        return self.run(h, h if residual is None else residual, given)
 
 
 @dataclass(frozen=True)

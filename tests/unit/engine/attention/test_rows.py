@@ -12,7 +12,7 @@ from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, enab
 from qlora_kit.engine.attention.rows import SDPA_ROWS, enable_row_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
-from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
+from tests.tiny_models import FAMILIES, PARTLY_PLAIN, WIRED, build_tiny_model
 
 LENGTHS = (21, 34, 7)
 
@@ -20,7 +20,9 @@ LENGTHS = (21, 34, 7)
 @pytest.fixture(params=[*FAMILIES, *WIRED])
 def model(request, tmp_path):
     folder = build_tiny_model(request.param, tmp_path / "base", dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    made = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    made.name = request.param
+    return made
 
 
 def batch(model):
@@ -45,7 +47,8 @@ def test_real_tokens_see_what_they_saw(model, monkeypatch):
         assert undo is not None
         found = model(**given, use_cache=False).logits[real]
     torch.testing.assert_close(found, expected)
-    assert len(masks) == model.config.num_hidden_layers  # each layer came here, and with padding
+    attentions = [name for name, _ in model.named_modules() if name.endswith("self_attn")]
+    assert len(masks) == len(attentions)  # each layer came here, and with padding
     undo()
     assert model.config._attn_implementation == "sdpa"
 
@@ -73,8 +76,14 @@ def packed(model):
 
 
 def test_packed_samples_see_what_they_saw(model):
+    if PARTLY_PLAIN.get(model.name) == "attention":
+        pytest.skip("what stands in the place of attention reads across samples on a CPU")
     given = packed(model)
     enable_packed_attention(model, Attention.sdpa)
+    if model.name == "gemma2":  # its scores are capped, for which there is no kernel here
+        with pytest.raises(RunError, match="Gemma2Attention asks for softcap"):
+            model(**given, use_cache=False)
+        return
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits
         undo = enable_row_attention(model)

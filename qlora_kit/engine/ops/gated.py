@@ -1,0 +1,23 @@
+"""What attention gives, multiplied by the sigmoid of a gate; torch compiles the kernels."""
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engine.ops.op import compiled
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)`, each `[T, width]`."""
+    return x * torch.sigmoid(gate)
+
+
+def _gated_backward(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the gate from that of the product, each `[T, width]`."""
+    opened = torch.sigmoid(gate.float())
+    wide = grad.float()
+    of_gate = wide * x.float() * opened * (1.0 - opened)
+    return (wide * opened).to(x.dtype), of_gate.to(gate.dtype)
+
+
+gated = compiled(_gated)
+gated_backward = compiled(_gated_backward)
