@@ -97,7 +97,7 @@ def test_all_strange_settings_are_told_at_once(folders):
 
 
 def test_stacks_of_experts_without_factors_are_told(folders):
-    with pytest.raises(DamagedFileError, match="under target_parameters, and adapter_model.safetensors holds no fac"):
+    with pytest.raises(DamagedFileError, match=r"under target_parameters, and adapter_model.safetensors holds no fac"):
         refuse_strange_adapter(*folders(target_parameters=["mlp.experts.down_proj"]))
 
 
