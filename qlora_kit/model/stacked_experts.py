@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_kit.model.grouped_linear import ExpertUpdate, grouped_linear
+from qlora_kit.model.expert_mlp import ExpertLinear, ExpertMlp, ExpertUpdate, expert_mlp
 
 Updates = Mapping[
     str, tuple[Tensor, Tensor, float]
@@ -86,24 +86,19 @@ class StackedExperts(nn.Module):
         original: Any = self._original[0]
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        gate = original._apply_gate if original.has_gate else original.act_fn
+        mlp = ExpertMlp(
+            self._linear("gate_up_proj" if original.has_gate else "up_proj", updates),
+            self._linear("down_proj", updates),
+            gate,
+        )
         with torch.autocast(kind, enabled=False):
-            experts, order = chosen.reshape(-1).sort(stable=True)
-            counts = torch.bincount(experts, minlength=self.experts)
-            rows = hidden.to(dtype)[order // chosen.shape[1]]
-            first = "gate_up_proj" if original.has_gate else "up_proj"
-            middle = self._linear(rows, counts, experts, first, updates)
-            middle = original._apply_gate(middle) if original.has_gate else original.act_fn(middle)
-            made = self._linear(middle, counts, experts, "down_proj", updates)
-            made = made * shares.reshape(-1)[order].unsqueeze(1)
-            back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            summed = made[back].view(*chosen.shape, -1).sum(dim=1)
-        return summed.to(hidden.dtype)
+            made = expert_mlp(hidden.to(dtype), chosen, shares.to(dtype), self.experts, mlp)
+        return made.to(hidden.dtype)
 
-    def _linear(self, rows: Tensor, counts: Tensor, experts: Tensor, name: str, updates: Updates) -> Tensor:
+    def _linear(self, name: str, updates: Updates) -> ExpertLinear:
         update = ExpertUpdate(*updates[name]) if name in updates else None
-        made = grouped_linear(rows, counts, self.stack(name), update)
-        bias = self._parameters.get(f"{name}_bias")
-        return made if bias is None else made + bias.to(made.dtype)[experts]
+        return ExpertLinear(self.stack(name), self._parameters.get(f"{name}_bias"), update)
 
     def _as_original(self, hidden: Tensor, arguments: Sequence[Any], updates: Updates) -> Any:
         """With every weight unpacked, and the update added to it."""
