@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of kinds of models that the kit trains in part, or refuses; with a Llama tokenizer."""
+"""Tiny random checkpoints of kinds of models; with a Llama tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +53,17 @@ def _gemma3_image_text() -> Any:
     return T.Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=5)
 
 
+_GRID = {"depth": 1, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_GRID |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+
+
+def _qwen3_image_text() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    text = {**_WIDTHS, **_HEAD, "rope_parameters": rope}
+    sight = {**_GRID, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return T.Qwen3VLConfig(text_config=text, vision_config=sight, image_token_id=5, video_token_id=6)
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "llama": lambda: T.LlamaConfig(**_WIDTHS),
     "gemma3_text": _gemma3_text,
@@ -69,14 +80,19 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
     "t5": lambda: T.T5Config(vocab_size=EMBEDDING_ROWS, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4),
     "gemma3": _gemma3_image_text,
+    "qwen3_vl": _qwen3_image_text,
 }
+
+
+IMAGE_TEXT = ("gemma3", "qwen3_vl")
 
 
 def build(kind: str, folder: Path) -> Path:
     """Write a checkpoint of one kind with a tokenizer; returns the folder."""
     config = KINDS[kind]()
     torch.manual_seed(0)
-    whole = {"gemma3": T.AutoModelForImageTextToText, "t5": T.AutoModelForSeq2SeqLM}
+    whole: dict[str, Any] = dict.fromkeys(IMAGE_TEXT, T.AutoModelForImageTextToText)
+    whole |= {"t5": T.AutoModelForSeq2SeqLM}
     model = whole.get(kind, T.AutoModelForCausalLM).from_config(config)
     model.save_pretrained(folder)
     smollm_tokenizer().save_pretrained(folder)

@@ -25,9 +25,11 @@ from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 from qlora_kit.weights.headers import read_header
+from qlora_kit.weights.own_names import OwnNames, own_names_of
 
 WEIGHTS = "adapter_model.safetensors"
 DEFAULT_ADAPTER = "default"  # peft's name for the one that is not named
+PEFT_BEGIN = "base_model.model."  # of every name in a saved adapter
 _FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 
 
@@ -52,8 +54,8 @@ def linear_names(model: torch.nn.Module, whole: Collection[str] = ()) -> set[str
     }
 
 
-def resolve_targets(targets: list[str], linears: Collection[str]) -> list[str]:
-    """Last parts of the names of the modules that the recipe's targets mean, sorted.
+def meant_names(targets: list[str], linears: Collection[str]) -> set[str]:
+    """Full names of the modules that the recipe's targets mean.
 
     Args:
         targets: names of `TARGET_SETS` or of modules.
@@ -61,18 +63,30 @@ def resolve_targets(targets: list[str], linears: Collection[str]) -> list[str]:
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    resolved: set[str] = set()
+    found: set[str] = set()
     for target in targets:
-        wanted = {name.rpartition(".")[2] for name in linears if _is_meant(target, name)}
-        if not wanted:
+        meant = {name for name in linears if _is_meant(target, name)}
+        if not meant:
             present = sorted({name.rpartition(".")[2] for name in linears})
             raise RecipeError(
                 f"lora.targets names {target}, which is no linear module of this base; it has {', '.join(present)}",
                 "lora.targets",
                 "lora.targets=[all_linear]",
             )
-        resolved |= wanted
-    return sorted(resolved)
+        found |= meant
+    return found
+
+
+def exact_targets(adapted: Collection[str], modules: Collection[str]) -> tuple[list[str], list[str]]:
+    """What peft's configuration says for exactly these modules: last parts of names, and full names to spare.
+
+    Args:
+        adapted: full names.
+        modules: of every module of the model.
+    """
+    targets = {name.rpartition(".")[2] for name in adapted}
+    spared = {name for name in modules if name.rpartition(".")[2] in targets and name not in adapted}
+    return sorted(targets), sorted(spared)
 
 
 def _is_meant(target: str, name: str) -> bool:
@@ -143,8 +157,8 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str]
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    targets = resolve_targets(lora.targets, linear_names(model, whole))
-    spared = sorted(name for name in whole if name.rpartition(".")[2] in targets)
+    meant = meant_names(lora.targets, linear_names(model, whole))
+    targets, spared = exact_targets(meant, [name for name, _ in model.named_modules()])
     return PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -192,32 +206,43 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
     placed = {name for name, module in layers.items() if not isinstance(module, ExpertLora)}
     stacks = {name for name, module in layers.items() if isinstance(module, ExpertLora)}
-    names = (tensor.name for tensor in read_header(folder / WEIGHTS))
-    held = {_FACTOR.split(name)[0] for name in names if _FACTOR.search(name)}
+    names = own_names_of(model)
+    factors = (tensor.name for tensor in read_header(folder / WEIGHTS) if _FACTOR.search(tensor.name))
+    modules = {_FACTOR.split(name)[0].removeprefix(PEFT_BEGIN) for name in factors}
+    held = {f"{PEFT_BEGIN}{names.trained(name) or name}" for name in modules}
     held = (held & stacks) | {name.replace(BASE_LAYER, "") for name in held - stacks}
     placed |= stacks
     if odd := sorted(placed ^ held):
-        modules = counted(
+        some = counted(
             len(odd), "module of the adapter and of this base does", "modules of the adapter and of this base do"
         )
-        what = f"{modules} not match, such as {odd[0]}"
+        what = f"{some} not match, such as {odd[0]}"
         raise RunError(f"{what}, so the adapter would not be used as it was trained", str(folder))
     return loaded
 
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
-    named = getattr(config, "target_parameters", None)
-    if not named:
-        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    named, names = getattr(config, "target_parameters", None), own_names_of(model)
+    if names.is_part and config.exclude_modules and not isinstance(config.exclude_modules, str):
+        trained = [names.trained(name) for name in config.exclude_modules]
+        config.exclude_modules = [name for name in trained if name is not None] or None
     config.target_parameters, config.inference_mode = None, True
     with names_as_they_are(model, config):
         loaded = get_peft_model(model, config)
-    attach_to_experts(model, DEFAULT_ADAPTER, lambda name: _rank_and_alpha(name, config))
-    config.target_parameters = named
+    if named:
+        attach_to_experts(model, DEFAULT_ADAPTER, lambda name: _rank_and_alpha(name, config))
+        config.target_parameters = named
     with names_as_they_are(model, config):
-        loaded.load_adapter(folder, DEFAULT_ADAPTER, is_trainable=False)
+        loaded.load_adapter(folder, DEFAULT_ADAPTER, is_trainable=False, key_mapping=_trained_for_own(names))
     return loaded
+
+
+def _trained_for_own(names: OwnNames) -> dict[str, str] | None:
+    """What peft is to rename in a saved adapter, as patterns at the begin of a name; None where nothing is."""
+    if not names.begins:
+        return None
+    return {rf"^{re.escape(own)}\.": f"{begin}." if begin else "" for begin, own in names.begins.items()}
 
 
 def _ignore_ties() -> None:

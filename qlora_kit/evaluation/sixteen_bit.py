@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from qlora_kit.model.device import this_device
+from qlora_kit.model.language_model import load_language_model
 
 
 def load_sixteen_bit(folder: Path) -> Any:
@@ -14,6 +14,4 @@ def load_sixteen_bit(folder: Path) -> Any:
     device = this_device()
     # Most CPUs multiply bf16 many times slower than fp32; the weights are the same bf16 values either way.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False
-    )
+    return load_language_model(folder, dtype=dtype, device=device)

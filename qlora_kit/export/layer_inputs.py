@@ -66,7 +66,7 @@ class _StandIn(nn.Module):
 
 def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """The list of a model's layers and its dotted name."""
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounde
 from qlora_kit.export.merging.write_shards import Written, write_shards
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
-from qlora_kit.weights.headers import StoredTensor, read_headers
+from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.names import tensor_shapes
 
 if TYPE_CHECKING:
-    from qlora_kit.model.expert_layout import StackLayout
+    pass
 
 ROOM_FOR_SMALL_FILES = 50_000_000  # bytes; tokenizer and settings
 
@@ -84,6 +83,7 @@ def merge(
             or the merged folder does not pass its audit.
     """
     from qlora_kit.model.device import this_device
+    from qlora_kit.model.stored_names import stored_names
 
     began = time.perf_counter()
     trained = read_adapter(adapter)
@@ -92,7 +92,8 @@ def merge(
     as_trained = stored or (merge_base is not MergeBase.original and quant.kind is not QuantKind.none)
     base = read_headers(base_folder)
     rounded = _rounded(base_folder, trained, quant, stored, as_trained)
-    plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained, _layouts(base_folder, base))
+    names = stored_names(base_folder, base)
+    plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained, names)
     rounding = Rounding(quant, this_device())
     journal = take_up(out, plan, inputs_hash(base.values(), adapter, plan, rounding))
     resumed = sum(piece.size for name in journal.finished for piece in plan.shards[name])
@@ -101,7 +102,7 @@ def merge(
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
     _audit(plan, written, zero)
-    audit_folder(out, base_folder, base, _tokens(base_folder, plan, tokenizer))
+    audit_folder(out, base_folder, base, names, _tokens(base_folder, plan, names.embedding, tokenizer))
     report = _report(plan, written, trained, adapter)
     return replace(
         report,
@@ -173,19 +174,11 @@ def _audit(plan: Plan, written: list[Written], zero: set[str]) -> None:
         raise RunError(f"{what}: {unchanged[0]}")
 
 
-def _layouts(base_folder: Path, base: Mapping[str, StoredTensor]) -> "dict[str, StackLayout]":
-    """How the base's tensors make stacks of experts, where it has such."""
-    from qlora_kit.model.expert_layout import stack_layouts
-    from qlora_kit.model.skeleton import skeleton
-
-    return stack_layouts(skeleton(base_folder), base)
-
-
-def _tokens(base_folder: Path, plan: Plan, tokenizer: Any) -> int | None:
+def _tokens(base_folder: Path, plan: Plan, embedding: str, tokenizer: Any) -> int | None:
     """Length of the tokenizer; None where the base itself ships one that is longer than its embedding."""
     from qlora_kit.model.tokenizer import load_tokenizer
 
-    rows = [piece.shape[0] for piece in plan.pieces if piece.name.endswith("embed_tokens.weight")]
+    rows = [piece.shape[0] for piece in plan.pieces if piece.name == embedding]
     if not rows or len(tokenizer) <= rows[0]:
         return len(tokenizer)
     return None if len(load_tokenizer(base_folder)) >= len(tokenizer) else len(tokenizer)

@@ -57,16 +57,18 @@ def copy_base(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
         RunError: a file of the base is damaged, there is no room, or the folder does not pass its audit.
     """
     from qlora_kit.model.device import this_device
+    from qlora_kit.model.stored_names import stored_names
 
     began = time.perf_counter()
     base = read_headers(base_folder)
-    plan = make_plan(base, Adapter(base_folder, {}, {}), says_tied(base_folder), rounded=(), merge_rounded=False)
+    names = stored_names(base_folder, base)
+    plan = make_plan(base, Adapter(base_folder, {}, {}), says_tied(base_folder), (), merge_rounded=False, names=names)
     refuse_full_disk(plan.size, out, "the copy of the base")
     with bar("copy", plan.size, BYTES) as one:
         write_shards(plan, Rounding(QuantConfig(kind=QuantKind.none), this_device()), out, one.advance)
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
-    audit_folder(out, base_folder, base)
+    audit_folder(out, base_folder, base, names)
     return MergeReport(
         adapted=0,
         merged=0,

@@ -13,14 +13,14 @@ HEAD = "lm_head"
 
 
 def empty_model(model_dir: Path) -> Any:
-    """The model of a Hugging Face folder without its weights."""
+    """The language model of a Hugging Face folder without its weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    from qlora_kit.model.language_model import build_language_model
+
     # buffers, such as rotary frequencies, are computed and not stored: they stay real
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return build_language_model(model_dir).eval()
 
 
 def fill_weights(model: nn.Module, names: Iterable[str], stored: Mapping[str, FloatRows], device: torch.device) -> None:

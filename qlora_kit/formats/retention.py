@@ -9,7 +9,6 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.delta_retention import DeltaRetention, survey
 from qlora_kit.export.merge import MergeReport
-from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
 from qlora_kit.schema.export import MergeBase
@@ -70,11 +69,14 @@ def record(found: DeltaRetention | None) -> dict[str, object]:
 
 def _without(adapter: Adapter, merged: Path) -> WeightReader:
     """The weights that the updates were added to, as the merged ones less their updates."""
+    from qlora_kit.model.stored_names import stored_names
+
     read = stored_tensors(merged)
-    named = checkpoint_names([f"{module}.weight" for module in adapter.updates], read_headers(merged))
-    if len(named) != len(adapter.updates):
-        raise RunError(f"{len(adapter.updates) - len(named)} modules of the adapter are not in {merged}")
-    updates = {named[f"{module}.weight"]: update for module, update in adapter.updates.items()}
+    tensors = read_headers(merged)
+    by_own = stored_names(merged, tensors).by_own
+    updates = {by_own.get(f"{module}.weight", f"{module}.weight"): update for module, update in adapter.updates.items()}
+    if missing := updates.keys() - tensors.keys():
+        raise RunError(f"{len(missing)} modules of the adapter are not in {merged}")
 
     def base_weight(name: str) -> "Tensor | None":
         update = updates.get(name)

@@ -19,20 +19,18 @@ def load_unpacked(folder: Path, unpacking: "QuantizationConfigMixin") -> "PreTra
         OSError, RuntimeError, ValueError, KeyError: transformers cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from qlora_kit.model.language_model import load_language_model
 
     on_gpu = torch.cuda.is_available()
     with warnings.catch_warnings():
         # Asking to unpack makes transformers warn that nothing else of what is asked counts.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = load_language_model(
             folder,
             dtype="auto" if on_gpu else torch.float32,
-            device_map={"": "cuda:0" if on_gpu else "cpu"},
-            quantization_config=unpacking,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
+            device="cuda:0" if on_gpu else "cpu",
+            quantization=unpacking,
         )
     # 4-bit floats unpack to bfloat16 whatever was asked for; so do FP8 blocks from transformers 5.23 on.
     return (model if on_gpu else model.float()).eval()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 from qlora_kit.core.console.lines import is_verbose
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.core.units import counted
 from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
+from qlora_kit.model.language_model import load_language_model
 from qlora_kit.model.packed_loading import named_plainly, stack_experts, with_experts
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of
@@ -54,24 +54,14 @@ def load_base(
     stored = check_storage(folder, quant)
     config = read_config(folder)
     kept = kept_whole(skeleton(folder))
-    # An explicit None makes transformers 5.17 overlook the storage that a pre-quantized folder's config.json names.
-    quantize = {"quantization_config": _as_loaded(quant, dtype, kept)} if stored is None else {}
     with told_plainly(folder, config, "load"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model = load_language_model(
             folder,
-            **quantize,
             dtype=dtype,
-            attn_implementation=None if attention is None else attention.value,
-            device_map={"": this_device()},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
+            device=this_device(),
+            quantization=_as_loaded(quant, dtype, kept) if stored is None else None,
+            attention=None if attention is None else attention.value,
         )
-    if missing := sorted(found["missing_keys"]):
-        # transformers fills them with random numbers and only warns.
-        what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
-        raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
     if stored is not None:
         _set_compute_dtype(model, dtype)
     named_plainly(model)

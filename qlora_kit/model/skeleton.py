@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.terminal import printable
 from qlora_kit.model.kind import read_config
+from qlora_kit.model.language_model import build_language_model
 from qlora_kit.schema.model import Attention
 
 _OF_THE_MACHINE = ("out of memory", "allocate memory", "alloc_failed", "cuda error", "cublas", "cudnn")
@@ -18,20 +20,15 @@ LONGEST_TOLD = 300  # characters of a library's own message
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model that a folder's config.json describes, its weights on the meta device.
+    """The language model that a folder's config.json describes, its weights on the meta device.
 
     Raises:
         RecipeError: the libraries refuse the model.
         DamagedFileError: there is no config.json, or it is no JSON object.
     """
     config = read_config(folder)
-    with told_plainly(folder, config, "build"):
-        parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if type(parsed) not in AutoModelForCausalLM._model_mapping:
-            raise _no_text_model(folder, config)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
-    return model
+    with told_plainly(folder, config, "build"), torch.device("meta"):
+        return build_language_model(folder)
 
 
 def attention_problem(model: PreTrainedModel, attention: Attention) -> Problem | None:
@@ -42,7 +39,7 @@ def attention_problem(model: PreTrainedModel, attention: Attention) -> Problem |
     else:
         try:
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(model.config, attn_implementation=attention.value)
+                type(model)._from_config(deepcopy(model.config), attn_implementation=attention.value)
             refused = False
         except (ValueError, ImportError):
             refused = True
@@ -83,14 +80,6 @@ def _is_of_the_machine(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno is not None  # the libraries' own carry none
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_THE_MACHINE)
-
-
-def _no_text_model(folder: Path, config: Mapping[str, object]) -> RecipeError:
-    what = (
-        f"transformers {metadata.version('transformers')} has no text model for model_type {_kind(config)} ({folder}): "
-        "it is no decoder, it takes more than text, or it is newer than this release"
-    )
-    return RecipeError([Problem(what, "model.source")])
 
 
 def _kind(config: Mapping[str, object]) -> str:

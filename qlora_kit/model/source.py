@@ -86,7 +86,7 @@ def refuse_other_kinds(config: ModelConfig) -> None:
     """Refuse a model that is no text decoder by its config.json alone; of a hub repository nothing else is fetched.
 
     Raises:
-        RecipeError: it takes images or sound too, or it has an encoder.
+        RecipeError: it has an encoder, or sizes that no model has.
         DamagedFileError: its config.json is no JSON object.
     """
     if config.source == DEMO:
@@ -96,7 +96,7 @@ def refuse_other_kinds(config: ModelConfig) -> None:
         if _looks_like_a_path(config.source) or not config.revision:
             return  # locate_base says what is wrong with it
         folder = _fetch(config.source, config.revision, CONFIG_FILES)
-    if (folder / CONFIG).is_file() and (problems := list(kind_problems(config.source, read_config(folder), []))):
+    if (folder / CONFIG).is_file() and (problems := list(kind_problems(config.source, read_config(folder)))):
         raise RecipeError(problems)
 
 

@@ -27,10 +27,6 @@ from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, fore
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.rows import packing_of, rows_that_fit
 
-OF_THE_TEXT_PART = (
-    "note: this is for the language part alone; train refuses the checkpoint, which takes images too, "
-    "until image-text models are supported"
-)
 WIDTH = 80  # columns: of a terminal as it opens, and of a pipe
 ROWS_AT_ONCE = 1000
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
@@ -49,7 +45,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
         reach = reach_of(recipe, folder)
         return replace(KnownBase.in_folder(folder, reach.counted), notes=tuple(reach.lines()))
     if recipe.model.shape is not None:
-        return KnownBase(recipe.model.shape, notes=(OF_THE_TEXT_PART,) if recipe.model.takes_images else ())
+        return KnownBase(recipe.model.shape)
     raise RecipeError(
         f"the sizes of {recipe.model.source} are not at hand",
         "model.source",

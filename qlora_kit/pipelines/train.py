@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from qlora_kit.adapter.attach import adapter_size, attach_lora
+from qlora_kit.adapter.save import save_adapter
 from qlora_kit.adapter.saved import name_base
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.console.session import log_to
@@ -150,7 +151,7 @@ def _save_adapter(
 ) -> None:
     """Save what was trained with its tokenizer and card, and note what the files are."""
     with staged_directory(run.adapter) as folder:
-        model.save_pretrained(folder)
+        save_adapter(model, folder)
         name_base(folder, base.name)
         write_adapter_card(folder, name, base)
         tokenizer.save_pretrained(folder)

@@ -17,6 +17,12 @@ class Attention(Enum):
     flex_attention = "flex_attention"
 
 
+class Part(Enum):
+    """What is trained of a checkpoint that holds more than a language model."""
+
+    language_model = "language_model"
+
+
 @dataclass
 class ModelShape(Sealed):
     """The sizes that `plan` needs when the base's config.json is not at hand."""
@@ -41,7 +47,8 @@ class ModelConfig(Sealed):
         None, f"Replaces the model's own: a Jinja file, or {', '.join(sorted(CHAT_TEMPLATES))}."
     )
     attention: Attention = setting(Attention.sdpa, "Attention implementation.")
-    takes_images: bool = setting(
-        False, "The checkpoint takes images or sound too, as a recipe says that has no config.json at hand."
+    part: Part = setting(
+        Part.language_model,
+        "What is trained of a checkpoint that takes images or sound too; its towers go unchanged into merged files.",
     )
     shape: ModelShape | None = setting(None, "Sizes for `plan` when the base's config.json is not at hand.")

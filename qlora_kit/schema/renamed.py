@@ -39,6 +39,7 @@ RENAMED = {
     "eval.stop_prompts": Renamed("eval.eos_rows"),
     "export.calibration_general": Renamed("export.general_text_share"),
     "export.merge_base": Renamed("export.merge_base", {"measure": "best"}),
+    "model.takes_images": Renamed("model.part", dict.fromkeys((*_TRUE, *_FALSE), "language_model")),
     "optim.strict": Renamed(
         "optim.fallback",
         {**dict.fromkeys(_TRUE, "false"), **dict.fromkeys(_FALSE, "true")},

@@ -1,6 +1,6 @@
 """Why a base cannot be trained as a recipe says, by what it is made of; found without its weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -10,7 +10,6 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
 from qlora_kit.core.units import human_bytes, human_count
-from qlora_kit.model.expert_layout import stack_layouts
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.structure import Weights, transposed_modules
 from qlora_kit.schema.lora import LoraConfig, LoraInit
@@ -24,18 +23,23 @@ _NAMED = 5  # names in a line
 
 
 def base_problems(
-    recipe: TrainRecipe, model: PreTrainedModel, weights: list[Weights], tensors: Mapping[str, StoredTensor]
+    recipe: TrainRecipe,
+    model: PreTrainedModel,
+    weights: list[Weights],
+    tensors: Mapping[str, StoredTensor] | None,
+    stacks: Collection[str],
 ) -> list[Problem]:
     """What speaks against this base with this recipe, whatever modules the adapter is to reach.
 
     Args:
         model: the base without its weights.
-        tensors: of the checkpoint; empty where only its config.json is at hand.
+        tensors: of the checkpoint, by the model's names; None where only its config.json is at hand.
+        stacks: of experts that are known to be made of those.
     """
     return [
         *_transposed(recipe, model),
         *_experts(recipe, weights),
-        *_unknown_layout(recipe, model, tensors),
+        *([] if tensors is None else _unknown_layout(recipe, model, stacks)),
         *_kept_nowhere(recipe, model),
         *_other_shapes(weights, tensors),
     ]
@@ -112,14 +116,11 @@ def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:
     yield Problem(what, "quant.kind", "quant=nf4_double")
 
 
-def _unknown_layout(
-    recipe: TrainRecipe, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
-) -> Iterator[Problem]:
+def _unknown_layout(recipe: TrainRecipe, model: PreTrainedModel, known: Collection[str]) -> Iterator[Problem]:
     """Stacks of experts that are made of the checkpoint's tensors in a way that no merge could go back."""
-    if not tensors or not adapts_experts(recipe.lora):
+    if not adapts_experts(recipe.lora):
         return
     stacks = [f"{name}.{stack}" for name, module in experts_of(model).items() for stack in stacked_names(module)]
-    known = stack_layouts(model, tensors) if stacks else {}
     if unknown := [name for name in stacks if name not in known]:
         what = (
             f"the checkpoint holds the experts of {few(unknown)} in a form that an adapter could not be merged into; "
@@ -160,18 +161,15 @@ def _kept_nowhere(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Probl
             )
 
 
-def _other_shapes(weights: list[Weights], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+def _other_shapes(weights: list[Weights], tensors: Mapping[str, StoredTensor] | None) -> Iterator[Problem]:
     """Linear modules that the checkpoint does not hold, or in another shape than config.json says."""
-    if not tensors:
+    if tensors is None:
         return
-    by_tail: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors.values():
-        by_tail.setdefault(_tail(tensor.name), []).append(tensor)
     absent, odd = [], []
     for part in weights:
         if part.kind != "linear":
             continue
-        found = tensors.get(f"{part.name}.weight") or next(iter(by_tail.get(_tail(f"{part.name}.weight"), [])), None)
+        found = tensors.get(f"{part.name}.weight")
         if found is None:
             absent.append(part.name)
         elif found.dtype in FLOATS and found.shape != part.shape:
@@ -181,9 +179,3 @@ def _other_shapes(weights: list[Weights], tensors: Mapping[str, StoredTensor]) -
         yield Problem(f"{what}; an adapter of it could not be exported", "model.source")
     if odd:
         yield Problem(f"the checkpoint is not the one that its config.json describes: {few(odd)}", "model.source")
-
-
-def _tail(name: str) -> str:
-    """The name from its layer's number on, as the merge compares names of checkpoint and model."""
-    start = name.find("layers.")
-    return name[start:] if start >= 0 else ".".join(name.split(".")[-2:])

@@ -33,9 +33,9 @@ def check_train(composed: Composed) -> TrainRecipe:
 
 
 def _other_kind(recipe: TrainRecipe, folder: Path) -> list[Problem]:
-    """Why the base is no text decoder: by its config.json, or by the recipe where that is not at hand."""
-    from qlora_kit.model.kind import CONFIG, image_text, kind_problems, read_config
+    """Why the base is no decoder, by its config.json where that is at hand."""
+    from qlora_kit.model.kind import CONFIG, kind_problems, read_config
 
-    if (folder / CONFIG).is_file():
-        return list(kind_problems(recipe.model.source, read_config(folder), []))
-    return [image_text(recipe.model.source, "as its recipe says")] if recipe.model.takes_images else []
+    if not (folder / CONFIG).is_file():
+        return []
+    return list(kind_problems(recipe.model.source, read_config(folder)))

@@ -1,15 +1,16 @@
 """What LoRA will reach of a base and what stays in 16 bit: told, or refused, before a weight is loaded."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, linear_names, resolve_targets
+from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, linear_names, meant_names
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
@@ -18,6 +19,7 @@ from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_librarie
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
+from qlora_kit.model.stored_names import StoredNames, stored_names
 from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import ComputeDtype
@@ -25,6 +27,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
 from qlora_kit.training.forecast import CountedWeights
 from qlora_kit.weights.headers import StoredTensor, read_headers
+from qlora_kit.weights.own_names import OwnNames, own_names_of
 
 # In words, what stays in 16 bit; the first two are what every model keeps.
 _KINDS = {
@@ -43,6 +46,33 @@ LOUD_SHARE = 0.01  # of the weights: more than that in 16 bit beside tables and 
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder, and where the weights of its model lie among them; none where only config.json is."""
+
+    tensors: Mapping[str, StoredTensor]
+    names: StoredNames
+
+    @classmethod
+    def of(cls, folder: Path) -> "Checkpoint":
+        """Read the headers of a folder."""
+        tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
+        return cls(tensors, stored_names(folder, tensors))
+
+    def by_trained(self, names: OwnNames) -> dict[str, StoredTensor]:
+        """The tensors by the names that the trained model has for them."""
+        found = {names.trained(own): self.tensors[stored] for own, stored in self.names.by_own.items()}
+        return {name: tensor for name, tensor in found.items() if name is not None}
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Weights outside of the language model, by the module that holds them."""
+        found: Counter[str] = Counter()
+        for stored, part in self.names.outside.items():
+            found[part] += math.prod(self.tensors[stored].shape)
+        return dict(found)
+
+
+@dataclass(frozen=True)
 class Reach:
     """What is adapted, what is left out, and how each weight is stored.
 
@@ -53,6 +83,7 @@ class Reach:
         adapted: full names of the modules that carry LoRA.
         trained: weights of the adapter.
         wide: bytes of a weight that is not rounded.
+        towers: weights of the checkpoint that are no part of the language model, by the part that holds them.
     """
 
     layers: int
@@ -61,6 +92,7 @@ class Reach:
     adapted: frozenset[str]
     trained: int
     wide: int
+    towers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def linears(self) -> list[Weights]:
@@ -98,7 +130,7 @@ class Reach:
             line += f", and {'' if reaches else 'none '}on the experts, {held:.1%} of all weights"
         if left := self._by_name([part for part in self.linears if part.name not in self.adapted]):
             line += f": {self._by_name(reached)}; left out: {left}"
-        return [line, *self._storage()]
+        return [*self._part(), line, *self._storage()]
 
     def record(self) -> dict[str, object]:
         """The same for a file."""
@@ -109,8 +141,18 @@ class Reach:
             "adapted": dict(Counter(part.last for part in self.linears if part.name in self.adapted)),
             "left_out": dict(Counter(part.last for part in self.linears if part.name not in self.adapted)),
             "weights_in_16_bit": self.in_16_bit,
+            "weights_left_out_of_memory": dict(self.towers),
             "lines": self.lines(),
         }
+
+    def _part(self) -> Iterator[str]:
+        if self.towers:
+            parts = ", ".join(f"{name} {human_count(count)}" for name, count in self.towers.items())
+            yield (
+                "the checkpoint takes more than text: its language model is trained; the other "
+                f"{human_count(sum(self.towers.values()))} weights ({parts}) are left out of memory and go unchanged "
+                "into merged files"
+            )
 
     def _storage(self) -> Iterator[str]:
         kept = self.in_16_bit
@@ -145,14 +187,13 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
     """
     quiet_libraries()
     config = read_config(folder)
-    tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
-    if problems := list(kind_problems(recipe.model.source, config, list(tensors))):
+    if problems := list(kind_problems(recipe.model.source, config)):
         raise RecipeError(problems)
     check_storage(folder, recipe.quant)
-    model = skeleton(folder)
+    model, checkpoint = skeleton(folder), Checkpoint.of(folder)
     attention = attention_problem(model, recipe.model.attention)
     try:
-        reach = _reach_in(recipe, folder, config, model, tensors)
+        reach = _reach_in(recipe, folder, config, model, checkpoint)
     except RecipeError as error:
         needs_other_base = any(problem.where == "model.source" for problem in error.problems)
         if attention is None or needs_other_base:  # which no other attention would help
@@ -168,11 +209,14 @@ def _reach_in(
     folder: Path,
     config: Mapping[str, object],
     model: PreTrainedModel,
-    tensors: Mapping[str, StoredTensor],
+    checkpoint: Checkpoint,
 ) -> Reach:
     weights, whole = weights_of(model), kept_whole(model)
+    names = own_names_of(model)
+    tensors = checkpoint.by_trained(names) if checkpoint.tensors else None
+    stacks = [names.trained(stack) or "" for stack in checkpoint.names.stacks]
     rounded = rounded_names(model, recipe.quant)
-    if problems := base_problems(recipe, model, weights, tensors):
+    if problems := base_problems(recipe, model, weights, tensors, stacks):
         raise RecipeError(problems)
     promised = promised_names(model, recipe.lora, whole)
     if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded))]:
@@ -188,7 +232,7 @@ def _reach_in(
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
         trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
-    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide)
+    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide, checkpoint.left_out)
 
 
 def check_reached(model: PeftModel, reach: Reach) -> None:
@@ -223,11 +267,9 @@ def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    linears = linear_names(model, whole)
-    targets = resolve_targets(lora.targets, linears)
     stacks = experts_of(model).items() if adapts_experts(lora) else ()
     of_experts = {f"{name}.{stack}" for name, module in stacks for stack in stacked_names(module)}
-    return {name for name in linears if name.rpartition(".")[2] in targets} | of_experts
+    return meant_names(lora.targets, linear_names(model, whole)) | of_experts
 
 
 def _check_promise(adapted: set[str], promised: set[str]) -> None:

@@ -16,7 +16,6 @@ from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.structure import kept_whole
 from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.schema.compose import compose_recipe
-from qlora_kit.schema.folders import recipe_file
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -31,13 +30,12 @@ from tests.families import KINDS, build
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
 EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
-TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text", *EXPERTS)
+TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text", "gemma3", "qwen3_vl", *EXPERTS)
 STACKS = ("gate_up_proj", "down_proj")
 REFUSED = {
     "gpt2": "holds its linear layers the other way around",
     "mamba2": "mamba2",
     "t5": "is an encoder with a decoder",
-    "gemma3": "takes images or sound too (config.json has a vision_config)",
     "gpt_oss": "transformers has no sdpa attention",
 }
 
@@ -101,7 +99,7 @@ def test_every_linear_module_of_the_layers_is_adapted_and_learns(kind, folder_of
     gradients = one_step(model)
     assert len(gradients) == len(layers)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
-    assert "100.0% of their weights" in reach.lines()[0]
+    assert any("100.0% of their weights" in line for line in reach.lines())
     assert reach.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
@@ -346,27 +344,21 @@ def test_the_magnitudes_of_dora_are_counted(folder_of):
     assert reach_of(recipe, folder_of("llama")).trained == trained
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_a_plan_refuses_what_training_refuses(kind, folder_of):
     with pytest.raises(RecipeError, match=re.escape(REFUSED[kind])):
         known_base(recipe_for(folder_of(kind)))
 
 
 @pytest.mark.parametrize("name", ["gemma3_4b_chat_12gb", "gemma3_12b_chat_24gb", "gemma3_27b_chat_48gb"])
-def test_a_shipped_image_text_recipe_composes_and_is_refused_by_train_alone(name, folder_of, tmp_path, monkeypatch):
+def test_a_shipped_image_text_recipe_passes_with_and_without_its_checkpoint(name, folder_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     line = [f"experiment={name}", "data.train_file=rows.jsonl"]
-    composed = compose_recipe("train", line)
-    with pytest.raises(RecipeError, match="takes images or sound too") as raised:
-        check_train(composed)
-    assert raised.value.exit_code == EXIT_BAD_RECIPE
-    assert "Refused by `train` so far" in recipe_file("experiment", name).read_text()
-    (note,) = known_base(composed.recipe).notes
-    assert "train refuses the checkpoint" in note
-    check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3_text')}"]))
-    with pytest.raises(RecipeError, match=r"config\.json has a vision_config"):
-        check_train(compose_recipe("train", [*line, f"model.source={folder_of('gemma3')}"]))
+    for more in ([], [f"model.source={folder_of('gemma3_text')}"], [f"model.source={folder_of('gemma3')}"]):
+        check_train(compose_recipe("train", [*line, *more]))
+    (first, *_) = known_base(compose_recipe("train", [*line, f"model.source={folder_of('gemma3')}"]).recipe).notes
+    assert first.startswith("the checkpoint takes more than text: its language model is trained; the other")
 
 
 def test_experts_in_a_form_that_no_merge_could_go_back_to_are_refused(folder_of, tmp_path):

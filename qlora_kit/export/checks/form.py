@@ -71,14 +71,12 @@ def model_form(folder: Path) -> ModelForm | None:
     Builds the architecture on torch's meta device; a moment for any size.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_kit.export.layer_inputs import decoder_layers
+    from qlora_kit.model.skeleton import skeleton
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = skeleton(folder)
         prefix, _ = decoder_layers(model)
     except Exception:  # of a stranger's config.json anything may come
         return None  # what cannot be loaded is refused by name where it would be
@@ -89,7 +87,10 @@ def model_form(folder: Path) -> ModelForm | None:
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != HEAD
     }
     inside = {name: shape for name, shape in linears.items() if name.startswith(f"{prefix}.")}
-    fields = {**config.to_dict(), "architectures": read_json(folder / "config.json").get("architectures")}
+    fields = {
+        **model.config.get_text_config().to_dict(),
+        "architectures": read_json(folder / "config.json").get("architectures"),
+    }
     fields.pop("quantization_config", None)
     return ModelForm(
         config=fields,

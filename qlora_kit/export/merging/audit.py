@@ -3,15 +3,18 @@
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import Problem, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.export.merging.carry import carried, says_tied, vocabulary_size
-from qlora_kit.export.merging.plan import EMBEDDING, HEAD
 from qlora_kit.export.merging.rounded import weight_beside
 from qlora_kit.export.merging.write_shards import Written
 from qlora_kit.weights.headers import FLOATS, StoredTensor, read_headers
+
+if TYPE_CHECKING:
+    from qlora_kit.model.stored_names import StoredNames
 
 SHOWN = 5  # names in a message
 
@@ -51,20 +54,23 @@ def changes_hash(written: Iterable[Written]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def audit_folder(folder: Path, base: Path, base_names: Iterable[str], tokens: int | None = None) -> None:
+def audit_folder(
+    folder: Path, base: Path, base_names: Collection[str], stored: "StoredNames", tokens: int | None = None
+) -> None:
     """Check a merged folder against its base: files, names of tensors, tie, vocabulary, files that are carried.
 
     Args:
         base_names: names of the base's tensors.
+        stored: where the weights of the base's class lie among them.
         tokens: length of the tokenizer that is served with it.
     Raises:
         RunError: a file is truncated or missing, or one problem for each thing that does not fit.
     """
     tensors = read_headers(folder)
     problems = [
-        *_names(tensors, base_names, says_tied(folder)),
-        *_kinds(tensors),
-        *_vocabulary(tensors, vocabulary_size(read_json(folder / "config.json")), tokens),
+        *_names(tensors, base_names, stored, tied=says_tied(folder)),
+        *_kinds({name: tensor for name, tensor in tensors.items() if name not in stored.outside}),
+        *_vocabulary(tensors, stored, vocabulary_size(read_json(folder / "config.json")), tokens),
         *(f"{path.name} of the base is missing" for path in carried(base) if not (folder / path.name).is_file()),
     ]
     if "quantization_config" in read_json(folder / "config.json"):
@@ -73,20 +79,20 @@ def audit_folder(folder: Path, base: Path, base_names: Iterable[str], tokens: in
         raise RunError([Problem(f"the merged model is wrong: {what}", where=str(folder)) for what in problems])
 
 
-def _names(tensors: Mapping[str, StoredTensor], base_names: Iterable[str], tied: bool) -> Iterable[str]:
+def _names(
+    tensors: Mapping[str, StoredTensor], base_names: Iterable[str], stored: "StoredNames", *, tied: bool
+) -> Iterable[str]:
     expected = {name for name in base_names if weight_beside(name) is None}
-    heads = {name for name in (*expected, *tensors) if name.endswith(HEAD)}
-    embedded = any(name.endswith(EMBEDDING) for name in expected)
+    heads, embedded = {stored.head}, bool(stored.embedding and stored.head)
     missing, unexpected = expected - set(tensors) - heads, set(tensors) - expected - heads
     if missing:
         yield f"{counted(len(missing), 'tensor is', 'tensors are')} missing: {_some(missing)}"
     if unexpected:
         yield f"{counted(len(unexpected), 'tensor is', 'tensors are')} unexpected: {_some(unexpected)}"
-    stored = [name for name in heads if name in tensors]
-    if tied and embedded and stored:
-        yield f"the head is untied: config.json says tie_word_embeddings, but {stored[0]} is stored too"
-    if not tied and embedded and not stored:
-        yield f"the head is missing: config.json says that it is not tied, and no {HEAD} is stored"
+    if tied and embedded and stored.head in tensors:
+        yield f"the head is untied: config.json says tie_word_embeddings, but {stored.head} is stored too"
+    if not tied and embedded and stored.head not in tensors:
+        yield f"the head is missing: config.json says that it is not tied, and no {stored.head} is stored"
 
 
 def _kinds(tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
@@ -95,8 +101,10 @@ def _kinds(tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
         yield f"{counted(len(other), 'tensor is', 'tensors are')} not bfloat16: {_some(other)}"
 
 
-def _vocabulary(tensors: Mapping[str, StoredTensor], rows: int | None, tokens: int | None) -> Iterable[str]:
-    tables = {name: tensor.rows for name, tensor in tensors.items() if name.endswith((EMBEDDING, HEAD))}
+def _vocabulary(
+    tensors: Mapping[str, StoredTensor], stored: "StoredNames", rows: int | None, tokens: int | None
+) -> Iterable[str]:
+    tables = {name: tensors[name].rows for name in (stored.embedding, stored.head) if name in tensors}
     for name, found in tables.items():
         if rows is not None and found != rows:
             yield f"{name} has {found} rows, and config.json says vocab_size={rows}"

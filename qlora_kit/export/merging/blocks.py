@@ -12,7 +12,6 @@ from qlora_kit.export.merging.packed import PackedWeight
 from qlora_kit.export.merging.plan import Piece, block_spans
 from qlora_kit.export.merging.rounded import Rounding, read_stored, taken_out
 from qlora_kit.export.merging.stacks import RoundedStacks
-from qlora_kit.weights.headers import FLOATS
 from qlora_kit.weights.torch_rows import read_rows, read_whole
 
 if TYPE_CHECKING:
@@ -49,10 +48,10 @@ def merge_rows(
     stored = read_rows(piece.source, start, stop, room)
     if update is not None:
         return _added(piece, stored.to(rounding.device), update, start)
-    if piece.source.dtype not in FLOATS:
-        return Block(stored, changed=False)
     if piece.replaced and not bool(stored.isfinite().all()):
         raise not_finite_error(piece)
+    if piece.dtype == piece.source.dtype:
+        return Block(stored, changed=False)
     return Block(stored.to(torch.bfloat16), changed=False)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from qlora_kit.adapter.expert_updates import StackFactors
 from qlora_kit.adapter.updates import Adapter, LowRank
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.merging.names import checkpoint_names
 from qlora_kit.export.merging.rounded import stored_shape, weight_beside
 from qlora_kit.export.merging.stacks import InStack, StackPartUpdate
 from qlora_kit.weights.headers import BYTES, FLOATS, StoredTensor
@@ -16,10 +15,10 @@ from qlora_kit.weights.torch_rows import read_rows
 
 if TYPE_CHECKING:
     from qlora_kit.model.expert_layout import StackLayout
+    from qlora_kit.model.stored_names import StoredNames
 
 SHARD_BYTES = 4_000_000_000
 LARGEST_BASE_SHARD = 6_000_000_000  # bytes; a base that was sharded for its readers keeps its shards
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 SINGLE_FILE = "model.safetensors"
 BLOCK = 1 << 21  # values that are read, merged and written at once
 
@@ -31,7 +30,7 @@ class Piece:
     Attributes:
         source: the base's tensor, or the one that the adapter saved in its place.
         file: the base's file that it comes from.
-        dtype: safetensors type name as written; floats become BF16.
+        dtype: safetensors type name as written; floats of the language model become BF16.
         state: bitsandbytes' tensors beside it, where the base is stored in 4 or 8 bit.
         met_rounded: it was rounded in training.
         rounds: it is merged as rounded.
@@ -99,32 +98,31 @@ def make_plan(
     tied: bool,
     rounded: Collection[str],
     merge_rounded: bool,
-    layouts: "Mapping[str, StackLayout] | None" = None,
+    names: "StoredNames",
 ) -> Plan:
     """Say what the merged folder holds.
 
     Args:
         base: the base's tensors.
+        names: where the weights of the base's class lie among them.
         tied: what its config.json says of head and embedding.
         rounded: modules that were rounded in training.
         merge_rounded: whether those are merged as rounded.
-        layouts: of the stacks of experts, by their names in the model.
     Raises:
         RunError: the adapter is not one of this base, or a rounded module is not in it.
     """
-    layouts = layouts or {}
+    layouts = names.stacks
     holders = {layout.holder for layout in layouts.values()}
     linear = [name for name in rounded if name not in holders]
-    pieces = _base_pieces(base, _rounded_weights(base, linear), merge_rounded)
+    pieces = _base_pieces(base, _rounded_weights(base, linear, names), merge_rounded, names.outside)
     for layout in layouts.values():
         met = layout.holder in rounded
         pieces |= _in_stack(pieces, layout, met_rounded=met, rounds=met and merge_rounded)
-    embedding = next((name for name in pieces if name.endswith(EMBEDDING)), "")
-    head = next((name for name in pieces if name.endswith(HEAD)), HEAD)
-    shared = tied and bool(embedding)
+    embedding, head = names.embedding, names.head
+    shared = tied and bool(embedding and head)
     if shared and head not in pieces:
         pieces = _with_head(pieces, embedding, head)
-    edited = _edited(pieces, adapter)
+    edited = _edited(pieces, adapter, names)
     edited |= _edited_stacks(edited, adapter, layouts)
     still_tied = shared and _same(pieces[embedding], pieces[head]) and _edited_alike(edited, embedding, head, adapter)
     rows = edited[embedding].shape[0] if embedding else 0
@@ -173,14 +171,14 @@ def _check_factors(adapter: Adapter, factors: StackFactors, layout: "StackLayout
         raise _foreign(adapter, f"its factors of {layout.name} are {shapes}, and the base has {list(layout.shape)}")
 
 
-def _rounded_weights(base: Mapping[str, StoredTensor], rounded: Collection[str]) -> set[str]:
+def _rounded_weights(base: Mapping[str, StoredTensor], rounded: Collection[str], names: "StoredNames") -> set[str]:
     """The base's names of the weights that were rounded in training.
 
     Raises:
         RunError: one of them is not there, so that its update would be added to another weight than it was trained on.
     """
     wanted = [f"{module}.weight" for module in rounded]
-    named = checkpoint_names(wanted, base)
+    named = _stored(wanted, base, names)
     if missing := sorted(name for name in wanted if name not in named):
         what = (
             f"{len(missing)} of {len(wanted)} weights that were rounded in training are not in the base under their "
@@ -190,7 +188,15 @@ def _rounded_weights(base: Mapping[str, StoredTensor], rounded: Collection[str])
     return set(named.values())
 
 
-def _base_pieces(base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool) -> dict[str, Piece]:
+def _stored(wanted: Iterable[str], stored: Collection[str], names: "StoredNames") -> dict[str, str]:
+    """The base's name of each weight that it has."""
+    named = {name: names.by_own.get(name, name) for name in wanted}
+    return {name: found for name, found in named.items() if found in stored}
+
+
+def _base_pieces(
+    base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool, outside: Collection[str]
+) -> dict[str, Piece]:
     state: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in base.items():
         weight = weight_beside(name)
@@ -198,10 +204,17 @@ def _base_pieces(base: Mapping[str, StoredTensor], rounded: Collection[str], mer
             state.setdefault(str(weight), {})[name] = tensor
     beside = {name for found in state.values() for name in found}
     return {
-        name: _base_piece(tensor, state.get(name, {}), name in rounded, merge_rounded)
+        name: _unchanged(tensor)
+        if name in outside and name not in state
+        else _base_piece(tensor, state.get(name, {}), name in rounded, merge_rounded)
         for name, tensor in base.items()
         if name not in beside
     }
+
+
+def _unchanged(tensor: StoredTensor) -> Piece:
+    """A tensor of a tower, bit for bit."""
+    return Piece(tensor.name, tensor, tensor.file.name, tensor.shape, tensor.dtype)
 
 
 def _base_piece(tensor: StoredTensor, state: Mapping[str, StoredTensor], rounded: bool, merge_rounded: bool) -> Piece:
@@ -227,12 +240,12 @@ def _with_head(pieces: Mapping[str, Piece], embedding: str, head: str) -> dict[s
     return found
 
 
-def _edited(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, Piece]:
+def _edited(pieces: Mapping[str, Piece], adapter: Adapter, names: "StoredNames") -> dict[str, Piece]:
     edited = dict(pieces)
-    named = _named(pieces, adapter)
+    named = _named(pieces, adapter, names)
     for name, saved in adapter.replaced.items():
         piece = pieces[named[name]]
-        free = 1 if piece.name.endswith((EMBEDDING, HEAD)) else 0  # tokens may have been added
+        free = 1 if piece.name in (names.embedding, names.head) else 0  # tokens may have been added
         if saved.dtype not in FLOATS or saved.shape[free:] != piece.shape[free:]:
             raise _foreign(adapter, f"its {name} is {list(saved.shape)} where the base's is {list(piece.shape)}")
         edited[piece.name] = Piece(piece.name, saved, piece.file, saved.shape, "BF16", replaced=True)
@@ -247,10 +260,10 @@ def _edited(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, Piece]:
     return edited
 
 
-def _named(pieces: Mapping[str, Piece], adapter: Adapter) -> dict[str, str]:
+def _named(pieces: Mapping[str, Piece], adapter: Adapter, names: "StoredNames") -> dict[str, str]:
     """The base's name of each tensor that the adapter changes."""
     wanted = [*adapter.replaced, *(f"{module}.weight" for module in adapter.updates)]
-    named = checkpoint_names(wanted, pieces)
+    named = _stored(wanted, pieces, names)
     if missing := [name for name in wanted if name not in named]:
         raise _foreign(adapter, f"it changes {missing[0]}, which the base does not have")
     if len(set(named.values())) != len(set(wanted)):

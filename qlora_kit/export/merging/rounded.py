@@ -10,6 +10,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack_weight
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.headers import StoredTensor
+from qlora_kit.weights.own_names import own_names_of
 from qlora_kit.weights.torch_rows import read_whole
 
 if TYPE_CHECKING:
@@ -83,11 +84,13 @@ class Rounding:
 
 
 def rounded_modules(base: Path, quant: QuantConfig) -> set[str]:
-    """Names of the modules whose weight the recipe's loading would round."""
+    """Names, in the checkpoint's own class, of the modules whose weight the recipe's loading would round."""
     from qlora_kit.model.load import rounded_names
     from qlora_kit.model.skeleton import skeleton
 
-    return rounded_names(skeleton(base), quant)
+    model = skeleton(base)
+    names = own_names_of(model)
+    return {names.own(name) for name in rounded_names(model, quant)}
 
 
 def is_stored_rounded(base: Path) -> bool:

@@ -27,10 +27,10 @@ def quantized_tensors(
     Raises:
         RecipeError: the group size does not divide a layer's inputs.
     """
-    from transformers import AutoModelForCausalLM
+    from qlora_kit.model.language_model import load_language_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    model = load_language_model(model_dir, dtype="auto").eval()
     stored, head_dim = model.dtype, _head_dim(model_dir)
     prefix, layers = decoder_layers(model)
     _check_group_size(prefix, layers, settings)

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.audit import audit_folder
+from qlora_kit.model.stored_names import stored_names
 from qlora_kit.weights.headers import read_headers
 from tests.unit.export.merging.trained import Pair, edit_json, merge_pair, rewrite, shard
 
@@ -17,7 +18,8 @@ def merged(pair: Pair, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def check(merged: tuple[Path, Path], tokens: int | None = 600) -> None:
-    audit_folder(*merged, read_headers(merged[1]), tokens)
+    names = read_headers(merged[1])
+    audit_folder(*merged, names, stored_names(merged[1], names), tokens)
 
 
 def test_good_folder_passes_and_has_what_the_base_carries(merged: tuple[Path, Path]) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_kit.export.merging import plan
 from qlora_kit.export.merging.audit import audit_folder
+from qlora_kit.model.stored_names import stored_names
 from qlora_kit.weights.headers import read_headers
 from tests.unit.export.merging.trained import WEIGHTS, Pair, merge_pair, rewrite, shard
 
@@ -86,4 +87,5 @@ def test_grown_shards_are_split(pair: Pair, tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in files] == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     assert len(files) > 2
     assert all(file.stat().st_size < 810_000 for file in files)
-    audit_folder(tmp_path / "out", pair.base, read_headers(pair.base), 600)
+    names = read_headers(pair.base)
+    audit_folder(tmp_path / "out", pair.base, names, stored_names(pair.base, names), 600)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapter.attach import attach_lora, load_adapter
+from qlora_kit.adapter.save import save_adapter
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.model.load import load_base, quiet_libraries
 from qlora_kit.model.structure import kept_whole
@@ -55,7 +56,7 @@ def draw_adapter(base: Path, folder: Path, lora: LoraConfig, quant: QuantConfig 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float() + 0.02 * torch.randn(parameter.shape)
-    model.save_pretrained(folder)
+    save_adapter(model, folder)
     return folder
 
 
