@@ -58,8 +58,9 @@ The order to read it in:
       attention_part.py plain_part.py                           attention as a whole; a part left as it is
       layer_parts.py tail.py                                    a layer of such parts, and what some do to its result
       extract.py                                                found in a layer of transformers, by its family
+      trial.py                                                  held against what the layer itself gives
       fast.py                                                   put in the place of the layer's own forward
-      checkpoint_policy.py host_memory.py                       what is kept, and where
+      checkpoint_policy.py kept_memory.py host_memory.py        what is kept, how much, and where
     attention/     packed.py rows.py                            samples in one row, rows padded on the right: no mask
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs
     head.py        the output head at trained positions alone

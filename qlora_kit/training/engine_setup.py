@@ -17,11 +17,14 @@ from qlora_kit.engine.layer.checkpoint_policy import (
     kept_bytes,
 )
 from qlora_kit.engine.layer.fast import FastEngine, patch_model
+from qlora_kit.engine.layer.kept_memory import kept_per_token
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.training.step_memory import MLP, StepMemory, again
+
+ACTIVATION_BYTES = 2
 
 
 def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
@@ -41,7 +44,7 @@ def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEn
         log.info(line)
     if not engine.layers:
         return None
-    memory = step_memory_of(model, tokens)
+    memory = step_memory_of(model, tokens, engine)
     policies = _policies(memory, config.recompute)
     engine.set_policies(policies)
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
@@ -59,11 +62,12 @@ def layer_policies(model: PeftModel, config: EngineConfig, tokens: int) -> list[
     return _policies(step_memory_of(model, tokens), config.recompute)
 
 
-def step_memory_of(model: PeftModel, tokens: int) -> StepMemory:
+def step_memory_of(model: PeftModel, tokens: int, engine: FastEngine | None = None) -> StepMemory:
     """What a step needs, from a model with its adapter.
 
     Args:
         tokens: of one forward pass on one device, padding included.
+        engine: in the model; what its layers keep is measured where their sizes do not tell it.
     """
     base: Any = model.get_base_model()
     shape = shape_of_config(base.config.to_dict())
@@ -75,8 +79,18 @@ def step_memory_of(model: PeftModel, tokens: int) -> StepMemory:
         qk_norm=family is not None and family.qk_norm,
         post_norms=family is not None and family.post_norms,
         beside=beside_gate_and_up([rank for name, rank in ranks.items() if any(part in name for part in MLP)]),
+        measured=0.0 if engine is None or engine.keeps_as_told else _measured(base, engine),
     )
     return StepMemory(shape, tokens, extras, trained)
+
+
+def _measured(base: Any, engine: FastEngine) -> float:
+    """Bytes of a token that a layer keeps on average where activations have 16 bits."""
+    was_training = base.training
+    base.train()
+    kept = kept_per_token(base.base_model, [fast.layer for fast in engine.layers])
+    base.train(was_training)
+    return kept / len(engine.layers) * ACTIVATION_BYTES / engine.layers[0].dtype.itemsize
 
 
 def _free() -> float:

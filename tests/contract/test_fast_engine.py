@@ -1,5 +1,6 @@
 """The fast engine gives the loss and the gradients of plain transformers and peft, for every family of the kit."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,10 +10,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.engine.attention.packed import enable_packed_attention
+from qlora_kit.engine.layer import fast as fast_layers
 from qlora_kit.engine.layer import mlp
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
+from qlora_kit.families.family import LayerNorms, NormWeights, Rotary
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig
@@ -157,8 +160,8 @@ def test_attention_is_asked_for_as_the_layer_asks(folder, rows, monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", recorder)
     step(model, batch)
     plain = asked.copy()
-    asked.clear()
     patch_model(model, EngineConfig())
+    asked.clear()
     step(model, batch)
     assert len(asked) == len(attentions(model))
     for (*found, settings), (*expected, wanted) in zip(asked, plain, strict=True):
@@ -286,6 +289,28 @@ def test_what_is_plain_rounds_as_it_did(tmp_path, rows, change):
     _, gradients = step(model, batch)
     patch_model(model, EngineConfig())
     assert error(step(model, batch)[1], reference) <= ROUNDING * error(gradients, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("glm", {"rotary": Rotary.halves}),
+        ("llama", {"rotates": lambda _: False}),
+        ("gemma2", {"norm_weights": NormWeights.wide}),
+        ("llama", {"norms": LayerNorms("post_attention_layernorm", None, "input_layernorm", None)}),
+    ],
+)
+def test_a_family_that_is_told_wrongly_runs_plain(tmp_path, rows, monkeypatch, name, wrong, dtype):
+    model, batch = load(build_tiny_model(name, tmp_path / "base", spread=0.05), dtype), padded(rows)
+    _, gradients = step(model, batch)
+    monkeypatch.setattr(fast_layers, "FAMILIES", {name: replace(fast_layers.FAMILIES[name], **wrong)})
+    engine = patch_model(model, EngineConfig())
+    assert engine.layers == []
+    assert engine.messages[0].startswith("engine.mode=fast gives other numbers for layer")
+    assert model.training
+    again = step(model, batch)[1]
+    assert all(torch.equal(again[name], gradients[name]) for name in gradients)
 
 
 def test_int8_bases_and_unknown_families_run_plain(tmp_path):

@@ -43,6 +43,11 @@ class AttentionPart(Protocol):
         ...
 
     @property
+    def is_usual(self) -> bool:
+        """Whether it is of queries, keys and values, and of nothing else."""
+        ...
+
+    @property
     def knows_shared_keys(self) -> bool:
         """Whether its family's layers may take `shared_kv_states`."""
         ...
@@ -96,6 +101,12 @@ class Attention:
     def set_grad_target(self, of_input: Tensor | None) -> None:
         """See `AttentionPart`."""
         self.projection.grad_target.tensor = of_input
+
+    @property
+    def is_usual(self) -> bool:
+        """See `AttentionPart`."""
+        projection = self.projection
+        return len(projection.heads) == len("qkv") and projection.v_norm is None and not projection.has_gate
 
     @property
     def knows_shared_keys(self) -> bool:

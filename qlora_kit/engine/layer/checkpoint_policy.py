@@ -1,5 +1,6 @@
 """What each layer keeps for its backward, and how much a budget of memory lets all layers keep; without torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -47,12 +48,15 @@ class LayerExtras:
         qk_norm: q and k are kept as they were before their norms too.
         post_norms: outputs of attention and MLP are kept as they were before their norms too.
         beside: tensors of the MLP's width that its backward makes beside gate and up: see `beside_gate_and_up`.
+        measured: bytes of each token that were found kept where nothing is recomputed, if more than all of this tells;
+            for layers that run plain in part, and for wirings of their own.
     """
 
     ranks: int = 0
     qk_norm: bool = False
     post_norms: bool = False
     beside: int = 3
+    measured: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,10 @@ def kept_bytes(shape: ModelShape, policy: int, wide: int = 2, extras: LayerExtra
         values += queries + keys
     if extras.post_norms:
         values += 2 * shape.hidden_size
-    if policy == CheckpointPolicy.keep_all:
-        values += 2 * shape.intermediate_size
-    return wide * values + _FP32 * shape.num_heads
+    of_mlp = 2 * shape.intermediate_size
+    told = wide * (values + of_mlp) + _FP32 * shape.num_heads
+    more = max(0, math.ceil(extras.measured) - told)
+    return told + more - (0 if policy == CheckpointPolicy.keep_all else wide * of_mlp)
 
 
 def peak_bytes(

@@ -22,6 +22,7 @@ from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.extract import extract_parts
 from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts
+from qlora_kit.engine.layer.trial import largest_difference
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
@@ -85,6 +86,18 @@ class FastLayer:
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
         return self.graphs.run(self.place, layer, hidden_states, settings)
+
+    @property
+    def weights(self) -> list[FrozenWeight]:
+        """Of the linear modules that are computed by hand."""
+        return [] if self.parts is None else [linear.weight for linear in self.parts.linears]
+
+    def compute(self, hidden_states: Tensor, rest: Sequence[Any], settings: Mapping[str, Any]) -> Tensor | None:
+        """See `trial.TriedLayer`."""
+        settings = {**settings, **dict(zip(self._inputs, rest, strict=False))}
+        if self.parts is None or not self._is_as_read(self.parts, settings):
+            return None
+        return self.parts.forward(hidden_states.to(self.dtype), settings, CheckpointPolicy.keep_all)
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
         found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
@@ -159,6 +172,11 @@ class FastEngine:
     def fast_layers(self) -> int:
         """Layers that are computed by hand, at least in part."""
         return sum(layer.parts is not None for layer in self.layers)
+
+    @property
+    def keeps_as_told(self) -> bool:
+        """Whether the layers' sizes tell what they keep for their backward pass."""
+        return all(layer.parts is None or layer.parts.keeps_as_told for layer in self.layers)
 
     @property
     def met_a_cache(self) -> bool:
@@ -246,9 +264,18 @@ def patch_model(
         f"{part} of {count} of {counted(len(found), 'layer')} runs plain, because {why}"
         for (part, why), count in of_parts.items()
     ]
+    is_plain = sum(reasons.values()) == len(found)
+    if not is_plain:
+        worst, difference = largest_difference(base.base_model, found)
+        if difference > 1:
+            is_plain = True
+            messages.append(
+                f"engine.mode=fast gives other numbers for layer {worst} than the layer itself, "
+                f"{difference:.1f} times what is let through: all layers run plain; please report this"
+            )
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
-    engine = FastEngine([] if sum(reasons.values()) == len(found) else found, messages, graphs)
+    engine = FastEngine([] if is_plain else found, messages, graphs)
     if policies is not None and engine.layers:
         engine.set_policies(policies)
     for fast in engine.layers:

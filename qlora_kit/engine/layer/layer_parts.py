@@ -57,6 +57,11 @@ class LayerParts:
         return set() if SHARED in self.takes or not self.attention.knows_shared_keys else {SHARED}
 
     @property
+    def keeps_as_told(self) -> bool:
+        """Whether its sizes tell what it keeps for its backward pass."""
+        return self.is_by_hand and self.tail is None and self.attention.is_usual
+
+    @property
     def draws_random(self) -> bool:
         """Whether a training step draws random numbers in it."""
         return self.attention.draws_random or isinstance(self.mlp, PlainPart)

@@ -32,6 +32,11 @@ class PlainPart:
         return True
 
     @property
+    def is_usual(self) -> bool:
+        """It is the model's."""
+        return False
+
+    @property
     def knows_shared_keys(self) -> bool:
         """It may take any of what the layer is given."""
         return True

@@ -3,7 +3,9 @@
 Each is compiled at its first use, for any number of tokens, and runs as written if that fails.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -13,11 +15,22 @@ from torch import Tensor
 from qlora_kit.core.console.lines import log
 
 _UNCOMPILED: set[Callable[..., Any]] = set()  # functions that did not compile in this process
+_as_written: ContextVar[bool] = ContextVar("as_written", default=False)
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Run functions uncompiled, for a few tokens: kernels would be tuned for as few, and kept for all of training."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
 
 
 def run_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run the compiled form of a function; as written, from then on, if it does not compile."""
-    if function in _UNCOMPILED:
+    if function in _UNCOMPILED or _as_written.get():
         return function(*arguments)
     try:
         return _compiled(function)(*(_any_tokens(part) for part in arguments))

@@ -234,3 +234,26 @@ def test_loss_accuracy_and_tokens_are_those_of_trl(base, rows, tmp_path):
 )
 def test_a_model_tells_how_its_layers_are_computed(base, lora, tensors):
     assert step_memory_of(attach_lora(load_base(base, QuantConfig()), lora), 8).extras.beside == tensors
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_5", "llama"])
+def test_what_layers_keep_is_measured_where_sizes_do_not_tell_it(family, tmp_path):
+    folder = build_tiny_model(family, tmp_path / "base", num_hidden_layers=4)
+    model = attach_lora(load_base(folder, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
+    engine = enable_engine(model, EngineConfig(mode=FAST, recompute="none"), 100)
+    memory = step_memory_of(model, 300, engine)
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(300)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model.train().get_base_model().base_model(input_ids=ids, use_cache=False)
+    assert result is not None
+    in_16_bit = sum(kept.values()) / 2
+    assert (memory.extras.measured > 0) == (family != "llama")
+    assert memory.needed([0] * 4) == pytest.approx(in_16_bit, rel=0.1)
+    assert memory.needed([1] * 4) < memory.needed([0] * 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_kit.engine.ops import compiled as module
-from qlora_kit.engine.ops.compiled import run_compiled
+from qlora_kit.engine.ops.compiled import as_written, run_compiled
 from qlora_kit.engine.ops.glu import gated_product, gated_product_backward
 from qlora_kit.engine.ops.rms_norm import rms_norm_backward
 from tests.drawn_tensors import close, drawn
@@ -37,6 +37,15 @@ def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         run_compiled(gated_product.reference, drawn(3, 4), drawn(3, 4), True)
     assert not module._UNCOMPILED
+
+
+def test_nothing_is_compiled_for_a_few_tokens(monkeypatch):
+    monkeypatch.setattr(module, "_compiled", lambda function: lambda *_: "compiled")
+    gate, up = drawn(3, 4), drawn(3, 4, seed=1)
+    with as_written():
+        found = run_compiled(gated_product.reference, gate, up, True)
+    assert torch.equal(found, gated_product.reference(gate, up, True))
+    assert run_compiled(gated_product.reference, gate, up, True) == "compiled"
 
 
 @pytest.mark.slow
