@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+def has_own_rules(config: ConfigFields) -> bool:
+    """Whether the kit writes this architecture by itself."""
+    names = config.get("architectures") or ["(none)"]
+    return names[0] in ARCHITECTURES
+
+
 def find_architecture(config: ConfigFields) -> GgufRules:
     """The rules for a configuration's family, after checking that llama.cpp computes what the configuration says.
 

@@ -165,7 +165,24 @@ def converted(
         raise _not_finite(tensor)
     if tensor.type == "F32":
         return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-    return quantized(rows, tensor.type, tensor.importance).reshape(-1)
+    return _fitted(tensor, rows, start).reshape(-1)
+
+
+def _fitted(tensor: PlannedTensor, rows: "npt.NDArray[np.float32]", start: int) -> "npt.NDArray[np.uint8]":
+    """Blocks of rows, the first one being row `start`; each matrix of a tensor has an importance of its own."""
+    import numpy as np
+
+    importance = tensor.importance
+    if importance is None or importance.ndim == 1:
+        return quantized(rows, tensor.type, importance)
+    height = tensor.stored.shape[-2]
+    ends = [*range((start // height + 1) * height - start, len(rows), height), len(rows)]
+    begins = [0, *ends[:-1]]
+    parts = [
+        quantized(rows[begin:end], tensor.type, importance[(start + begin) // height])
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+    return np.concatenate(parts)
 
 
 def _halves_of_bfloat16(

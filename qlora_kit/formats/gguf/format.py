@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_kit.export.checks.fault import Unquantized
     from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.formats.format import ChatStream
+    from qlora_kit.formats.gguf.converter.convert import Conversion
     from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
     from qlora_kit.weights.reader import WeightReader
 
@@ -63,15 +64,18 @@ class Gguf(Format[GgufTarget]):
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
     def jobs(self, source: ExportSource) -> Callable[[str, GgufTarget], ExportJob]:
-        """Jobs that share one importance matrix, measured when the first one needs it."""
+        """Jobs that share one importance matrix and one conversion, made when the first one needs them."""
+        from qlora_kit.formats.gguf.converter.convert import Conversion
         from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
         from qlora_kit.formats.gguf.target import gguf_file_name
 
-        imatrix = ImportanceMatrix(source.merged, source.calibration)
+        conversion = Conversion(source.merged, source.merged.parent)
+        imatrix = ImportanceMatrix(source.merged, source.calibration, conversion)
 
         def job(name: str, target: GgufTarget) -> ExportJob:
-            file = gguf_file_name(source.merged, target, source.name)
-            return ExportJob(name, self.name, file, settings_of(target), partial(_write, source, target, imatrix))
+            file = gguf_file_name(source.merged, target, source.name, conversion)
+            write = partial(_write, source, target, imatrix, conversion)
+            return ExportJob(name, self.name, file, settings_of(target), write)
 
         return job
 
@@ -130,12 +134,14 @@ class Gguf(Format[GgufTarget]):
         return [write_modelfile(folder, facts)]
 
 
-def _write(source: ExportSource, target: GgufTarget, imatrix: "ImportanceMatrix", out: Path) -> "Allocation | None":
+def _write(
+    source: ExportSource, target: GgufTarget, imatrix: "ImportanceMatrix", conversion: "Conversion", out: Path
+) -> "Allocation | None":
     from qlora_kit.formats.gguf.budget import allocate_gguf
     from qlora_kit.formats.gguf.target import write_gguf_target
 
     spent = None
     if target.bits_budget is not None:
         target, spent = allocate_gguf(source.merged, target, target.bits_budget, imatrix)
-    write_gguf_target(source.merged, target, source.name, imatrix, out)
+    write_gguf_target(source.merged, target, source.name, imatrix, out, conversion)
     return spent

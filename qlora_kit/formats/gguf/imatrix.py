@@ -1,7 +1,8 @@
 """The importance matrix: how large the inputs of every linear layer are on calibration rows.
 
 llama.cpp fits the blocks of a row to the error of the layer's output rather than of its weights; for that it wants the
-mean squared input of each column (`tools/imatrix` in llama.cpp). The merged model is read and run one layer at a time.
+mean squared input of each column (`tools/imatrix` in llama.cpp). The merged model is read and run one layer at a time;
+one of a family that the kit has no rules for is run by llama.cpp, from the 16-bit file of its converter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.console.bar import each
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.formats.gguf.architectures import find_architecture
+from qlora_kit.core.units import counted
+from qlora_kit.formats.gguf.activations import mean_squared_inputs_in_llama_cpp
+from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
+from qlora_kit.formats.gguf.llama_cpp import default_threads
+from qlora_kit.formats.gguf.llama_library import LibraryUnusable
 from qlora_kit.formats.gguf.metadata import read_full_config
 from qlora_kit.formats.gguf.tensors import gguf_names
 from qlora_kit.formats.gguf.whole_file import whole_gguf
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor, nn
 
+    from qlora_kit.formats.gguf.converter.convert import Conversion
+
 Means = Mapping[str, "npt.NDArray[np.float32]"]
 
 
@@ -31,23 +39,37 @@ class ImportanceMatrix:
     Args:
         model_dir: Hugging Face folder with 16- or 32-bit weights.
         rows: token ids of the calibration rows.
+        conversion: of the folder; needed for families that the kit has no rules for.
     """
 
-    def __init__(self, model_dir: Path, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model_dir: Path, rows: Sequence[Sequence[int]], conversion: "Conversion | None" = None
+    ) -> None:
         self.model_dir = model_dir
         self.rows = rows
+        self._conversion = conversion
 
     @cached_property
     def means(self) -> Means:
-        """By GGUF tensor name, float32 of shape [width], all above zero.
+        """By GGUF tensor name, float32 of shape [width], or [experts, width]; all above zero.
 
         Raises:
-            RunError: an activation is not finite.
+            RunError: an activation is not finite, or llama.cpp's library cannot be used where it is needed.
         """
         config = read_full_config(self.model_dir)
+        if self._conversion is not None and not has_own_rules(config):
+            return self._means_in_llama_cpp(self._conversion.file)
         found = mean_squared_inputs(self.model_dir, self.rows)
         names = gguf_names(found, find_architecture(config), config["num_hidden_layers"])
         return {names[source]: _usable(names[source], values.cpu().numpy()) for source, values in found.items()}
+
+    def _means_in_llama_cpp(self, file: Path) -> Means:
+        try:
+            found = mean_squared_inputs_in_llama_cpp(file, self.rows, default_threads())
+        except LibraryUnusable as error:
+            raise RunError(f"no importance matrix can be measured: {error}", fix="imatrix: false") from error
+        means = {name: _of_experts(name, values) if values.ndim > 1 else values for name, values in found.items()}
+        return {name: _usable(name, values) for name, values in means.items()}
 
     def add_metadata(self, writer: Any) -> None:
         """Say in a file's metadata what its blocks were fitted to, in the words of llama.cpp's quantizer."""
@@ -66,8 +88,25 @@ class ImportanceMatrix:
             writer.add_uint32("imatrix.chunk_count", len(self.rows))
             writer.add_uint32("imatrix.chunk_size", tokens // len(self.rows))
             for name, values in self.means.items():
-                writer.add_tensor(f"{name}.in_sum2", (values * np.float32(tokens)).reshape(1, -1))
-                writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
+                each_matrix = np.atleast_2d(values)
+                writer.add_tensor(f"{name}.in_sum2", each_matrix * np.float32(tokens))
+                writer.add_tensor(f"{name}.counts", np.full((len(each_matrix), 1), tokens, dtype=np.float32))
+
+
+def _of_experts(name: str, means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
+    """Means of experts, those that no calibration row was given to taken from all the others."""
+    import numpy as np
+
+    unseen = np.isnan(means).all(axis=1)
+    if not unseen.any():
+        return means
+    log.info(
+        f"importance matrix: {counted(int(unseen.sum()), 'expert')} of {len(means)} in {name} got no calibration row; "
+        "the mean of the others stands for them"
+    )
+    if unseen.all():
+        return np.ones_like(means)
+    return np.where(unseen[:, None], means[~unseen].mean(axis=0), means)
 
 
 def _usable(name: str, means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":

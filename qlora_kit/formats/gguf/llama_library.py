@@ -10,7 +10,7 @@ should. Where a check fails, `LibraryUnusable` tells the caller to take the serv
 import ctypes
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,26 +76,34 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_vocab_n_tokens": (_INT, [_HANDLE]),
     "llama_vocab_is_eog": (_BOOL, [_HANDLE, _INT]),
     "llama_tokenize": (_INT, [_HANDLE, _TEXT, _INT, _int32_p, _INT, _BOOL, _BOOL]),
+    "ggml_op_name": (_TEXT, [ctypes.c_int]),
+    "ggml_nbytes": (ctypes.c_size_t, [_HANDLE]),
+    "ggml_backend_tensor_get": (None, [_HANDLE, _HANDLE, ctypes.c_size_t, ctypes.c_size_t]),
 }
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The wheel's library, its functions declared.
+
+    Raises:
+        LibraryUnusable: one is missing, or a structure is laid out otherwise.
+    """
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:
         raise LibraryUnusable("xllamacpp has no extension module")
     try:
-        library = ctypes.CDLL(spec.origin)
+        found = ctypes.CDLL(spec.origin)
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise LibraryUnusable(str(error)) from error
     # A C function that does nothing with a number stands in for a silent log: one written in Python would wait for the
     # interpreter lock in llama.cpp's own threads, while the interpreter may be waiting for those threads.
-    library.llama_log_set(ctypes.cast(ctypes.CDLL(None).abs, _LogCallback), None)
-    _check_layouts(library)
-    return library
+    found.llama_log_set(ctypes.cast(ctypes.CDLL(None).abs, _LogCallback), None)
+    _check_layouts(found)
+    return found
 
 
 def _check_layouts(library: ctypes.CDLL) -> None:
@@ -112,13 +120,19 @@ def _check_layouts(library: ctypes.CDLL) -> None:
 class LibraryEngine:
     """One model opened through the C interface.
 
+    Args:
+        adjust: changes the parameters of a context before it is made.
+
     Raises:
         LibraryUnusable: the wheel's library is not the one this was written for.
         RunError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, gguf_file: Path, threads: int) -> None:
-        self._lib = _library()
+    def __init__(
+        self, gguf_file: Path, threads: int, *, adjust: "Callable[[ctypes.Structure], None] | None" = None
+    ) -> None:
+        self._lib = library()
+        self._adjust = adjust
         self._threads = threads
         self._context: int | None = None
         self._capacity = 0
@@ -145,6 +159,15 @@ class LibraryEngine:
         wanted = set(positions)
         rows = {position: _log_softmax(row) for position, row in self._logits(token_ids, wanted)}
         return np.stack([rows[position] for position in positions])
+
+    def run(self, token_ids: Sequence[int]) -> None:
+        """Compute all of a text's positions in every layer; what comes out is left."""
+        self._start(len(token_ids))
+        for start in range(0, len(token_ids), _TOKENS_PER_PASS):
+            piece = token_ids[start : start + _TOKENS_PER_PASS]
+            places = range(start, start + len(piece))
+            # positions that nothing is asked of are left out of the last layer
+            self._decode(piece, places, set(places))
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
         """The greedy continuation without its stop token, and the seconds spent on it after the prompt."""
@@ -187,6 +210,8 @@ class LibraryEngine:
         self._free_context()
         parameters = self._lib.llama_context_default_params()
         parameters.words[0] = -(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP
+        if self._adjust is not None:
+            self._adjust(parameters)
         self._context = self._lib.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise RunError(f"llama.cpp cannot make a context of {tokens} tokens")

@@ -1,11 +1,11 @@
 """Which tensor gets which block type in each llama.cpp mix.
 
-Follows `llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_requires_imatrix` in llama.cpp's
-`src/llama-quant.cpp` (autumn 2026) for dense models. One difference to releases before 2026: a fused `attn_qkv` is
-treated as `attn_v` is.
+Follows `llama_tensor_get_type_impl`, `tensor_allows_quantization`, `tensor_type_fallback` and
+`tensor_requires_imatrix` in llama.cpp's `src/llama-quant.cpp` (autumn 2026). One difference to releases before 2026: a
+fused `attn_qkv` is treated as `attn_v` is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qlora_kit.core.errors import RecipeError
@@ -44,6 +44,17 @@ _FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 _UNWEIGHTED_TYPES = _FLOAT_TYPES | {"Q8_0"}  # kernels that have no use for an importance matrix
 _TYPES_THAT_NEED_AN_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+_VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
+# matrices that are left as they are: routers, positions, convolutions, and maps that are small
+_LEFT_NAMES = ("position_embd.weight", "token_types.weight")
+_LEFT_PARTS = (
+    *("ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
+    *(f"time_mix_{part}.weight" for part in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2")),
+    *(f"time_mix_{part}.weight" for part in ("g1", "g2", "decay_w1", "decay_w2", "lerp_fused")),
+)
+
 _SEVENTY_B_LAYERS = 80  # of a model that llama.cpp calls 70B, which gives attn_v more bits
 
 
@@ -52,8 +63,10 @@ class MixContext:
     """What the type rules look at besides the tensor.
 
     Attributes:
+        heads: of the first layer, as `kv_heads`; 0 where that one has no attention.
         has_imatrix: there is an importance matrix.
         seventy_b: the family's rule for a 70B model: see `GgufRules`.
+        experts: of a layer; 0 in a dense model.
     """
 
     layers: int
@@ -62,11 +75,17 @@ class MixContext:
     tied_embeddings: bool
     has_imatrix: bool = False
     seventy_b: str = ""
+    experts: int = 0
 
     @property
     def shares_values(self) -> bool:
         """Whether four or more heads read the same values, which makes attn_v small and worth more bits."""
-        return self.heads // self.kv_heads >= 4
+        return self.kv_heads > 0 and self.heads // self.kv_heads >= 4
+
+    @property
+    def is_eight_experts(self) -> bool:
+        """Whether attention is small beside the experts: llama.cpp gives it more bits in models of eight."""
+        return self.experts == 8
 
     @property
     def is_seventy_b(self) -> bool:
@@ -75,7 +94,22 @@ class MixContext:
         return self.layers == _SEVENTY_B_LAYERS and is_called_so
 
 
-Rule = Callable[[int, MixContext], str | None]
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands among those of its role: the rules of a mix ask whether it is one of the first.
+
+    Attributes:
+        index: the layer, or the number of tensors of this role before it: see `places_of`.
+        count: of them.
+        ordinal: the number of tensors of this role before it.
+    """
+
+    index: int
+    count: int
+    ordinal: int
+
+
+Rule = Callable[[Place, MixContext], str | None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +118,7 @@ class Mix:
 
     `rules`: by role (attn_v, ffn_down, ...) the type in a layer of a model; None is the usual type.
     `output`: type of the output matrix, and of embeddings that are tied to it. `embedding`: of embeddings that are not.
-    `lifts_seventy_b`: whether the values of a 70B model get 5 bits where they would have 3 or 4.
+    `is_two_bit`: of 1 or 2 bits, where neither the values of a 70B model nor the attention of eight experts are lifted.
     `needs_imatrix`: types that need an importance matrix in this mix, beyond those that need one in any.
     """
 
@@ -93,81 +127,111 @@ class Mix:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     output: str = "Q6_K"
     embedding: str | None = None
-    lifts_seventy_b: bool = True
+    is_two_bit: bool = False
     needs_imatrix: frozenset[str] = frozenset()
 
 
-def _more_bits(layer: int, layers: int) -> bool:
-    """The first and last eighth of the layers, and every third between them."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+def _more_bits(place: Place) -> bool:
+    """The first and last eighth, and every third between them."""
+    index, count = place.index, place.count
+    return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
-def _q6_for_more_bits(layer: int, model: MixContext) -> str | None:
-    return "Q6_K" if _more_bits(layer, model.layers) else None
+def _q6_for_more_bits(place: Place, _model: MixContext) -> str | None:
+    return "Q6_K" if _more_bits(place) else None
 
 
 def _always(tensor_type: str) -> Rule:
-    return lambda _layer, _model: tensor_type
+    return lambda _place, _model: tensor_type
 
 
 def _first_eighth(tensor_type: str) -> Rule:
-    return lambda layer, model: tensor_type if layer < model.layers // 8 else None
+    return lambda place, _model: tensor_type if place.index < place.count // 8 else None
+
+
+def _first_eighth_counted(tensor_type: str) -> Rule:
+    return lambda place, _model: tensor_type if place.ordinal < place.count // 8 else None
 
 
 def _middle(tensor_type: str) -> Rule:
-    return lambda layer, model: tensor_type if model.layers // 8 <= layer < 7 * model.layers // 8 else None
+    return lambda place, _model: tensor_type if place.count // 8 <= place.index < 7 * place.count // 8 else None
 
 
 def _shared_values(shared: str, otherwise: str | None = None) -> Rule:
-    return lambda _layer, model: shared if model.shares_values else otherwise
+    return lambda _place, model: shared if model.shares_values else otherwise
+
+
+def _shared_values_or_experts(shared: str, otherwise: str) -> Rule:
+    return lambda _place, model: shared if model.shares_values or model.experts >= 4 else otherwise
+
+
+def _eight_experts(tensor_type: str, otherwise: str | None = None) -> Rule:
+    return lambda _place, model: tensor_type if model.is_eight_experts else otherwise
+
+
+def _unless_eight_experts(tensor_type: str) -> Rule:
+    return lambda _place, model: None if model.is_eight_experts else tensor_type
 
 
 def _first_eighth_with_imatrix(tensor_type: str) -> Rule:
-    return lambda layer, model: tensor_type if model.has_imatrix and layer < model.layers // 8 else None
+    return lambda place, model: tensor_type if model.has_imatrix and place.index < place.count // 8 else None
 
 
 def _first_eighth_without_imatrix(tensor_type: str) -> Rule:
-    return lambda layer, model: tensor_type if not model.has_imatrix and layer < model.layers // 8 else None
+    return lambda place, model: tensor_type if not model.has_imatrix and place.index < place.count // 8 else None
 
 
-def _q3_k_m_attn_v(layer: int, _model: MixContext) -> str | None:
-    return "Q5_K" if layer < 2 else "Q4_K"
+def _q3_k_m_attn_v(place: Place, _model: MixContext) -> str | None:
+    return "Q5_K" if place.index < 2 else "Q4_K"
 
 
-def _q3_k_m_ffn_down(layer: int, model: MixContext) -> str | None:
-    return "Q5_K" if layer < model.layers // 16 else "Q4_K"
+def _q3_k_m_ffn_down(place: Place, _model: MixContext) -> str | None:
+    return "Q5_K" if place.index < place.count // 16 else "Q4_K"
 
 
-def _q4_k_s_attn_v(layer: int, _model: MixContext) -> str | None:
-    return "Q5_K" if layer < 4 else None
+def _q4_k_s_attn_v(place: Place, _model: MixContext) -> str | None:
+    return "Q5_K" if place.index < 4 else None
 
 
-def _iq3_xxs_attn_v(_layer: int, model: MixContext) -> str | None:
+def _iq3_m_ffn_down(place: Place, model: MixContext) -> str | None:
+    return "Q4_K" if place.index < place.count // 8 or (model.is_eight_experts and _more_bits(place)) else None
+
+
+def _iq3_xxs_attn_v(_place: Place, model: MixContext) -> str | None:
     if model.shares_values:
         return "Q4_K"
     return None if model.has_imatrix else "IQ3_S"
 
 
-def _iq3_xxs_ffn_down(layer: int, model: MixContext) -> str | None:
+def _iq3_xxs_ffn_down(place: Place, model: MixContext) -> str | None:
     if model.has_imatrix:
         return None
-    return "Q4_K" if layer < model.layers // 8 else "Q3_K"
+    return "Q4_K" if place.index < place.count // 8 else "Q3_K"
 
 
 def _two_bit_mix(file_type: int, base: str, *, raised: str, embedding: str, attn_output: str | None = None) -> Mix:
     """A mix of 1 or 2 bits. `raised`: type of attn_v and of the first layers' ffn_down."""
-    rules = {"attn_v": _shared_values("Q4_K", raised), "ffn_down": _first_eighth(raised)}
-    if attn_output:
-        rules["attn_output"] = _always(attn_output)
-    return Mix(file_type, base, rules, output="Q5_K", embedding=embedding, lifts_seventy_b=False)
+    rules = {
+        "attn_v": _shared_values_or_experts("Q4_K", raised),
+        "attn_k": _eight_experts("Q4_K"),
+        "ffn_down": _first_eighth_counted(raised),
+        "attn_output": _eight_experts("Q5_K", attn_output),
+    }
+    return Mix(file_type, base, rules, output="Q5_K", embedding=embedding, is_two_bit=True)
 
 
-_FOUR_BIT_I = {"attn_v": _shared_values("Q5_K"), "ffn_down": _first_eighth_without_imatrix("Q5_K")}
+# attn_output of eight experts, in the mixes of 3 and 4 bits that llama.cpp lists
+_OUTPUT_OF_EIGHT = {"attn_output": _eight_experts("Q5_K")}
+_FOUR_BIT_I = {
+    "attn_v": _shared_values("Q5_K"),
+    "ffn_down": _first_eighth_without_imatrix("Q5_K"),
+    **_OUTPUT_OF_EIGHT,
+}
 _IQ3_XXS: dict[str, Rule] = {
     "attn_v": _iq3_xxs_attn_v,
     "attn_q": _always("IQ2_S"),
     "attn_k": _always("IQ2_S"),
-    "attn_output": _always("IQ3_S"),
+    "attn_output": _eight_experts("Q5_K", "IQ3_S"),
     "ffn_down": _iq3_xxs_ffn_down,
 }
 _IQ3_XS: dict[str, Rule] = {
@@ -176,6 +240,7 @@ _IQ3_XS: dict[str, Rule] = {
     "attn_k": _always("IQ3_XXS"),
     "ffn_gate": _middle("IQ3_XXS"),
     "ffn_up": _middle("IQ3_XXS"),
+    **_OUTPUT_OF_EIGHT,
 }
 
 # file types: enum llama_ftype in llama.cpp's include/llama.h
@@ -188,25 +253,39 @@ MIXES: dict[str, Mix] = {
     "Q5_K_S": Mix(16, "Q5_K"),
     "Q5_1": Mix(9, "Q5_1"),
     "Q5_0": Mix(8, "Q5_0", {"ffn_down": _first_eighth_with_imatrix("Q5_1")}),
-    "Q4_K_M": Mix(15, "Q4_K", {"attn_v": _q6_for_more_bits, "ffn_down": _q6_for_more_bits}),
-    "Q4_K_S": Mix(14, "Q4_K", {"attn_v": _q4_k_s_attn_v, "ffn_down": _first_eighth("Q5_K")}),
+    "Q4_K_M": Mix(15, "Q4_K", {"attn_v": _q6_for_more_bits, "ffn_down": _q6_for_more_bits, **_OUTPUT_OF_EIGHT}),
+    "Q4_K_S": Mix(14, "Q4_K", {"attn_v": _q4_k_s_attn_v, "ffn_down": _first_eighth("Q5_K"), **_OUTPUT_OF_EIGHT}),
     "Q4_1": Mix(3, "Q4_1"),
     "Q4_0": Mix(2, "Q4_0", {"ffn_down": _first_eighth_with_imatrix("Q4_1")}),
     "IQ4_NL": Mix(25, "IQ4_NL", _FOUR_BIT_I),
     "IQ4_XS": Mix(30, "IQ4_XS", _FOUR_BIT_I),
-    "Q3_K_L": Mix(13, "Q3_K", dict.fromkeys(("attn_v", "ffn_down", "attn_output"), _always("Q5_K"))),
-    "Q3_K_M": Mix(12, "Q3_K", {"attn_v": _q3_k_m_attn_v, "ffn_down": _q3_k_m_ffn_down, "attn_output": _always("Q4_K")}),
-    "Q3_K_S": Mix(11, "Q3_K"),
-    "IQ3_M": Mix(
-        27, "IQ3_S", {"attn_v": _always("Q4_K"), "ffn_down": _first_eighth("Q4_K"), "attn_output": _always("Q4_K")}
+    "Q3_K_L": Mix(
+        13,
+        "Q3_K",
+        dict.fromkeys(("attn_v", "ffn_down"), _always("Q5_K")) | {"attn_output": _unless_eight_experts("Q5_K")},
     ),
-    "IQ3_S": Mix(26, "IQ3_S", {"attn_v": _shared_values("Q4_K")}),
+    "Q3_K_M": Mix(
+        12,
+        "Q3_K",
+        {"attn_v": _q3_k_m_attn_v, "ffn_down": _q3_k_m_ffn_down, "attn_output": _eight_experts("Q5_K", "Q4_K")},
+    ),
+    "Q3_K_S": Mix(11, "Q3_K", _OUTPUT_OF_EIGHT),
+    "IQ3_M": Mix(
+        27,
+        "IQ3_S",
+        {"attn_v": _always("Q4_K"), "ffn_down": _iq3_m_ffn_down, "attn_output": _eight_experts("Q5_K", "Q4_K")},
+    ),
+    "IQ3_S": Mix(26, "IQ3_S", {"attn_v": _shared_values("Q4_K"), **_OUTPUT_OF_EIGHT}),
     "IQ3_XS": Mix(22, "IQ3_S", _IQ3_XS),
     "IQ3_XXS": Mix(23, "IQ3_XXS", _IQ3_XXS, output="Q5_K", embedding="IQ3_S"),
     "Q2_K": Mix(
         10,
         "Q2_K",
-        {"attn_v": _shared_values("Q4_K", "Q3_K")} | dict.fromkeys(("ffn_down", "attn_output"), _always("Q3_K")),
+        {
+            "attn_v": _shared_values("Q4_K", "Q3_K"),
+            "ffn_down": _always("Q3_K"),
+            "attn_output": _eight_experts("Q5_K", "Q3_K"),
+        },
     ),
     "Q2_K_S": Mix(
         21,
@@ -242,51 +321,93 @@ def is_weighted(tensor_type: str) -> bool:
 
 def requires_imatrix(name: str, tensor_type: str, mix: Mix) -> bool:
     """Whether a tensor of this type is garbage without an importance matrix; llama.cpp refuses it then."""
-    if name in ("token_embd.weight", "output.weight"):
+    if name == "output.weight" or name in _EMBEDDINGS:
         return False
     return tensor_type in _TYPES_THAT_NEED_AN_IMATRIX or tensor_type in mix.needs_imatrix
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix that multiplies; norms, biases and other vectors stay in 32 bits."""
-    return len(shape) >= 2 and name.endswith(".weight") and not name.endswith("_norm.weight")
+    """Whether a tensor is a matrix that multiplies, or several; norms, biases, routers and small maps are left."""
+    if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+        return False
+    return name not in _LEFT_NAMES and not any(part in name for part in _LEFT_PARTS)
 
 
-def tensor_type(name: str, shape: tuple[int, ...], mix: Mix, model: MixContext, wanted: str | None = None) -> str:
-    """The type of one tensor.
+def kept_type(name: str, stored: str, shape: tuple[int, ...]) -> str:
+    """The type of a tensor that is not quantized: vectors and norms in 32 bits, a small matrix as it is stored."""
+    is_map = len(shape) >= 2 and name.endswith("weight") and not name.endswith("_norm.weight")
+    return stored if is_map and stored in _FLOAT_TYPES else "F32"
+
+
+def places_of(names: Iterable[str], model: MixContext) -> dict[str, Place]:
+    """The place of every tensor that is quantized, by name; `names` in the order in which llama.cpp goes through them.
+
+    llama.cpp counts the tensors of values as they come, since some layers may have none. Those of the MLP it places by
+    their layer where there are experts, and counts them elsewhere; the whole is the number of layers in both cases.
+    """
+    roles = {name: role for name in names if (role := _role(name))}
+    values = sum(role == "attn_v" for role in roles.values())
+    counted: dict[str, int] = {}
+    places: dict[str, Place] = {}
+    for name, role in roles.items():
+        ordinal = counted.get(role, 0)
+        counted[role] = ordinal + 1
+        by_layer = model.experts > 1 and role != "attn_v"
+        places[name] = Place(_layer(name) if by_layer else ordinal, values if role == "attn_v" else model.layers, ordinal)
+    return places
+
+
+def tensor_type(
+    name: str, shape: tuple[int, ...], mix: Mix, model: MixContext, place: Place | None = None, wanted: str | None = None
+) -> str:
+    """The type of one tensor that is quantized, or F32.
 
     Args:
         name: GGUF name, such as `blk.3.attn_v.weight`.
         shape: torch order, the row width last.
         mix: the mix asked for.
         model: shape of the model it belongs to.
+        place: among the tensors of its role; by default that of a model whose layers are all alike.
         wanted: a type that replaces the mix's choice; another one where the row is no multiple of its block.
     """
     if not is_quantizable(name, shape):
         return "F32"
     if wanted is None and mix.base in _FLOAT_TYPES:
         return mix.base
-    return _fitting(wanted or _wanted(name, shape[-1], mix, model), shape[-1])
+    return _fitting(wanted or _wanted(name, shape[-1], mix, model, place), shape[-1])
 
 
-def _wanted(name: str, width: int, mix: Mix, model: MixContext) -> str:
-    if name == "output.weight" or (name == "token_embd.weight" and model.tied_embeddings):
+def _wanted(name: str, width: int, mix: Mix, model: MixContext, place: Place | None) -> str:
+    if name == "output.weight" or (name in _EMBEDDINGS and model.tied_embeddings):
         return "Q8_0" if width % BLOCK_SIZES[mix.base] else mix.output
-    if name == "token_embd.weight":
+    if name in _EMBEDDINGS:
         return mix.embedding or mix.base
-    layer, role = _layer_and_role(name)
-    is_values = role in ("attn_v", "attn_qkv")
-    rule = mix.rules.get("attn_v" if is_values else role)
-    chosen = (rule(layer, model) if rule else None) or mix.base
-    lifted = is_values and mix.lifts_seventy_b and model.is_seventy_b and chosen in ("Q3_K", "Q4_K")
+    role = _role(name)
+    rule = mix.rules.get(role)
+    chosen = (rule(place or Place(_layer(name), model.layers, _layer(name)), model) if rule else None) or mix.base
+    if mix.is_two_bit:
+        return chosen
+    if model.is_eight_experts and role in ("attn_v", "attn_k"):
+        return "Q8_0"
+    lifted = role == "attn_v" and model.is_seventy_b and chosen in ("Q3_K", "Q4_K")
     return "Q5_K" if lifted else chosen
 
 
-def _layer_and_role(name: str) -> tuple[int, str]:
+def _role(name: str) -> str:
+    """What a tensor does, as the rules call it; empty where none is about it."""
     parts = name.split(".")
-    if parts[0] != "blk":
-        return 0, parts[0]
-    return int(parts[1]), parts[2]
+    part = parts[2] if parts[0] == "blk" and len(parts) > 3 else ""
+    if part in _VALUES:
+        return "attn_v"
+    if part in ("attn_q", "attn_k", "attn_output"):
+        return part
+    # of experts and shared experts alike: ffn_down_exps, ffn_gate_up_exps, ffn_up_shexp
+    return next((role for role in ("ffn_up", "ffn_gate", "ffn_down") if part.startswith(role)), "")
+
+
+def _layer(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else 0
 
 
 def _fitting(wanted: str, width: int) -> str:

@@ -1,18 +1,25 @@
 """The tensors of a model under their GGUF names: shapes, where the values come from, what is done to them."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.families.family import ConfigFields, GgufRules
-from qlora_kit.formats.gguf.mixes import Mix, MixContext, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.mixes import (
+    Mix,
+    MixContext,
+    is_quantizable,
+    kept_type,
+    places_of,
+    requires_imatrix,
+    tensor_type,
+)
 from qlora_kit.formats.gguf.overrides import overridden_types
 from qlora_kit.weights.float_rows import (
     FloatRows,
-    find_tensors,
     read_float_rows,
     read_picked_rows,
     read_stored_rows,
@@ -28,7 +35,8 @@ class PlannedTensor:
     """One tensor of the file: GGUF name, block type, and the stored tensor it is made from.
 
     `rotated_heads`: heads whose rows are reordered for llama.cpp's rotary embedding, 0 for none.
-    `offset`: added to every value. `importance`: weight of each column when blocks are fitted, float32 [width].
+    `offset`: added to every value. `importance`: weight of each column when blocks are fitted, float32 [width], or
+    [matrices, width] where a tensor holds several. `type` is empty until a mix gives one.
     """
 
     name: str
@@ -80,38 +88,17 @@ def paired_order(rows: int, heads: int) -> "npt.NDArray[np.int64]":
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
 
 
-def plan_tensors(
-    model_dir: Path,
-    architecture: GgufRules,
-    config: ConfigFields,
-    mix: Mix,
-    *,
-    overrides: Mapping[str, str] | None = None,
-    has_imatrix: bool = False,
+def named_tensors(
+    found: Mapping[str, FloatRows], architecture: GgufRules, config: ConfigFields
 ) -> tuple[list[PlannedTensor], MixContext]:
-    """Every tensor of the file in layer order, and the shape the type rules looked at.
+    """Every tensor of the file, without a type, and the shape that the type rules look at.
 
     Args:
-        overrides: glob on GGUF names to the type that replaces the mix's choice.
-        has_imatrix: whether there will be an importance matrix; some rules depend on it.
+        found: tensors of a folder, or those that will be there once the model is merged.
 
     Raises:
-        RecipeError: a tensor has no GGUF name in this architecture, one that llama.cpp needs is missing, an override
-            cannot be followed, or a type needs an importance matrix and there is none.
+        RecipeError: a tensor has no GGUF name in this architecture, or one that llama.cpp needs is missing.
     """
-    return plan_stored(find_tensors(model_dir), architecture, config, mix, overrides=overrides, has_imatrix=has_imatrix)
-
-
-def plan_stored(
-    found: Mapping[str, FloatRows],
-    architecture: GgufRules,
-    config: ConfigFields,
-    mix: Mix,
-    *,
-    overrides: Mapping[str, str] | None = None,
-    has_imatrix: bool = False,
-) -> tuple[list[PlannedTensor], MixContext]:
-    """`plan_tensors` of tensors that were found, or that will be there once the model is merged."""
     stored = _without_unused(found, config)
     model = MixContext(
         layers=config["num_hidden_layers"],
@@ -119,26 +106,55 @@ def plan_stored(
         kv_heads=config["num_key_value_heads"],
         tied_embeddings="lm_head.weight" not in stored,
         seventy_b=architecture.seventy_b,
-        has_imatrix=has_imatrix,
     )
     names = gguf_names(stored, architecture, model.layers)
-    wanted = overridden_types(overrides or {}, {names[source]: tensor.shape for source, tensor in stored.items()})
-    planned = [
+    tensors = [
         PlannedTensor(
             name=names[source],
-            type=tensor_type(names[source], tensor.shape, mix, model, wanted.get(names[source])),
+            type="",
             stored=tensor,
             rotated_heads=rotated_heads_of(source, architecture, config),
             offset=architecture.norm_offset if names[source].endswith("_norm.weight") else 0.0,
         )
         for source, tensor in stored.items()
     ]
+    return tensors, model
+
+
+def typed_tensors(
+    tensors: Sequence[PlannedTensor],
+    model: MixContext,
+    mix: Mix,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    has_imatrix: bool = False,
+) -> list[PlannedTensor]:
+    """The tensors with the types of a mix, in the order of the file: by layer, then by name.
+
+    Args:
+        overrides: glob on GGUF names to the type that replaces the mix's choice.
+        has_imatrix: whether there will be an importance matrix; some rules depend on it.
+
+    Raises:
+        RecipeError: an override cannot be followed, or a type needs an importance matrix and there is none.
+    """
+    model = replace(model, has_imatrix=has_imatrix)
+    ordered = sorted(tensors, key=lambda tensor: _place(tensor.name))
+    wanted = overridden_types(overrides or {}, {tensor.name: tensor.stored.shape for tensor in ordered})
+    places = places_of((one.name for one in ordered if is_quantizable(one.name, one.stored.shape)), model)
+
+    def kind(name: str, stored: FloatRows) -> str:
+        if not is_quantizable(name, stored.shape):
+            return kept_type(name, stored.dtype, stored.shape)
+        return tensor_type(name, stored.shape, mix, model, places.get(name), wanted.get(name))
+
+    planned = [replace(tensor, type=kind(tensor.name, tensor.stored)) for tensor in ordered]
     if not has_imatrix:
         _refuse_types_that_need_an_imatrix(planned, mix)
-    return sorted(planned, key=lambda tensor: _place(tensor.name)), model
+    return planned
 
 
-def _refuse_types_that_need_an_imatrix(tensors: list[PlannedTensor], mix: Mix) -> None:
+def _refuse_types_that_need_an_imatrix(tensors: Sequence[PlannedTensor], mix: Mix) -> None:
     needing = [tensor for tensor in tensors if requires_imatrix(tensor.name, tensor.type, mix)]
     if needing:
         raise RecipeError(

@@ -1,5 +1,6 @@
 """The whole way from a Hugging Face folder to a GGUF file, or to several that belong together."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,23 +11,21 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
-from qlora_kit.families.family import GgufRules
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.formats.gguf import EXTRA
-from qlora_kit.formats.gguf.architectures import extra_tensors, find_architecture
 from qlora_kit.formats.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
 from qlora_kit.formats.gguf.container import open_container
+from qlora_kit.formats.gguf.converter.convert import Conversion
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
-from qlora_kit.formats.gguf.metadata import add_general, add_hyper_parameters, read_full_config, stop_token_ids
+from qlora_kit.formats.gguf.metadata import add_general, stop_token_ids
 from qlora_kit.formats.gguf.mixes import find_mix, is_weighted, requires_imatrix
+from qlora_kit.formats.gguf.model import GgufModel, read_gguf_model
 from qlora_kit.formats.gguf.shards import shard_paths, split_tensors, tensor_offsets
-from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_tensors
+from qlora_kit.formats.gguf.tensors import PlannedTensor, typed_tensors
 from qlora_kit.formats.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Extras = Mapping[str, npt.NDArray[np.float32]]
+    from qlora_kit.formats.gguf.model import Extras
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,29 @@ class GgufSummary:
 
 @dataclass(frozen=True)
 class _Plan:
-    config: Mapping[str, Any]
-    architecture: GgufRules
-    extras: "Extras"
+    model: GgufModel
     tensors: Sequence[PlannedTensor]
     parts: Sequence[Sequence[str]]
 
+    @property
+    def extras(self) -> "Extras":
+        return self.model.extras
 
-def planned_files(model_dir: Path, out_file: Path, choices: GgufChoices, *, has_imatrix: bool = False) -> list[Path]:
+
+def planned_files(
+    model_dir: Path,
+    out_file: Path,
+    choices: GgufChoices,
+    *,
+    has_imatrix: bool = False,
+    conversion: Conversion | None = None,
+) -> list[Path]:
     """The files that `write_gguf` will write, without writing; llama.cpp is given the first.
 
     Raises:
-        RecipeError: as `write_gguf`.
+        RecipeError, RunError: as `write_gguf`.
     """
-    return shard_paths(out_file, len(_plan(model_dir, choices, has_imatrix).parts))
+    return shard_paths(out_file, len(_plan(model_dir, choices, has_imatrix, conversion).parts))
 
 
 def write_gguf(
@@ -79,9 +87,12 @@ def write_gguf(
     *,
     name: str | None = None,
     imatrix: ImportanceMatrix | None = None,
+    conversion: Conversion | None = None,
     workers: int | None = None,
 ) -> GgufSummary:
     """Write a merged model as one GGUF file or several, quantized straight from its stored precision.
+
+    An architecture that the kit has no rules for goes through llama.cpp's converter first.
 
     Args:
         model_dir: Hugging Face folder: config.json, safetensors in 16 or 32 bits, tokenizer.
@@ -90,27 +101,30 @@ def write_gguf(
         mix: a name of `mixes.MIXES`, or all choices.
         name: `general.name`; the folder's name by default.
         imatrix: what the blocks are fitted to; left unused by types that have no use for it.
+        conversion: of the folder, where several files are made of it; by default one for this file.
         workers: threads that quantize; by default one for every usable core.
 
     Raises:
         RecipeError: an architecture, tokenizer, mix, override or weight type that cannot be written, or a type that
             needs an importance matrix without one; found before writing.
-        RunError: a weight is not finite, or too large for the type.
+        RunError: a weight is not finite, or too large for the type, or llama.cpp's converter failed.
     """
     require("gguf", "writing a GGUF file", EXTRA)
     require("libgguf", "writing a GGUF file", EXTRA)
     choices = GgufChoices(mix) if isinstance(mix, str) else mix
-    plan = _plan(model_dir, choices, imatrix is not None)
-    rows = next(tensor.stored.rows for tensor in plan.tensors if tensor.name == "token_embd.weight")
-    vocabulary = read_vocabulary(model_dir, rows, stop_token_ids(model_dir, plan.config), plan.config)
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    conversion = conversion or Conversion(model_dir, out_file.parent)  # its file is there for as long as it is
+    plan = _plan(model_dir, choices, imatrix is not None, conversion)
+    config = plan.model.config
+    vocabulary = read_vocabulary(model_dir, plan.model.rows, stop_token_ids(model_dir, config), config)
     is_fitted = imatrix is not None and any(is_weighted(tensor.type) for tensor in plan.tensors)
     if imatrix is not None and is_fitted:
         plan = replace(plan, tensors=_with_importance(plan.tensors, imatrix, choices))
-    title = _title(name or model_dir.resolve().name, plan.architecture, vocabulary)
+    title = _title(name or model_dir.resolve().name, plan.model.marker, vocabulary)
 
     def describe(writer: Any) -> None:
-        add_general(writer, model_dir, plan.config, title, find_mix(choices.mix).file_type)
-        add_hyper_parameters(writer, plan.architecture, plan.config, rows)
+        add_general(writer, model_dir, config, title, find_mix(choices.mix).file_type)
+        plan.model.add_keys(writer)
         add_vocabulary(writer, vocabulary)
         if imatrix is not None and is_fitted:
             imatrix.add_metadata(writer)
@@ -123,7 +137,6 @@ def write_gguf(
 
 def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], workers: int | None) -> list[Path]:
     """Write in a folder beside and move, the first file last: it is the one that readers are given."""
-    out_file.parent.mkdir(parents=True, exist_ok=True)
     places = shard_paths(out_file, len(plan.parts))
     with TemporaryDirectory(dir=out_file.parent, prefix=f".{out_file.name}.") as folder:
         staged = [Path(folder) / place.name for place in places]
@@ -141,17 +154,13 @@ def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], w
     return places
 
 
-def _plan(model_dir: Path, choices: GgufChoices, has_imatrix: bool) -> _Plan:
+def _plan(model_dir: Path, choices: GgufChoices, has_imatrix: bool, conversion: Conversion | None) -> _Plan:
     mix = find_mix(choices.mix)
-    config = read_full_config(model_dir)
-    architecture = find_architecture(config)
-    tensors, _ = plan_tensors(
-        model_dir, architecture, config, mix, overrides=choices.overrides, has_imatrix=has_imatrix
-    )
-    extras = extra_tensors(architecture, config)
-    sizes = {name: values.nbytes for name, values in extras.items()}
+    model = read_gguf_model(model_dir, conversion)
+    tensors = typed_tensors(model.tensors, model.shape, mix, overrides=choices.overrides, has_imatrix=has_imatrix)
+    sizes = {name: values.nbytes for name, values in model.extras.items()}
     sizes |= {tensor.name: tensor_bytes(tensor) for tensor in tensors}
-    return _Plan(config, architecture, extras, tensors, split_tensors(sizes, choices.shard_bytes))
+    return _Plan(model, tensors, split_tensors(sizes, choices.shard_bytes))
 
 
 def _with_importance(
@@ -167,7 +176,7 @@ def _with_importance(
 def _open(file: Path, number: int, plan: _Plan) -> Any:
     import gguf
 
-    writer = open_container(file, plan.architecture.name)
+    writer = open_container(file, plan.model.architecture)
     if len(plan.parts) > 1:
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
         writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(plan.parts))
@@ -175,12 +184,20 @@ def _open(file: Path, number: int, plan: _Plan) -> Any:
     return writer
 
 
-def _title(name: str, architecture: GgufRules, vocabulary: Vocabulary) -> str:
-    # llama.cpp has no key for "swallow the space after this token": it does so when the name has the marker
-    marker = architecture.marker
-    needs_marker = bool(marker) and vocabulary.strips_after_special
-    marked = any(text in name.lower() for text in (marker, marker.replace("-", "")))
-    return f"{name} ({marker})" if needs_marker and not marked else name
+def _title(name: str, marker: str, vocabulary: Vocabulary) -> str:
+    # llama.cpp has no key for "swallow the space after this token": it does so when the name has the marker, and then
+    # looks for tokens that other vocabularies lack
+    if marker and vocabulary.strips_after_special:
+        marked = any(text in name.lower() for text in _spellings(marker))
+        return name if marked else f"{name} ({marker})"
+    markers = {family.gguf.marker for family in FAMILIES.values() if family.gguf.marker}
+    for text in (spelled for one in markers for spelled in _spellings(one)):
+        name = re.sub(re.escape(text), lambda found: re.sub(r"-?(?=\d)", " ", found[0], count=1), name, flags=re.IGNORECASE)
+    return name
+
+
+def _spellings(marker: str) -> tuple[str, str]:
+    return marker, marker.replace("-", "")
 
 
 def _write_head(writer: Any, file: Path, number: int, plan: _Plan) -> None:

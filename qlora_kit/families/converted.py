@@ -1,0 +1,31 @@
+"""Families that llama.cpp's own converter writes: names that it has another one for, and what llama.cpp has fixed.
+
+A model whose config.json says otherwise would become a file that loads and answers wrongly.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_kit.families.family import ConfigFields
+
+# architecture in config.json -> the name that the converter registers it under, and its member of gguf's MODEL_ARCH
+CONVERTER_NAMES: Mapping[str, tuple[str, str]] = {
+    "Mistral4ForCausalLM": ("Mistral3ForConditionalGeneration", "MISTRAL4"),
+}
+
+# llama.cpp's name of an architecture -> settings that it computes in one way only
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "qwen3moe": {"norm_topk_prob": True},
+    "qwen3vlmoe": {"norm_topk_prob": True},
+    "qwen2moe": {"norm_topk_prob": False},
+    "olmoe": {"norm_topk_prob": False},
+    "gemma3n": {"hidden_size_per_layer_input": 256},
+}
+
+
+def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]]:
+    """Settings that llama.cpp has in its code, where a config.json says otherwise: the field, and what is expected."""
+    fields = {**config, **(config.get("text_config") or {})}
+    for field, expected in _FIXED.get(name, {}).items():
+        if fields.get(field, expected) != expected:
+            yield field, str(expected)

@@ -1,0 +1,117 @@
+"""The process in which llama.cpp's converter runs: `python -m qlora_kit.formats.gguf.converter.child JOB RESULT`.
+
+It stands alone so that what the converter imports, and what is added here to modules that it asks for more than they
+have, ends with it.
+"""
+
+import enum
+import importlib.util
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qlora_kit.formats.gguf.converter.settings import completed, stored_name
+
+_EMBEDDING = "token_embd.weight"
+_ENUMERATIONS = ("MODEL_ARCH", "MODEL_TENSOR", "VisionProjectorType")
+
+
+def convert(job: dict[str, str]) -> None:
+    """Write a folder's model in 16 or 32 bit.
+
+    Args:
+        job: `converter`: folder of the package; `model`: the folder; `architecture`: the converter's name of it;
+            `kind`: BF16, F16 or F32; `out`: the file.
+    """
+    import gguf
+
+    _add_missing_names(gguf, Path(job["converter"]))
+    package = _imported(Path(job["converter"]))
+    folder = Path(job["model"])
+    fields = completed(folder, package.ModelBase.load_hparams(folder, False))
+    fields["architectures"] = [job["architecture"]]
+    model_class = package.get_model_class(job["architecture"])
+    # The converter's own command sets this on a class too: layers that predict further tokens are no part of what was
+    # trained.
+    package.ModelBase.no_mtp = True
+    kinds = gguf.LlamaFileType
+    kind = {"BF16": kinds.MOSTLY_BF16, "F16": kinds.MOSTLY_F16, "F32": kinds.ALL_F32}[job["kind"]]
+    model = model_class(folder, kind, Path(job["out"]), hparams=fields, model_name="model")
+    writing = getattr(model, "impl", model)  # some classes hand on to one of several
+    writing.model_tensors = {stored_name(name): tensor for name, tensor in writing.model_tensors.items()}
+    # The kit writes the vocabulary: the converter refuses tokenizers that it does not know by name.
+    writing.set_vocab = partial(_finish_keys, writing)
+    writing.write()
+
+
+def _finish_keys(model: Any) -> None:
+    """Say that there is no vocabulary, and what llama.cpp would else take for granted.
+
+    It computes without a vocabulary where it is told how many tokens there are, and caps logits at 30 in families that
+    may have a cap unless it is told of none.
+    """
+    writer = model.gguf_writer
+    writer.add_tokenizer_model("none")
+    tensors, keys = writer.tensors[0], writer.kv_data[0]
+    if f"{writer.arch}.vocab_size" not in keys and _EMBEDDING in tensors:
+        writer.add_vocab_size(tensors[_EMBEDDING].shape[0])
+    has_no_cap = "final_logit_softcapping" in model.hparams and not model.hparams["final_logit_softcapping"]
+    if has_no_cap and f"{writer.arch}.final_logit_softcapping" not in keys:
+        writer.add_final_logit_softcapping(0.0)
+
+
+def _imported(folder: Path) -> ModuleType:
+    """The package, under the name that its own modules import it by."""
+    spec = importlib.util.spec_from_file_location(
+        "conversion", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} is no package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["conversion"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _add_missing_names(gguf: ModuleType, folder: Path) -> None:
+    """Give enumerations of gguf the names that the converter's modules mention and that the release has not.
+
+    A module of the converter serves several families, and could not be imported for the one of them that is newer than
+    the published gguf. Of that one nothing can be written: its new name is in none of gguf's tables.
+    """
+    texts = [path.read_text("utf-8") for path in folder.glob("*.py")]
+    for name in _ENUMERATIONS:
+        known: type[enum.Enum] = getattr(gguf, name)
+        for mentioned in _mentioned(name, texts):
+            if not hasattr(known, mentioned):
+                setattr(known, mentioned, f"{name}.{mentioned}, which this gguf has not")
+
+
+def _mentioned(enumeration: str, texts: Iterable[str]) -> set[str]:
+    pattern = re.compile(rf"\b{enumeration}\.([A-Z][A-Z0-9_]*)")
+    return {found for text in texts for found in pattern.findall(text)}
+
+
+def main(job_file: str, result_file: str) -> int:
+    """Run a job; the result holds the error, if there is one."""
+    logging.basicConfig(level=logging.WARNING)
+    job: dict[str, str] = json.loads(Path(job_file).read_text("utf-8"))
+    result: dict[str, Any] = {}
+    try:
+        convert(job)
+    except Exception as error:  # of a stranger's model anything may come
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {error}"
+    Path(result_file).write_text(json.dumps(result), "utf-8")
+    return 1 if result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

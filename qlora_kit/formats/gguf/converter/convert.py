@@ -1,0 +1,113 @@
+"""Runs llama.cpp's converter on a folder, in a process of its own, once for all files that are made of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.core.console.bar import BYTES, bar
+from qlora_kit.core.errors import RunError
+from qlora_kit.export.checks.fault import ELSEWHERE
+from qlora_kit.families.family import ConfigFields
+from qlora_kit.formats.gguf.converter.converted import read_converted
+from qlora_kit.formats.gguf.converter.package import converter_folder, find_known
+from qlora_kit.formats.gguf.metadata import read_full_config
+from qlora_kit.weights.float_rows import find_tensors
+
+if TYPE_CHECKING:
+    from qlora_kit.formats.gguf.model import GgufModel
+
+_ASKED_EVERY = 0.2  # seconds
+_SHOWN_AFTER = 5.0  # seconds, which a small model takes
+_SHOWN_LINES = 3
+_ROOT = Path(__file__).resolve().parents[4]  # where the package qlora_kit lies
+
+
+class Conversion:
+    """The 16-bit file that llama.cpp's converter makes of a folder, written when first asked for.
+
+    Args:
+        model_dir: Hugging Face folder with 16- or 32-bit weights.
+        room: an existing folder on a disk that can hold the model once more; what is written there goes when this
+            object does.
+    """
+
+    def __init__(self, model_dir: Path, room: Path) -> None:
+        self.model_dir = model_dir
+        self._room = room
+
+    def model(self, config: ConfigFields) -> "GgufModel":
+        """What the file holds.
+
+        Raises:
+            RecipeError: the converter is not installed, or does not know the architecture.
+            RunError: it failed.
+        """
+        return read_converted(self.file, config)
+
+    @cached_property
+    def file(self) -> Path:
+        """The file.
+
+        Raises:
+            RecipeError: the converter is not installed, or does not know the architecture.
+            RunError: it failed.
+        """
+        known = find_known(read_full_config(self.model_dir))
+        folder = Path(tempfile.mkdtemp(prefix=".converted.", suffix=".partial", dir=self._room))
+        self._removed = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        out = folder / "model.gguf"
+        tensors = find_tensors(self.model_dir).values()
+        values = Counter[str]()
+        for tensor in tensors:
+            values[tensor.dtype] += tensor.rows * tensor.width
+        kind = values.most_common(1)[0][0]
+        job = {
+            "converter": str(converter_folder()),
+            "model": str(self.model_dir.resolve()),
+            "architecture": known.registered,
+            "kind": kind if kind in ("BF16", "F16") else "F32",
+            "out": str(out),
+        }
+        _run(folder, job, 2 * values.total())
+        return out
+
+
+def _run(folder: Path, job: dict[str, str], expected: int) -> None:
+    """Run the child and show how much of the file is there."""
+    job_file, result_file, log_file = folder / "job.json", folder / "result.json", folder / "log.txt"
+    job_file.write_text(json.dumps(job), "utf-8")
+    line = [sys.executable, "-m", "qlora_kit.formats.gguf.converter.child", str(job_file), str(result_file)]
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The converter would look for a gguf of its own beside it, and libraries for files on a hub.
+    environment = {**os.environ, "PYTHONPATH": path, "NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
+    out = Path(job["out"])
+    with log_file.open("wb") as log, bar("llama.cpp's converter", expected, BYTES, after=_SHOWN_AFTER) as shown:
+        child = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            while child.poll() is None:
+                time.sleep(_ASKED_EVERY)
+                written = out.stat().st_size if out.is_file() else 0
+                shown.advance(max(0, min(written, expected) - shown.done))
+        finally:
+            child.kill()
+            child.wait()
+    if child.returncode != 0 or not out.is_file():
+        raise _failed(child.returncode, result_file, log_file)
+
+
+def _failed(code: int, result_file: Path, log_file: Path) -> RunError:
+    if result_file.is_file():
+        why = str(json.loads(result_file.read_text("utf-8")).get("error"))
+    else:
+        lines = log_file.read_text("utf-8", "replace").strip().splitlines()
+        why = f"it ended with {code}: {' | '.join(lines[-_SHOWN_LINES:])}"
+    return RunError(f"llama.cpp's converter cannot write this model: {why}", fix=ELSEWHERE)

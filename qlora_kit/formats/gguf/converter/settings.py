@@ -1,0 +1,120 @@
+"""Settings that the converter asks for under the names of published checkpoints, from what transformers calls them.
+
+transformers 5 writes some fields of config.json under other names than the checkpoints that the converter was made
+for, writes others in words of its own, and leaves out what its classes compute the same way for every model. Only what
+is missing is filled in, from the configuration itself.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+Fields = dict[str, Any]
+
+# layer kinds of state-space hybrids, as checkpoints and as transformers name them, and letters of a pattern
+_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+_LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+_SCORES = ("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func")
+# a router's line in the source of a model: router_logits.sigmoid(), or sigmoid of them
+_SIGMOID = re.compile(r"\brouter_(?:logits|scores)\.sigmoid\(\)|\bsigmoid\(router_(?:logits|scores)\b")
+# MLPs without experts that transformers renames along with those that have some
+_MISNAMED = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)")
+
+
+def completed(folder: Path, fields: Fields) -> Fields:
+    """The fields of a folder's configuration with those that the converter misses; the text part's at the top too."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    text = config.get_text_config()
+    own = dict(fields.get("text_config") or {}) if text is not config else fields
+    own.update({name: value for name, value in _known_to_class(text) if own.get(name) is None})
+    for add in (_rotary, _lengths, _layer_kinds, _linear_attention, _dense_layers):
+        own.update({name: value for name, value in add(own) if own.get(name) is None})
+    if not any(own.get(name) for name in _SCORES) and _routes_by_sigmoid(type(text)):
+        own["scoring_func"] = "sigmoid"
+    return {**fields, "text_config": own} if text is not config else own
+
+
+def stored_name(name: str) -> str:
+    """The name that a published checkpoint has for a tensor that transformers wrote."""
+    return _MISNAMED.sub(r".mlp.\1", name)
+
+
+def _known_to_class(config: Any) -> Iterator[tuple[str, Any]]:
+    """What the configuration answers to beyond its fields: other names of fields, and what it computes."""
+    from transformers import PretrainedConfig
+
+    inherited = {name for name, _ in inspect.getmembers(PretrainedConfig, lambda one: isinstance(one, property))}
+    computed = {name for name, _ in inspect.getmembers(type(config), lambda one: isinstance(one, property))}
+    for name in [*config.attribute_map, *sorted(computed - inherited)]:
+        value = getattr(config, name, None)
+        if isinstance(value, (bool, int, float, str)):
+            yield name, value
+
+
+def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
+    rope = fields.get("rope_parameters") or {}
+    full: Mapping[str, Any] = rope.get("full_attention") or rope
+    if full.get("rope_theta") is not None:
+        yield "rope_theta", full["rope_theta"]
+    if (local := rope.get("sliding_attention")) and local.get("rope_theta") is not None:
+        yield "rope_local_base_freq", local["rope_theta"]
+    share = full.get("partial_rotary_factor")
+    if share is not None:
+        yield "partial_rotary_factor", share
+    yield "rotary_pct", 1.0 if share is None else share
+
+
+def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:
+    for name in ("n_positions", "max_position_embeddings"):
+        if fields.get(name) is not None:
+            yield "n_ctx", fields[name]
+
+
+def _layer_kinds(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Kinds of layers of state-space hybrids: in place of transformers' own words, and as a pattern of letters."""
+    if any(name.startswith("mamba_") for name in fields):
+        for name in ("layer_types", "layers_block_type"):
+            if isinstance(fields.get(name), list):
+                fields[name] = [_KINDS.get(kind, kind) for kind in fields[name]]
+    kinds = fields.get("layers_block_type")
+    if isinstance(kinds, list):
+        yield "num_hidden_layers", len(kinds)
+        if all(kind in _LETTERS for kind in kinds):
+            yield "hybrid_override_pattern", "".join(_LETTERS[kind] for kind in kinds)
+
+
+def _linear_attention(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Linear attention whose settings checkpoints have in a section of their own, with layers counted from one."""
+    kinds = fields.get("layer_types")
+    if "linear_num_heads" not in fields or not isinstance(kinds, list):
+        return
+    places = {kind: [at for at, one in enumerate(kinds, 1) if one == kind] for kind in _KINDS}
+    yield (
+        "linear_attn_config",
+        {
+            "head_dim": fields.get("linear_head_dim"),
+            "num_heads": fields["linear_num_heads"],
+            "short_conv_kernel_size": fields.get("linear_conv_kernel_dim"),
+            "full_attn_layers": places["full_attention"],
+            "kda_layers": places["linear_attention"],
+        },
+    )
+
+
+def _dense_layers(fields: Fields) -> Iterator[tuple[str, Any]]:
+    kinds = fields.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        yield "first_k_dense_replace", next((at for at, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+
+
+def _routes_by_sigmoid(config_class: type) -> bool:
+    """Whether the class's model weighs experts by a sigmoid where its configuration has no setting for it."""
+    module: ModuleType | None = inspect.getmodule(config_class)
+    place = getattr(module, "__file__", None)
+    source = Path(str(place).replace("configuration_", "modeling_")) if place else None
+    return bool(source and source.is_file() and _SIGMOID.search(source.read_text("utf-8")))
