@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -328,6 +329,15 @@ PARTLY_PLAIN = {
 }
 
 
+def _qwen3_moe(**changes: Any) -> PretrainedConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    return Qwen3MoeConfig(**{**_WIDTHS, **experts, "head_dim": 64, "tie_word_embeddings": False, **changes})
+
+
+# Families whose GGUF files llama.cpp's own converter makes.
+CONVERTED: dict[str, Callable[..., PretrainedConfig]] = {"granite": _granite, "glm4": _glm4, "qwen3_moe": _qwen3_moe}
+
+
 def build_tiny_model(
     family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 0.08, **config: Any
 ) -> Path:
@@ -336,7 +346,9 @@ def build_tiny_model(
     `config` replaces fields of the family's configuration; `spread` is the standard deviation of the weights.
     Special token ids of the tokenizer are written into config.json and generation_config.json.
     """
-    make_config, make_tokenizer = FAMILIES[family] if family in FAMILIES else (WIRED[family], smollm_tokenizer)
+    make_config, make_tokenizer = (
+        FAMILIES[family] if family in FAMILIES else ({**WIRED, **CONVERTED}[family], smollm_tokenizer)
+    )
     tokenizer = make_tokenizer()
     ids = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -33,18 +33,28 @@ def find_architecture(config: ConfigFields) -> GgufRules:
             where="config.json, architectures",
             fix=f"supported: {', '.join(ARCHITECTURES)}",
         )
+    refuse_quantized(config)
+    for field, expected in rules.fixed(config):
+        raise fixed_otherwise(field, expected)
+    return rules
+
+
+def refuse_quantized(config: ConfigFields) -> None:
+    """Refuse weights that are quantized.
+
+    Raises:
+        RecipeError: they are.
+    """
     if config.get("quantization_config"):
         raise RecipeError(
             "a GGUF file is made from 16- or 32-bit weights; this folder is quantized already",
             where="config.json, quantization_config",
             fix="export the merged 16-bit model first, and convert that folder",
         )
-    for field, expected in rules.fixed(config):
-        raise _fixed(field, expected)
-    return rules
 
 
-def _fixed(field: str, expected: str) -> RecipeError:
+def fixed_otherwise(field: str, expected: str) -> RecipeError:
+    """The error for a setting that llama.cpp has in its code."""
     return RecipeError(
         f"llama.cpp has no key for this model's {field}: it expects {expected}",
         where=f"config.json, {field}",

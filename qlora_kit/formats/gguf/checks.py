@@ -7,23 +7,36 @@ from pathlib import Path
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.checks.form import ModelForm
-from qlora_kit.families.registry import ARCHITECTURES
-from qlora_kit.formats.gguf.architectures import find_architecture
-from qlora_kit.formats.gguf.mixes import find_mix, is_quantizable
-from qlora_kit.formats.gguf.tensors import PlannedTensor, plan_stored
+from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
+from qlora_kit.formats.gguf.converter.package import find_known
+from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix, is_quantizable
+from qlora_kit.formats.gguf.tensors import PlannedTensor, named_tensors, typed_tensors
 from qlora_kit.schema.export import GgufMix, GgufTarget
 from qlora_kit.weights.float_rows import FloatRows
 
+_NARROWEST_BLOCK = 32
+_NO_BLOCK = "no block of weights divides their rows"
 _FLOATS = ("F32", "F16", "BF16")
 
 
 def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Problem]:
     """What is wrong with a GGUF file of this model."""
+    is_own = has_own_rules(form.config)
     try:
-        find_architecture(form.config)
+        if is_own:
+            find_architecture(form.config)
+        else:
+            find_known(form.config)
     except RecipeError as error:
         yield from (_of_family(path, problem) for problem in error.problems)
         return
+    if is_own:
+        yield from _of_tensors(path, target, form)
+    else:
+        yield from _of_types(path, target)
+
+
+def _of_tensors(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Problem]:
     try:
         _planned(target, form)
     except RecipeError as error:
@@ -34,17 +47,28 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
             yield Problem(what, f"{path}.{'imatrix' if is_matrix else 'overrides'}", fix)
 
 
+def _of_types(path: str, target: GgufTarget) -> Iterator[Problem]:
+    """The same of tensors whose names only the converter knows: what does not depend on them."""
+    for pattern, kind in target.overrides.items():
+        if kind.upper() not in BLOCK_SIZES:
+            what = f"unknown GGUF tensor type '{kind}' (one of {', '.join(BLOCK_SIZES)})"
+            yield Problem(what, f"{path}.overrides, '{pattern}'")
+
+
 def gguf_unquantized(target: GgufTarget, form: ModelForm) -> Unquantized | None:
     """Matrices whose rows no block of the mix divides."""
     if target.mix in (GgufMix.F16, GgufMix.BF16):
         return None
+    if not has_own_rules(form.config):
+        odd = tuple(name for name, (_, width) in form.blocks.items() if width % _NARROWEST_BLOCK)
+        return Unquantized(odd, len(form.blocks), _NO_BLOCK) if odd else None
     try:
         matrices = [tensor for tensor in _planned(target, form) if is_quantizable(tensor.name, tensor.stored.shape)]
     except RecipeError:
         return None
     asked = {kind for kind in _FLOATS if kind in {wanted.upper() for wanted in target.overrides.values()}}
     left = tuple(one.name for one in matrices if one.type in _FLOATS and one.type not in asked)
-    return Unquantized(left, len(matrices), "no block of weights divides their rows") if left else None
+    return Unquantized(left, len(matrices), _NO_BLOCK) if left else None
 
 
 def _fits(target: GgufTarget, form: ModelForm) -> bool:
@@ -56,15 +80,9 @@ def _fits(target: GgufTarget, form: ModelForm) -> bool:
 
 
 def _planned(target: GgufTarget, form: ModelForm) -> list[PlannedTensor]:
-    planned, _ = plan_stored(
-        _tensors(form),
-        find_architecture(form.config),
-        form.config,
-        find_mix(target.mix.value),
-        overrides=target.overrides,
-        has_imatrix=target.imatrix,
-    )
-    return planned
+    tensors, shape = named_tensors(_tensors(form), find_architecture(form.config), form.config)
+    mix = find_mix(target.mix.value)
+    return typed_tensors(tensors, shape, mix, overrides=target.overrides, has_imatrix=target.imatrix)
 
 
 def _tensors(form: ModelForm) -> Mapping[str, FloatRows]:
@@ -74,6 +92,9 @@ def _tensors(form: ModelForm) -> Mapping[str, FloatRows]:
 
 def _of_family(path: str, problem: Problem) -> Problem:
     if "no GGUF export" in problem.what:
-        what = f"this family has {problem.what}; the kit writes {', '.join(ARCHITECTURES)}"
-        return Problem(what, path, ELSEWHERE)
-    return Problem(problem.what, f"{path} ({problem.where})", ELSEWHERE)
+        return Problem(f"this family has {problem.what}", path, ELSEWHERE)
+    # what is missing is installed by the line that the problem has; nothing else mends the rest
+    is_mended = problem.fix.startswith("pip ")
+    return Problem(
+        problem.what, f"{path} ({problem.where})" if problem.where else path, problem.fix if is_mended else ELSEWHERE
+    )

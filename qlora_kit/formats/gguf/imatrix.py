@@ -42,9 +42,7 @@ class ImportanceMatrix:
         conversion: of the folder; needed for families that the kit has no rules for.
     """
 
-    def __init__(
-        self, model_dir: Path, rows: Sequence[Sequence[int]], conversion: "Conversion | None" = None
-    ) -> None:
+    def __init__(self, model_dir: Path, rows: Sequence[Sequence[int]], conversion: "Conversion | None" = None) -> None:
         self.model_dir = model_dir
         self.rows = rows
         self._conversion = conversion
@@ -97,7 +95,7 @@ def _of_experts(name: str, means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.
     """Means of experts, those that no calibration row was given to taken from all the others."""
     import numpy as np
 
-    unseen = np.isnan(means).all(axis=1)
+    unseen: npt.NDArray[np.bool_] = np.isnan(means[:, 0])
     if not unseen.any():
         return means
     log.info(

@@ -99,9 +99,6 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise LibraryUnusable(str(error)) from error
-    # A C function that does nothing with a number stands in for a silent log: one written in Python would wait for the
-    # interpreter lock in llama.cpp's own threads, while the interpreter may be waiting for those threads.
-    found.llama_log_set(ctypes.cast(ctypes.CDLL(None).abs, _LogCallback), None)
     _check_layouts(found)
     return found
 
@@ -122,6 +119,7 @@ class LibraryEngine:
 
     Args:
         adjust: changes the parameters of a context before it is made.
+        quiet: leave out what llama.cpp tells on stderr.
 
     Raises:
         LibraryUnusable: the wheel's library is not the one this was written for.
@@ -129,9 +127,18 @@ class LibraryEngine:
     """
 
     def __init__(
-        self, gguf_file: Path, threads: int, *, adjust: "Callable[[ctypes.Structure], None] | None" = None
+        self,
+        gguf_file: Path,
+        threads: int,
+        *,
+        adjust: "Callable[[ctypes.Structure], None] | None" = None,
+        quiet: bool = True,
     ) -> None:
         self._lib = library()
+        # A C function that does nothing with a number stands in for a silent log: one written in Python would wait for
+        # the interpreter lock in llama.cpp's own threads, while the interpreter may be waiting for those threads.
+        silent = ctypes.cast(ctypes.CDLL(None).abs, _LogCallback) if quiet else _LogCallback()
+        self._lib.llama_log_set(silent, None)
         self._adjust = adjust
         self._threads = threads
         self._context: int | None = None

@@ -353,12 +353,19 @@ def places_of(names: Iterable[str], model: MixContext) -> dict[str, Place]:
         ordinal = counted.get(role, 0)
         counted[role] = ordinal + 1
         by_layer = model.experts > 1 and role != "attn_v"
-        places[name] = Place(_layer(name) if by_layer else ordinal, values if role == "attn_v" else model.layers, ordinal)
+        places[name] = Place(
+            _layer(name) if by_layer else ordinal, values if role == "attn_v" else model.layers, ordinal
+        )
     return places
 
 
 def tensor_type(
-    name: str, shape: tuple[int, ...], mix: Mix, model: MixContext, place: Place | None = None, wanted: str | None = None
+    name: str,
+    shape: tuple[int, ...],
+    mix: Mix,
+    model: MixContext,
+    place: Place | None = None,
+    wanted: str | None = None,
 ) -> str:
     """The type of one tensor that is quantized, or F32.
 

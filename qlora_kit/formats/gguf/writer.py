@@ -190,9 +190,11 @@ def _title(name: str, marker: str, vocabulary: Vocabulary) -> str:
     if marker and vocabulary.strips_after_special:
         marked = any(text in name.lower() for text in _spellings(marker))
         return name if marked else f"{name} ({marker})"
-    markers = {family.gguf.marker for family in FAMILIES.values() if family.gguf.marker}
+    markers = {family.gguf.marker for family in FAMILIES.values() if family.gguf and family.gguf.marker}
     for text in (spelled for one in markers for spelled in _spellings(one)):
-        name = re.sub(re.escape(text), lambda found: re.sub(r"-?(?=\d)", " ", found[0], count=1), name, flags=re.IGNORECASE)
+        name = re.sub(
+            re.escape(text), lambda found: re.sub(r"-?(?=\d)", " ", found[0], count=1), name, flags=re.IGNORECASE
+        )
     return name
 
 

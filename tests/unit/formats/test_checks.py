@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, Qwen3MoeConfig
+from transformers import AutoConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.extras import is_present
@@ -49,6 +49,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelForm]:
     made["odd"] = FAMILIES["llama"][0](**ODD, **IDS, architectures=["LlamaForCausalLM"])
     made["k100"] = FAMILIES["llama"][0](head_dim=50, **IDS, architectures=["LlamaForCausalLM"])
     made["gpt2"] = GPT2Config(n_embd=256, n_layer=2, n_head=8, vocab_size=640, **IDS, architectures=["GPT2LMHeadModel"])
+    widths = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512, "num_attention_heads": 8}
+    made["opt"] = OPTConfig(**widths, num_hidden_layers=2, **IDS, architectures=["OPTForCausalLM"])
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     made["moe"] = Qwen3MoeConfig(hidden_size=256, vocab_size=640, **IDS, **moe, architectures=["Qwen3MoeForCausalLM"])
     return {name: form_of(folder / name, config) for name, config in made.items()}
@@ -111,7 +113,13 @@ CASES = {
     "mxfp4 width": ("odd", ["export=mxfp4"], "MXFP4 has groups of 32 weights"),
     "smoothing": ("gpt2", ["export=w8a8"], "this family has no compressed-tensors file"),
     "bnb of Conv1D": ("gpt2", ["export=bnb_nf4"], "this family has no bitsandbytes file"),
-    "gguf family": ("gpt2", ["export=gguf_q4_k_m"], "no GGUF export for the architecture GPT2LMHeadModel"),
+    "gguf family": ("opt", ["export=gguf_q4_k_m"], "no GGUF export for the architecture OPTForCausalLM"),
+    "gguf setting": ("moe", ["export=gguf_q4_k_m"], "llama.cpp has no key for this model's norm_topk_prob"),
+    "converted gguf type": (
+        "gpt2",
+        ["export=gguf_q4_k_m", "export.gguf.gguf_q4_k_m.overrides={blk.*.ffn_down.weight: Q9}"],
+        "unknown GGUF tensor type 'Q9'",
+    ),
     "gguf pattern": (
         "llama",
         ["export=gguf_q4_k_m", "export.gguf.gguf_q4_k_m.overrides={blk.*.ffn_dwn.weight: Q8_0}"],

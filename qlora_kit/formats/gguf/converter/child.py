@@ -17,8 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qlora_kit.core.extras import is_present
 from qlora_kit.formats.gguf.converter.settings import completed, stored_name
+from qlora_kit.formats.gguf.llama_library import LibraryEngine, LibraryUnusable
 
+_TRIED_TOKENS = 4
 _EMBEDDING = "token_embd.weight"
 _ENUMERATIONS = ("MODEL_ARCH", "MODEL_TENSOR", "VisionProjectorType")
 
@@ -49,22 +52,43 @@ def convert(job: dict[str, str]) -> None:
     # The kit writes the vocabulary: the converter refuses tokenizers that it does not know by name.
     writing.set_vocab = partial(_finish_keys, writing)
     writing.write()
+    _try(Path(job["out"]))
+
+
+def _try(file: Path) -> None:
+    """Have llama.cpp compute a few tokens.
+
+    Where it refuses a model its reason is in the log, and where it ends the process, that is this one.
+    """
+    if not is_present("xllamacpp"):
+        return
+    try:
+        engine = LibraryEngine(file, 1, quiet=False)
+    except LibraryUnusable:
+        return
+    engine.run(range(_TRIED_TOKENS))
+    engine.close()
 
 
 def _finish_keys(model: Any) -> None:
-    """Say that there is no vocabulary, and what llama.cpp would else take for granted.
+    """Say that there is no vocabulary, and what llama.cpp or the converter would else take for granted.
 
-    It computes without a vocabulary where it is told how many tokens there are, and caps logits at 30 in families that
-    may have a cap unless it is told of none.
+    llama.cpp computes without a vocabulary where it is told how many tokens there are, and caps logits at 30 in
+    families that may have a cap unless it is told of none. The converter takes state-space hybrids for models whose
+    attention does not rotate, which config.json may say otherwise.
     """
-    writer = model.gguf_writer
+    writer, fields = model.gguf_writer, model.hparams
     writer.add_tokenizer_model("none")
     tensors, keys = writer.tensors[0], writer.kv_data[0]
     if f"{writer.arch}.vocab_size" not in keys and _EMBEDDING in tensors:
         writer.add_vocab_size(tensors[_EMBEDDING].shape[0])
-    has_no_cap = "final_logit_softcapping" in model.hparams and not model.hparams["final_logit_softcapping"]
+    has_no_cap = "final_logit_softcapping" in fields and not fields["final_logit_softcapping"]
     if has_no_cap and f"{writer.arch}.final_logit_softcapping" not in keys:
         writer.add_final_logit_softcapping(0.0)
+    rotates = keys.get(f"{writer.arch}.rope.scaling.finetuned")
+    if rotates is not None and not rotates.value and fields.get("position_embedding_type") == "rope":
+        rotates.value = True
+        keys[f"{writer.arch}.context_length"].value = fields["max_position_embeddings"]
 
 
 def _imported(folder: Path) -> ModuleType:

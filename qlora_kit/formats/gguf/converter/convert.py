@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _ASKED_EVERY = 0.2  # seconds
 _SHOWN_AFTER = 5.0  # seconds, which a small model takes
 _SHOWN_LINES = 3
+_TOLD = re.compile(r"error loading model|GGML_ASSERT")  # lines of llama.cpp that say why
 _ROOT = Path(__file__).resolve().parents[4]  # where the package qlora_kit lies
 
 
@@ -77,7 +79,11 @@ class Conversion:
             "kind": kind if kind in ("BF16", "F16") else "F32",
             "out": str(out),
         }
-        _run(folder, job, 2 * values.total())
+        try:
+            _run(folder, job, 2 * values.total())
+        except BaseException:
+            self._removed()
+            raise
         return out
 
 
@@ -89,6 +95,7 @@ def _run(folder: Path, job: dict[str, str], expected: int) -> None:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # The converter would look for a gguf of its own beside it, and libraries for files on a hub.
     environment = {**os.environ, "PYTHONPATH": path, "NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
+    environment["GGML_NO_BACKTRACE"] = "1"  # else llama.cpp starts a debugger where it ends the process
     out = Path(job["out"])
     with log_file.open("wb") as log, bar("llama.cpp's converter", expected, BYTES, after=_SHOWN_AFTER) as shown:
         child = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
@@ -100,14 +107,18 @@ def _run(folder: Path, job: dict[str, str], expected: int) -> None:
         finally:
             child.kill()
             child.wait()
-    if child.returncode != 0 or not out.is_file():
-        raise _failed(child.returncode, result_file, log_file)
+    if child.returncode != 0:
+        raise RunError(
+            f"llama.cpp cannot have this model: {_reason(child.returncode, result_file, log_file)}", fix=ELSEWHERE
+        )
 
 
-def _failed(code: int, result_file: Path, log_file: Path) -> RunError:
+def _reason(code: int, result_file: Path, log_file: Path) -> str:
+    """What the converter or llama.cpp said; of a process that was ended, its last lines."""
+    lines = log_file.read_text("utf-8", "replace").strip().splitlines()
+    told = [line for line in lines if _TOLD.search(line)]
+    if told:
+        return " | ".join(told[-1:])
     if result_file.is_file():
-        why = str(json.loads(result_file.read_text("utf-8")).get("error"))
-    else:
-        lines = log_file.read_text("utf-8", "replace").strip().splitlines()
-        why = f"it ended with {code}: {' | '.join(lines[-_SHOWN_LINES:])}"
-    return RunError(f"llama.cpp's converter cannot write this model: {why}", fix=ELSEWHERE)
+        return str(json.loads(result_file.read_text("utf-8")).get("error"))
+    return f"the process ended with {code}: {' | '.join(lines[-_SHOWN_LINES:])}"

@@ -129,12 +129,12 @@ def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
 
 def test_another_layout_falls_back_to_the_server(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_library, "_CONTEXT_DEFAULTS", (1, 2, 3, 4))
-    llama_library._library.cache_clear()
+    llama_library.library.cache_clear()
     try:
         with LlamaCppModel(file) as opened:
             assert not opened.is_native
     finally:
-        llama_library._library.cache_clear()
+        llama_library.library.cache_clear()
 
 
 @pytest.mark.slow

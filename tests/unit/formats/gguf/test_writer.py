@@ -123,17 +123,18 @@ def test_an_untied_head_that_is_missing_is_refused(llama: Path, tmp_path: Path) 
         write_gguf(folder, tmp_path / "model.gguf", "F16")
 
 
-def test_unknown_architecture_names_the_supported_ones(llama: Path, tmp_path: Path) -> None:
+def test_unknown_architecture_names_what_else_there_is(llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path / "other")
-    edit_config(folder, architectures=["MambaForCausalLM"])
-    with pytest.raises(RecipeError, match="MambaForCausalLM") as raised:
+    edit_config(folder, architectures=["OPTForCausalLM"])
+    with pytest.raises(RecipeError, match="OPTForCausalLM") as raised:
         write_gguf(folder, tmp_path / "model.gguf", "F16")
-    assert "Qwen3ForCausalLM" in raised.value.problems[0].fix
+    assert raised.value.problems[0].fix == "export=merged_16bit"
 
 
-def test_quantized_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM"])
+def test_quantized_weights_are_refused(architecture: str, llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path / "quantized")
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}, architectures=[architecture])
     with pytest.raises(RecipeError, match="quantized already"):
         write_gguf(folder, tmp_path / "model.gguf", "F16")
 
@@ -278,3 +279,9 @@ def test_llama_cpp_scores_every_new_mix(llama: Path, tmp_path: Path) -> None:
             scored = opened.log_probabilities(ids, range(len(ids))).astype(np.float64)
         found[mix] = float((np.exp(expected) * (expected - scored)).sum(-1).mean())
     assert {mix: kl for mix, kl in found.items() if not kl < LOADS[mix]} == {}, found
+
+
+def test_a_name_does_not_make_llama_cpp_look_for_tokens_that_are_not_there(llama: Path, tmp_path: Path) -> None:
+    write_gguf(llama, tmp_path / "model.gguf", "F16", name="My-Phi3-and-phi-3")
+    assert fields(tmp_path / "model.gguf")["general.name"] == "My-Phi 3-and-phi 3"
+    LlamaCppModel(tmp_path / "model.gguf").close()

@@ -1,0 +1,240 @@
+"""Families that go through llama.cpp's own converter: what llama.cpp reads is what transformers computes."""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.formats.gguf.converter import package
+from qlora_kit.formats.gguf.converter.convert import Conversion
+from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
+from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
+from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
+from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
+from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_model
+
+F16_KL = 2e-5  # measured 1e-6 to 7e-6
+Q4_K_M_KL = 0.5  # measured 0.05 to 0.2; a random router gives some tokens to other experts
+ROWS = [[int(token) for token in np.random.default_rng(seed).integers(0, 600, 40)] for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def build(family: str) -> Path:
+        return build_tiny_model(family, tmp_path_factory.mktemp(family) / family, dtype=torch.bfloat16)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def conversion_of(
+    folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Conversion]:
+    @cache
+    def convert(family: str) -> Conversion:
+        return Conversion(folder_of(family), tmp_path_factory.mktemp("room"))
+
+    return convert
+
+
+def token_ids(folder: Path) -> list[int]:
+    ids: list[int] = AutoTokenizer.from_pretrained(folder)("".join(TRAINING_TEXT)).input_ids
+    return ids[:150]
+
+
+def kl(folder: Path, file: Path) -> float:
+    ids = token_ids(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1).numpy()
+    with LlamaCppModel(file) as opened:
+        found = opened.log_probabilities(ids, range(len(ids))).astype(np.float64)
+    return float((np.exp(expected) * (expected - found)).sum(-1).mean())
+
+
+def types_of(file: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+
+
+def copy_of(folder: Path, place: Path) -> Path:
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONVERTED)
+def test_llama_cpp_computes_what_transformers_computes(
+    family: str, folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    folder = folder_of(family)
+    for mix, bound in {"F16": F16_KL, "Q4_K_M": Q4_K_M_KL}.items():
+        write_gguf(folder, tmp_path / f"{mix}.gguf", mix, conversion=conversion_of(family))
+        assert kl(folder, tmp_path / f"{mix}.gguf") < bound, mix
+
+
+def test_experts_are_quantized_and_their_router_is_not(
+    folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    choices = GgufChoices("Q4_K_M", {"blk.*.ffn_up_exps.weight": "Q5_K"})
+    write_gguf(folder_of("qwen3_moe"), tmp_path / "m.gguf", choices, conversion=conversion_of("qwen3_moe"))
+    found = types_of(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_gate_exps.weight"] == "Q4_K"
+    assert found["blk.0.ffn_up_exps.weight"] == "Q5_K"
+    assert found["blk.1.ffn_down_exps.weight"] == "Q6_K"  # more bits in the last eighth
+    assert found["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_keys_are_the_converters_and_the_vocabulary_is_the_kits(
+    folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    folder = folder_of("granite")
+    write_gguf(folder, tmp_path / "m.gguf", "Q8_0", name="mine", conversion=conversion_of("granite"))
+    found = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert (found["general.architecture"], found["general.name"], found["general.file_type"]) == ("granite", "mine", 7)
+    assert found["granite.logit_scale"] == 2.0
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert found["tokenizer.chat_template"] == tokenizer.chat_template
+    with LlamaCppModel(tmp_path / "m.gguf") as model:
+        for text in TRAINING_TEXT:
+            assert model.tokenize(text, add_special=True, parse_special=True) == tokenizer(text).input_ids
+
+
+def test_one_conversion_serves_all_files_and_leaves_nothing(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    conversion = Conversion(folder_of("granite"), tmp_path)
+    made = conversion.file
+    assert planned_files(folder_of("granite"), tmp_path / "m.gguf", GgufChoices("Q8_0"), conversion=conversion) == [
+        tmp_path / "m.gguf"
+    ]
+    assert conversion.file == made
+    assert made.is_file()
+    assert made.is_relative_to(tmp_path)
+    del conversion
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_architectures_are_read_without_running_the_converter() -> None:
+    known = known_architectures(converter_folder())
+    assert known["GraniteForCausalLM"] == "GRANITE"
+    assert known["Qwen3MoeForCausalLM"] == "QWEN3MOE"
+    assert len(known) > 150
+    assert "conversion" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"architectures": ["OPTForCausalLM"]}, "no GGUF export for the architecture OPTForCausalLM: llama.cpp's conv"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": False}, "this model's norm_topk_prob: it expe"),
+        (
+            {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"norm_topk_prob": False}},
+            "norm_topk_prob",
+        ),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        find_known(config)
+    assert told in str(refused.value)
+
+
+def test_names_differ_in_letter_case_alone() -> None:
+    assert find_known({"architectures": ["PhimoeForCausalLM"]}).registered == "PhiMoEForCausalLM"
+
+
+def test_an_architecture_that_only_one_package_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "is_read_by_llama_cpp", lambda name: False)
+    with pytest.raises(RecipeError, match="xllamacpp does not read it"):
+        find_known({"architectures": ["GraniteForCausalLM"]})
+    assert not package.is_read_by_llama_cpp("granite")
+
+
+def test_llama_cpps_names_are_looked_for_in_its_library() -> None:
+    assert package.is_read_by_llama_cpp("granite")
+    assert not package.is_read_by_llama_cpp("no-such-model")
+
+
+def test_a_missing_converter_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(package, "PACKAGE", "no_such_package")
+    with pytest.raises(RecipeError) as refused:
+        find_known({"architectures": ["GraniteForCausalLM"]})
+    assert "needs the package 'no_such_package'" in str(refused.value)
+    assert "[gguf]" in str(refused.value)
+
+
+def test_why_the_converter_failed_is_said(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy_of(folder_of("granite"), tmp_path / "odd")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.strange.weight"] = torch.zeros(4, 4, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError) as failed:
+        write_gguf(folder, tmp_path / "m.gguf", "F16")
+    assert "Can not map tensor 'model.layers.0.mlp.strange.weight'" in str(failed.value)
+    assert "fix      export=merged_16bit" in str(failed.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_why_llama_cpp_refused_is_said(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy_of(folder_of("granite"), tmp_path / "short")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(RunError, match=r"llama.cpp cannot have this model: .*'blk.1.ffn_up.weight' not found"):
+        write_gguf(folder, tmp_path / "m.gguf", "F16")
+
+
+@pytest.mark.slow
+def test_importance_in_llama_cpp_is_that_of_transformers(tmp_path: Path) -> None:
+    folder = build_tiny_model("qwen3", tmp_path / "dense")
+    write_gguf(folder, tmp_path / "f32.gguf", "F16")
+    expected = ImportanceMatrix(folder, ROWS).means
+    found = ImportanceMatrix(folder, ROWS)._means_in_llama_cpp(tmp_path / "f32.gguf")
+    assert set(found) == set(expected)
+    for name, means in expected.items():
+        assert np.abs(found[name] - means).max() < 0.02 * means.mean(), name  # 16-bit weights and products
+
+
+@pytest.mark.slow
+def test_experts_have_an_importance_each(
+    folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    folder, conversion = folder_of("qwen3_moe"), conversion_of("qwen3_moe")
+    imatrix = ImportanceMatrix(folder, ROWS, conversion)
+    means = imatrix.means["blk.1.ffn_down_exps.weight"]
+    assert means.shape == (4, 256)
+    assert not np.allclose(means[0], means[1])
+    assert imatrix.means["blk.0.attn_q.weight"].shape == (256,)
+    plain, fitted = tmp_path / "plain.gguf", tmp_path / "fitted.gguf"
+    write_gguf(folder, plain, "Q2_K", conversion=conversion)
+    write_gguf(folder, fitted, "Q2_K", imatrix=imatrix, conversion=conversion)
+    assert kl(folder, fitted) < kl(folder, plain)
+    write_gguf(folder, tmp_path / "small.gguf", "IQ2_XS", imatrix=imatrix, conversion=conversion)
+    assert types_of(tmp_path / "small.gguf")["blk.1.ffn_down_exps.weight"] == "IQ2_XS"
+    with pytest.raises(RecipeError, match="IQ2_XS without an importance matrix gives garbage"):
+        write_gguf(folder, tmp_path / "small.gguf", "IQ2_XS", conversion=conversion)
+
+
+def test_experts_without_a_row_take_the_mean_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_kit.formats.gguf.imatrix import _of_experts
+
+    means = np.array([[1.0, 3.0], [np.nan, np.nan], [3.0, 5.0]], np.float32)
+    assert _of_experts("blk.0.ffn_up_exps.weight", means).tolist() == [[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]
+    assert json.dumps(_of_experts("x", means[:1]).tolist()) == "[[1.0, 3.0]]"
