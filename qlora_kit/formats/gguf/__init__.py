@@ -6,8 +6,10 @@ follow llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp
 
     write_gguf(model_dir, out_file, "Q4_K_M")     in writer.py: the whole way
     mixes.py, overrides.py                        which tensor gets which type
-    imatrix.py                                    the importance matrix that blocks are fitted to
+    imatrix.py, activations.py                    the importance matrix that blocks are fitted to
+    model.py                                      a model before a mix: names, values and keys
     architectures.py                              which models, and how their tensors differ
+    converter/                                    llama.cpp's own converter, for all other models
     metadata.py                                   hyper-parameters and general.* keys
     vocabulary.py, pre_tokenizers.py              tokenizer, special ids, stop tokens, chat template
     tensors.py, blocks.py, row_kernels.py         names, row order, quantization on all cores
