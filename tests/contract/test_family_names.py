@@ -17,7 +17,10 @@ WORDS = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(STEMS))})(?![a-z])")
 # A recipe is named after what it trains.
 RECIPES = {path.stem for path in (ROOT / "recipes").rglob("*.yaml") if WORDS.search(path.stem)}
 # Products whose names hold that of a family.
-PRODUCTS = r"llama\.cpp|llama[-_](?:cpp|server|library|lora|quant|vocab|adapter|\w+)|llama\.h|llama-factory|LlamaCpp\w*"
+PRODUCTS = (
+    r"llama\.cpp|llama[-_](?:cpp|server|library|lora|quant|vocab|adapter|\w+)|llama\.h|llama-factory"
+    r"|Llama(?:Cpp\w*|FileType)"
+)
 ASIDE = re.compile(rf"\b(?:{'|'.join(sorted(RECIPES, key=len, reverse=True))})\b|{PRODUCTS}", re.I)
 
 
