@@ -4,6 +4,7 @@ from qlora_kit.families.family import Family, GgufRules, NormWeights, Window
 
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", GgufRules("qwen2", seventy_b="always"))
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer", GgufRules("qwen3"), qk_norm=True)
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeDecoderLayer", qk_norm=True)
 QWEN3_5 = Family(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",

@@ -17,12 +17,28 @@ from qlora_kit.families.llama import LLAMA, LLAMA3_CHAT
 from qlora_kit.families.mistral import MINISTRAL3, MISTRAL, MISTRAL_CHAT
 from qlora_kit.families.olmo import OLMO2, OLMO3
 from qlora_kit.families.phi import PHI3, PHI_CHAT
-from qlora_kit.families.qwen import QWEN2, QWEN3, QWEN3_5
+from qlora_kit.families.qwen import QWEN2, QWEN3, QWEN3_5, QWEN3_MOE
 from qlora_kit.families.seed import SEED_OSS
 from qlora_kit.families.smollm import SMOLLM3, SMOLLM3_CHAT
 
 _FAMILIES = (
-    *(LLAMA, MISTRAL, MINISTRAL3, SMOLLM3, QWEN2, QWEN3, QWEN3_5, GEMMA, GEMMA2, GEMMA3, GEMMA4, PHI3, OLMO2, OLMO3),
+    *(
+        LLAMA,
+        MISTRAL,
+        MINISTRAL3,
+        SMOLLM3,
+        QWEN2,
+        QWEN3,
+        QWEN3_5,
+        QWEN3_MOE,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+        GEMMA4,
+        PHI3,
+        OLMO2,
+        OLMO3,
+    ),
     *(GRANITE, GRANITE_HYBRID, GLM, GLM4, LFM2, EXAONE4, SEED_OSS, HUNYUAN, ERNIE4_5, HELIUM, CWM),
 )
 # In the order in which they are compared with a model's own template.

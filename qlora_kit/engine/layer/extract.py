@@ -175,7 +175,9 @@ def _activation(mlp: Any, known: MlpNames) -> tuple[Activation, str]:
     """What the gate goes through, and the module that says so."""
     if known.activation:
         return Activation(known.activation), ""
-    attribute = next(name for name in ("act_fn", "activation_fn", "activation") if hasattr(mlp, name))
+    attribute = next((name for name in ("act_fn", "activation_fn", "activation") if hasattr(mlp, name)), None)
+    if attribute is None:
+        raise NotFastError("it has no activation that is known here")
     name = type(getattr(mlp, attribute)).__name__
     if name not in ACTIVATIONS:
         raise NotFastError(f"the activation {name} {NO_FAST_FORM}")
