@@ -7,7 +7,7 @@ under bf16 autocast; tests/unit/memory repeats the count.
 
 from dataclasses import dataclass
 
-from qlora_kit.memory.shapes import Linear, frozen_linears, other_parameters
+from qlora_kit.memory.shapes import EXPERTS, Linear, frozen_linears, other_parameters
 from qlora_kit.memory.shapes import shape_of_config as shape_of_config
 from qlora_kit.memory.trainable import target_names
 from qlora_kit.memory.trainable import trainable_parameters as trainable_parameters
@@ -83,7 +83,7 @@ def estimate(
         optimizer=float(optim.name.value.state_bytes * trainable),
         activations=_activations(shape, lora, trainer, tokens, wide),
         loss=objective.loss_bytes(shape, tokens, wide),
-        workspace=_workspace(stored, quant, wide),
+        workspace=_workspace(stored, quant, wide, shape),
         trainable=trainable,
         frozen=sum(linear.weights for linear in linears) + other_parameters(shape),
     )
@@ -108,23 +108,38 @@ def layer_bytes_per_token(shape: ModelShape, lora: LoraConfig, wide: int = 2) ->
     with dropout one more byte a value.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    kept = 2 * 4 * shape.hidden_size + wide * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
-    adapted = sum(linear.inputs for linear in frozen_linears(shape, layers=1) if linear.name in target_names(lora))
-    return kept + adapted * (wide + (1 if lora.dropout > 0 else 0))
+    kept = 2 * 4 * shape.hidden_size + wide * (2 * queries + 2 * keys + 3 * _mlp_width(shape))
+    linears = [linear for linear in frozen_linears(shape, layers=1) if linear.name not in EXPERTS]
+    adapted = sum(linear.inputs for linear in linears if linear.name in target_names(lora))
+    return kept + adapted * (wide + (1 if lora.dropout > 0 else 0)) + _kept_for_experts(shape, wide)
+
+
+def _mlp_width(shape: ModelShape) -> int:
+    """Of the MLP that a layer keeps values of: beside experts, the one that every token goes through."""
+    return shape.shared_size if shape.expert_layers else shape.intermediate_size
+
+
+def _kept_for_experts(shape: ModelShape, wide: int) -> int:
+    """Bytes that experts keep for a token: their input, the router's scores, and where its choices go."""
+    if not shape.expert_layers:
+        return 0
+    return wide * shape.hidden_size + 8 * shape.num_experts + 40 * shape.experts_per_token
 
 
 def _activations(shape: ModelShape, lora: LoraConfig, trainer: TrainerConfig, tokens: int, wide: int) -> float:
     layer = layer_bytes_per_token(shape, lora, wide) * tokens
+    made = float(wide * shape.expert_values * tokens) if shape.expert_layers else 0.0
     if trainer.gradient_checkpointing:
-        return shape.num_layers * wide * shape.hidden_size * tokens + layer
-    return shape.num_layers * layer
+        return shape.num_layers * wide * shape.hidden_size * tokens + layer + made
+    return shape.num_layers * layer + made
 
 
-def _workspace(stored: list[Linear], quant: QuantConfig, wide: int) -> float:
-    """A 4-bit weight is unpacked into 16 bit for its matrix product, one layer at a time."""
+def _workspace(stored: list[Linear], quant: QuantConfig, wide: int, shape: ModelShape) -> float:
+    """A 4-bit weight is unpacked into 16 bit for its matrix product, one layer at a time; of experts both are."""
     if not quant.kind.is_4bit or not stored:
         return 0.0
-    return float(wide * max(linear.weights // linear.count for linear in stored))
+    largest = max(linear.weights // linear.count for linear in stored)
+    return float(wide * max(largest, shape.experts_unpacked if shape.expert_layers else 0))
 
 
 def _state_bytes(linear: Linear, quant: QuantConfig) -> float:

@@ -7,12 +7,17 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.schema.model import ModelShape
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 # what some families call a size
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
     "intermediate_size": ("ffn_dim", "n_inner", "d_ff", "block_ff_dim", "moe_intermediate_size"),
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k", "moe_topk"),
+    "moe_intermediate_size": ("expert_ffn_hidden_size", "intermediate_size"),
+    "shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size", "shared_intermediate_size"),
 }
 
 
@@ -32,29 +37,43 @@ class Linear:
 
 
 def frozen_linears(shape: ModelShape, layers: int | None = None) -> list[Linear]:
-    """The seven linear modules of a decoder layer; fused ones hold the same weights under fewer names."""
-    hidden, middle = shape.hidden_size, shape.intermediate_size
+    """The linear modules of a decoder's layers; fused ones hold the same weights under fewer names.
+
+    Experts come last, each a module of its own, gate and up together.
+
+    Args:
+        layers: how many there are; the shape's own unless given.
+    """
+    hidden = shape.hidden_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    sizes = {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
-    }
     count = shape.num_layers if layers is None else layers
-    return [Linear(name, inputs, outputs, count) for name, (inputs, outputs) in sizes.items()]
+    mixed = min(count, shape.expert_layers)
+    found = [
+        Linear("q_proj", hidden, queries, count),
+        Linear("k_proj", hidden, keys, count),
+        Linear("v_proj", hidden, keys, count),
+        Linear("o_proj", queries, hidden, count),
+        *_mlp(hidden, shape.intermediate_size, count - mixed),
+        *_mlp(hidden, shape.shared_size, mixed),
+    ]
+    experts, size = mixed * shape.num_experts, shape.expert_size
+    found += [Linear(EXPERTS[0], hidden, 2 * size, experts), Linear(EXPERTS[1], size, hidden, experts)]
+    return [linear for linear in found if linear.weights]
+
+
+def _mlp(hidden: int, middle: int, count: int) -> list[Linear]:
+    inner = [Linear(name, hidden, middle, count) for name in ("gate_proj", "up_proj")]
+    return [*inner, Linear("down_proj", middle, hidden, count)]
 
 
 def other_parameters(shape: ModelShape) -> int:
-    """Embedding, output head and norms: what stays in 16 bit.
+    """Embedding, output head, norms and routers: what stays in 16 bit.
 
     Two norms a layer and a last one are counted; the further norms that some families have are below 0.01% of a model.
     """
     tables = 1 if shape.tie_embeddings else 2
-    return tables * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size
+    routers = shape.expert_layers * shape.num_experts * shape.hidden_size
+    return tables * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size + routers
 
 
 def shape_of_config(config: Mapping[str, object]) -> ModelShape:
@@ -78,7 +97,31 @@ def shape_of_config(config: Mapping[str, object]) -> ModelShape:
         head_dim=_size({"head_dim": hidden // heads or 1, **sizes}, "head_dim"),
         vocab_size=_size(sizes, "vocab_size"),
         tie_embeddings=bool(sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        **_mixture(sizes),
     )
+
+
+def _mixture(sizes: Mapping[str, object]) -> dict[str, int]:
+    """The sizes of experts; none where there are none."""
+    if not (experts := _optional(sizes, "num_experts")):
+        return {}
+    size = _size(sizes, "moe_intermediate_size")
+    shared = _optional(sizes, "shared_expert_intermediate_size")
+    shared = shared or size * (_optional(sizes, "n_shared_experts") or _optional(sizes, "moe_num_shared_experts"))
+    dense = _optional(sizes, "first_k_dense_replace") or _optional(sizes, "moe_layer_start_index")
+    return {
+        "num_experts": experts,
+        "experts_per_token": _optional(sizes, "num_experts_per_tok") or 1,
+        "expert_size": size,
+        "shared_size": shared,
+        "dense_layers": min(dense, _size(sizes, "num_hidden_layers")),
+    }
+
+
+def _optional(sizes: Mapping[str, object], key: str) -> int:
+    """A size that not every architecture has; 0 where it is not there."""
+    names = (key, *OTHER_NAMES.get(key, ()))
+    return next((value for name in names if type(value := sizes.get(name)) is int and value > 0), 0)
 
 
 def _size(sizes: Mapping[str, object], key: str) -> int:

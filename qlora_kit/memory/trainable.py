@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.memory.shapes import Linear, frozen_linears
+from qlora_kit.memory.shapes import EXPERTS, Linear, frozen_linears
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig
 from qlora_kit.schema.model import ModelShape
 
@@ -19,6 +19,8 @@ def target_names(lora: LoraConfig) -> set[str]:
     for target in lora.targets:
         for name in TARGET_SETS.get(target, (target,)):
             names.update(FUSED_PARTS.get(name, (name,)))
+    if lora.experts and {"all_linear", "mlp"} & set(lora.targets):
+        names.update(EXPERTS)
     return names
 
 
@@ -30,17 +32,18 @@ def trainable_parameters(shape: ModelShape, lora: LoraConfig) -> int:
     Raises:
         RecipeError: a target or a module to save is unknown.
     """
-    linears = {linear.name: linear for linear in frozen_linears(shape)}
-    names = target_names(lora)
-    unknown = sorted(names - set(linears))
+    linears = frozen_linears(shape)
+    names, known = target_names(lora), {linear.name for linear in linears}
+    unknown = sorted(names - known - {*ATTENTION, *TARGET_SETS["mlp"], *EXPERTS})
     if unknown:
         raise RecipeError(
-            f"lora.targets names {', '.join(unknown)}; the sizes of {', '.join(linears)} are known",
+            f"lora.targets names {', '.join(unknown)}; the sizes of {', '.join(sorted(known))} are known",
             "lora.targets",
             "lora.targets=[all_linear]",
         )
-    adapted = [linear for linear in linears.values() if linear.name in names]
-    return sum(_adapter_weights(linear, lora) for linear in adapted) + _saved_in_full(shape, lora, linears)
+    adapted = [linear for linear in linears if linear.name in names]
+    saved = _saved_in_full(shape, lora, {linear.name: linear for linear in linears})
+    return sum(_adapter_weights(linear, lora) for linear in adapted) + saved
 
 
 def rank_of(module: str, default: int, patterns: Mapping[str, int]) -> int:

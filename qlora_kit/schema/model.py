@@ -35,6 +35,30 @@ class ModelShape(Sealed):
     head_dim: int = setting(MISSING, "Width of one head.", minimum=1)
     vocab_size: int = setting(MISSING, "Rows of the embedding.", minimum=1)
     tie_embeddings: bool = setting(False, "The output head shares the embedding's weights.")
+    num_experts: int = setting(0, "Experts of a layer; 0 without a mixture.", minimum=0)
+    experts_per_token: int = setting(0, "Experts that a token goes through.", minimum=0)
+    expert_size: int = setting(0, "Width of an expert's MLP.", minimum=0)
+    shared_size: int = setting(0, "Width of the MLP beside the experts, which every token goes through.", minimum=0)
+    dense_layers: int = setting(0, "Layers of a mixture that have a dense MLP and no experts.", minimum=0)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts."""
+        return self.num_layers - self.dense_layers if self.num_experts else 0
+
+    @property
+    def experts_unpacked(self) -> int:
+        """Weights of a layer's experts, which are unpacked at once."""
+        return 3 * self.num_experts * self.hidden_size * self.expert_size
+
+    @property
+    def expert_values(self) -> int:
+        """Numbers for each token that a layer's experts make in their backward pass, at the most at once.
+
+        For each choice: the input, the gradient of the output, gate and up, and five of the expert's own width; see
+        `model/expert_mlp.py`.
+        """
+        return self.experts_per_token * (2 * self.hidden_size + 6 * self.expert_size)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from qlora_kit.adapter.expert_lora import ExpertLora
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
@@ -72,7 +73,12 @@ def step_memory_of(model: PeftModel, tokens: int, engine: FastEngine | None = No
     base: Any = model.get_base_model()
     shape = shape_of_config(base.config.to_dict())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ranks = {name: parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name}
+    of_experts = tuple(f"{name}.lora_" for name, module in model.named_modules() if isinstance(module, ExpertLora))
+    ranks = {
+        name: parameter.shape[0]
+        for name, parameter in model.named_parameters()
+        if "lora_A" in name and not name.startswith(of_experts)  # which keep nothing of their products
+    }
     family = FAMILIES.get(base.config.get_text_config().model_type)
     extras = LayerExtras(
         ranks=sum(ranks.values()) // shape.num_layers,

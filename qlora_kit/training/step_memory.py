@@ -24,7 +24,7 @@ from qlora_kit.engine.layer.checkpoint_policy import (
 from qlora_kit.engine.ops.limits import LOGITS_TILE_BYTES
 from qlora_kit.families.family import Family
 from qlora_kit.memory.estimate import MemoryEstimate
-from qlora_kit.memory.shapes import frozen_linears
+from qlora_kit.memory.shapes import EXPERTS, frozen_linears
 from qlora_kit.memory.trainable import target_names
 from qlora_kit.schema.engine import Compute, EngineConfig
 from qlora_kit.schema.lora import LoraConfig
@@ -146,7 +146,8 @@ def again(policies: Sequence[int]) -> str:
 
 def extras_of_recipe(shape: ModelShape, lora: LoraConfig, family: Family | None) -> LayerExtras:
     """What a layer keeps beside what its sizes say, before there is a model; family: None where it is not known."""
-    adapted = {linear.name for linear in frozen_linears(shape, layers=1)} & target_names(lora)
+    linears = {linear.name for linear in frozen_linears(shape, layers=1)} - set(EXPERTS)
+    adapted = linears & target_names(lora)
     largest = max([lora.r, *lora.rank_pattern.values()])
     beside = beside_gate_and_up([largest for name in MLP if name in adapted])
     ranks = lora.r * len(adapted)
@@ -170,7 +171,7 @@ def _groups(shape: ModelShape, lora: LoraConfig, compute: Compute) -> Iterator[f
     linears = {linear.name: linear for linear in frozen_linears(shape, layers=1)}
     names = target_names(lora)
     for _ in range(shape.num_layers):
-        for group in GROUPS:
+        for group in [group for group in GROUPS if group[0] in linears]:
             outputs = sum(linears[name].outputs for name in group)
             room = lora.r * sum(name in names for name in group) if compute is Compute.bf16 else 0
             yield float(COPY_BYTES[compute] * (outputs + room) * linears[group[0]].inputs)

@@ -102,8 +102,12 @@ def kept_bytes(shape: ModelShape, policy: int, wide: int = 2, extras: LayerExtra
         values += queries + keys
     if extras.post_norms:
         values += 2 * shape.hidden_size
-    of_mlp = 2 * shape.intermediate_size
-    told = wide * (values + of_mlp) + _FP32 * shape.num_heads
+    of_mlp, more_told = 2 * shape.intermediate_size, _FP32 * shape.num_heads
+    if shape.expert_layers:  # which make their own values again; their input is kept, and what the router said
+        of_mlp = 0
+        values += shape.hidden_size + 3 * shape.shared_size
+        more_told += 8 * shape.num_experts + 40 * shape.experts_per_token
+    told = wide * (values + of_mlp) + more_told
     more = max(0, math.ceil(extras.measured) - told)
     return told + more - (0 if policy == CheckpointPolicy.keep_all else wide * of_mlp)
 
@@ -172,9 +176,10 @@ def auto_budget(
 
 
 def unpacked_bytes(shape: ModelShape, wide: int = 2) -> int:
-    """Bytes of the largest frozen weight that is unpacked at a time: gate and up, for the gradient of their input."""
-    widest = max(2 * shape.intermediate_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
-    return wide * shape.hidden_size * widest
+    """Bytes of the largest frozen weight that is unpacked at a time: gate and up, or the experts of a layer."""
+    middle = shape.shared_size if shape.expert_layers else shape.intermediate_size
+    widest = max(2 * middle, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
+    return wide * max(shape.hidden_size * widest, shape.experts_unpacked)
 
 
 def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False, beside: int = 3) -> int:
@@ -184,4 +189,6 @@ def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces:
     of the layer's output and of its input, in the parts that are summed.
     """
     at_once = min(tokens, PIECE) if in_pieces else tokens
+    if shape.expert_layers:
+        return wide * tokens * (shape.expert_values + beside * shape.shared_size + 4 * shape.hidden_size)
     return wide * (at_once * beside * shape.intermediate_size + tokens * 4 * shape.hidden_size)

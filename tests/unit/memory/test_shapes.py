@@ -5,7 +5,9 @@ import json
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.memory.shapes import shape_of_config
+from qlora_kit.memory.shapes import EXPERTS, frozen_linears, other_parameters, shape_of_config
+from qlora_kit.memory.trainable import trainable_parameters
+from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.model import ModelShape
 
 WIDTHS = {
@@ -56,3 +58,65 @@ def test_without_kv_heads_every_head_has_its_own():
 def test_a_missing_size_is_named():
     with pytest.raises(RecipeError, match="num_hidden_layers"):
         shape_of_config({key: value for key, value in WIDTHS.items() if key != "num_hidden_layers"})
+
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def test_experts_are_counted():
+    shape = shape_of_config(QWEN3_30B_A3B)
+    linears = frozen_linears(shape)
+    total = sum(linear.weights for linear in linears) + other_parameters(shape)
+    assert total == pytest.approx(30.53e9, rel=1e-3)  # 30.5 B by its card
+    active = total - sum(linear.weights for linear in linears if linear.name in EXPERTS) * (1 - 8 / 128)
+    assert active == pytest.approx(3.35e9, rel=1e-2)  # 3.3 B
+    assert trainable_parameters(shape, LoraConfig(r=16)) == 48 * 16 * (
+        128 * (2048 + 2 * 768 + 768 + 2048) + 2 * (2048 + 4096) + 2 * (2048 + 512)
+    )
+    assert trainable_parameters(shape, LoraConfig(r=16, experts=False)) < 20e6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, (8, 2, 6144, 0, 0)),
+        (
+            {
+                "n_routed_experts": 64,
+                "num_experts_per_tok": 6,
+                "moe_intermediate_size": 1408,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+            },
+            (64, 6, 1408, 2816, 1),
+        ),
+        (
+            {
+                "num_experts": 512,
+                "num_experts_per_tok": 10,
+                "moe_intermediate_size": 512,
+                "shared_expert_intermediate_size": 512,
+            },
+            (512, 10, 512, 512, 0),
+        ),
+        ({}, (0, 0, 0, 0, 0)),
+    ],
+)
+def test_sizes_of_experts_under_the_names_that_families_have(sizes, found):
+    plain = {key: value for key, value in QWEN3_30B_A3B.items() if "expert" not in key and "moe" not in key}
+    shape = shape_of_config({**plain, **sizes})
+    mixture = (shape.num_experts, shape.experts_per_token, shape.expert_size, shape.shared_size, shape.dense_layers)
+    assert mixture == found
