@@ -299,6 +299,11 @@ def _plain(make: Callable[..., PretrainedConfig], **more: Any) -> Callable[..., 
     return lambda **changes: make(**{**_WIDTHS, **more, **changes})
 
 
+def _qwen3_moe(**changes: Any) -> PretrainedConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    return Qwen3MoeConfig(**{**_WIDTHS, **experts, "head_dim": 64, "tie_word_embeddings": False, **changes})
+
+
 # Families that the engine knows and whose tokenizers and files nothing in the kit knows: with SmolLM's tokenizer.
 WIRED: dict[str, Callable[..., PretrainedConfig]] = {
     "granite": _granite,
@@ -307,6 +312,7 @@ WIRED: dict[str, Callable[..., PretrainedConfig]] = {
     "glm4": _glm4,
     "ministral3": _ministral3,
     "qwen3_5": _qwen3_5,
+    "qwen3_moe": _qwen3_moe,
     "gemma": _plain(T.GemmaConfig, head_dim=64),
     "gemma2": _gemma2,
     "gemma4": _gemma4,
@@ -324,14 +330,10 @@ WIRED: dict[str, Callable[..., PretrainedConfig]] = {
 PARTLY_PLAIN = {
     "granite_hybrid": "attention",
     "qwen3_5": "attention",
+    "qwen3_moe": "the MLP",
     "lfm2": "attention",
     "gemma4_e": "the layer's own input",
 }
-
-
-def _qwen3_moe(**changes: Any) -> PretrainedConfig:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
-    return Qwen3MoeConfig(**{**_WIDTHS, **experts, "head_dim": 64, "tie_word_embeddings": False, **changes})
 
 
 # Families whose GGUF files llama.cpp's own converter makes.

@@ -61,7 +61,12 @@ def test_the_grouped_products_are_those_of_each_expert(kind):
     experts = stacked(kind)
     found = run(experts, "cuda", torch.bfloat16)
     expected = run(whole(experts), "cpu", torch.float32)
-    names = ["output", "of input", "of shares", *(f"of {stack} {factor}" for stack in experts.stacks for factor in "AB")]
+    names = [
+        "output",
+        "of input",
+        "of shares",
+        *(f"of {stack} {factor}" for stack in experts.stacks for factor in "AB"),
+    ]
     for name, one, other in zip(names, found, expected, strict=True):
         error = float((one - other).norm() / other.norm())
         print(f"{kind} {name}: relative error {error:.2e}")
