@@ -12,13 +12,14 @@ from qlora_kit.evaluation.scores import Fidelity, Scores, compare
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SIXTEEN = 16  # bits that are there already
 GROUP = 128  # weights of a row that share a scale; a row that it does not divide has one
 
 
 def score_rounded_twin(
     merged: Path, bits: int, rows: Sequence[TokenRow], reference: Scores, pad_token_id: int
 ) -> Fidelity:
-    """How far the rounded twin of a 16-bit folder is from the reference.
+    """How far the rounded twin of a 16-bit folder is from the reference; with 16 bits the folder itself.
 
     Raises:
         RuntimeError: the 16-bit model does not fit into the device's memory.
@@ -27,7 +28,8 @@ def score_rounded_twin(
     from qlora_kit.evaluation.torch_scorer import TorchScorer
 
     model = load_sixteen_bit(merged)
-    round_weights(model, bits)
+    if bits < SIXTEEN:
+        round_weights(model, bits)
     scorer = TorchScorer(model, pad_token_id)
     try:
         return compare(reference, scorer.score(rows, reference.ids, reference.ids.shape[1]))

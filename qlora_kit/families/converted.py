@@ -19,8 +19,14 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen3vlmoe": {"norm_topk_prob": True},
     "qwen2moe": {"norm_topk_prob": False},
     "olmoe": {"norm_topk_prob": False},
-    "gemma3n": {"hidden_size_per_layer_input": 256},
+    "gemma3n": {
+        "hidden_size_per_layer_input": 256,
+        "laurel_rank": 64,
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+    },
 }
+_SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of gemma3n's first layers
 
 
 def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]]:
@@ -29,3 +35,10 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
     for field, expected in _FIXED.get(name, {}).items():
         if fields.get(field, expected) != expected:
             yield field, str(expected)
+    shares = fields.get("activation_sparsity_pattern")
+    if name == "gemma3n" and isinstance(shares, list):
+        wanted = [_SPARSITY if layer < _SPARSE_LAYERS else 0.0 for layer in range(len(shares))]
+        if shares != wanted:
+            yield "activation_sparsity_pattern", f"{_SPARSITY} in the first {_SPARSE_LAYERS} layers, 0 in the rest"
+    if name == "kimi-linear" and "full_attention" not in (fields.get("layer_types") or ["full_attention"]):
+        yield "layer_types", "a layer of full attention"

@@ -13,6 +13,7 @@ from qlora_kit.formats.registry import find_format
 SUSPICIOUS_KL = 0.1  # nats; below, no twin is made
 FAR = 2.0  # times the twin's KL
 LEAST_BITS = 3  # with fewer, RTN is worth nothing itself
+SIXTEEN = 16  # the twin is the 16-bit model as it is: a file of another layout may compute something else
 
 
 def far_from_rounding(
@@ -36,15 +37,15 @@ def far_from_rounding(
             return
         reference.twins[key] = twin.mean_kl
     if interval[0] > FAR * reference.twins[key]:
-        yield (
-            f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of the RTN baseline, "
-            f"the same weights rounded to the nearest of {bits} bits"
-        )
+        twin_is = f"the RTN baseline, the same weights rounded to the nearest of {bits} bits"
+        if bits == SIXTEEN:
+            twin_is = "the 16-bit folder that it was made from: the file computes something else"
+        yield f"mean KL {fidelity.mean_kl:.4f} is more than twice the {reference.twins[key]:.4f} of {twin_is}"
 
 
 def weight_bits(format_name: str, settings: Mapping[str, object]) -> int | None:
-    """Whole bits of a weight; None where RTN is no baseline: few bits, 16 bits, or layers that differ."""
+    """Whole bits of a weight; None where RTN is no baseline: few bits, or layers that differ."""
     if settings.get("overrides") or settings.get("bits_budget"):
         return None
     bits = find_format(format_name).weight_bits(settings)
-    return bits if bits is not None and LEAST_BITS <= bits <= 8 else None
+    return bits if bits is not None and (LEAST_BITS <= bits <= 8 or bits == SIXTEEN) else None

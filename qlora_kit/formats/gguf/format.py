@@ -99,9 +99,9 @@ class Gguf(Format[GgufTarget]):
         return gguf_weights(artifact, merged)
 
     def weight_bits(self, settings: Mapping[str, object]) -> int | None:
-        """Bits of the mix; None for 16 bits."""
-        number = re.search(r"Q(\d+)_", str(settings.get("mix")))
-        return int(number[1]) if number else None
+        """Bits of the mix."""
+        number = re.search(r"Q(\d+)_|F(\d+)$", str(settings.get("mix")))
+        return int(number[1] or number[2]) if number else None
 
     def remedies(self, settings: Mapping[str, object]) -> tuple[str, ...]:
         """An importance matrix, then mixes of more bits."""

@@ -36,8 +36,8 @@ FIT = Fidelity(2.0, 7.4, 4.4, 9.0, 0.15, 100, mean_kl_interval=(4.0, 4.8))
         ("gguf", GgufTarget(), 4),
         ("gguf", GgufTarget(mix=GgufMix.IQ3_XXS), 3),
         ("gguf", GgufTarget(mix=GgufMix.Q2_K), None),
-        ("gguf", GgufTarget(mix=GgufMix.F16), None),
-        ("gguf", GgufTarget(mix=GgufMix.BF16), None),
+        ("gguf", GgufTarget(mix=GgufMix.F16), 16),
+        ("gguf", GgufTarget(mix=GgufMix.BF16), 16),
         ("gguf", GgufTarget(bits_budget=4.5), None),
         ("compressed", CompressedTarget(), 4),
         ("compressed", CompressedTarget(scheme=CompressedScheme.W8A8), None),
@@ -62,7 +62,8 @@ def told(monkeypatch):
             return replace(FIT, mean_kl=twin)
 
         monkeypatch.setattr(far, "score_rounded_twin", score)
-        job = ExportJob("gptq_4bit", "gptq", ".", settings_of(target or GptqTarget()), lambda _: None)
+        kind = "gguf" if isinstance(target, GgufTarget) else "gptq"
+        job = ExportJob(kind, kind, ".", settings_of(target or GptqTarget()), lambda _: None)
         reference = Reference([], Baselines(None))
         found = [list(far.far_from_rounding(job, fidelity, Path("m"), reference, 0)) for _ in range(times)]
         return found[-1], scored
@@ -77,6 +78,15 @@ def test_a_destroyed_file_is_a_fault(told):
         "the same weights rounded to the nearest of 4 bits"
     ]
     assert scored == [4]  # once for all files of as many bits
+
+
+def test_a_16_bit_file_that_computes_something_else_is_a_fault(told):
+    faults, scored = told(FIT, target=GgufTarget(mix=GgufMix.F16))
+    assert faults == [
+        "mean KL 4.4000 is more than twice the 0.2000 of the 16-bit folder that it was made from: "
+        "the file computes something else"
+    ]
+    assert scored == [16]
 
 
 @pytest.mark.parametrize(

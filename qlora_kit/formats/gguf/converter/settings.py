@@ -70,9 +70,14 @@ def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:
+    rope = fields.get("rope_parameters") or {}
+    longest = fields.get("max_position_embeddings")
+    if original := rope.get("original_max_position_embeddings") or longest:
+        yield "original_max_position_embeddings", original
     for name in ("n_positions", "max_position_embeddings"):
         if fields.get(name) is not None:
             yield "n_ctx", fields[name]
+            return
 
 
 def _layer_kinds(fields: Fields) -> Iterator[tuple[str, Any]]:
