@@ -134,6 +134,7 @@ def survey(
     base_weight: "WeightReader",
     stored_weight: "WeightReader",
     layer_done: Callable[[str], object] | None = None,
+    unread: list[str] | None = None,
 ) -> DeltaRetention:
     """Measure every adapted weight of an exported file, holding one weight at a time.
 
@@ -144,6 +145,7 @@ def survey(
             original, or its difference to the other is taken for learning.
         stored_weight: gives the weight that the file stands for, as the reader of its format gives it.
         layer_done: called with the name after each weight.
+        unread: takes the names of adapted weights that the file's reader cannot tell, which are an error without it.
 
     Raises:
         RunError: a shape differs, an adapted weight is not in the file, or there is none.
@@ -154,6 +156,9 @@ def survey(
         if base is None:
             continue
         quantized = stored_weight(name)
+        if quantized is None and unread is not None:
+            unread.append(name)
+            continue
         if quantized is None:
             raise RunError(f"the file holds no weight for '{name}', which the adapter changed")
         if not merged.shape == base.shape == quantized.shape:

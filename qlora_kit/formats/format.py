@@ -51,6 +51,8 @@ class Format(ABC, Generic[Target]):
     """Whether rows are read for it, whatever its settings."""
     is_made_by_layer: ClassVar[bool] = False
     """Whether a library finds the layers of the merged folder by the model's own names for them."""
+    reads_every_weight: ClassVar[bool] = True
+    """Whether every weight of a file is read back; where not, those that are not are told."""
 
     def accepts(self, target: Target) -> bool:
         """Whether a target of its group is written in this form."""

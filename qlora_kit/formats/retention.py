@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.adapter.updates import Adapter, read_adapter
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.export.delta_retention import DeltaRetention, survey
+from qlora_kit.core.units import counted
+from qlora_kit.export.delta_retention import NAMED_LAYERS, DeltaRetention, survey
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.formats.job import ExportJob
 from qlora_kit.formats.registry import find_format
@@ -38,7 +39,17 @@ def measured_retention(
         or (read := written.dequantized_weights(folder if job.file == "." else folder / job.file, merged)) is None
     ):
         return None
-    found = survey(merged, _without(trained, merged), read)
+    unread: list[str] | None = None if written.reads_every_weight else []
+    try:
+        found = survey(merged, _without(trained, merged), read, unread=unread)
+    except RunError:
+        if not unread:
+            raise
+        log.info(f"{job.name}: what is left of the update was not measured, since its reader reorders all weights")
+        return None
+    if unread:
+        told = f"{counted(len(unread), 'weight')} ({', '.join(unread[:NAMED_LAYERS])})"
+        log.info(f"{job.name}: what is left of the update was not measured in {told}, whose rows the file reorders")
     is_on_original = merge.base == MergeBase.original.name
     found = replace(found, is_on_original=is_on_original, remedies=written.remedies(job.settings))
     if text := found.warning(job.name):

@@ -38,6 +38,7 @@ class Gguf(Format[GgufTarget]):
     hub = Hub("gguf", "quantized", ("gguf", "llama.cpp"))
     servers = SERVERS
     checked_servers = (OLLAMA,)
+    reads_every_weight = False  # llama.cpp's converter has orders of its own
 
     def problems(
         self, path: str, target: GgufTarget, form: "ModelForm", adapter: Mapping[str, Any]

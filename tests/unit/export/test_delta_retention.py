@@ -125,6 +125,10 @@ def test_an_adapted_weight_that_the_file_lacks_is_no_detail(tmp_path: Path) -> N
     held = {"a.weight": torch.ones(4, 4)}
     with pytest.raises(RunError, match=r"the file holds no weight for 'b\.weight', which the adapter changed"):
         survey(folder, lambda _: torch.zeros(4, 4), held.get)
+    unread: list[str] = []
+    found = survey(folder, lambda _: torch.zeros(4, 4), held.get, unread=unread)
+    assert [one.name for one in found.layers] == ["a.weight"]
+    assert unread == ["b.weight"]
 
 
 def layer(name: str, kept: float) -> LayerRetention:

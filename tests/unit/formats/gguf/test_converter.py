@@ -19,8 +19,11 @@ from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.formats.gguf.converter import package
 from qlora_kit.formats.gguf.converter.convert import Conversion
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
+from qlora_kit.formats.gguf.converter.weights import _ordered
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
+from qlora_kit.formats.gguf.tensors import paired_order
+from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
 from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_model
 
@@ -238,3 +241,28 @@ def test_experts_without_a_row_take_the_mean_of_the_others(capsys: pytest.Captur
     means = np.array([[1.0, 3.0], [np.nan, np.nan], [3.0, 5.0]], np.float32)
     assert _of_experts("blk.0.ffn_up_exps.weight", means).tolist() == [[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]
     assert json.dumps(_of_experts("x", means[:1]).tolist()) == "[[1.0, 3.0]]"
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_weights_are_read_back_in_the_merged_order(
+    family: str, folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    folder = folder_of(family)
+    write_gguf(folder, tmp_path / "m.gguf", "Q4_K_M", conversion=conversion_of(family))
+    read = gguf_weights(tmp_path / "m.gguf", folder)
+    stored = load_file(folder / "model.safetensors")
+    matrices = {name: tensor.float() for name, tensor in stored.items() if tensor.ndim == 2}
+    found = {name: read(name) for name in matrices}
+    assert [name for name, values in found.items() if values is None and not name.endswith("gate_up_proj.weight")] == []
+    for name, values in found.items():
+        if values is not None:
+            assert float((values - matrices[name]).norm() / matrices[name].norm()) < 0.15, name
+    assert read("model.layers.0.self_attn.no_proj.weight") is None
+
+
+def test_a_reading_that_is_far_from_the_merged_weight_is_none() -> None:
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert _ordered(weight.flip(0), weight, [2]) is None
+    assert _ordered(weight[:4], weight, [2]) is None
+    paired = weight[paired_order(8, 2)]
+    assert torch.equal(_ordered(paired, weight, [4, 2]), weight)  # type: ignore[arg-type]
