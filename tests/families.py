@@ -78,6 +78,12 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: T.Mamba2Config(
         vocab_size=EMBEDDING_ROWS, hidden_size=64, num_hidden_layers=2, num_heads=4, head_dim=32, n_groups=1, **_IDS
     ),
+    "falcon_h1": lambda: T.FalconH1Config(
+        **_WIDTHS, **_HEAD, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_d_ssm=128
+    ),
+    "lfm2": lambda: T.Lfm2Config(
+        **_WIDTHS, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, block_ff_dim=128
+    ),
     "t5": lambda: T.T5Config(vocab_size=EMBEDDING_ROWS, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4),
     "gemma3": _gemma3_image_text,
     "qwen3_vl": _qwen3_image_text,

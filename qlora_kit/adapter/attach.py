@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from qlora_kit.weights.own_names import OwnNames, own_names_of
 WEIGHTS = "adapter_model.safetensors"
 DEFAULT_ADAPTER = "default"  # peft's name for the one that is not named
 PEFT_BEGIN = "base_model.model."  # of every name in a saved adapter
+_HOLDERS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward")}
 _FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 
 
@@ -41,40 +42,35 @@ class AdapterSize:
     parameters: int
 
 
-def linear_names(model: torch.nn.Module, whole: Collection[str] = ()) -> set[str]:
-    """Full names of the linear modules that may carry LoRA.
-
-    Args:
-        whole: of modules that never do, beside an output head of the usual name.
-    """
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in whole and name.rpartition(".")[2] != "lm_head"
-    }
-
-
-def meant_names(targets: list[str], linears: Collection[str]) -> set[str]:
-    """Full names of the modules that the recipe's targets mean.
+def meant_names(model: torch.nn.Module, targets: list[str], spared: Mapping[str, str]) -> set[str]:
+    """Full names of the linear modules that the recipe's targets mean.
 
     Args:
         targets: names of `TARGET_SETS` or of modules.
-        linears: full names of the linear modules of the base.
+        spared: linear modules that never carry LoRA, with the reason; an output head of the usual name never does.
     Raises:
-        RecipeError: a target names nothing in this base.
+        RecipeError: a target names nothing in this base that could carry LoRA.
     """
+    spared = {name: "the output head" for name in _linears(model) if name.rpartition(".")[2] == "lm_head"} | {**spared}
+    linears = [name for name in _linears(model) if name not in spared]
     found: set[str] = set()
     for target in targets:
         meant = {name for name in linears if _is_meant(target, name)}
         if not meant:
             present = sorted({name.rpartition(".")[2] for name in linears})
+            reason = next((why for name, why in spared.items() if _is_meant(target, name)), "")
+            why_not = f"carries no LoRA: {reason}" if reason else "is no linear module of this base"
             raise RecipeError(
-                f"lora.targets names {target}, which is no linear module of this base; it has {', '.join(present)}",
+                f"lora.targets names {target}, which {why_not}; it has {', '.join(present)}",
                 "lora.targets",
                 "lora.targets=[all_linear]",
             )
         found |= meant
     return found
+
+
+def _linears(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> tuple[list[str], list[str]]:
@@ -90,24 +86,24 @@ def exact_targets(adapted: Collection[str], modules: Collection[str]) -> tuple[l
 
 
 def _is_meant(target: str, name: str) -> bool:
-    """Whether a target means a module; `attention` is also what lies in a module of that name, as OPT's out_proj."""
+    """Whether a target means a module; `attention` and `mlp` are also what lies in a module of such a name."""
     *path, last = name.split(".")
     if target == "all_linear":
         return True
-    if target == "attention" and any("attn" in part or "attention" in part for part in path):
+    if any(word in part for word in _HOLDERS.get(target, ()) for part in path):
         return True
     return last in TARGET_SETS.get(target, (target,))
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftModel:
+def attach_lora(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, str] | None = None) -> PeftModel:
     """Freeze the base and add trainable LoRA weights.
 
     Args:
-        whole: names of linear modules that carry none whatever the targets say: an output head, routers.
+        spared: linear modules that carry none whatever the targets say, with the reason: an output head, routers.
     """
     with no_banners(), warnings.catch_warnings():  # peft looks for layers of other libraries, which print
         _ignore_ties()
-        config = peft_config(model, lora, whole)
+        config = peft_config(model, lora, spared)
         with names_as_they_are(model, config):
             adapted = get_peft_model(model, config)
     if adapts_experts(lora):
@@ -151,21 +147,21 @@ def _rank_and_alpha(name: str, config: PeftLoraConfig) -> tuple[int, float]:
     return rank, alpha * math.sqrt(rank) if config.use_rslora else alpha
 
 
-def peft_config(model: PreTrainedModel, lora: LoraConfig, whole: Collection[str] = ()) -> PeftLoraConfig:
+def peft_config(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, str] | None = None) -> PeftLoraConfig:
     """peft's configuration of a recipe's `lora` for one base.
 
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    meant = meant_names(lora.targets, linear_names(model, whole))
-    targets, spared = exact_targets(meant, [name for name, _ in model.named_modules()])
+    meant = meant_names(model, lora.targets, spared or {})
+    targets, others = exact_targets(meant, [name for name, _ in model.named_modules()])
     return PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=spared or None,
+        exclude_modules=others or None,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.use_rslora,

@@ -12,13 +12,15 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "intermediate_size": ("ffn_dim", "n_inner", "d_ff", "block_ff_dim", "moe_intermediate_size"),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k", "moe_topk"),
     "moe_intermediate_size": ("expert_ffn_hidden_size", "intermediate_size"),
     "shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size", "shared_intermediate_size"),
 }
+_KINDS_OF_LAYERS = ("layers_block_type", "layer_types")  # a list with an entry for each layer
+_USUAL_EXPANSION = 4  # width of the MLP in that of the residual stream, where a family leaves it out
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def shape_of_config(config: Mapping[str, object]) -> ModelShape:
     family = FAMILIES.get(str(text.get("model_type")))
     defaults = {} if family is None else family.config_defaults
     sizes = {**defaults, **{key: value for key, value in text.items() if value is not None}}
-    heads, hidden = _size(sizes, "num_attention_heads"), _size(sizes, "hidden_size")
+    hidden = _size(sizes, "hidden_size")
+    sizes = {**_unsaid(sizes, hidden), **sizes}
+    heads = _size(sizes, "num_attention_heads")
     return ModelShape(
         hidden_size=hidden,
         intermediate_size=_size(sizes, "intermediate_size"),
@@ -120,13 +124,28 @@ def _mixture(sizes: Mapping[str, object]) -> dict[str, int]:
 
 def _optional(sizes: Mapping[str, object], key: str) -> int:
     """A size that not every architecture has; 0 where it is not there."""
-    names = (key, *OTHER_NAMES.get(key, ()))
-    return next((value for name in names if type(value := sizes.get(name)) is int and value > 0), 0)
+    return next((value for name in _names(key) if type(value := sizes.get(name)) is int and value > 0), 0)
+
+
+def _unsaid(sizes: Mapping[str, object], hidden: int) -> dict[str, object]:
+    """What some config.json say otherwise: layers by their kinds alone, a width by what it is a multiple of."""
+    kinds = next((sizes[key] for key in _KINDS_OF_LAYERS if isinstance(sizes.get(key), list)), None)
+    expand = sizes.get("expand")
+    found: dict[str, object] = {}
+    if isinstance(kinds, list) and not any(sizes.get(key) for key in _names("num_hidden_layers")):
+        found["num_hidden_layers"] = len(kinds)
+    if not any(sizes.get(key) for key in _names("intermediate_size")):
+        found["intermediate_size"] = hidden * (expand if type(expand) is int else _USUAL_EXPANSION)
+    return found
+
+
+def _names(key: str) -> tuple[str, ...]:
+    return (key, *OTHER_NAMES.get(key, ()))
 
 
 def _size(sizes: Mapping[str, object], key: str) -> int:
     """A size under its usual name or one that another family has for it; of a list by layer, the largest."""
-    found = (sizes[name] for name in (key, *OTHER_NAMES.get(key, ())) if sizes.get(name) is not None)
+    found = (sizes[name] for name in _names(key) if sizes.get(name) is not None)
     value = next(found, None)
     if isinstance(value, list) and value and all(type(number) is int for number in value):
         value = max(value)

@@ -31,22 +31,29 @@ def skeleton(folder: Path) -> PreTrainedModel:
         return build_language_model(folder)
 
 
-def attention_problem(model: PreTrainedModel, attention: Attention) -> Problem | None:
-    """Why a model without weights cannot have this attention; None where it can."""
-    kind = model.config.model_type
+def attention_for(model: PreTrainedModel, wanted: Attention) -> Attention:
+    """The attention that a model without weights is given: what is wanted, or eager where it has no sdpa.
+
+    Raises:
+        RecipeError: it cannot have what is wanted.
+    """
+    if _has_attention(model, wanted):
+        return wanted
+    if wanted is Attention.sdpa and _has_attention(model, Attention.eager):
+        return Attention.eager
+    what = f"transformers has no {wanted.value} attention for model_type {model.config.model_type}"
+    raise RecipeError([Problem(what, f"model.attention={wanted.name}", "model.attention=eager")])
+
+
+def _has_attention(model: PreTrainedModel, attention: Attention) -> bool:
     if attention is Attention.flash_attention_2:  # which is built only where its package is
-        refused = not model._supports_flash_attn
-    else:
-        try:
-            with torch.device("meta"):
-                type(model)._from_config(deepcopy(model.config), attn_implementation=attention.value)
-            refused = False
-        except (ValueError, ImportError):
-            refused = True
-    if not refused:
-        return None
-    what = f"transformers has no {attention.value} attention for model_type {kind}"
-    return Problem(what, f"model.attention={attention.name}", "model.attention=eager")
+        return bool(model._supports_flash_attn)
+    try:
+        with torch.device("meta"):
+            type(model)._from_config(deepcopy(model.config), attn_implementation=attention.value)
+    except (ValueError, ImportError):
+        return False
+    return True
 
 
 @contextmanager

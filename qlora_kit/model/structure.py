@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.model.direct_reads import read_directly
 from qlora_kit.model.stacked_experts import StackedExperts
 
 _GATES = ("gate", "router")
@@ -66,15 +67,55 @@ def weights_of(model: PreTrainedModel) -> list[Weights]:
 
 
 def router_names(model: nn.Module) -> list[str]:
-    """Linear modules that choose among experts, or scale a shared one: one output an expert, or one alone."""
-    return sorted(set(_routers(model)))
+    """Linear modules that are called routers, choose among experts, or scale a shared one."""
+    called = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "router" in name.rpartition(".")[2]
+    }
+    return sorted(called | set(_routers(model)))
 
 
 def kept_whole(model: PreTrainedModel) -> list[str]:
-    """Modules that are neither quantized nor adapted: the output head, and what chooses among experts."""
+    """Linear modules that are not quantized: the output head, routers, and those whose weight other code reads."""
+    return [*_heads(model), *router_names(model), *read_directly(model)]
+
+
+def not_adapted(model: PreTrainedModel) -> dict[str, str]:
+    """Linear modules that carry no LoRA whatever a recipe's targets say, with the reason."""
+    layers, _ = layers_of(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    outside = {name: "outside of the layers" for name in linears if not name.startswith(f"{layers}.")}
+    past = {name: f"{kind} reads its weight itself, past LoRA" for name, kind in read_directly(model).items()}
+    routers = dict.fromkeys(router_names(model), "a router")
+    return {**outside, **past, **routers, **dict.fromkeys(_heads(model), "the output head")}
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
-    heads = [name for name, module in model.named_modules() if module is head]
-    return [*heads, *router_names(model)]
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def has_attention(model: PreTrainedModel) -> bool:
+    """Whether any layer attends, and not all of them carry a state alone."""
+    return getattr(model.config.get_text_config(), "num_attention_heads", None) is not None
+
+
+def state_carriers(model: nn.Module) -> list[str]:
+    """Modules of the layers that carry a state from token to token: they hold a convolution over the tokens.
+
+    State-space layers, linear attention and short convolutions all do. One that held none would not be found.
+    """
+    layers, _ = layers_of(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers}.") and any(_goes_over_tokens(child) for child in module.children())
+    ]
+
+
+def _goes_over_tokens(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.groups > 1 and module.kernel_size[0] > 1
 
 
 def transposed_modules(model: nn.Module) -> list[str]:
@@ -83,6 +124,7 @@ def transposed_modules(model: nn.Module) -> list[str]:
 
 
 def _routers(model: nn.Module) -> Iterator[str]:
+    """Those beside experts: with one output an expert, or one alone."""
     for name, module in model.named_modules():
         choices = _experts(name, module)
         if choices == 0:

@@ -30,7 +30,7 @@ from qlora_kit.model.kind import read_config
 from qlora_kit.model.load import load_base, quiet_libraries, try_forward
 from qlora_kit.model.skeleton import told_plainly
 from qlora_kit.model.source import locate_base, refuse_other_kinds
-from qlora_kit.model.structure import kept_whole
+from qlora_kit.model.structure import not_adapted
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.runs.as_written import note_adapter
 from qlora_kit.runs.base import Base
@@ -101,6 +101,7 @@ def _train(
     tell_warnings(found)
     stop_on_errors(found)
     describe(recipe, run, overrides, data)
+    recipe = replace(recipe, model=replace(recipe.model, attention=reach.attention))
     log_to(run.log)
     note_base(run, base_folder)
     write_json(run.reach, reach.record())
@@ -192,7 +193,7 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: in
     base = load_base(base_folder, recipe.quant, recipe.model.attention)
     config = read_config(base_folder)
     with told_plainly(base_folder, config, "adapt"):
-        model = attach_lora(base, recipe.lora, kept_whole(base))
+        model = attach_lora(base, recipe.lora, not_adapted(base))
     check_reached(model, reach)
     with told_plainly(base_folder, config, "run"):
         try_forward(model)

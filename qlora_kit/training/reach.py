@@ -10,18 +10,20 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, linear_names, meant_names
-from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, meant_names
+from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.packed_loading import stack_experts
-from qlora_kit.model.skeleton import attention_problem, skeleton, told_plainly
+from qlora_kit.model.skeleton import attention_for, skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.stored_names import StoredNames, stored_names
-from qlora_kit.model.structure import Weights, kept_whole, layers_of, weights_of
+from qlora_kit.model.structure import Weights, has_attention, layers_of, not_adapted, weights_of
+from qlora_kit.schema.data import Batching
 from qlora_kit.schema.lora import LoraConfig, LoraInit
+from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
@@ -84,6 +86,9 @@ class Reach:
         trained: weights of the adapter.
         wide: bytes of a weight that is not rounded.
         towers: weights of the checkpoint that are no part of the language model, by the part that holds them.
+        spared: linear modules that carry no LoRA whatever the targets say, with the reason.
+        attention: that the model is given.
+        wanted_attention: the recipe's.
     """
 
     layers: int
@@ -93,6 +98,9 @@ class Reach:
     trained: int
     wide: int
     towers: Mapping[str, int] = field(default_factory=dict)
+    spared: Mapping[str, str] = field(default_factory=dict)
+    attention: Attention = Attention.sdpa
+    wanted_attention: Attention = Attention.sdpa
 
     @property
     def linears(self) -> list[Weights]:
@@ -128,9 +136,9 @@ class Reach:
             held = sum(part.count for part in experts) / self.total
             reaches = all(any(name.startswith(f"{part.name}.") for name in self.adapted) for part in experts)
             line += f", and {'' if reaches else 'none '}on the experts, {held:.1%} of all weights"
-        if left := self._by_name([part for part in self.linears if part.name not in self.adapted]):
-            line += f": {self._by_name(reached)}; left out: {left}"
-        return [*self._part(), line, *self._storage()]
+        if left := [part for part in self.linears if part.name not in self.adapted]:
+            line += f": {self._by_name(reached)}; left out: {self._left_out(left)}"
+        return [*self._part(), line, *self._storage(), *self._other_attention()]
 
     def record(self) -> dict[str, object]:
         """The same for a file."""
@@ -154,6 +162,13 @@ class Reach:
                 "into merged files"
             )
 
+    def _other_attention(self) -> Iterator[str]:
+        if self.attention is not self.wanted_attention:
+            yield (
+                f"model.attention={self.wanted_attention.name} is computed as {self.attention.name}: "
+                "transformers has no other for this model"
+            )
+
     def _storage(self) -> Iterator[str]:
         kept = self.in_16_bit
         count = sum(kept.values())
@@ -168,6 +183,13 @@ class Reach:
             f"{loud}{human_count(count)} of {human_count(self.total)} weights ({count / self.total:.1%}) are not "
             f"quantized and take {human_bytes(count * self.wide)}: {parts}"
         )
+
+    def _left_out(self, parts: list[Weights]) -> str:
+        """Modules by the reason for which they are left out, those first that the targets do not mean."""
+        reasons = dict.fromkeys(["", *(self.spared.get(part.name, "") for part in parts)])
+        by_reason = {why: [part for part in parts if self.spared.get(part.name, "") == why] for why in reasons}
+        told = {why: self._by_name(held) for why, held in by_reason.items() if held}
+        return "; ".join(f"{names} ({why})" if why else names for why, names in told.items())
 
     def _by_name(self, parts: list[Weights]) -> str:
         found = Counter(part.last for part in parts)
@@ -191,17 +213,24 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         raise RecipeError(problems)
     check_storage(folder, recipe.quant)
     model, checkpoint = skeleton(folder), Checkpoint.of(folder)
-    attention = attention_problem(model, recipe.model.attention)
+    attention: tuple[Problem, ...] = ()
+    try:
+        given = attention_for(model, recipe.model.attention)
+    except RecipeError as error:
+        attention, given = error.problems, recipe.model.attention
+    if given is not recipe.model.attention and recipe.data.batching is Batching.packed and has_attention(model):
+        what = "packed rows need an attention that keeps samples apart, and transformers has but eager for this model"
+        attention = (Problem(what, f"data.batching={recipe.data.batching.name}", "data.batching=padded"),)
     try:
         reach = _reach_in(recipe, folder, config, model, checkpoint)
     except RecipeError as error:
         needs_other_base = any(problem.where == "model.source" for problem in error.problems)
-        if attention is None or needs_other_base:  # which no other attention would help
+        if not attention or needs_other_base:  # which no other attention would help
             raise
-        raise RecipeError([attention, *error.problems]) from error
-    if attention is not None:
-        raise RecipeError([attention])
-    return reach
+        raise RecipeError([*attention, *error.problems]) from error
+    if attention:
+        raise RecipeError(attention)
+    return replace(reach, attention=given, wanted_attention=recipe.model.attention)
 
 
 def _reach_in(
@@ -211,28 +240,28 @@ def _reach_in(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
 ) -> Reach:
-    weights, whole = weights_of(model), kept_whole(model)
+    weights, spared = weights_of(model), not_adapted(model)
     names = own_names_of(model)
     tensors = checkpoint.by_trained(names) if checkpoint.tensors else None
     stacks = [names.trained(stack) or "" for stack in checkpoint.names.stacks]
     rounded = rounded_names(model, recipe.quant)
     if problems := base_problems(recipe, model, weights, tensors, stacks):
         raise RecipeError(problems)
-    promised = promised_names(model, recipe.lora, whole)
+    promised = promised_names(model, recipe.lora, spared)
     if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded))]:
         raise RecipeError(problems)
     layers = layers_of(model)[1]
     with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):
         put_4bit_linears(model)  # of which peft asks no other library
         stack_experts(model)
-        adapted_model = attach_lora(model, _on_meta(recipe.lora), whole)
+        adapted_model = attach_lora(model, _on_meta(recipe.lora), spared)
     _check_promise(adapted_names(adapted_model), promised)
     trained = sum(weight.numel() for weight in adapted_model.parameters() if weight.requires_grad)
     trained += sum(weight.numel() for name, weight in model.named_parameters() if _is_saved(name, recipe.lora))
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
         trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
-    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide, checkpoint.left_out)
+    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide, checkpoint.left_out, spared)
 
 
 def check_reached(model: PeftModel, reach: Reach) -> None:
@@ -259,17 +288,17 @@ def _is_saved(parameter: str, lora: LoraConfig) -> bool:
     return any(module.endswith(name) for module in modules for name in lora.modules_to_save)
 
 
-def promised_names(model: PreTrainedModel, lora: LoraConfig, whole: list[str]) -> set[str]:
+def promised_names(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, str]) -> set[str]:
     """Full names of the linear modules, and of the stacks of experts, that a recipe's targets mean.
 
     Args:
-        whole: of modules that never carry LoRA.
+        spared: linear modules that never carry LoRA, with the reason.
     Raises:
         RecipeError: a target names nothing in this base.
     """
     stacks = experts_of(model).items() if adapts_experts(lora) else ()
     of_experts = {f"{name}.{stack}" for name, module in stacks for stack in stacked_names(module)}
-    return meant_names(lora.targets, linear_names(model, whole)) | of_experts
+    return meant_names(model, lora.targets, spared) | of_experts
 
 
 def _check_promise(adapted: set[str], promised: set[str]) -> None:

@@ -13,9 +13,10 @@ from qlora_kit.adapter.attach import adapted_names, attach_lora
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, RecipeError, RunError
 from qlora_kit.model.load import load_base, rounded_names, try_forward
 from qlora_kit.model.skeleton import skeleton, told_plainly
-from qlora_kit.model.structure import kept_whole
+from qlora_kit.model.structure import not_adapted
 from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.schema.data import Batching
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
@@ -30,13 +31,24 @@ from tests.families import KINDS, build
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
 EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
-TRAINED = ("llama", "gemma3_text", "phi3", "opt", "qwen3_5_text", "gemma3", "qwen3_vl", *EXPERTS)
+TRAINED = (
+    "llama",
+    "gemma3_text",
+    "phi3",
+    "opt",
+    "qwen3_5_text",
+    "gemma3",
+    "qwen3_vl",
+    "mamba2",
+    "falcon_h1",
+    "lfm2",
+    "gpt_oss",
+    *EXPERTS,
+)
 STACKS = ("gate_up_proj", "down_proj")
 REFUSED = {
     "gpt2": "holds its linear layers the other way around",
-    "mamba2": "mamba2",
     "t5": "is an encoder with a decoder",
-    "gpt_oss": "transformers has no sdpa attention",
 }
 
 
@@ -62,8 +74,8 @@ def recipe_for(folder, *, targets=("all_linear",), keep=(), attention=Attention.
 
 
 def loaded(recipe, folder):
-    base = load_base(folder, recipe.quant, recipe.model.attention)
-    return attach_lora(base, recipe.lora, kept_whole(base))
+    base = load_base(folder, recipe.quant)
+    return attach_lora(base, recipe.lora, not_adapted(base))
 
 
 def one_step(model):
@@ -95,11 +107,13 @@ def test_every_linear_module_of_the_layers_is_adapted_and_learns(kind, folder_of
     check_reached(model, reach)
     layers = adapted_names(model)
     stacks = {f"{part.name}.{stack}" for part in reach.weights if part.kind == "experts" for stack in STACKS}
-    assert layers == reach.adapted == {part.name for part in reach.linears} | stacks
+    assert layers == reach.adapted == {part.name for part in reach.linears if part.name not in reach.spared} | stacks
     gradients = one_step(model)
     assert len(gradients) == len(layers)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
-    assert any("100.0% of their weights" in line for line in reach.lines())
+    is_all = {part.name for part in reach.linears} <= layers
+    assert is_all is any("100.0% of their weights" in line for line in reach.lines())
+    assert is_all is not any("reads its weight itself, past LoRA" in line for line in reach.lines())
     assert reach.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
@@ -170,7 +184,7 @@ def test_what_chooses_experts_is_neither_quantized_nor_adapted(kind, folder_of):
     rounded = rounded_names(model, QuantConfig())
     assert rounded and not [name for name in rounded if "gate" in name.rpartition(".")[2].removesuffix("gate_proj")]
     base = load_base(folder_of(kind), QuantConfig())
-    adapted = adapted_names(attach_lora(base, LoraConfig(targets=["attention"]), kept_whole(base)))
+    adapted = adapted_names(attach_lora(base, LoraConfig(targets=["attention"]), not_adapted(base)))
     assert not [name for name in adapted if name.endswith("gate")]
 
 
@@ -199,23 +213,29 @@ def test_a_kind_of_module_that_only_some_layers_have_is_said(folder_of):
 
 def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
     folder = folder_of("gpt_oss")
-    assert "fix      model.attention=eager" in refusal(recipe_for(folder), folder)
+    reach = reach_of(recipe_for(folder), folder)
+    assert reach.attention is Attention.eager
+    assert any(line.startswith("model.attention=sdpa is computed as eager") for line in reach.lines())
+    flash = recipe_for(folder_of("mamba2"), attention=Attention.flash_attention_2)
+    assert "fix      model.attention=eager" in refusal(flash, folder_of("mamba2"))
     recipe = recipe_for(folder, attention=Attention.eager)
+    assert not any("is computed as" in line for line in reach_of(recipe, folder).lines())
     check_reached(loaded(recipe, folder), reach_of(recipe, folder))
     assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
 
 
 def test_of_a_base_that_cannot_be_trained_no_setting_is_told_that_would_not_help(folder_of):
-    folder = folder_of("mamba2")
-    message = refusal(recipe_for(folder), folder)
-    assert "Module 'out_proj' is incompatible with Mamba-based models" in message
+    folder = folder_of("t5")
+    message = refusal(recipe_for(folder, attention=Attention.flex_attention), folder)
+    assert "is an encoder with a decoder" in message
     assert "model.attention" not in message and "fix " not in message
 
 
 def test_all_settings_that_are_wrong_for_a_base_are_told_at_once(folder_of):
-    message = refusal(recipe_for(folder_of("gpt_oss"), quant=QuantKind.int8), folder_of("gpt_oss"))
+    recipe = recipe_for(folder_of("mamba2"), keep=["router"], attention=Attention.flash_attention_2)
+    message = refusal(recipe, folder_of("mamba2"))
     assert "fix      model.attention=eager" in message
-    assert "keeps its experts in one tensor a layer" in message
+    assert "quant.keep_16bit names router" in message
 
 
 @pytest.mark.parametrize(
@@ -371,3 +391,13 @@ def test_experts_in_a_form_that_no_merge_could_go_back_to_are_refused(folder_of,
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     message = refusal(recipe_for(folder), folder)
     assert "in a form that an adapter could not be merged into" in message and "fix      lora.experts=false" in message
+
+
+def test_packed_rows_are_refused_before_loading_where_nothing_keeps_samples_apart(folder_of):
+    recipe = recipe_for(folder_of("gpt_oss"))
+    recipe.data.batching = Batching.packed
+    message = refusal(recipe, folder_of("gpt_oss"))
+    assert "packed rows need an attention that keeps samples apart" in message
+    assert "fix      data.batching=padded" in message
+    recipe.model.source = str(folder_of("mamba2"))
+    assert reach_of(recipe, folder_of("mamba2")).attention is Attention.eager

@@ -18,7 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.core.errors import RunError
+from qlora_kit.engine.attention.carried_state import keep_states_apart
 from qlora_kit.model.device import this_device
+from qlora_kit.model.structure import has_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
 
@@ -74,15 +76,27 @@ class Samples(NamedTuple):
 
 
 def enable_packed_attention(model: PreTrainedModel, attention: Attention) -> Callable[[], None]:
-    """Make a model keep the samples of a packed row apart.
+    """Make a model keep the samples of a packed row apart: its attention, and layers that carry a state.
 
     Batches that are padded, and generation, are computed as with the implementation that the model was loaded with.
 
     Returns:
-        A function that puts that implementation back.
+        A function that puts everything back.
     Raises:
         RunError: the model's attention cannot be exchanged, or its implementation isolates nothing.
     """
+    undo = [_exchange_attention(model, attention)] if has_attention(model) else []
+    if (apart := keep_states_apart(model)) is not None:
+        undo.append(apart)
+
+    def put_back() -> None:
+        for one in reversed(undo):
+            one()
+
+    return put_back
+
+
+def _exchange_attention(model: PreTrainedModel, attention: Attention) -> Callable[[], None]:
     before = model.config._attn_implementation
     if attention is Attention.eager:
         raise _unfit("attention is computed by the model's own code, which reads across samples", attention)

@@ -15,7 +15,7 @@ from qlora_kit.adapter.attach import attach_lora, load_adapter
 from qlora_kit.adapter.save import save_adapter
 from qlora_kit.export.merge import MergeReport, merge
 from qlora_kit.model.load import load_base, quiet_libraries
-from qlora_kit.model.structure import kept_whole
+from qlora_kit.model.structure import not_adapted
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
@@ -52,7 +52,7 @@ def draw_adapter(base: Path, folder: Path, lora: LoraConfig, quant: QuantConfig 
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         loaded = load_base(base, quant)
-        model = attach_lora(loaded, lora, kept_whole(loaded))
+        model = attach_lora(loaded, lora, not_adapted(loaded))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float() + 0.02 * torch.randn(parameter.shape)

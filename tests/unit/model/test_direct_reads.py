@@ -1,0 +1,39 @@
+"""Which linear modules have their weight read by the module around them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_kit.model.direct_reads import read_directly
+from qlora_kit.model.skeleton import skeleton
+from qlora_kit.model.structure import kept_whole, not_adapted
+from tests.families import build
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.handed_on, self.called = (nn.Linear(4, 4) for _ in range(3))
+        self.called.weight.data.zero_()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.to(self.asked.weight.dtype) @ self.handed_on.weight
+        out: torch.Tensor = self.called(self.asked(hidden))
+        return out
+
+
+def test_a_weight_that_is_handed_on_is_seen_and_one_that_is_only_asked_for_its_type_is_not() -> None:
+    assert read_directly(nn.ModuleDict({"inner": Reads()})) == {"inner.handed_on": "Reads"}
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "falcon_h1"])
+def test_the_output_of_state_space_layers_stays_whole_and_carries_no_lora(kind: str, tmp_path: Path) -> None:
+    model = skeleton(build(kind, tmp_path))
+    outputs = [name for name, module in model.named_modules() if name.endswith(("mixer.out_proj", "mamba.out_proj"))]
+    assert len(outputs) == 2
+    spared = not_adapted(model)
+    assert all("reads its weight itself, past LoRA" in spared[name] for name in outputs)
+    assert set(outputs) <= set(kept_whole(model))
+    assert not any(name.endswith("in_proj") for name in spared)
