@@ -56,6 +56,7 @@ The order to read it in:
     layer/         the picture itself
       norm.py attention_blocks.py mlp.py                        its parts, forward and backward
       attention_part.py plain_part.py                           attention as a whole; a part left as it is
+      experts.py                                                between the products of a mixture's experts
       layer_parts.py tail.py                                    a layer of such parts, and what some do to its result
       extract.py                                                found in a layer of transformers, by its family
       trial.py                                                  held against what the layer itself gives

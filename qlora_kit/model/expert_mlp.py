@@ -7,7 +7,7 @@ made again: its share in the gradient of a choice's weight, <dy, W p>, is <W^T d
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,10 @@ class ExpertLinear:
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """A and B in the dtype of the products."""
-        return (None, None) if self.update is None else (self.update.a.to(dtype), self.update.b.to(dtype))
+        if self.update is None:
+            return None, None
+        # B lies [outputs, rank * experts] in an adapter, and one product for all experts asks for whole rows.
+        return self.update.a.to(dtype).contiguous(), self.update.b.to(dtype).contiguous()
 
     @property
     def scaling(self) -> float:
@@ -52,17 +55,74 @@ class ExpertLinear:
         return 1.0 if self.update is None else self.update.scaling
 
 
+class ExpertOps(Protocol):
+    """What is done to the rows of all experts between the products; `delta`, if any, is added to what stands before."""
+
+    def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        """The weights of all experts, [experts, ...]."""
+        ...
+
+    def weigh(self, middle: Tensor, delta: Tensor | None, shares: Tensor) -> Tensor:
+        """The activation of `middle`, times each row's share [rows]."""
+        ...
+
+    def weigh_backward(
+        self, middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`weigh` again, and from its gradient that of `middle`, and that of the shares in float32."""
+        ...
+
+    def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
+        """The rows of each token's choices `back` [tokens, choices], added up: [tokens, width]."""
+        ...
+
+
 @dataclass(frozen=True)
-class ExpertMlp:
-    """Both matrices, and what stands between them.
+class TorchOps:
+    """The operations in torch, for any activation.
 
     Attributes:
         activation: elementwise but for pairs of gate and up: [rows, first outputs] to [rows, second inputs].
     """
 
+    activation: Callable[[Tensor], Tensor]
+
+    def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        """See `ExpertOps`."""
+        return stack.unpack(dtype)
+
+    def weigh(self, middle: Tensor, delta: Tensor | None, shares: Tensor) -> Tensor:
+        """See `ExpertOps`."""
+        return self.activation(_plus(middle, delta)) * shares.unsqueeze(1)
+
+    def weigh_backward(
+        self, middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ExpertOps`."""
+        grad = _plus(grad, grad_delta)
+        with torch.enable_grad():
+            middle = _plus(middle, delta).detach().requires_grad_()
+            activated = self.activation(middle)
+        to_shares = (grad * activated.detach()).sum(1, dtype=torch.float32)
+        (to_middle,) = torch.autograd.grad(activated, middle, grad * shares.unsqueeze(1))
+        return activated.detach() * shares.unsqueeze(1), to_middle, to_shares
+
+    def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
+        """See `ExpertOps`."""
+        return _plus(rows, delta)[back.reshape(-1)].view(*back.shape, -1).sum(dim=1)
+
+
+def _plus(rows: Tensor, delta: Tensor | None) -> Tensor:
+    return rows if delta is None else rows + delta
+
+
+@dataclass(frozen=True)
+class ExpertMlp:
+    """Both matrices, and what is done around them."""
+
     first: ExpertLinear
     second: ExpertLinear
-    activation: Callable[[Tensor], Tensor]
+    ops: ExpertOps
 
 
 def expert_mlp(hidden: Tensor, chosen: Tensor, shares: Tensor, experts: int, mlp: ExpertMlp) -> Tensor:
@@ -122,88 +182,97 @@ class _ExpertMlp(torch.autograd.Function):
     ) -> Tensor:
         mlp, routing = routed
         groups = Groups(routing.counts, hidden)
+        of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
-        middle, _ = _forward(groups, x, mlp.first, a1, b1, routing)
+        middle, delta, _ = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
         del x
-        weights = shares.reshape(-1)[routing.order].unsqueeze(1)
-        weighed = mlp.activation(middle) * weights
-        del middle
-        y, _ = _forward(groups, weighed, mlp.second, a2, b2, None)
+        weighed = mlp.ops.weigh(middle, delta, of_rows)
+        del middle, delta
+        y, delta, _ = _product(groups, weighed, mlp, mlp.second, (a2, b2), None)
         if mlp.second.bias is not None:
-            y += mlp.second.bias.to(y.dtype)[routing.experts] * weights
+            y += mlp.second.bias.to(y.dtype)[routing.experts] * of_rows.unsqueeze(1)
         ctx.save_for_backward(hidden, shares, a1, b1, a2, b2, *routing)
         ctx.mlp = mlp
-        return _summed(y, routing.back)
+        return mlp.ops.add_up(y, delta, routing.back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, shares, a1, b1, a2, b2, *rest = ctx.saved_tensors
         routing, mlp = _Routing(*rest), ctx.mlp
         groups = Groups(routing.counts, hidden)
+        of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
-        first = groups.unpacked(mlp.first.stack, x.dtype)
-        middle, inner1 = _forward(groups, x, mlp.first, a1, b1, routing, first)
-        with torch.enable_grad():
-            middle = middle.detach().requires_grad_()
-            activated = mlp.activation(middle)
-        made = activated.detach()
-        weights = shares.reshape(-1)[routing.order].unsqueeze(1)
+        first = groups.unpacked(mlp.ops.unpack, mlp.first.stack, x.dtype)
+        middle, delta, inner1 = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts, first)
 
         dy = grads[0].to(hidden.dtype)[routing.tokens]
-        d_weighed, to_a2, to_b2 = _backward(groups, dy, made * weights, None, mlp.second, a2, b2, None)
-        d_weights = (d_weighed * made).sum(1, dtype=torch.float32)
+        to_weighed, of_b2, more = _into(groups, dy, mlp, mlp.second, (a2, b2))
+        weighed, to_middle, to_shares = mlp.ops.weigh_backward(middle, delta, of_rows, to_weighed, more)
+        del middle, delta, to_weighed, more
+        to_a2, to_b2 = _of_factors(groups, dy, weighed, None, mlp.second, a2, of_b2)
         if mlp.second.bias is not None:
-            d_weights += (dy * mlp.second.bias.to(dy.dtype)[routing.experts]).sum(1, dtype=torch.float32)
-        del dy, made
-        (d_middle,) = torch.autograd.grad(activated, middle, d_weighed.mul_(weights))
-        del activated, middle, d_weighed
-        dx, to_a1, to_b1 = _backward(groups, d_middle, x, inner1, mlp.first, a1, b1, first)
-        to_shares = d_weights.to(shares.dtype)[routing.back]
-        return _summed(dx, routing.back), to_shares, to_a1, to_b1, to_a2, to_b2, None
+            to_shares += (dy * mlp.second.bias.to(dy.dtype)[routing.experts]).sum(1, dtype=torch.float32)
+        del dy, weighed
+
+        dx, of_b1, more = _into(groups, to_middle, mlp, mlp.first, (a1, b1), first)
+        to_a1, to_b1 = _of_factors(groups, to_middle, x, inner1, mlp.first, a1, of_b1)
+        to_hidden = mlp.ops.add_up(dx, more, routing.back)
+        return to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2, None
 
 
-def _forward(
+Factors = tuple[Tensor | None, Tensor | None]
+
+
+def _product(
     groups: Groups,
     x: Tensor,
+    mlp: ExpertMlp,
     linear: ExpertLinear,
-    a: Tensor | None,
-    b: Tensor | None,
-    routing: _Routing | None,
+    factors: Factors,
+    experts: Tensor | None,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """x W^T + s (x A^T) B^T, with the bias where the rows' experts are given; and x A^T."""
-    weights = groups.unpacked(linear.stack, x.dtype) if weights is None else weights
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x W^T with the bias, where the rows' experts are given; what LoRA adds, s (x A^T) B^T; and x A^T."""
+    a, b = factors
+    weights = groups.unpacked(mlp.ops.unpack, linear.stack, x.dtype) if weights is None else weights
     y = groups.multiply_stack(x, linear.stack, weights, transpose=not linear.stack.transposed)
-    inner = None
-    if a is not None and b is not None:
-        inner = groups.multiply(x, a.transpose(1, 2))
-        y.add_(groups.multiply(inner, b.transpose(1, 2)), alpha=linear.scaling)
-    if linear.bias is not None and routing is not None:
-        y += linear.bias.to(y.dtype)[routing.experts]
-    return y, inner
+    if linear.bias is not None and experts is not None:
+        y += linear.bias.to(y.dtype)[experts]
+    if a is None or b is None:
+        return y, None, None
+    inner = groups.multiply(x, a.transpose(1, 2))
+    return y, groups.multiply(inner * linear.scaling, b.transpose(1, 2)), inner
 
 
-def _backward(
+def _into(
+    groups: Groups,
+    dy: Tensor,
+    mlp: ExpertMlp,
+    linear: ExpertLinear,
+    factors: Factors,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy W; s dy B, which belongs to the gradient of A; and what LoRA adds to the gradient of the input."""
+    a, b = factors
+    weights = groups.unpacked(mlp.ops.unpack, linear.stack, dy.dtype) if weights is None else weights
+    dx = groups.multiply_stack(dy, linear.stack, weights, transpose=linear.stack.transposed)
+    if a is None or b is None:
+        return dx, None, None
+    of_b = groups.multiply(dy, b).mul_(linear.scaling)
+    return dx, of_b, groups.multiply(of_b, a)
+
+
+def _of_factors(
     groups: Groups,
     dy: Tensor,
     x: Tensor,
     inner: Tensor | None,
     linear: ExpertLinear,
     a: Tensor | None,
-    b: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B."""
-    weights = groups.unpacked(linear.stack, x.dtype) if weights is None else weights
-    dx = groups.multiply_stack(dy, linear.stack, weights, transpose=linear.stack.transposed)
-    if a is None or b is None:
-        return dx, None, None
+    of_b: Tensor | None,
+) -> Factors:
+    """The gradients of A and B."""
+    if a is None or of_b is None:
+        return None, None
     inner = groups.multiply(x, a.transpose(1, 2)) if inner is None else inner
-    d_inner = groups.multiply(dy, b).mul_(linear.scaling)
-    to_b = groups.outer(dy, inner).mul_(linear.scaling)
-    return dx.add_(groups.multiply(d_inner, a)), groups.outer(d_inner, x), to_b
-
-
-def _summed(rows: Tensor, back: Tensor) -> Tensor:
-    """The rows of each token's choices, added up: [tokens, width]."""
-    return rows[back.reshape(-1)].view(*back.shape, -1).sum(dim=1)
+    return groups.outer(of_b, x), groups.outer(dy, inner).mul_(linear.scaling)

@@ -1,6 +1,6 @@
 """Products of the rows of each expert with its own matrix, the rows sorted by expert."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Protocol
 
@@ -54,9 +54,11 @@ class Groups:
             torch.mm(rows[start:stop], weights[expert], out=made[start:stop])
         return made
 
-    def unpacked(self, stack: Stack, dtype: torch.dtype) -> Tensor | None:
-        """All weights of a stack, where one kernel takes them; None where they are better unpacked one by one."""
-        return stack.unpack(dtype) if self._is_grouped else None
+    def unpacked(
+        self, unpack: Callable[[Stack, torch.dtype], Tensor], stack: Stack, dtype: torch.dtype
+    ) -> Tensor | None:
+        """All weights of a stack, where one product takes them; None where they are better unpacked one by one."""
+        return unpack(stack, dtype) if self._is_grouped else None
 
     def multiply_stack(self, rows: Tensor, stack: Stack, weights: Tensor | None, *, transpose: bool) -> Tensor:
         """[rows, n] times the weight of each expert, or its transpose.

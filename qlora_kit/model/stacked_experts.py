@@ -6,15 +6,16 @@ its own weights. Others compute in ways of their own, and are given the weights 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.integrations.moe import use_experts_implementation
 
-from qlora_kit.model.expert_mlp import ExpertLinear, ExpertMlp, ExpertUpdate, expert_mlp
+from qlora_kit.model.expert_mlp import ExpertLinear, ExpertMlp, ExpertOps, ExpertUpdate, TorchOps, expert_mlp
 
 Updates = Mapping[
     str, tuple[Tensor, Tensor, float]
@@ -43,6 +44,7 @@ class StackedExperts(nn.Module):
             `transposed`.
         transposed: whether the weight of an expert lies [inputs, outputs].
         source_cls: class of the module that it stands for.
+        ops: what is done between the products, in another way than in torch; None for that.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -54,6 +56,7 @@ class StackedExperts(nn.Module):
             self.register_parameter(name, parameter)
         # A tuple hides it from nn.Module: its parameters are this module's.
         self._original = (original,)
+        self.ops: ExpertOps | None = None
 
     @property
     def experts(self) -> int:
@@ -73,25 +76,43 @@ class StackedExperts(nn.Module):
             arguments: its others; there the chosen experts and their shares, both [tokens, choices].
             updates: LoRA on the stacks.
         """
-        is_usual = all(hasattr(self._original[0], flag) for flag in _FLAGS) and len(arguments) == 2
-        if is_usual:
+        if self.gate is not None and len(arguments) == 2:
             return self._routed(hidden, arguments[0], arguments[1], updates or {})
         return self._as_original(hidden, arguments, updates or {})
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that it stands for."""
+        return self._original[0]
+
+    @property
+    def gate(self) -> Callable[[Tensor], Tensor] | None:
+        """What stands between both products; None where the experts compute in a way of their own."""
+        original: Any = self._original[0]
+        if not all(hasattr(original, flag) for flag in _FLAGS):
+            return None
+        found: Callable[[Tensor], Tensor] = original._apply_gate if original.has_gate else original.act_fn
+        return found
+
+    @property
+    def has_usual_gate(self) -> bool:
+        """Whether gate and up lie one behind the other, and are multiplied behind the activation of the gate."""
+        gate: Any = getattr(self.source_cls, "_apply_gate", None)
+        is_shared = getattr(gate, "__module__", "") == use_experts_implementation.__module__
+        return is_shared and bool(getattr(self.original, "has_gate", False))
 
     def stack(self, name: str) -> "WeightStack":
         """One stack, to be unpacked."""
         return WeightStack(self.get_parameter(name), self.stacks[name], self.transposed)
 
     def _routed(self, hidden: Tensor, chosen: Tensor, shares: Tensor, updates: Updates) -> Tensor:
-        original: Any = self._original[0]
+        gate = self.gate
+        assert gate is not None  # the caller's condition
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        gate = original._apply_gate if original.has_gate else original.act_fn
-        mlp = ExpertMlp(
-            self._linear("gate_up_proj" if original.has_gate else "up_proj", updates),
-            self._linear("down_proj", updates),
-            gate,
-        )
+        first = "gate_up_proj" if "gate_up_proj" in self.stacks else "up_proj"
+        ops = self.ops or TorchOps(gate)
+        mlp = ExpertMlp(self._linear(first, updates), self._linear("down_proj", updates), ops)
         with torch.autocast(kind, enabled=False):
             made = expert_mlp(hidden.to(dtype), chosen, shares.to(dtype), self.experts, mlp)
         return made.to(hidden.dtype)
@@ -128,7 +149,7 @@ class WeightStack:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weights of all experts, [experts, ...]."""
-        if (state := self._state) is None:
+        if (state := self.state) is None:
             return self.parameter.detach().to(dtype)
         return _dequantized(self.parameter.data, state.absmax, state, self.shape, nested=state.nested).to(dtype)
 
@@ -136,7 +157,7 @@ class WeightStack:
         """The weights of some experts, one after another."""
         from bitsandbytes.functional import dequantize_blockwise
 
-        state, size = self._state, self.shape[1] * self.shape[2]
+        state, size = self.state, self.shape[1] * self.shape[2]
         if state is None or size % state.blocksize:
             dense = self.unpack(dtype)
             yield from (dense[expert] for expert in experts)
@@ -149,7 +170,8 @@ class WeightStack:
             yield _dequantized(part, own, state, self.shape[1:], nested=False).to(dtype)
 
     @property
-    def _state(self) -> Any:
+    def state(self) -> Any:
+        """bitsandbytes' `QuantState`; None for weights that are not in 4 bit."""
         return getattr(self.parameter, "quant_state", None)
 
 

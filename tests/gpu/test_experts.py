@@ -7,6 +7,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from qlora_kit.engine.layer.experts import speed_up_experts
 from qlora_kit.model.stacked_experts import StackedExperts
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,7 @@ def whole(experts):
 
 
 def run(experts, device, dtype):
+    """The output and all gradients; B lies as an adapter holds it."""
     torch.manual_seed(1)
     chosen = torch.stack([torch.randperm(15)[:CHOICES] for _ in range(TOKENS)])  # the last expert is never chosen
     given = [torch.randn(TOKENS, 512), torch.rand(TOKENS, CHOICES)]
@@ -48,17 +50,21 @@ def run(experts, device, dtype):
     updates = {}
     for name in experts.stacks:
         inputs, outputs = experts.widths(name)
-        pair = [(0.1 * torch.randn(16, *shape)).to(device).requires_grad_() for shape in ((8, inputs), (outputs, 8))]
-        updates[name] = (*pair, 2.0)
-        leaves += pair
+        a = (0.1 * torch.randn(16, 8, inputs)).to(device).requires_grad_()
+        b = (0.1 * torch.randn(outputs, 8, 16)).to(device).requires_grad_()
+        updates[name] = (a, b.permute(2, 0, 1), 2.0)
+        leaves += [a, b]
     made = experts(leaves[0], chosen.to(device), leaves[1], updates=updates)
     gradients = torch.autograd.grad(made.float().square().mean(), leaves)
     return [one.detach().float().cpu() for one in (made, *gradients)]
 
 
+@pytest.mark.parametrize("is_fast", [False, True], ids=["in torch", "fast"])
 @pytest.mark.parametrize("kind", ["gated", "transposed"])
-def test_the_grouped_products_are_those_of_each_expert(kind):
+def test_the_grouped_products_are_those_of_each_expert(kind, is_fast):
     experts = stacked(kind)
+    if is_fast:
+        speed_up_experts(experts)
     found = run(experts, "cuda", torch.bfloat16)
     expected = run(whole(experts), "cpu", torch.float32)
     names = [
@@ -71,5 +77,5 @@ def test_the_grouped_products_are_those_of_each_expert(kind):
         error = float((one - other).norm() / other.norm())
         print(f"{kind} {name}: relative error {error:.2e}")
         assert error < 0.015, name
-    for gradient in found[3:]:
-        assert not gradient[15].any()
+    for a, b in (found[3:5], found[5:7]):
+        assert not a[15].any() and not b[..., 15].any()

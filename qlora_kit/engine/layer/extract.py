@@ -22,6 +22,7 @@ from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.family import Family, MlpNames, NormWeights, Rotary
+from qlora_kit.model.stacked_experts import StackedExperts
 
 ACTIVATIONS = {
     "SiLUActivation": Activation.silu,
@@ -80,6 +81,8 @@ class _Reader:
     def _mlp_part(self, norm: Norm, after: After | None) -> tuple[Mlp, str]:
         """The MLP, and why it is plain, if it is."""
         module = getattr(self.layer, self.family.mlp.module)
+        if any(isinstance(part, StackedExperts) for part in module.modules()):
+            return PlainMlp(module, norm, after), "of a mixture only the experts have a fast form"
         try:
             return self._dense(module, self.family.mlp, norm, after), ""
         except (NotFastError, AttributeError) as reason:

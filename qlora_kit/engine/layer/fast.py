@@ -19,6 +19,7 @@ from qlora_kit.core.units import counted
 from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
 from qlora_kit.engine.layer.attention_part import inputs_of
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
+from qlora_kit.engine.layer.experts import speed_up_experts
 from qlora_kit.engine.layer.extract import extract_parts
 from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts
@@ -159,6 +160,7 @@ class FastEngine:
         self.layers = layers
         self.messages = messages
         self.graphs = graphs
+        self.undo_experts: Callable[[], None] = lambda: None
         recordable = [layer for layer in layers if layer.parts is not None and layer.parts.is_by_hand]
         for place, layer in enumerate(recordable):
             layer.graphs, layer.place = graphs, place
@@ -216,6 +218,7 @@ class FastEngine:
     def undo(self) -> None:
         """Give every layer its own forward back."""
         self._release()
+        self.undo_experts()
         for layer in self.layers:
             layer.restore()
         self.layers, self._groups = [], []
@@ -244,7 +247,9 @@ def patch_model(
     kind = base.config.get_text_config().model_type
     family = FAMILIES.get(kind)
     if family is None:
-        return FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
+        engine = FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
+        engine.undo_experts = speed_up_experts(base)
+        return engine
     make: MakeFrozen = make_weight or partial(weight_for, compute=config.compute)
     found, reasons, of_parts = [], Counter[str](), Counter[tuple[str, str]]()
     for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
@@ -276,6 +281,7 @@ def patch_model(
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
     engine = FastEngine([] if is_plain else found, messages, graphs)
+    engine.undo_experts = speed_up_experts(base)
     if policies is not None and engine.layers:
         engine.set_policies(policies)
     for fast in engine.layers:

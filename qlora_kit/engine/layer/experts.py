@@ -1,0 +1,146 @@
+"""What is done to the rows of a layer's experts between their products, in one pass over them each.
+
+The products themselves, and what is kept for the backward pass, are `model/expert_mlp.py`'s.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from qlora_kit.engine.ops.four_bit import FourBit, Nested
+from qlora_kit.engine.ops.glu import Activation
+from qlora_kit.engine.ops.op import compiled
+from qlora_kit.model.expert_mlp import TorchOps
+from qlora_kit.model.expert_products import Stack
+from qlora_kit.model.stacked_experts import StackedExperts, WeightStack
+
+_ACTIVATIONS = {"SiLUActivation": Activation.silu, "SiLU": Activation.silu, "GELUTanh": Activation.gelu_tanh}
+
+
+def speed_up_experts(model: nn.Module) -> Callable[[], None]:
+    """Give the experts of a model operations that go over their rows once; returns what takes them away again."""
+    found = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    for experts in found:
+        experts.ops = FastOps.of(experts)
+
+    def undo() -> None:
+        for experts in found:
+            experts.ops = None
+
+    return undo
+
+
+@dataclass(frozen=True)
+class FastOps:
+    """See `model.expert_mlp.ExpertOps`.
+
+    Attributes:
+        plain: the same in torch, for what has no fast form.
+        activation: of the gate, where gate and up lie one behind the other; None for any other.
+    """
+
+    plain: TorchOps
+    activation: Activation | None
+
+    @classmethod
+    def of(cls, experts: StackedExperts) -> "FastOps | None":
+        """The operations of a module of experts; None where it computes in a way of its own."""
+        if (gate := experts.gate) is None:
+            return None
+        known = _ACTIVATIONS.get(type(getattr(experts.original, "act_fn", None)).__name__)
+        return cls(TorchOps(gate), known if experts.has_usual_gate else None)
+
+    def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        """See `ExpertOps`."""
+        if isinstance(stack, WeightStack) and (packed := _four_bit(stack)) is not None:
+            return packed.dense(dtype).view(stack.shape)
+        return stack.unpack(dtype)
+
+    def weigh(self, middle: Tensor, delta: Tensor | None, shares: Tensor) -> Tensor:
+        """See `ExpertOps`."""
+        if self.activation is None:
+            return self.plain.weigh(middle, delta, shares)
+        made: Tensor = weighed_glu(middle, delta, shares, self.activation is Activation.silu)
+        return made
+
+    def weigh_backward(
+        self, middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ExpertOps`."""
+        if self.activation is None:
+            return self.plain.weigh_backward(middle, delta, shares, grad, grad_delta)
+        is_silu = self.activation is Activation.silu
+        made: tuple[Tensor, Tensor, Tensor] = weighed_glu_backward(middle, delta, shares, grad, grad_delta, is_silu)
+        return made
+
+    def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
+        """See `ExpertOps`."""
+        made: Tensor = added_up(back, rows, delta)
+        return made
+
+
+def _four_bit(stack: WeightStack) -> FourBit | None:
+    """A stack as one packed weight; None where it is not in 4 bit, or where blocks reach over the ends of rows."""
+    state: Any = stack.state
+    experts, rows, columns = stack.shape
+    if state is None or columns % state.blocksize:
+        return None
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = Nested(inner.absmax, inner.code.float(), state.offset.float(), inner.blocksize)
+    codes = stack.parameter.data.reshape(-1).view(torch.uint8)
+    absmax = state.absmax.reshape(-1)
+    absmax = absmax if nested else absmax.float()
+    return FourBit(codes, state.code.float(), absmax, nested, experts * rows, columns, state.blocksize)
+
+
+def _wide(rows: Tensor, delta: Tensor | None) -> Tensor:
+    return rows.float() if delta is None else rows.float() + delta.float()
+
+
+def _weighed_glu(middle: Tensor, delta: Tensor | None, shares: Tensor, is_silu: bool) -> Tensor:
+    """`activation(gate) * up`, times the share of its row; gate and up are the halves of `middle + delta`."""
+    gate, up = _wide(middle, delta).chunk(2, dim=-1)
+    acted = silu(gate) if is_silu else gelu(gate, approximate="tanh")
+    return (acted * up * shares.float().unsqueeze(1)).to(middle.dtype)
+
+
+def _weighed_glu_backward(
+    middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None, is_silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same again, and the gradients of `middle` and of the shares."""
+    gate, up = _wide(middle, delta).chunk(2, dim=-1)
+    wide, share = _wide(grad, grad_delta), shares.float().unsqueeze(1)
+    if is_silu:
+        bend = torch.sigmoid(gate)
+        acted, slope = gate * bend, bend * (1.0 + gate * (1.0 - bend))
+    else:
+        bend = torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate.pow(3)))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * gate.pow(2))
+        acted = 0.5 * gate * (1.0 + bend)
+        slope = 0.5 * (1.0 + bend) + 0.5 * gate * (1.0 - bend.pow(2)) * inner
+    product = acted * up
+    to_share = (wide * product).sum(1)
+    wide = wide * share
+    to_middle = torch.cat((wide * up * slope, wide * acted), dim=1)
+    return (product * share).to(middle.dtype), to_middle.to(middle.dtype), to_share
+
+
+def _added_up(back: Tensor, rows: Tensor, delta: Tensor | None) -> Tensor:
+    """The rows of each token's choices, added up in float32."""
+    total = rows[back[:, 0]].float() if delta is None else rows[back[:, 0]].float() + delta[back[:, 0]].float()
+    for choice in range(1, back.shape[1]):
+        total = total + rows[back[:, choice]].float()
+        if delta is not None:
+            total = total + delta[back[:, choice]].float()
+    return total.to(rows.dtype)
+
+
+weighed_glu = compiled(_weighed_glu)
+weighed_glu_backward = compiled(_weighed_glu_backward)
+added_up = compiled(_added_up)
