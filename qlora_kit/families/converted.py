@@ -13,6 +13,11 @@ CONVERTER_NAMES: Mapping[str, tuple[str, str]] = {
     "Mistral4ForCausalLM": ("Mistral3ForConditionalGeneration", "MISTRAL4"),
 }
 
+# llama.cpp's name of an architecture that it computes otherwise than the model does -> where, in words
+UNFAITHFUL: Mapping[str, str] = {
+    "phimoe": "llama.cpp weighs its two experts by a softmax, and the model by a threshold (KL 0.5 in 16 bit)",
+}
+
 # llama.cpp's name of an architecture -> settings that it computes in one way only
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen3moe": {"norm_topk_prob": True},

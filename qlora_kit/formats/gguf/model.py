@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
 from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf.architectures import extra_tensors, find_architecture, has_own_rules
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Extras = Mapping[str, npt.NDArray[np.float32]]
 
+_TOWERS = {"vision_config", "audio_config"}
 _EMBEDDING = "token_embd.weight"
 
 
@@ -38,6 +40,7 @@ class GgufModel:
         extras: tensors that are computed from the configuration, float32.
         shape: what the type rules look at.
         add_keys: writes the hyper-parameters through an open `gguf.GGUFWriter`.
+        split: the converter's name of how the tokenizer splits text; empty where the kit knows one, or neither does.
     """
 
     architecture: str
@@ -47,6 +50,7 @@ class GgufModel:
     extras: "Extras"
     shape: MixContext
     add_keys: "Callable[[Any], None]"
+    split: str = ""
 
     @property
     def rows(self) -> int:
@@ -73,6 +77,8 @@ def read_gguf_model(model_dir: Path, conversion: "Conversion | None") -> GgufMod
     """
     config = read_full_config(model_dir)
     if not has_own_rules(config) and conversion is not None:
+        if towers := sorted(name.removesuffix("_config") for name in _TOWERS & config.keys() if config[name]):
+            log.info(f"GGUF: the text model alone; its {' and '.join(towers)} part, llama.cpp's mmproj, is not written")
         return conversion.model(config)
     rules = find_architecture(config)
     tensors, shape = named_tensors(find_tensors(model_dir), rules, config)

@@ -20,7 +20,7 @@ from qlora_kit.core.units import counted
 from qlora_kit.data.template.closing import LLAMA_CPP_STOPS
 from qlora_kit.data.template.own_date import with_own_date
 from qlora_kit.families.splits import BYTE_LEVEL, SENTENCEPIECE
-from qlora_kit.formats.gguf.pre_tokenizers import name_of_pre_tokenizer
+from qlora_kit.formats.gguf.pre_tokenizers import is_byte_level, name_of_pre_tokenizer
 
 _SPACE = "▁"  # stands for a space in sentencepiece-like vocabularies
 _BYTE_LEVEL_SPACE = "Ġ"  # the same in byte-level ones
@@ -56,7 +56,9 @@ class Vocabulary:
     strips_after_special: bool
 
 
-def read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(
+    model_dir: Path, rows: int, stop_ids: Sequence[int], config: Mapping[str, Any], split: str = ""
+) -> Vocabulary:
     """The vocabulary of a folder's tokenizer, padded or cut to the embedding's rows.
 
     Args:
@@ -64,12 +66,13 @@ def read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config:
         rows: rows of the token embedding; llama.cpp wants as many tokens.
         stop_ids: token ids that end a generation.
         config: fields of config.json, for special ids the tokenizer does not state.
+        split: llama.cpp's name of how the tokenizer splits text, where none is known here.
 
     Raises:
         RecipeError: a tokenizer of another kind, or with a step llama.cpp does not have.
     """
     with _no_collection():
-        return _read_vocabulary(model_dir, rows, stop_ids, config)
+        return _read_vocabulary(model_dir, rows, stop_ids, config, split)
 
 
 @contextmanager
@@ -84,7 +87,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config: Mapping[str, Any]) -> Vocabulary:
+def _read_vocabulary(
+    model_dir: Path, rows: int, stop_ids: Sequence[int], config: Mapping[str, Any], split: str
+) -> Vocabulary:
     tokenizer, content = _load_tokenizer(model_dir)
     where = model_dir.name
     special = {key: getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "unk", "pad")}
@@ -92,13 +97,13 @@ def _read_vocabulary(model_dir: Path, rows: int, stop_ids: Sequence[int], config
     usable: dict[str, int] = {key: i for key, i in stated.items() if isinstance(i, int) and 0 <= i < rows}
     _tell_beyond(content, rows, {*special.values(), *stop_ids}, str(tokenizer.chat_template or ""), where)
     add_bos, add_eos = _added_around_text(tokenizer.backend_tokenizer, usable, where)
-    is_bytes = _is_byte_level(content)
+    is_bytes = is_byte_level(content)
     _refuse_other_preparation(content, where, is_bytes)
     tokens, types = _tokens_and_types(content, rows, None if is_bytes else usable.get("unk"))
     _add_stop_ids(usable, stop_ids, tokens, keep_eos=add_eos)
     return Vocabulary(
         kind=BYTE_LEVEL if is_bytes else SENTENCEPIECE,
-        pre=name_of_pre_tokenizer(content, where) if is_bytes else "default",
+        pre=name_of_pre_tokenizer(content, where, split) if is_bytes else "default",
         tokens=tuple(tokens),
         types=tuple(types),
         scores=() if is_bytes else _scores(content, tokens),
@@ -192,14 +197,10 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
 
 
-def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    return '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
-
-
 def _tokens_and_types(content: Mapping[str, Any], rows: int, unknown: int | None) -> tuple[list[str], list[TokenType]]:
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [TokenType.UNUSED] * rows
-    has_bytes = not _is_byte_level(content) and bool(content["model"].get("byte_fallback"))
+    has_bytes = not is_byte_level(content) and bool(content["model"].get("byte_fallback"))
     for token, token_id in content["model"]["vocab"].items():
         if token_id < rows:
             tokens[token_id] = token

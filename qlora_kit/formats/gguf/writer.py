@@ -116,7 +116,8 @@ def write_gguf(
     conversion = conversion or Conversion(model_dir, out_file.parent)  # its file is there for as long as it is
     plan = _plan(model_dir, choices, imatrix is not None, conversion)
     config = plan.model.config
-    vocabulary = read_vocabulary(model_dir, plan.model.rows, stop_token_ids(model_dir, config), config)
+    stops = stop_token_ids(model_dir, config)
+    vocabulary = read_vocabulary(model_dir, plan.model.rows, stops, config, plan.model.split)
     is_fitted = imatrix is not None and any(is_weighted(tensor.type) for tensor in plan.tensors)
     if imatrix is not None and is_fitted:
         plan = replace(plan, tensors=_with_importance(plan.tensors, imatrix, choices))

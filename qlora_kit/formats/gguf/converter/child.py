@@ -20,6 +20,7 @@ from typing import Any
 from qlora_kit.core.extras import is_present
 from qlora_kit.formats.gguf.converter.settings import completed, stored_name
 from qlora_kit.formats.gguf.llama_library import LibraryEngine, LibraryUnusable
+from qlora_kit.formats.gguf.pre_tokenizers import is_byte_level, known_split
 
 _TRIED_TOKENS = 4
 _EMBEDDING = "token_embd.weight"
@@ -79,6 +80,8 @@ def _finish_keys(model: Any) -> None:
     """
     writer, fields = model.gguf_writer, model.hparams
     writer.add_tokenizer_model("none")
+    if split := _split(model):
+        writer.add_tokenizer_pre(split)
     tensors, keys = writer.tensors[0], writer.kv_data[0]
     if f"{writer.arch}.vocab_size" not in keys and _EMBEDDING in tensors:
         writer.add_vocab_size(tensors[_EMBEDDING].shape[0])
@@ -89,6 +92,20 @@ def _finish_keys(model: Any) -> None:
     if rotates is not None and not rotates.value and fields.get("position_embedding_type") == "rope":
         rotates.value = True
         keys[f"{writer.arch}.context_length"].value = fields["max_position_embeddings"]
+
+
+def _split(model: Any) -> str:
+    """The converter's name of how the tokenizer splits text, which it tells by a few tokens, where the kit has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.dir_model, local_files_only=True)
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        if not is_byte_level(content) or known_split(content) is not None:
+            return ""
+        return str(model.get_vocab_base_pre(tokenizer))
+    except Exception:  # the kit's own reader says what is wrong with a tokenizer
+        return ""
 
 
 def _imported(folder: Path) -> ModuleType:

@@ -57,7 +57,9 @@ def read_converted(file: Path, config: ConfigFields) -> GgufModel:
             writer.add_key_value(key.name, key.value, kind, inner)
 
     shape = _shape(architecture, {key.name: key.value for key in keys}, tensors)
-    return GgufModel(architecture, "", _text_at_top(config), tensors, {}, shape, add_keys)
+    split = reader.fields.get("tokenizer.ggml.pre")
+    named = "" if split is None else str(split.contents())
+    return GgufModel(architecture, "", _text_at_top(config), tensors, {}, shape, add_keys, named)
 
 
 def _shape(architecture: str, keys: dict[str, Any], tensors: Sequence[PlannedTensor]) -> MixContext:

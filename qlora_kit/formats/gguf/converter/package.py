@@ -11,7 +11,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import missing_extra, require
 from qlora_kit.export.checks.fault import ELSEWHERE
-from qlora_kit.families.converted import CONVERTER_NAMES, converted_fixed
+from qlora_kit.families.converted import CONVERTER_NAMES, UNFAITHFUL, converted_fixed
 from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf.architectures import fixed_otherwise, refuse_quantized
 from qlora_kit.formats.gguf.converter import EXTRA, PACKAGE
@@ -68,8 +68,8 @@ def find_known(config: ConfigFields) -> Known:
 
     Raises:
         RecipeError: the converter is not installed, it does not know the architecture, it knows one that the installed
-            packages gguf or xllamacpp have not, llama.cpp has fixed a setting that config.json says otherwise, or the
-            weights are quantized already.
+            packages gguf or xllamacpp have not, llama.cpp computes it otherwise or has fixed a setting that config.json
+            says otherwise, or the weights are quantized already.
     """
     folder, gguf = converter_folder(), require("gguf", _NEEDED_FOR, EXTRA)
     known = {name.lower(): (name, kind) for name, kind in known_architectures(folder).items()}
@@ -84,6 +84,8 @@ def find_known(config: ConfigFields) -> Known:
         raise _unknown(stated, "the installed package gguf does not know it")
     if not is_read_by_llama_cpp(written):
         raise _unknown(stated, "the llama.cpp of the installed package xllamacpp does not read it")
+    if written in UNFAITHFUL:
+        raise _unknown(stated, UNFAITHFUL[written])
     refuse_quantized(config)
     for field, expected in converted_fixed(written, config):
         raise fixed_otherwise(field, expected)

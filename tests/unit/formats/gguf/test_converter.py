@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -13,19 +14,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DeepseekV3Config,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    KimiLinearConfig,
+    NemotronHConfig,
+    Qwen3MoeConfig,
+)
 
 from qlora_kit.core.errors import RecipeError, RunError
-from qlora_kit.formats.gguf.converter import package
+from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
+from qlora_kit.formats.gguf.converter.settings import completed
 from qlora_kit.formats.gguf.converter.weights import _ordered
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
 from qlora_kit.formats.gguf.tensors import paired_order
+from qlora_kit.formats.gguf.vocabulary import read_vocabulary
 from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
-from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_model
+from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_image_text_model, build_tiny_model
 
 F16_KL = 2e-5  # measured 1e-6 to 7e-6
 Q4_K_M_KL = 0.5  # measured 0.05 to 0.2; a random router gives some tokens to other experts
@@ -157,7 +171,9 @@ def test_what_llama_cpp_cannot_compute_is_refused(config: dict[str, Any], told: 
 
 
 def test_names_differ_in_letter_case_alone() -> None:
-    assert find_known({"architectures": ["PhimoeForCausalLM"]}).registered == "PhiMoEForCausalLM"
+    assert find_known({"architectures": ["Exaone4ForCausalLM".upper()]}).registered == "Exaone4ForCausalLM"
+    with pytest.raises(RecipeError, match="weighs its two experts by a softmax, and the model by a threshold"):
+        find_known({"architectures": ["PhimoeForCausalLM"]})
 
 
 def test_an_architecture_that_only_one_package_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +282,81 @@ def test_a_reading_that_is_far_from_the_merged_weight_is_none() -> None:
     assert _ordered(weight[:4], weight, [2]) is None
     paired = weight[paired_order(8, 2)]
     assert torch.equal(_ordered(paired, weight, [4, 2]), weight)  # type: ignore[arg-type]
+
+
+def test_the_converters_name_of_a_split_is_taken_where_the_kit_has_none(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A published tokenizer is recognized by the tokens of a text; here any is."""
+    folder = copy_of(folder_of("granite"), tmp_path / "other")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0] = {"type": "Digits", "individual_digits": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="is known for how the tokenizer of other splits text"):
+        write_gguf(folder, tmp_path / "m.gguf", "F16")
+    model = SimpleNamespace(dir_model=folder, get_vocab_base_pre=lambda tokenizer: "somehow")
+    assert child._split(model) == "somehow"
+    model.dir_model = folder_of("granite")
+    assert child._split(model) == ""
+    assert read_vocabulary(folder, 640, [], {}, "somehow").pre == "somehow"
+    assert read_vocabulary(folder_of("granite"), 640, [], {}, "somehow").pre == "smollm"
+
+
+def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
+    """What transformers has under other names, in words of its own, or not at all."""
+    made = {
+        "neox": GPTNeoXConfig(
+            rope_parameters={"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}
+        ),
+        "gpt2": GPT2Config(n_positions=128),
+        "sigmoid": DeepseekV3Config(),
+        "softmax": Qwen3MoeConfig(),
+        "hybrid": NemotronHConfig(layers_block_type=["mamba", "attention", "mamba", "moe"], num_hidden_layers=4),
+        "kda": KimiLinearConfig(num_hidden_layers=4, mlp_layer_types=["dense", "sparse", "sparse", "sparse"]),
+    }
+    found = {}
+    for name, config in made.items():
+        config.save_pretrained(tmp_path / name)
+        found[name] = completed(tmp_path / name, config.to_dict())
+    assert (found["neox"]["rotary_pct"], found["neox"]["rope_theta"]) == (0.25, 5e4)
+    assert (found["gpt2"]["n_ctx"], found["gpt2"]["hidden_size"]) == (128, 768)
+    assert found["sigmoid"]["scoring_func"] == "sigmoid"
+    assert "scoring_func" not in found["softmax"]
+    assert found["hybrid"]["num_hidden_layers"] == 4
+    assert found["hybrid"]["hybrid_override_pattern"] == "M*ME"
+    assert found["kda"]["first_k_dense_replace"] == 1
+    section = found["kda"]["linear_attn_config"]
+    assert section["kda_layers"] + section["full_attn_layers"] == [1, 2, 3, 4]
+
+
+def test_settings_of_a_text_part_stay_in_their_section(tmp_path: Path) -> None:
+    config = Gemma3Config()
+    config.save_pretrained(tmp_path)
+    found = completed(tmp_path, config.to_dict())
+    assert found["text_config"]["rope_local_base_freq"] == 10000.0
+    assert "rope_local_base_freq" not in found
+
+
+def test_tensors_that_transformers_renames_have_their_published_name() -> None:
+    dense = "model.layers.0.block_sparse_moe.down_proj.weight"
+    expert = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+    assert child.stored_name(dense) == "model.layers.0.mlp.down_proj.weight"
+    assert child.stored_name(expert) == expert
+
+
+@pytest.mark.slow
+def test_of_an_image_text_checkpoint_the_text_model_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build_tiny_image_text_model(tmp_path / "both")
+    write_gguf(folder, tmp_path / "m.gguf", "F16")
+    told = "GGUF: the text model alone; its vision part, llama.cpp's mmproj, is not written"
+    assert told in capsys.readouterr().err
+    ids = [token for token in token_ids(folder) if token < 590][:60]
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1).numpy()
+    with LlamaCppModel(tmp_path / "m.gguf") as opened:
+        found = opened.log_probabilities(ids, range(len(ids))).astype(np.float64)
+    expected = expected[:, : found.shape[1]]
+    assert float((np.exp(expected) * (expected - found)).sum(-1).mean()) < 1e-3

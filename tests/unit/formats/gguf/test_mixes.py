@@ -1,11 +1,22 @@
 """Type tables against what llama.cpp prints and writes for the same shapes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.formats.gguf.mixes import MIXES, MixContext, find_mix, is_weighted, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.mixes import (
+    MIXES,
+    MixContext,
+    Place,
+    find_mix,
+    is_weighted,
+    kept_type,
+    places_of,
+    requires_imatrix,
+    tensor_type,
+)
 from qlora_kit.schema.export import GgufMix
 
 
@@ -214,3 +225,64 @@ def test_unknown_mix_names_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="Q4_K_XL") as raised:
         find_mix("Q4_K_XL")
     assert "Q4_K_M" in raised.value.problems[0].fix
+
+
+EIGHT = MixContext(layers=32, heads=32, kv_heads=8, tied_embeddings=False, experts=8)
+MANY = MixContext(layers=48, heads=32, kv_heads=16, tied_embeddings=False, experts=128)
+
+
+# by hand from llama.cpp's rules: what experts change
+@pytest.mark.parametrize(
+    ("mix", "name", "model", "expected"),
+    [
+        ("Q4_K_M", "blk.9.attn_v", EIGHT, "Q8_0"),
+        ("Q4_K_M", "blk.9.attn_k", EIGHT, "Q8_0"),
+        ("Q4_K_M", "blk.9.attn_output", EIGHT, "Q5_K"),
+        ("Q4_K_M", "blk.0.ffn_down_exps", EIGHT, "Q6_K"),
+        ("Q4_K_M", "blk.4.ffn_down_exps", EIGHT, "Q4_K"),
+        ("Q3_K_L", "blk.9.attn_output", EIGHT, "Q3_K"),
+        ("Q6_K", "blk.9.attn_v", EIGHT, "Q8_0"),
+        ("IQ3_M", "blk.6.ffn_down_exps", EIGHT, "Q4_K"),
+        ("IQ3_XXS", "blk.9.attn_k", EIGHT, "Q8_0"),
+        ("IQ2_XS", "blk.9.attn_v", EIGHT, "Q4_K"),
+        ("IQ2_XS", "blk.9.attn_k", EIGHT, "Q4_K"),
+        ("IQ2_XS", "blk.9.attn_output", EIGHT, "Q5_K"),
+        ("IQ2_XS", "blk.9.attn_v", MANY, "Q4_K"),
+        ("IQ2_XS", "blk.9.attn_k", MANY, "IQ2_XS"),
+        ("Q4_K_M", "blk.47.ffn_down_shexp", MANY, "Q6_K"),
+        ("Q4_K_M", "blk.9.ffn_gate_up_exps", MANY, "Q4_K"),
+        ("Q4_K_M", "blk.9.ffn_gate_inp", MANY, "F32"),
+        ("Q4_K_M", "blk.9.ssm_in", MANY, "Q4_K"),
+        ("Q4_K_M", "blk.9.ssm_conv1d", MANY, "F32"),
+        ("IQ3_XS", "blk.20.ffn_up_exps", MANY, "IQ3_XXS"),
+        ("Q2_K", "per_layer_token_embd", MANY, "Q2_K"),
+    ],
+)
+def test_experts_and_state_spaces(mix: str, name: str, model: MixContext, expected: str) -> None:
+    assert tensor_type(f"{name}.weight", (8, 4096, 4096), MIXES[mix], model) == expected
+
+
+def test_layers_without_values_are_not_counted_among_those_that_have_some() -> None:
+    """A hybrid of 32 layers, of which every fourth has attention: the first of eight is one of the first eighth."""
+    model = MixContext(layers=32, heads=0, kv_heads=0, tied_embeddings=False)
+    assert not model.shares_values
+    names = [f"blk.{layer}.attn_v.weight" for layer in range(3, 32, 4)]
+    names += [f"blk.{layer}.ffn_down.weight" for layer in range(32)]
+    places = places_of(names, model)
+    kinds = [tensor_type(name, (256, 256), MIXES["Q4_K_M"], model, places[name]) for name in names[:8]]
+    assert kinds == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"]
+    assert places["blk.31.ffn_down.weight"] == Place(31, 32, 31)
+
+
+def test_experts_have_the_place_of_their_layer() -> None:
+    names = ["blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight", "blk.1.ffn_down_shexp.weight", "output.weight"]
+    places = places_of(names, replace(MANY, layers=2))
+    assert places["blk.1.ffn_down_shexp.weight"] == Place(1, 2, 2)
+    assert "output.weight" not in places
+
+
+def test_what_is_not_quantized_stays_as_it_is_stored() -> None:
+    assert kept_type("blk.0.laurel_l.weight", "BF16", (64, 256)) == "BF16"
+    assert kept_type("blk.0.ffn_gate_inp.weight", "F32", (4, 256)) == "F32"
+    assert kept_type("blk.0.attn_norm.weight", "BF16", (256,)) == "F32"
+    assert kept_type("blk.0.attn_q_norm.weight", "BF16", (4, 64)) == "F32"
