@@ -136,7 +136,7 @@ def lora_pairs(
     if "lm_head" in modules and config.get("tie_word_embeddings"):
         what = "this model's output head shares the embedding's weights, and llama.cpp adapts only one of the two"
         raise RecipeError(what, where="lora.targets", fix=_ELSEWHERE)
-    names = gguf_names([f"{module}.weight" for module in modules], architecture, config["num_hidden_layers"])
+    names = gguf_names([f"{module}.weight" for module in modules], architecture.name, config["num_hidden_layers"])
     pairs = []
     for module in modules:
         down, up = (stored[f"{_PREFIX}{module}.lora_{half}.weight"] for half in "AB")

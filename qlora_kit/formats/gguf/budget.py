@@ -1,6 +1,6 @@
 """A GGUF file's budget of bits: the block types that its layers may have, libgguf's rounding to them, the choice."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +9,10 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.budget.choose import Allocation, choose_formats
 from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf import EXTRA
-from qlora_kit.formats.gguf.architectures import find_architecture
+from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
+from qlora_kit.formats.gguf.converter.package import find_known
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, is_weighted
 from qlora_kit.formats.gguf.tensors import gguf_names
 from qlora_kit.schema.export import GgufTarget
@@ -109,5 +111,15 @@ def gguf_names_of(model_dir: Path, names: Mapping[str, object]) -> dict[str, str
         RecipeError: an architecture without GGUF export.
     """
     config = read_json(model_dir / "config.json")
-    weights = gguf_names((f"{name}.weight" for name in names), find_architecture(config), config["num_hidden_layers"])
+    return budget_names(config, names)
+
+
+def budget_names(config: ConfigFields, names: Iterable[str]) -> dict[str, str]:
+    """The same by a configuration.
+
+    Raises:
+        RecipeError: an architecture without GGUF export, or a layer without a name in it.
+    """
+    architecture = find_architecture(config).name if has_own_rules(config) else find_known(config).llama_cpp
+    weights = gguf_names((f"{name}.weight" for name in names), architecture, config["num_hidden_layers"])
     return {name.removesuffix(".weight"): found for name, found in weights.items()}

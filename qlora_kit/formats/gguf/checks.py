@@ -8,6 +8,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
+from qlora_kit.formats.gguf.budget import budget_names
 from qlora_kit.formats.gguf.converter.package import find_known
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix, is_quantizable
 from qlora_kit.formats.gguf.tensors import PlannedTensor, named_tensors, typed_tensors
@@ -34,6 +35,7 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
         yield from _of_tensors(path, target, form)
     else:
         yield from _of_types(path, target)
+        yield from _of_budget(path, target, form)
 
 
 def _of_tensors(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Problem]:
@@ -53,6 +55,22 @@ def _of_types(path: str, target: GgufTarget) -> Iterator[Problem]:
         if kind.upper() not in BLOCK_SIZES:
             what = f"unknown GGUF tensor type '{kind}' (one of {', '.join(BLOCK_SIZES)})"
             yield Problem(what, f"{path}.overrides, '{pattern}'")
+
+
+def _of_budget(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Problem]:
+    """A budget is spent layer by layer, by the names that the model, its files and llama.cpp have for one layer."""
+    if target.bits_budget is None:
+        return
+    why = ""
+    if form.experts or form.is_stored_otherwise:
+        why = "its experts or layers lie in its files under other names than in the model"
+    else:
+        try:
+            budget_names(form.config, form.blocks)
+        except (RecipeError, KeyError) as error:
+            why = str(error).splitlines()[0]
+    if why:
+        yield Problem(f"this family has no budget of bits: {why}", f"{path}.bits_budget", f"{path}.bits_budget=null")
 
 
 def gguf_unquantized(target: GgufTarget, form: ModelForm) -> Unquantized | None:

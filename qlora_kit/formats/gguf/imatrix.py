@@ -58,7 +58,7 @@ class ImportanceMatrix:
         if self._conversion is not None and not has_own_rules(config):
             return self._means_in_llama_cpp(self._conversion.file)
         found = mean_squared_inputs(self.model_dir, self.rows)
-        names = gguf_names(found, find_architecture(config), config["num_hidden_layers"])
+        names = gguf_names(found, find_architecture(config).name, config["num_hidden_layers"])
         return {names[source]: _usable(names[source], values.cpu().numpy()) for source, values in found.items()}
 
     def _means_in_llama_cpp(self, file: Path) -> Means:

@@ -106,7 +106,7 @@ def named_tensors(
         tied_embeddings="lm_head.weight" not in stored,
         seventy_b=architecture.seventy_b,
     )
-    names = gguf_names(stored, architecture, model.layers)
+    names = gguf_names(stored, architecture.name, model.layers)
     tensors = [
         PlannedTensor(
             name=names[source],
@@ -181,8 +181,11 @@ def _without_unused(stored: Mapping[str, FloatRows], config: ConfigFields) -> di
     return kept
 
 
-def gguf_names(sources: Iterable[str], architecture: GgufRules, layers: int) -> dict[str, str]:
+def gguf_names(sources: Iterable[str], architecture: str, layers: int) -> dict[str, str]:
     """llama.cpp's name of every Hugging Face tensor name.
+
+    Args:
+        architecture: llama.cpp's name of it.
 
     Raises:
         RecipeError: one has none.
@@ -190,13 +193,13 @@ def gguf_names(sources: Iterable[str], architecture: GgufRules, layers: int) -> 
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[architecture.name], layers)
+    table = gguf.get_tensor_name_map(kinds[architecture], layers)
     names = {source: table.get_name(source, try_suffixes=(".weight", ".bias")) for source in sources}
     unnamed = [source for source, name in names.items() if name is None]
     if unnamed:
         raise RecipeError(
             f"{counted(len(unnamed), 'tensor has', 'tensors have')} no place in llama.cpp's "
-            f"{architecture.name}, first {unnamed[0]}",
+            f"{architecture}, first {unnamed[0]}",
             fix="give a merged model without adapter or quantization tensors",
         )
     return names

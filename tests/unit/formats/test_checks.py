@@ -53,6 +53,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelForm]:
     made["opt"] = OPTConfig(**widths, num_hidden_layers=2, **IDS, architectures=["OPTForCausalLM"])
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     made["moe"] = Qwen3MoeConfig(hidden_size=256, vocab_size=640, **IDS, **moe, architectures=["Qwen3MoeForCausalLM"])
+    made["moe that norms"] = Qwen3MoeConfig(**made["moe"].to_dict() | {"norm_topk_prob": True})
     return {name: form_of(folder / name, config) for name, config in made.items()}
 
 
@@ -119,6 +120,11 @@ CASES = {
         "gpt2",
         ["export=gguf_q4_k_m", "export.gguf.gguf_q4_k_m.overrides={blk.*.ffn_down.weight: Q9}"],
         "unknown GGUF tensor type 'Q9'",
+    ),
+    "budget of a converted gguf with experts": (
+        "moe that norms",
+        ["export=gguf_q4_k_m", "export.gguf.gguf_q4_k_m.bits_budget=5"],
+        "this family has no budget of bits: its experts or layers lie in its files under other names than in the model",
     ),
     "gguf pattern": (
         "llama",

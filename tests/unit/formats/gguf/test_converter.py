@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
@@ -39,6 +41,7 @@ from qlora_kit.formats.gguf.tensors import paired_order
 from qlora_kit.formats.gguf.vocabulary import read_vocabulary
 from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
+from qlora_kit.schema.export import GgufTarget
 from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_image_text_model, build_tiny_model
 
 F16_KL = 2e-5  # measured 1e-6 to 7e-6
@@ -360,3 +363,16 @@ def test_of_an_image_text_checkpoint_the_text_model_is_written(
         found = opened.log_probabilities(ids, range(len(ids))).astype(np.float64)
     expected = expected[:, : found.shape[1]]
     assert float((np.exp(expected) * (expected - found)).sum(-1).mean()) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_budget_of_bits_is_spent_on_a_converted_model(
+    folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
+) -> None:
+    folder, conversion = folder_of("granite"), conversion_of("granite")
+    target, spent = allocate_gguf(folder, GgufTarget(), 5.5, ImportanceMatrix(folder, ROWS, conversion))
+    assert set(spent.layers) == set(linear_shapes(folder))
+    choices = GgufChoices("Q4_K_M", dict(target.overrides))
+    write_gguf(folder, tmp_path / "m.gguf", choices, conversion=conversion)
+    found = types_of(tmp_path / "m.gguf")
+    assert {name: found[name] for name in target.overrides} == dict(target.overrides)
