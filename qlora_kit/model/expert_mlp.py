@@ -1,8 +1,8 @@
 """The MLP of a mixture of experts, forward and backward by hand, with frozen weights in few bits and LoRA on both.
 
-What is kept for the backward pass is the input alone: the rows of each expert, both products and the activation are
-made again, each weight is unpacked once more, and no weight gets a gradient. The product with the second weight is not
-made again: its share in the gradient of a choice's weight, <dy, W p>, is <W^T dy, p>.
+What is kept for the backward pass is the input alone: the rows of each expert, the first product and the activation are
+made again, each weight is unpacked for each product and let go, and no weight gets a gradient. The second product is
+not made again: its share in the gradient of a choice's weight, <dy, W p>, is <W^T dy, p>.
 """
 
 from collections.abc import Callable
@@ -135,8 +135,8 @@ def expert_mlp(hidden: Tensor, chosen: Tensor, shares: Tensor, experts: int, mlp
         experts: how many there are.
     """
     factors = (*mlp.first.factors(hidden.dtype), *mlp.second.factors(hidden.dtype))
-    routing = _Routing.of(chosen, experts)
-    made: Tensor = _ExpertMlp.apply(hidden, shares, *factors, (mlp, routing))  # type: ignore[no-untyped-call]
+    held = _Held.apply(hidden, shares, *factors, *_Routing.of(chosen, experts))  # type: ignore[no-untyped-call]
+    made: Tensor = _ExpertMlp.apply(*held, (mlp, held[0].grad_fn))  # type: ignore[no-untyped-call]
     return made
 
 
@@ -166,21 +166,35 @@ class _Routing(NamedTuple):
         return cls(order // chosen.shape[1], order, back.view(chosen.shape), of_rows, counts)
 
 
+class _Held(torch.autograd.Function):
+    """Keeps what the backward pass of `_ExpertMlp` reads, and hands it on.
+
+    Where a layer is computed again for its backward pass, torch stops as soon as everything that was kept is there
+    again: kept in front of the experts, it is there before their products, which would be for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(*given)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(one for one in given[_LEARNED:] if one is not None))
+        return tuple(None if one is None else one.view_as(one) for one in given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ARG004  # torch hands it on
+        return grads
+
+
+_LEARNED = 6  # of what is held, that gets gradients: input, shares, and both pairs of factors
+
+
 class _ExpertMlp(torch.autograd.Function):
     """Sum over a token's choices e of share_e * (W2_e act(W1_e x + b1_e) + b2_e), W with LoRA."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        shares: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        a2: Tensor | None,
-        b2: Tensor | None,
-        routed: tuple[ExpertMlp, _Routing],
-    ) -> Tensor:
-        mlp, routing = routed
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        hidden, shares, a1, b1, a2, b2, *rest, (mlp, held) = given
+        routing = _Routing(*rest)
         groups = Groups(routing.counts, hidden)
         of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
@@ -191,19 +205,18 @@ class _ExpertMlp(torch.autograd.Function):
         y, delta, _ = _product(groups, weighed, mlp, mlp.second, (a2, b2), None)
         if mlp.second.bias is not None:
             y += mlp.second.bias.to(y.dtype)[routing.experts] * of_rows.unsqueeze(1)
-        ctx.save_for_backward(hidden, shares, a1, b1, a2, b2, *routing)
-        ctx.mlp = mlp
-        return mlp.ops.add_up(y, delta, routing.back)
+        ctx.mlp, ctx.held = mlp, held
+        made: Tensor = mlp.ops.add_up(y, delta, routing.back)
+        return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, shares, a1, b1, a2, b2, *rest = ctx.saved_tensors
+        hidden, shares, a1, b1, a2, b2, *rest = ctx.held.saved_tensors
         routing, mlp = _Routing(*rest), ctx.mlp
         groups = Groups(routing.counts, hidden)
         of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
-        first = groups.unpacked(mlp.ops.unpack, mlp.first.stack, x.dtype)
-        middle, delta, inner1 = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts, first)
+        middle, delta, inner1 = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
 
         dy = grads[0].to(hidden.dtype)[routing.tokens]
         to_weighed, of_b2, more = _into(groups, dy, mlp, mlp.second, (a2, b2))
@@ -214,10 +227,12 @@ class _ExpertMlp(torch.autograd.Function):
             to_shares += (dy * mlp.second.bias.to(dy.dtype)[routing.experts]).sum(1, dtype=torch.float32)
         del dy, weighed
 
-        dx, of_b1, more = _into(groups, to_middle, mlp, mlp.first, (a1, b1), first)
+        dx, of_b1, more = _into(groups, to_middle, mlp, mlp.first, (a1, b1))
         to_a1, to_b1 = _of_factors(groups, to_middle, x, inner1, mlp.first, a1, of_b1)
+        del x, to_middle
         to_hidden = mlp.ops.add_up(dx, more, routing.back)
-        return to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2, None
+        learned = to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2
+        return *learned, *(None for _ in (*rest, mlp))
 
 
 Factors = tuple[Tensor | None, Tensor | None]
@@ -230,12 +245,10 @@ def _product(
     linear: ExpertLinear,
     factors: Factors,
     experts: Tensor | None,
-    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x W^T with the bias, where the rows' experts are given; what LoRA adds, s (x A^T) B^T; and x A^T."""
     a, b = factors
-    weights = groups.unpacked(mlp.ops.unpack, linear.stack, x.dtype) if weights is None else weights
-    y = groups.multiply_stack(x, linear.stack, weights, transpose=not linear.stack.transposed)
+    y = groups.multiply_stack(x, linear.stack, mlp.ops.unpack, transpose=not linear.stack.transposed)
     if linear.bias is not None and experts is not None:
         y += linear.bias.to(y.dtype)[experts]
     if a is None or b is None:
@@ -250,12 +263,10 @@ def _into(
     mlp: ExpertMlp,
     linear: ExpertLinear,
     factors: Factors,
-    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy W; s dy B, which belongs to the gradient of A; and what LoRA adds to the gradient of the input."""
     a, b = factors
-    weights = groups.unpacked(mlp.ops.unpack, linear.stack, dy.dtype) if weights is None else weights
-    dx = groups.multiply_stack(dy, linear.stack, weights, transpose=linear.stack.transposed)
+    dx = groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)
     if a is None or b is None:
         return dx, None, None
     of_b = groups.multiply(dy, b).mul_(linear.scaling)

@@ -54,19 +54,16 @@ class Groups:
             torch.mm(rows[start:stop], weights[expert], out=made[start:stop])
         return made
 
-    def unpacked(
-        self, unpack: Callable[[Stack, torch.dtype], Tensor], stack: Stack, dtype: torch.dtype
-    ) -> Tensor | None:
-        """All weights of a stack, where one product takes them; None where they are better unpacked one by one."""
-        return unpack(stack, dtype) if self._is_grouped else None
-
-    def multiply_stack(self, rows: Tensor, stack: Stack, weights: Tensor | None, *, transpose: bool) -> Tensor:
+    def multiply_stack(
+        self, rows: Tensor, stack: Stack, unpack: Callable[[Stack, torch.dtype], Tensor], *, transpose: bool
+    ) -> Tensor:
         """[rows, n] times the weight of each expert, or its transpose.
 
         Args:
-            weights: of `unpacked`.
+            unpack: all weights of a stack, where one product takes them; else they are unpacked one by one.
         """
-        if weights is not None:
+        if self._is_grouped:
+            weights = unpack(stack, rows.dtype)
             return self.multiply(rows, weights.transpose(1, 2) if transpose else weights)
         parts = []
         unpacked = stack.unpack_each([expert for expert, _, _ in self.spans], rows.dtype)

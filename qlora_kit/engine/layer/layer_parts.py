@@ -64,7 +64,7 @@ class LayerParts:
     @property
     def draws_random(self) -> bool:
         """Whether a training step draws random numbers in it."""
-        return self.attention.draws_random or isinstance(self.mlp, PlainPart)
+        return self.attention.draws_random or (isinstance(self.mlp, PlainPart) and self.mlp.draws_random)
 
     def forward(self, h: Tensor, settings: Mapping[str, Any], policy: int) -> Tensor:
         """The hidden states after the layer, `[rows, tokens, hidden]` like h.

@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_kit.engine.layer.attention_part import inputs_of
 from qlora_kit.engine.layer.norm import After, Norm, normed
 from qlora_kit.engine.linear.linear_group import LinearGroup
+from qlora_kit.model.stacked_experts import StackedExperts
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,12 @@ class PlainPart:
 
     @property
     def draws_random(self) -> bool:
-        """It may."""
-        return True
+        """It may, but for experts without dropout, and routers without noise."""
+        parts = list(self.module.modules())
+        mixes = any(isinstance(part, StackedExperts) for part in parts)
+        drops = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in parts)
+        noise = any("jitter" in name and value for part in parts for name, value in vars(part).items())
+        return not mixes or drops or noise
 
     @property
     def is_usual(self) -> bool:

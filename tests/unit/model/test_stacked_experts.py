@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, Llama4TextConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -9,6 +10,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts
+from qlora_kit.model.expert_mlp import TorchOps
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.stacked_experts import StackedExperts, experts_of, stacked_names
 
@@ -163,3 +165,32 @@ def test_an_adapter_that_is_switched_off_leaves_the_experts_as_they_were():
     for layer in (module.experts, module.experts.base_layer):
         layer.enable_adapters(False)
     assert torch.equal(module.experts(*arguments("gated")), expected)
+
+
+def test_a_layer_that_is_computed_again_stops_in_front_of_its_experts():
+    experts = packed(original("gated"))
+    calls = []
+
+    class Counted(TorchOps):
+        def weigh(self, *given):
+            calls.append("forward")
+            return super().weigh(*given)
+
+        def weigh_backward(self, *given):
+            calls.append("backward")
+            return super().weigh_backward(*given)
+
+    experts.ops = Counted(experts.gate)
+    before = torch.nn.Linear(WIDTH, WIDTH)
+    hidden, chosen, shares = arguments("gated")
+
+    def layer(rows):
+        return rows + experts(before(rows), chosen, shares)
+
+    def gradient(run):
+        (found,) = torch.autograd.grad(run().square().sum(), before.weight)
+        return found
+
+    again = gradient(lambda: checkpoint(layer, hidden.requires_grad_(), use_reentrant=False))
+    assert calls == ["forward", "backward"]
+    assert torch.equal(again, gradient(lambda: layer(hidden)))
