@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts, short_names
 from qlora_kit.adapter.expert_updates import BASE_LAYER
@@ -70,7 +71,7 @@ def meant_names(model: torch.nn.Module, targets: list[str], spared: Mapping[str,
 
 
 def _linears(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
 
 
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> tuple[list[str], list[str]]:

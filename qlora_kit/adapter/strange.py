@@ -28,6 +28,7 @@ _SET = {
         "use_dora",
         "init_lora_weights",
         "ensure_weight_tying",
+        "fan_in_fan_out",
     ),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # of initial values, which training replaced
     *("megatron_core", "qalora_group_size"),
@@ -70,7 +71,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in odd.items():
         if key not in usual or usual[key] != value:
             yield f"has {key[:_SHOWN]}={_shown(value)}, which no adapter of the kit has"
-    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "inference_mode"):
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
         if not isinstance(config.get(key, False), bool):
             yield f"has {key}={_shown(config[key])}, which is neither true nor false"
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):

@@ -31,7 +31,6 @@ SUBTRACTED_INITS = ("olora", "pissa")
 
 # Fields of peft's configuration that change what is added, in ways that the kit never trains.
 REFUSED = (
-    "fan_in_fan_out",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -72,11 +71,13 @@ class LowRank:
     magnitude: StoredTensor | None = None
     embedding: bool = False
     init: str = ""  # of SUBTRACTED_INITS, or empty
+    flipped: bool = False  # whether the weight lies [inputs, outputs]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the weight that it is added to."""
-        return (self.a.shape[1], self.b.shape[0]) if self.embedding else (self.b.shape[0], self.a.shape[1])
+        is_turned = self.embedding is not self.flipped
+        return (self.a.shape[1], self.b.shape[0]) if is_turned else (self.b.shape[0], self.a.shape[1])
 
     @property
     def rank(self) -> int:
@@ -90,7 +91,7 @@ class LowRank:
             RunError: a value is not finite.
         """
         a, b = (finite_factor(part).to(where) for part in (self.a, self.b))
-        left, right = (a.t(), b.t().contiguous()) if self.embedding else (b, a)
+        left, right = (a.t(), b.t().contiguous()) if self.embedding is not self.flipped else (b, a)
         lengths = None if self.magnitude is None else finite_factor(self.magnitude).to(where).view(-1)
         return Update((left * self.scaling).contiguous(), right, lengths)
 

@@ -64,7 +64,7 @@ def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | 
 def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """The same of a form, budgets of bits aside."""
     files = list(requested(export))
-    problems = [*_merge_problems(form, adapter), *_layer_by_layer(form, files)]
+    problems = [*_layer_by_layer(form, files)]
     for one in files:
         problems += one.format.problems(one.path, one.target, form, adapter or {})
     unquantized = {} if problems else {one.name: one.format.unquantized(one.target, form) for one in files}
@@ -112,9 +112,3 @@ def _layer_by_layer(form: ModelForm, files: list[Requested]) -> Iterator[Problem
     for one in files:
         if one.format.is_made_by_layer:
             yield Problem(f"this family has no {one.format.group} export: {why}", one.path, ELSEWHERE)
-
-
-def _merge_problems(form: ModelForm, adapter: Mapping[str, Any] | None) -> Iterator[Problem]:
-    if adapter is not None and "Conv1D" in form.kinds:
-        what = "this family's adapters cannot be merged: its layers (Conv1D) hold their weights the other way round"
-        yield Problem(what, "run")

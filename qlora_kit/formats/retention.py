@@ -84,8 +84,12 @@ def _without(adapter: Adapter, merged: Path) -> WeightReader:
 
     read = stored_tensors(merged)
     tensors = read_headers(merged)
-    by_own = stored_names(merged, tensors).by_own
-    updates = {by_own.get(f"{module}.weight", f"{module}.weight"): update for module, update in adapter.updates.items()}
+    names = stored_names(merged, tensors)
+    named = {module: names.by_own.get(f"{module}.weight", f"{module}.weight") for module in adapter.updates}
+    updates = {
+        named[module]: replace(update, flipped=named[module] in names.flipped)
+        for module, update in adapter.updates.items()
+    }
     if missing := updates.keys() - tensors.keys():
         raise RunError(f"{len(missing)} modules of the adapter are not in {merged}")
 

@@ -19,7 +19,7 @@ from qlora_kit.model.language_model import load_language_model
 from qlora_kit.model.packed_loading import named_plainly, stack_experts, with_experts
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of
-from qlora_kit.model.structure import kept_whole
+from qlora_kit.model.structure import LINEAR, kept_whole
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 
@@ -100,7 +100,7 @@ def rounded_names(model: PreTrainedModel, quant: QuantConfig) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or name in stacks) and should_convert_module(name, kept)
+        if (type(module) in LINEAR or name in stacks) and should_convert_module(name, kept)
     }
 
 

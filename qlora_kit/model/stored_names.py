@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_kit.model.conversion import own_name_of_stored
 from qlora_kit.model.expert_layout import StackLayout, stack_layouts
 from qlora_kit.model.language_model import language_model, outer_modules
+from qlora_kit.model.structure import transposed_modules
 from qlora_kit.weights.headers import StoredTensor
 
 
@@ -18,12 +19,14 @@ class StoredNames:
         by_own: the tensor of each weight that the checkpoint's own class holds as it is stored, by the class's name.
         outside: tensors that are no part of the language model, with the outermost module that holds each.
         stacks: how tensors make stacks of experts, by the class's name of a stack.
+        flipped: tensors of linear maps that lie the other way around, [inputs, outputs].
         embedding, head: tensors of the language model's table and output head; empty where there is none.
     """
 
     by_own: Mapping[str, str] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, StackLayout] = field(default_factory=dict)
+    flipped: frozenset[str] = frozenset()
     embedding: str = ""
     head: str = ""
 
@@ -52,4 +55,6 @@ def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNam
         for table in tables
     )
     stacks = stack_layouts(found.own, tensors)
-    return StoredNames(by_own, outside, stacks, by_own.get(embedding, ""), by_own.get(head, head))
+    turned = [f"{name}.weight" for name in transposed_modules(found.own)]
+    flipped = frozenset(by_own[name] for name in turned if name in by_own)
+    return StoredNames(by_own, outside, stacks, flipped, by_own.get(embedding, ""), by_own.get(head, head))

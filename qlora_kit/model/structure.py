@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.model.direct_reads import read_directly
 from qlora_kit.model.stacked_experts import StackedExperts
 
+LINEAR = (nn.Linear, Conv1D)  # the latter holds its map the other way around, [inputs, outputs], as in GPT-2
 _GATES = ("gate", "router")
 
 
@@ -21,7 +22,7 @@ class Weights:
         name: of the module.
         kind: linear, router, head, embedding, experts, convolution, small (norms, biases and other vectors) or other.
         count: of its weights; biases of a linear module or of experts count by themselves, as they are never quantized.
-        shape: of its matrix [outputs, inputs]; empty where it is none.
+        shape: of its matrix as it is stored, mostly [outputs, inputs]; empty where it is none.
     """
 
     name: str
@@ -58,7 +59,7 @@ def weights_of(model: PreTrainedModel) -> list[Weights]:
         if kind == "other" and any(word in name.rpartition(".")[2] for word in _GATES):
             kind = "router"
         matrix = next((tuple(weight.shape) for weight in own if weight.ndim == 2), ())
-        axes = 2 if isinstance(module, nn.Linear) else 3 if kind == "experts" else 0
+        axes = 2 if isinstance(module, LINEAR) else 3 if kind == "experts" else 0
         biases = sum(weight.numel() for weight in own if weight.ndim < axes)
         found.append(Weights(name, kind, sum(weight.numel() for weight in own) - biases, matrix))
         if biases:
@@ -84,7 +85,7 @@ def kept_whole(model: PreTrainedModel) -> list[str]:
 def not_adapted(model: PreTrainedModel) -> dict[str, str]:
     """Linear modules that carry no LoRA whatever a recipe's targets say, with the reason."""
     layers, _ = layers_of(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     outside = {name: "outside of the layers" for name in linears if not name.startswith(f"{layers}.")}
     past = {name: f"{kind} reads its weight itself, past LoRA" for name, kind in read_directly(model).items()}
     routers = dict.fromkeys(router_names(model), "a router")
@@ -152,7 +153,7 @@ def _kind(module: nn.Module) -> str:
     own = list(module.parameters(recurse=False))
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         return "linear"
     if _is_convolution(module):
         return "convolution"

@@ -90,12 +90,14 @@ def few(names: list[str]) -> str:
 
 
 def _transposed(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Problem]:
-    if names := transposed_modules(model):
-        what = (
-            f"{recipe.model.source} holds its linear layers the other way around ({few(names)}, as GPT-2 does): "
-            "an adapter of it could never be merged or exported, so it is not trained"
-        )
-        yield Problem(what, "model.source")
+    """Settings that reckon with the rows of a linear map, of a base that holds its maps the other way around."""
+    names, lora = transposed_modules(model), recipe.lora
+    if not names:
+        return
+    for key, is_odd in {"use_dora": lora.use_dora, "init": lora.init in (LoraInit.pissa, LoraInit.olora)}.items():
+        if is_odd:
+            what = f"this base holds its linear maps the other way around ({few(names)}), which lora.{key} cannot be"
+            yield Problem(f"{what} merged into: leave it at its default", f"lora.{key}")
 
 
 def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:

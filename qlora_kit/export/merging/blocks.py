@@ -72,7 +72,8 @@ def merge_whole(piece: Piece, rounding: Rounding, room: "Tensor", stacks: Rounde
         for start, stop in block_spans(piece.shape):
             yield start, _added(piece, stacks.rows(piece.stack, start, stop), loaded, start)
         return
-    if piece.rounds and not piece.state and not (update and update.init) and rounding.packs(piece.shape):
+    is_plain = not piece.state and not piece.flipped and not (update and update.init)
+    if piece.rounds and is_plain and rounding.packs(piece.shape):
         yield from _merge_packed(piece, rounding, room)
         return
     merged = _merge_unpacked(piece, rounding)
@@ -85,6 +86,8 @@ def _merge_unpacked(piece: Piece, rounding: Rounding) -> Block:
 
     if piece.state:
         weight = read_stored(piece.source, piece.state, rounding.device)
+    elif piece.rounds and piece.flipped:
+        weight = rounding.exact(read_whole(piece.source).t().contiguous()).t().contiguous()
     elif piece.rounds:
         weight = rounding.exact(read_whole(piece.source))
     else:

@@ -34,6 +34,7 @@ class Piece:
         state: bitsandbytes' tensors beside it, where the base is stored in 4 or 8 bit.
         met_rounded: it was rounded in training.
         rounds: it is merged as rounded.
+        flipped: it is a linear map that lies [inputs, outputs]; it was rounded the other way around.
         stack: its place in a stack of experts, which is rounded whole; None for any other.
     """
 
@@ -47,6 +48,7 @@ class Piece:
     met_rounded: bool = False
     rounds: bool = False
     replaced: bool = False
+    flipped: bool = False
     stack: InStack | None = None
 
     @property
@@ -114,7 +116,7 @@ def make_plan(
     layouts = names.stacks
     holders = {layout.holder for layout in layouts.values()}
     linear = [name for name in rounded if name not in holders]
-    pieces = _base_pieces(base, _rounded_weights(base, linear, names), merge_rounded, names.outside)
+    pieces = _base_pieces(base, _rounded_weights(base, linear, names), merge_rounded, names)
     for layout in layouts.values():
         met = layout.holder in rounded
         pieces |= _in_stack(pieces, layout, met_rounded=met, rounds=met and merge_rounded)
@@ -195,7 +197,7 @@ def _stored(wanted: Iterable[str], stored: Collection[str], names: "StoredNames"
 
 
 def _base_pieces(
-    base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool, outside: Collection[str]
+    base: Mapping[str, StoredTensor], rounded: Collection[str], merge_rounded: bool, names: "StoredNames"
 ) -> dict[str, Piece]:
     state: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in base.items():
@@ -205,8 +207,14 @@ def _base_pieces(
     beside = {name for found in state.values() for name in found}
     return {
         name: _unchanged(tensor)
-        if name in outside and name not in state
-        else _base_piece(tensor, state.get(name, {}), name in rounded, merge_rounded)
+        if name in names.outside and name not in state
+        else _base_piece(
+            tensor,
+            state.get(name, {}),
+            rounded=name in rounded,
+            merge_rounded=merge_rounded,
+            flipped=name in names.flipped,
+        )
         for name, tensor in base.items()
         if name not in beside
     }
@@ -217,7 +225,9 @@ def _unchanged(tensor: StoredTensor) -> Piece:
     return Piece(tensor.name, tensor, tensor.file.name, tensor.shape, tensor.dtype)
 
 
-def _base_piece(tensor: StoredTensor, state: Mapping[str, StoredTensor], rounded: bool, merge_rounded: bool) -> Piece:
+def _base_piece(
+    tensor: StoredTensor, state: Mapping[str, StoredTensor], *, rounded: bool, merge_rounded: bool, flipped: bool
+) -> Piece:
     return Piece(
         name=tensor.name,
         source=tensor,
@@ -227,6 +237,7 @@ def _base_piece(tensor: StoredTensor, state: Mapping[str, StoredTensor], rounded
         state=state,
         met_rounded=rounded,
         rounds=rounded and merge_rounded,
+        flipped=flipped,
     )
 
 
@@ -249,8 +260,9 @@ def _edited(pieces: Mapping[str, Piece], adapter: Adapter, names: "StoredNames")
         if saved.dtype not in FLOATS or saved.shape[free:] != piece.shape[free:]:
             raise _foreign(adapter, f"its {name} is {list(saved.shape)} where the base's is {list(piece.shape)}")
         edited[piece.name] = Piece(piece.name, saved, piece.file, saved.shape, "BF16", replaced=True)
-    for module, update in adapter.updates.items():
+    for module, trained in adapter.updates.items():
         piece = edited[named[f"{module}.weight"]]
+        update = replace(trained, flipped=piece.flipped)
         if piece.shape != update.shape:
             raise _foreign(
                 adapter,

@@ -92,7 +92,7 @@ def test_what_it_never_writes_is_refused_by_name(folders, changes, told):
 
 def test_all_strange_settings_are_told_at_once(folders):
     with pytest.raises(DamagedFileError) as caught:
-        refuse_strange_adapter(*folders(use_qalora=True, fan_in_fan_out=True, target_parameters=["a*b"]))
+        refuse_strange_adapter(*folders(use_qalora=True, lora_bias=True, target_parameters=["a*b"]))
     assert len(caught.value.problems) == 3
 
 

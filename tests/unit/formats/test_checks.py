@@ -201,11 +201,6 @@ def test_experts_that_stay_in_16_bit_are_told(forms: dict[str, ModelForm], expor
     assert "experts lie in one parameter" in str(found.unquantized[export])
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused(forms: dict[str, ModelForm]) -> None:
-    found = check_form(forms["gpt2"], export_of(["export=merged_16bit"]), adapter={"r": 4})
-    assert "its layers (Conv1D) hold their weights the other way round" in found.problems[0].what
-
-
 def test_an_adapter_that_llama_cpp_has_no_place_for(forms: dict[str, ModelForm]) -> None:
     export = export_of(["export=[adapter_gguf,adapter_peft]"])
     found = check_form(forms["llama"], export, {"use_dora": True, "modules_to_save": ["lm_head"]})

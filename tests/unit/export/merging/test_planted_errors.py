@@ -112,7 +112,6 @@ def test_change_that_is_not_the_adapters() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fan_in_fan_out": True}, "an adapter with fan_in_fan_out=True cannot be merged"),
         ({"lora_bias": True}, "an adapter with lora_bias=True cannot be merged"),
         ({"trainable_token_indices": [1]}, r"an adapter with trainable_token_indices=\[1\] cannot be merged"),
         ({"init_lora_weights": "corda"}, "an adapter with init_lora_weights=corda cannot be merged"),
