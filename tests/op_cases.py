@@ -12,9 +12,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 from torch.nn.functional import gelu, log_softmax, one_hot, silu
+from torch.nn.functional import layer_norm as torch_layer_norm
 from torch.nn.functional import rms_norm as torch_rms_norm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qlora_kit.engine.ops.activation import GELU, GELU_TANH, RELU_SQUARED
 from qlora_kit.engine.ops.four_bit import FourBit
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.engine.ops.lora_delta import LoraDelta
@@ -297,6 +299,37 @@ def _backward_add(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad
     return _scale(x, eps), _norm_gradient(x, weight, eps, unit_offset, grad) + wide(more[0])
 
 
+def _centered(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return torch_layer_norm(x, x.shape[-1:], wide(weight), None if bias is None else wide(bias), eps)
+
+
+def _centered_gradient(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
+    exact = wide(x).requires_grad_()
+    return torch.autograd.grad(_centered(exact, weight, None, eps), exact, wide(grad))[0]
+
+
+def _layer_norm_arguments(dtype: torch.dtype, has_bias: bool, more: int = 0) -> tuple[Any, ...]:
+    x, *others = _columns(dtype, 1 + more)
+    weight, bias = (drawn(COLUMNS, dtype=torch.float32, seed=seed) for seed in (8, 9))
+    return 1 + 2 * x, 1 + 0.3 * weight, bias if has_bias else None, EPS, *others
+
+
+def _activated(x: Tensor, kind: str) -> Tensor:
+    return torch.relu(x) ** 2 if kind == RELU_SQUARED else gelu(x, approximate="tanh" if kind == GELU_TANH else "none")
+
+
+def _activated_backward(x: Tensor, grad: Tensor, kind: str, out: Tensor) -> Any:
+    x = wide(x).requires_grad_()
+    found = _activated(x, kind)
+    return found.detach(), torch.autograd.grad(found, x, wide(grad))[0]
+
+
+def _capped(logits: Tensor, cap: float) -> Any:
+    exact = wide(logits).requires_grad_()
+    found = cap * torch.tanh(exact / cap)
+    return torch.autograd.grad(found.sum(), exact)[0], found.detach()
+
+
 # By the name of the operation, and what sets the case apart.
 CASES: dict[str, Case] = {
     **_unit("rms_norm", _norm),
@@ -319,6 +352,39 @@ CASES: dict[str, Case] = {
         )
         for is_back in (False, True)
     },
+    **{
+        f"layer_norm: bias {has_bias}": Case(
+            lambda dtype, has_bias=has_bias: _layer_norm_arguments(dtype, has_bias),
+            lambda x, *rest: _centered(wide(x), *rest),
+        )
+        for has_bias in (False, True)
+    },
+    "layer_norm_backward": Case(
+        lambda dtype: (*_layer_norm_arguments(dtype, False, 1)[:2], EPS, *_columns(dtype, 2)[1:]), _centered_gradient
+    ),
+    "layer_norm_backward_add": Case(
+        lambda dtype: (*_layer_norm_arguments(dtype, True, 2), torch.zeros(TOKENS, COLUMNS, dtype=dtype)),
+        lambda x, weight, bias, eps, grad, more, out: (
+            _centered(wide(x), weight, bias, eps),
+            _centered_gradient(x, weight, eps, grad) + wide(more),
+        ),
+        (6,),
+    ),
+    **{
+        f"activate: {kind}": Case(
+            lambda dtype, kind=kind: (*_columns(dtype, 1), kind), lambda x, kind: _activated(wide(x), kind)
+        )
+        for kind in (RELU_SQUARED, GELU, GELU_TANH)
+    },
+    **{
+        f"activate_backward: {kind}": Case(
+            lambda dtype, kind=kind: (*_columns(dtype, 2), kind, torch.zeros(TOKENS, COLUMNS, dtype=dtype)),
+            _activated_backward,
+            (3,),
+        )
+        for kind in (RELU_SQUARED, GELU, GELU_TANH)
+    },
+    "cap_logits": Case(lambda dtype: (10 * drawn(TOKENS, COLUMNS, dtype=dtype), 15.0), _capped, (0,)),
     "gated": Case(lambda dtype: _columns(dtype, 2), lambda x, gate: wide(x) * torch.sigmoid(wide(gate))),
     "gated_backward": Case(lambda dtype: _columns(dtype, 3), _sigmoid_backward),
     "rope": Case(lambda dtype: (_heads(dtype), *_angles(dtype), delta(HEADS * WIDTH, 16, dtype, 1)), _rope),

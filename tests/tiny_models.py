@@ -325,6 +325,13 @@ WIRED: dict[str, Callable[..., PretrainedConfig]] = {
     "ernie4_5": _plain(T.Ernie4_5Config, head_dim=64),
     "helium": _plain(T.HeliumConfig, head_dim=64),
     "cwm": _windows(T.CwmConfig, head_dim=64),
+    "cohere": _plain(T.CohereConfig, pad_token_id=0),
+    "cohere2": _windows(T.Cohere2Config, pad_token_id=0, sliding_window_pattern=None),
+    "arcee": _plain(T.ArceeConfig, head_dim=64),
+    "nemotron": _plain(T.NemotronConfig, head_dim=64, partial_rotary_factor=0.5),
+    "starcoder2": _plain(T.Starcoder2Config, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0),
+    "apertus": _plain(T.ApertusConfig),
+    "olmo": _plain(T.OlmoConfig),
 }
 # What runs plain in them, beside what is fast.
 PARTLY_PLAIN = {
@@ -333,6 +340,7 @@ PARTLY_PLAIN = {
     "qwen3_moe": "the MLP",
     "lfm2": "attention",
     "gemma4_e": "the layer's own input",
+    "apertus": "the MLP",
 }
 
 

@@ -48,13 +48,14 @@ The order to read it in:
     ops/           one operation a file: torch reference, kernel, and when the kernel is taken
       op.py registry.py jit.py compiled.py limits.py            what an operation is, and all of them
       rms_norm.py lora_delta.py rope.py glu/ split_k.py         those of the picture
-      gated.py                                                  what some families have beside them
+      layer_norm.py activation.py gated.py                      what some families have instead, or beside them
       four_bit.py fp8_rows.py fused_linear_cross_entropy.py     weights, activations in fp8, the output head
     linear/        linear modules that read one input: their products and gradients
       frozen_weight.py fp8.py concatenated_weights.py           W in 4, 16 or 8 bit
       adapted_linear.py linear_group.py                         and LoRA beside it
     layer/         the picture itself
       norm.py attention_blocks.py mlp.py                        its parts, forward and backward
+      ungated_mlp.py                                            another kind of MLP
       attention_part.py plain_part.py                           attention as a whole; a part left as it is
       experts.py                                                between the products of a mixture's experts
       layer_parts.py tail.py                                    a layer of such parts, and what some do to its result

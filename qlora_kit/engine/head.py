@@ -13,20 +13,26 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs
+from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs, LogitShape
 from qlora_kit.objectives.sft.collate import IGNORED_LABEL
 
-# Settings of families whose logits are scaled, capped, or joined by a loss of the router.
-SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+# Settings of families whose logits are multiplied, divided, capped, or joined by a loss of the router.
+FACTORS, DIVISOR, CAP = (
+    ("logit_scale", "output_multiplier", "lm_head_multiplier"),
+    "logits_scaling",
+    "final_logit_softcapping",
+)
 ROUTED = "output_router_logits"
+TRIED = 16  # tokens of the row that the head is tried out on
+OFF = 0.02  # of the logits, that they may differ by: rounding in 16 bit
 
 
 def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
     """Replace the fused forward that TRL put on this instance by one that goes over the logits once.
 
     Loss, gradients and accuracy stay the same. The entropy is zero: TRL 1.16 only logs it, the kit keeps it out of its
-    metrics, and it would cost another pass. A head that is trained or adapted, or that does more than a matrix product,
-    keeps TRL's forward.
+    metrics, and it would cost another pass. A head that is trained or adapted keeps TRL's forward, and so does one
+    whose logits are not a matrix product that is scaled or capped: it is tried out on a short row.
 
     The forward takes `trained_tokens` too: how many positions the labels train, which is otherwise found out by waiting
     for the device.
@@ -35,7 +41,8 @@ def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
         A function that puts TRL's forward back; None where it was left.
     """
     config = model.config.get_text_config()
-    if any(getattr(config, name, None) is not None for name in SCALED_HEADS) or getattr(config, ROUTED, False):
+    shape = _shape_told(config)
+    if getattr(config, ROUTED, False) or not _gives_logits(model, shape):
         return None
     fused = model.forward
 
@@ -48,7 +55,7 @@ def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
         # Found before the layers are queued: to count them, the host may have to wait for the device.
         trained = _TargetTokens.of(labels, head.weight.device, count)
         hidden = self.base_model(*args, **rest | {"use_cache": False}).last_hidden_state
-        return _scored(hidden.to(head.weight.device), trained, head)
+        return _scored(hidden.to(head.weight.device), trained, head, shape)
 
     model.forward = MethodType(forward, model)
 
@@ -56,6 +63,35 @@ def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
         model.forward = fused
 
     return undo
+
+
+def _shape_told(config: Any) -> LogitShape:
+    """What config.json says is done to logits."""
+    scale = next((one for name in FACTORS if (one := getattr(config, name, None)) is not None), 1.0)
+    return LogitShape(scale / (getattr(config, DIVISOR, None) or 1.0), getattr(config, CAP, None) or 0.0)
+
+
+def _gives_logits(model: PreTrainedModel, shape: LogitShape) -> bool:
+    """Whether the model's logits are what its head gives, shaped so; on a short row."""
+    head: Any = model.get_output_embeddings()
+    given: list[torch.Tensor] = []
+    if not isinstance(head, torch.nn.Module):
+        return False
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.arange(2, 2 + TRIED, device=embedding.weight.device)[None] % embedding.num_embeddings
+    was_training = model.training
+    hook = head.register_forward_hook(lambda _module, _inputs, result: given.append(result))
+    try:
+        with torch.no_grad():
+            own = model.eval()(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if len(given) != 1 or given[0].shape != own.shape:
+        return False
+    found = given[0].float() * shape.scale
+    found = shape.cap * torch.tanh(found / shape.cap) if shape.cap else found
+    return bool((found - own.float()).norm() <= OFF * own.float().norm())
 
 
 def _is_frozen(head: Any) -> bool:
@@ -89,11 +125,13 @@ class _TargetTokens:
         return cls(mask[:, :-1], positions, following.flatten().index_select(0, positions))
 
 
-def _scored(hidden: torch.Tensor, trained: _TargetTokens, head: torch.nn.Linear) -> FusedCausalLMOutput:
+def _scored(
+    hidden: torch.Tensor, trained: _TargetTokens, head: torch.nn.Linear, shape: LogitShape
+) -> FusedCausalLMOutput:
     """Per-token results `[rows, tokens - 1]`, zero where untrained, from hidden states `[rows, tokens, width]`."""
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     log_probs, is_top1 = FusedLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-        hidden.flatten(0, 1), trained.positions, trained.targets, head.weight, head.bias, wanted
+        hidden.flatten(0, 1), trained.positions, trained.targets, head.weight, head.bias, wanted, shape
     )
     log_probs, is_top1 = (part.view(hidden.shape[:2])[:, :-1] for part in (log_probs, is_top1))
     return FusedCausalLMOutput(

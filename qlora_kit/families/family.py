@@ -106,16 +106,18 @@ class LayerNorms:
 
 _AFTER = "post_attention_layernorm", "post_feedforward_layernorm"
 PRE_NORMS = LayerNorms()
+ONE_NORM = LayerNorms(before_mlp="input_layernorm")
 POST_NORMS = LayerNorms(None, _AFTER[0], None, _AFTER[1])
 SANDWICHED = LayerNorms("input_layernorm", _AFTER[0], "pre_feedforward_layernorm", _AFTER[1])
 
 
 @dataclass(frozen=True)
 class MlpNames:
-    """What a gated MLP calls its modules.
+    """What an MLP calls its modules.
 
     Attributes:
         module: of the layer.
+        gate: "" in an MLP without one.
         fused: gate and up in one, if there is such a module.
         activation: what the gate goes through where no module tells it: `silu` or `gelu_tanh`.
     """
@@ -147,11 +149,14 @@ class Family:
         layer: name of the decoder layer's class.
         gguf: how llama.cpp has it; None where its own converter is asked.
         norms: of a layer.
+        are_layer_norms: the mean of what is normed is taken away first.
+        is_parallel: attention and MLP read the same hidden states, and both are added to them.
         mixers: modules that stand in some layers in the place of attention, such as linear attention; they run plain.
         output: the module behind attention.
         qk_norm: q and k are normed, over each head or over all of them, by `head_norms`; and v, if three are named.
         norms_rotated: these norms come after the rotation.
         norm_weights: how norms are multiplied by theirs.
+        norm_eps: what norms add to the variance, where their modules do not say it.
         rotary: how heads are rotated.
         rotates: whether an attention module rotates its heads at all.
         gates_heads: `q_proj` gives a gate behind each head, whose sigmoid multiplies what attention gives.
@@ -172,12 +177,15 @@ class Family:
     gguf: GgufRules | None = None
     window: Window = Window.attention
     norms: LayerNorms = PRE_NORMS
+    are_layer_norms: bool = False
+    is_parallel: bool = False
     mixers: tuple[str, ...] = ()
     output: str = "o_proj"
     qk_norm: bool = False
     head_norms: tuple[str, ...] = ("q_norm", "k_norm")
     norms_rotated: bool = False
     norm_weights: NormWeights = NormWeights.rounded
+    norm_eps: float = 0.0
     rotary: Rotary = Rotary.halves
     rotates: Callable[[Any], bool] = as_flagged
     gates_heads: bool = False

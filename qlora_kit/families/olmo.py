@@ -1,9 +1,18 @@
-"""OLMo 2 and 3: norms stand behind attention and MLP alone, and those of q and k span all heads."""
+"""OLMo; from 2 on norms stand behind attention and MLP alone, and those of q and k span all heads."""
 
 from dataclasses import replace
 
 from qlora_kit.families.family import POST_NORMS, Family, GgufRules, NormWeights, Window
 
+OLMO = Family(
+    "olmo",
+    "OlmoForCausalLM",
+    "OlmoDecoderLayer",
+    window=Window.absent,
+    are_layer_norms=True,
+    norm_eps=1e-5,
+    unset=("clip_qkv",),
+)
 OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",

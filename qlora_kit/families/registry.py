@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from qlora_kit.families.apertus import APERTUS
+from qlora_kit.families.arcee import ARCEE
 from qlora_kit.families.chatml import CHATML
+from qlora_kit.families.cohere import COHERE, COHERE2
 from qlora_kit.families.cwm import CWM
 from qlora_kit.families.ernie import ERNIE4_5
 from qlora_kit.families.exaone import EXAONE4
@@ -15,11 +18,13 @@ from qlora_kit.families.hunyuan import HUNYUAN
 from qlora_kit.families.liquid import LFM2
 from qlora_kit.families.llama import LLAMA, LLAMA3_CHAT
 from qlora_kit.families.mistral import MINISTRAL3, MISTRAL, MISTRAL_CHAT
-from qlora_kit.families.olmo import OLMO2, OLMO3
+from qlora_kit.families.nemotron import NEMOTRON
+from qlora_kit.families.olmo import OLMO, OLMO2, OLMO3
 from qlora_kit.families.phi import PHI3, PHI_CHAT
 from qlora_kit.families.qwen import QWEN2, QWEN3, QWEN3_5, QWEN3_MOE
 from qlora_kit.families.seed import SEED_OSS
 from qlora_kit.families.smollm import SMOLLM3, SMOLLM3_CHAT
+from qlora_kit.families.starcoder import STARCODER2
 
 _FAMILIES = (
     *(
@@ -40,6 +45,7 @@ _FAMILIES = (
         OLMO3,
     ),
     *(GRANITE, GRANITE_HYBRID, GLM, GLM4, LFM2, EXAONE4, SEED_OSS, HUNYUAN, ERNIE4_5, HELIUM, CWM),
+    *(COHERE, COHERE2, ARCEE, NEMOTRON, STARCODER2, APERTUS, OLMO),
 )
 # In the order in which they are compared with a model's own template.
 CHAT_FORMATS: tuple[ChatFormat, ...] = (CHATML, LLAMA3_CHAT, GEMMA_CHAT, PHI_CHAT, MISTRAL_CHAT, SMOLLM3_CHAT)

@@ -5,7 +5,7 @@ as a whole, as the model has it, beside the other. What is held anywhere has to 
 that the family does not tell would be left out of the arithmetic.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +14,33 @@ from qlora_kit.engine.layer.attention_blocks import Output, Projection
 from qlora_kit.engine.layer.attention_part import Attention, AttentionPart
 from qlora_kit.engine.layer.layer_parts import LayerParts
 from qlora_kit.engine.layer.mlp import DenseMlp, Mlp
-from qlora_kit.engine.layer.norm import NO_NORM, After, Norm, Scale
+from qlora_kit.engine.layer.norm import NO_NORM, After, LayerNorm, Norm, Scale
 from qlora_kit.engine.layer.plain_part import PlainAttention, PlainMixer, PlainMlp, PlainPart
 from qlora_kit.engine.layer.tail import LAYER_INPUT_MODULES, Tail
+from qlora_kit.engine.layer.ungated_mlp import UngatedMlp
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
+from qlora_kit.engine.ops.activation import GELU, GELU_TANH, RELU_SQUARED
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.family import Family, MlpNames, NormWeights, Rotary
 from qlora_kit.model.stacked_experts import StackedExperts
 
+# By the class of the module, without a gate and with one.
+UNGATED = {"ReLUSquaredActivation": RELU_SQUARED, "GELUTanh": GELU_TANH, "GELUActivation": GELU}
 ACTIVATIONS = {
-    "SiLUActivation": Activation.silu,
-    "SiLU": Activation.silu,
-    "GELUTanh": Activation.gelu_tanh,
+    name: kind.value
+    for name, kind in (
+        ("SiLUActivation", Activation.silu),
+        ("SiLU", Activation.silu),
+        ("GELUTanh", Activation.gelu_tanh),
+    )
 }
-KNOWN_FACTORS = {"scaling", "attention_dropout"}  # numbers of a layer's modules that are computed with
+KNOWN_FACTORS = {
+    "scaling",
+    "attention_dropout",
+    "partial_rotary_factor",
+}  # numbers of a layer's modules that are computed with
 NO_FAST_FORM = "has no fast form"
 
 
@@ -64,7 +75,7 @@ class _Reader:
         if tail is not None and tail.takes_input:
             reasons["the layer's own input"] = f"it {NO_FAST_FORM}"
         plain = tuple((name, reason) for name, reason in reasons.items() if reason)
-        parts = LayerParts(attention, mlp, tail, plain)
+        parts = LayerParts(attention, mlp, tail, self.family.is_parallel, plain)
         self._check_rest(parts)
         return parts
 
@@ -122,12 +133,17 @@ class _Reader:
         _check_part(module, [*names, family.output, *of_heads], {*KNOWN_FACTORS, family.softcap})
         return Attention(module, family, projection, Output(self._group(module, family.output), after))
 
-    def _dense(self, module: Any, known: MlpNames, norm: Norm, after: After | None) -> DenseMlp:
+    def _dense(self, module: Any, known: MlpNames, norm: Norm, after: After | None) -> Mlp:
+        if not known.gate:
+            activation, of_activation = _activation(module, known, UNGATED)
+            _check_part(module, [known.up, known.down, of_activation], set())
+            up, down = (self._group(module, name) for name in (known.up, known.down))
+            return UngatedMlp(norm, up, down, activation, after)
         names = [known.fused] if hasattr(module, known.fused) else [known.gate, known.up]
-        activation, of_activation = _activation(module, known)
+        kind, of_activation = _activation(module, known, ACTIVATIONS)
         group = self._group(module, *names)
         _check_part(module, [*names, known.down, of_activation], set())
-        return DenseMlp(norm, group, self._group(module, known.down), activation, after)
+        return DenseMlp(norm, group, self._group(module, known.down), Activation(kind), after)
 
     def _tail(self) -> Tail | None:
         family, layer = self.family, self.layer
@@ -139,19 +155,27 @@ class _Reader:
         return LinearGroup([adapted_linear(name, getattr(owner, name), self.make_weight) for name in names])
 
     def _norm(self, owner: Any, name: str, width: int = 0) -> Norm:
-        """A norm; one without a weight is `width` wide."""
-        module = getattr(owner, name)
-        kind = type(module).__name__
-        if not kind.endswith("RMSNorm"):
-            raise NotFastError(f"{kind} stands where a frozen RMS norm is known")
-        eps = getattr(module, "variance_epsilon", None)
+        """A norm; one without a weight is `width` wide, or as wide as the layer."""
+        module, layer, family = getattr(owner, name), self.layer, self.family
+        kind, of_family = type(module).__name__, "LayerNorm" if family.are_layer_norms else "RMSNorm"
+        if of_family not in kind:
+            raise NotFastError(f"{kind} stands where a frozen {of_family} is known")
+        given = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+        eps = next((one for one in given if one is not None), family.norm_eps)
+        if not eps:
+            raise NotFastError(f"{kind} does not say what it adds to the variance")
         weight = getattr(module, "weight", None)
         if weight is None:
-            weight = torch.ones(width, device=next(self.layer.parameters()).device)
-        if self.family.norm_weights is NormWeights.wide:
+            weight = torch.ones(width or layer.hidden_size, device=next(layer.parameters()).device)
+        unit_offset = family.norm_weights is not NormWeights.rounded
+        if family.are_layer_norms:
+            if weight.ndim > 1:
+                raise NotFastError(f"{name} has a weight for each head")
+            is_offset = family.norm_weights is NormWeights.offset
+            return LayerNorm.of(weight, eps, is_offset, getattr(module, "bias", None))
+        if family.norm_weights is NormWeights.wide:
             weight = weight.detach().float() - 1.0  # exact: one plus it is what it was
-        unit_offset = self.family.norm_weights is not NormWeights.rounded
-        return Norm(weight, module.eps if eps is None else eps, unit_offset)
+        return Norm(weight, eps, unit_offset)
 
     def _scale(self) -> Scale | None:
         name = self.family.residual_scale
@@ -174,17 +198,17 @@ class _Reader:
         _check_part(layer, names, {family.residual_scale})
 
 
-def _activation(mlp: Any, known: MlpNames) -> tuple[Activation, str]:
-    """What the gate goes through, and the module that says so."""
-    if known.activation:
-        return Activation(known.activation), ""
-    attribute = next((name for name in ("act_fn", "activation_fn", "activation") if hasattr(mlp, name)), None)
-    if attribute is None:
+def _activation(mlp: Any, names: MlpNames, known: Mapping[str, str]) -> tuple[str, str]:
+    """What the gate, or what there is without one, goes through; and the module that says so."""
+    if names.activation:
+        return names.activation, ""
+    attribute = next((name for name in ("act_fn", "activation_fn", "activation", "act") if hasattr(mlp, name)), "")
+    if not attribute:
         raise NotFastError("it has no activation that is known here")
-    name = type(getattr(mlp, attribute)).__name__
-    if name not in ACTIVATIONS:
-        raise NotFastError(f"the activation {name} {NO_FAST_FORM}")
-    return ACTIVATIONS[name], attribute
+    kind = type(getattr(mlp, attribute)).__name__
+    if kind not in known:
+        raise NotFastError(f"the activation {kind} {NO_FAST_FORM}")
+    return known[kind], attribute
 
 
 def _check_config(config: Any, unset: Sequence[str]) -> None:

@@ -22,12 +22,14 @@ class LayerParts:
 
     Attributes:
         tail: None in most families.
+        is_parallel: attention and MLP read the same hidden states, instead of one after the other.
         plain_because: what runs plain in it, and why.
     """
 
     attention: AttentionPart
     mlp: Mlp
     tail: Tail | None = None
+    is_parallel: bool = False
     plain_because: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -59,7 +61,7 @@ class LayerParts:
     @property
     def keeps_as_told(self) -> bool:
         """Whether its sizes tell what it keeps for its backward pass."""
-        return self.is_by_hand and self.tail is None and self.attention.is_usual
+        return self.is_by_hand and self.tail is None and self.attention.is_usual and not self.is_parallel
 
     @property
     def draws_random(self) -> bool:
@@ -74,10 +76,16 @@ class LayerParts:
             policy: what the backward pass computes again, a `CheckpointPolicy`.
         """
         of_attention = {name: given for name, given in settings.items() if name != LAYER_INPUT}
-        with _format_of(self.attention, h):
-            h = self.attention.forward(h, None, of_attention)
-        with _format_of(self.mlp, h):
-            h = self.mlp.forward(h, policy)
+        if self.is_parallel:
+            with _format_of(self.mlp, h):
+                residual = self.mlp.forward(h, policy)
+            with _format_of(self.attention, h):
+                h = self.attention.forward(h, residual, of_attention)
+        else:
+            with _format_of(self.attention, h):
+                h = self.attention.forward(h, None, of_attention)
+            with _format_of(self.mlp, h):
+                h = self.mlp.forward(h, policy)
         return h if self.tail is None else self.tail.forward(h, settings)
 
     def set_grad_targets(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
@@ -86,7 +94,8 @@ class LayerParts:
         Args:
             of_parameters: one for each of A and B in the order of `linears`; in new memory if there are none.
         """
-        self.attention.set_grad_target(of_input)
+        # Of two parallel parts, one would write over the gradient that the other still reads.
+        self.attention.set_grad_target(None if self.is_parallel else of_input)
         left = list(of_parameters)
         for group in self.groups:
             count = len(group.parameters())

@@ -83,7 +83,7 @@ class DenseMlp:
         of_gate, of_up = found[0].right.chunk(2, dim=1)
         return LoraDelta(found[0].left, of_gate), LoraDelta(found[0].left, of_up)
 
-    def gradients_of_group(self, x: Normed, d_xa: Tensor | None, sums: GluPartials) -> list[Tensor]:
+    def gradients_of_group(self, x: Tensor | Normed, d_xa: Tensor | None, sums: GluPartials) -> list[Tensor]:
         """Of the parameters of gate and up, from `d_xa [T, sum of ranks]`, the gradient of their xa."""
         if d_xa is None:
             return []

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.linear.linear_group import LinearGroup
+from qlora_kit.engine.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_backward_add
 from qlora_kit.engine.ops.lora_delta import add_n
 from qlora_kit.engine.ops.rms_norm import rms_norm, rms_norm_add, rms_norm_backward, rms_norm_backward_add, rms_scale
 from qlora_kit.engine.ops.split_k import Normed
@@ -44,8 +45,8 @@ class Norm:
 
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
-    ) -> tuple[Tensor | None, Normed]:
-        """Gradient of x, with another that reached x past the norm, and the norm of x as factors.
+    ) -> tuple[Tensor | None, Tensor | Normed]:
+        """Gradient of x, with another that reached x past the norm, and the norm of x, as factors if it is one of them.
 
         Args:
             grad: of the norm; None where that of x is not needed.
@@ -82,6 +83,44 @@ class NoNorm(Norm):
         if grad is None:
             return None, same
         return torch.add(grad, residual, out=torch.empty_like(x) if place is None else place), same
+
+
+@dataclass(frozen=True)
+class LayerNorm(Norm):
+    """A frozen layer norm: the mean of each row is taken away first, and `bias`, if there is one, added last.
+
+    Attributes:
+        weight: fp32, the whole factor; like `bias`.
+    """
+
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, eps: float, unit_offset: bool, bias: Tensor | None) -> "LayerNorm":
+        """From a module's weights, in any format."""
+        factor = weight.detach().float() + 1.0 if unit_offset else weight.detach().float()
+        return cls(factor, eps, unit_offset=False, bias=None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Norm`."""
+        return layer_norm(self._rows(x), self.weight, self.bias, self.eps).view_as(x)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """See `Norm`."""
+        return residual + self.forward(x)
+
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See `Norm`."""
+        return layer_norm_backward(self._rows(x), self.weight, self.eps, self._rows(grad)).view_as(x)
+
+    def backward_add(
+        self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | Normed]:
+        """See `Norm`."""
+        if grad is None:
+            return None, self.forward(x)
+        out = torch.empty_like(x) if place is None else place
+        return out, layer_norm_backward_add(x, self.weight, self.bias, self.eps, grad, residual, out)
 
 
 NO_NORM = NoNorm(torch.ones(0), 0.0, unit_offset=False)

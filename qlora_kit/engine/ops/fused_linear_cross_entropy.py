@@ -7,7 +7,7 @@ Logits exist a tile of tokens at a time, and their gradient takes their place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +16,34 @@ from torch.autograd.function import once_differentiable
 from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import jit, libdevice, tl
 from qlora_kit.engine.ops.limits import LOGITS_TILE_BYTES
-from qlora_kit.engine.ops.op import Op
+from qlora_kit.engine.ops.op import Op, compiled
 
 TILE, WARPS = 8192, 16
 LOWEST = -3.0e38  # stands for no value yet; minus infinity less minus infinity would be no number
 
 
+class LogitShape(NamedTuple):
+    """What a model does to its logits.
+
+    Attributes:
+        scale: multiplies them first.
+        cap: then they are `cap * tanh(logits / cap)`; 0 without one.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
+UNSHAPED = LogitShape()
+
+
 class FusedLogProbs(torch.autograd.Function):
     """Log-probabilities of targets under `hidden @ weight.T + bias`, with the gradient computed on the way.
 
-    Takes hidden states `[n, width]`, positions and targets `[m]` int64, weight `[vocabulary, width]`, bias or None, and
-    whether a gradient is wanted. Gives log-probabilities `[n]` fp32 and is_top1 `[n]` bool, zero at other positions.
-    Products run in autocast's type if it is on, otherwise in the hidden states' type; the softmax is in fp32.
+    Takes hidden states `[n, width]`, positions and targets `[m]` int64, weight `[vocabulary, width]`, bias or None,
+    whether a gradient is wanted, and a `LogitShape`. Gives log-probabilities `[n]` fp32 and is_top1 `[n]` bool, zero at
+    other positions. Products run in autocast's type if it is on, otherwise in the hidden states' type; the softmax is
+    in fp32.
     """
 
     @staticmethod
@@ -39,6 +55,7 @@ class FusedLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         wanted: bool,
+        shape: LogitShape = UNSHAPED,
     ) -> tuple[Tensor, Tensor]:
         """Score chunk by chunk; keep `[m, width]` for the backward pass if wanted."""
         kind = hidden.device.type
@@ -57,11 +74,15 @@ class FusedLogProbs(torch.autograd.Function):
                 torch.mm(chosen, weight.t(), out=logits)
                 if bias is not None:
                     logits += bias
+                slope = _shape(logits, shape, wanted)
                 log_probs[part], is_top1[part] = fold(logits, targets[part], wanted)
                 if wanted:
+                    if slope is not None:
+                        logits.mul_(slope)
                     _product(logits, weight, gradient[part])
         ctx.save_for_backward(gradient, positions)
         ctx.hidden = hidden.shape, hidden.dtype
+        ctx.scale = shape.scale
         ctx.set_materialize_grads(False)
         everywhere = [part.new_zeros(len(hidden)).index_copy_(0, positions, part) for part in (log_probs, is_top1)]
         ctx.mark_non_differentiable(everywhere[1])
@@ -72,14 +93,35 @@ class FusedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Scale each row of the gradient by what came in for its log-probability."""
         if incoming is None:
-            return (None,) * 6
+            return (None,) * 7
         gradient, positions = ctx.saved_tensors
         shape, dtype = ctx.hidden
         # The factor stays in fp32: rounded to 16 bits it would tilt every gradient by the same share.
         scaled = torch.empty_like(gradient, dtype=dtype)
-        torch.mul(gradient, incoming.index_select(0, positions).unsqueeze(1), out=scaled)
+        factor = incoming.index_select(0, positions).unsqueeze(1)
+        torch.mul(gradient, factor if ctx.scale == 1 else factor * ctx.scale, out=scaled)
         result = scaled.new_zeros(shape).index_copy_(0, positions, scaled)
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
+
+
+def _shape(logits: Tensor, shape: LogitShape, wanted: bool) -> Tensor | None:
+    """Shape a tile of logits in its place; the slope of the cap, `[m, vocabulary]`, where a gradient is wanted."""
+    if shape.scale != 1:
+        logits.mul_(shape.scale)
+    if not shape.cap:
+        return None
+    slope = cap_logits(logits, shape.cap)
+    return slope if wanted else None
+
+
+def _cap_logits(logits: Tensor, cap: float) -> Tensor:
+    """Write `cap * tanh(logits / cap)` over logits `[m, vocabulary]`, and give its slope."""
+    bent = torch.tanh(logits.float() / cap)
+    logits.copy_(cap * bent)
+    return (1.0 - bent * bent).to(logits.dtype)
+
+
+cap_logits = compiled(_cap_logits)
 
 
 def _chunk(tokens: int, weight: Tensor) -> int:

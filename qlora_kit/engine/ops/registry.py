@@ -3,11 +3,13 @@
 from typing import Any
 
 from qlora_kit.engine.ops import (
+    activation,
     four_bit,
     fp8_rows,
     fused_linear_cross_entropy,
     gated,
     glu,
+    layer_norm,
     lora_delta,
     rms_norm,
     rope,
@@ -23,6 +25,11 @@ OPS: dict[str, Op[Any, Any]] = {
         rms_norm.rms_scale,
         rms_norm.rms_norm_backward,
         rms_norm.rms_norm_backward_add,
+        layer_norm.layer_norm,
+        layer_norm.layer_norm_backward,
+        layer_norm.layer_norm_backward_add,
+        activation.activate,
+        activation.activate_backward,
         rope.rotate,
         rope.rotate_pairs,
         gated.gated,
@@ -40,5 +47,6 @@ OPS: dict[str, Op[Any, Any]] = {
         four_bit.unpack_transposed,
         fp8_rows.quantize_rows,
         fused_linear_cross_entropy.fold,
+        fused_linear_cross_entropy.cap_logits,
     )
 }

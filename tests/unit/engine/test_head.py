@@ -118,13 +118,39 @@ def test_a_trained_head_keeps_trls_forward(model, monkeypatch):
     undo()
 
 
-@pytest.mark.parametrize(("setting", "value"), [("final_logit_softcapping", 30.0), ("output_router_logits", True)])
-def test_a_head_that_does_more_than_a_product_keeps_trls_forward(model, setting, value):
+@pytest.mark.parametrize("family", ["granite", "cohere2", "gemma4"])
+def test_scaled_and_capped_logits_equal_those_of_trl(family, tmp_path):
+    settings = {"granite": {"logits_scaling": 3.0}, "cohere2": {"logit_scale": 0.2}, "gemma4": {}}[family]
+    folder = build_tiny_model(family, tmp_path / "base", final_logit_softcapping=2.0, **settings)
+    shaped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if family != "gemma4":
+        shaped.config.final_logit_softcapping = None
+    shaped.get_output_embeddings().weight.requires_grad_(False)
+    add_fused_lm_head(shaped, outputs=OUTPUTS)
+    expected, expected_gradient = step(shaped, 5)
+    assert enable_fused_head(shaped) is not None
+    found, gradient = step(shaped, 5)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-4)
+    assert gradient.any()
+
+
+def test_a_head_with_a_loss_of_the_router_keeps_trls_forward(model):
     before = model.forward
-    setattr(model.config, setting, value)
-    enable_fused_head(model)
-    delattr(model.config, setting)
+    model.config.output_router_logits = True
+    assert enable_fused_head(model) is None
+    del model.config.output_router_logits
     assert model.forward == before
+
+
+@pytest.mark.parametrize("field", ["final_logit_softcapping", "logits_scaling", "lm_head_multiplier"])
+def test_logits_that_are_not_what_config_says_keep_trls_forward(model, field):
+    setattr(model.config, field, 0.5)  # which this model does not look at
+    assert enable_fused_head(model) is None
+    delattr(model.config, field)
+    undo = enable_fused_head(model)
+    assert undo is not None
+    undo()
 
 
 def test_without_the_fused_head_logits_are_the_models_own(model):
