@@ -111,5 +111,5 @@ def test_a_weight_that_is_trained_in_full_is_refused():
 def test_a_norm_of_another_kind_is_refused():
     layer = layer_of(LlamaConfig(**SIZES))
     layer.input_layernorm = torch.nn.LayerNorm(32).requires_grad_(False)
-    with pytest.raises(NotFastError, match="LayerNorm stands where a frozen RMS norm is known"):
+    with pytest.raises(NotFastError, match="LayerNorm stands where a frozen RMSNorm is known"):
         extract_parts(layer, FAMILIES["llama"], make)
