@@ -1,5 +1,6 @@
 """Grouped integer grids: from ranges of weights to codes and back."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,3 +64,31 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     """Weights moved to the nearest value of the grid."""
     return decode(encode(weight, grid), grid)
+
+
+def best_of(weight: Tensor, moment: Tensor, grids: Iterable[Grid]) -> Grid:
+    """For each group of weights the grid on which rounding and clipping together err least at the layer's output.
+
+    Groups are judged one by one, on the diagonal block of the moment that belongs to their inputs.
+
+    Args:
+        weight: float32 [out_features, in_features].
+        moment: mean product of two inputs, float32 [in_features, in_features].
+        grids: of as many groups each.
+    """
+    best, least = None, torch.empty(0)
+    for grid in grids:
+        groups = grid.scale.shape[1]
+        width = weight.shape[1] // groups
+        blocks = moment.reshape(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        change = (round_to_grid(weight, grid) - weight).reshape(-1, groups, width).transpose(0, 1)
+        error = (torch.bmm(change, blocks) * change).sum(-1).T
+        if best is None:
+            best, least = grid, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, zero = (torch.where(better, new, old) for new, old in zip(grid[:2], best[:2], strict=True))
+        best = Grid(scale, zero, grid.bits)
+    assert best is not None
+    return best

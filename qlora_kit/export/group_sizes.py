@@ -1,11 +1,12 @@
 """Which group sizes a model's linear layers allow, from its config.json alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from qlora_kit.core.errors import Problem
 
 WHOLE_ROW = -1
 _SMALLEST = 16
+_SMALL_SHARE = 0.05
 
 
 def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
@@ -36,6 +37,20 @@ def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Pr
             what = f"group_size={group_size} does not divide in_features={width} of '{module}'"
             return Problem(what, where="group_size", fix=fix)
     return None
+
+
+def unfit_layers(shapes: Mapping[str, tuple[int, int]], fits: Callable[[int, int], bool]) -> tuple[str, ...]:
+    """Layers that a layout does not hold, where they are few enough that a file goes without them.
+
+    Small projections beside the large ones, as hybrids have them, are; where it is more, the settings are at fault.
+
+    Args:
+        shapes: (out_features, in_features) by name.
+        fits: whether a layer of so many outputs and inputs is held.
+    """
+    unfit = tuple(name for name, shape in shapes.items() if not fits(*shape))
+    whole = sum(outputs * inputs for outputs, inputs in shapes.values())
+    return unfit if sum(shapes[name][0] * shapes[name][1] for name in unfit) <= _SMALL_SHARE * whole else ()
 
 
 def linear_input_widths(config: Mapping[str, object]) -> dict[str, int]:

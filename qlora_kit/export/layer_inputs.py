@@ -3,13 +3,26 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.model.structure import layers_of
+from qlora_kit.model.unfused_experts import UnfusedExperts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Arguments(NamedTuple):
+    """What a layer is given beside hidden states, by place and by name."""
+
+    places: tuple[object, ...]
+    names: dict[str, object]
+
+
+Answer = Callable[[Tensor, Arguments], Tensor]
 
 
 @dataclass
@@ -17,14 +30,18 @@ class Call:
     """One calibration row on its way: hidden states float32 [1, tokens, width], and what each layer is also given."""
 
     hidden: Tensor
-    arguments: list[dict[str, object]] = field(default_factory=list)
+    arguments: list[Arguments] = field(default_factory=list)
+
+
+_MATRIX_AXES = 2
 
 
 @dataclass
 class ActivationStats:
     """What linear layers that share an input saw: their names, who made it, and its statistics.
 
-    `magnitude` is the mean absolute value, [width]; `moment` is X^T X / tokens, [width, width]; both float32.
+    `magnitude` is the mean absolute value, [width]; `moment` is X^T X / tokens, [width, width]; both float32. `others`
+    are modules that read this input too and are no linear layers: routers, and mixtures whose experts read rows of it.
     """
 
     linears: list[str]
@@ -32,6 +49,7 @@ class ActivationStats:
     magnitude: Tensor
     moment: Tensor
     tokens: int = 0
+    others: list[str] = field(default_factory=list)
 
     def add(self, rows: Tensor) -> None:
         """Count rows of inputs in."""
@@ -41,14 +59,14 @@ class ActivationStats:
 
     def finish(self) -> None:
         """Turn the sums into means; nothing is added after it."""
-        self.magnitude /= self.tokens
-        self.moment /= self.tokens
+        self.magnitude /= max(1, self.tokens)
+        self.moment /= max(1, self.tokens)
 
 
 class _StandIn(nn.Module):
     """Stands in a layer's place: hands on what `answer` makes of the hidden states and the other arguments."""
 
-    def __init__(self, layer: nn.Module, answer: Callable[[Tensor, dict[str, object]], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, answer: Answer) -> None:
         super().__init__()
         # A tuple hides the layer from nn.Module, so that moving the model does not move it.
         self.stands_for = (layer,)
@@ -60,21 +78,26 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["stands_for"][0], name)
 
-    def forward(self, hidden_states: Tensor, *_: object, **arguments: object) -> Tensor:
-        return self.answer(hidden_states, arguments)
+    def forward(self, hidden_states: Tensor, *places: object, **names: object) -> Tensor:
+        return self.answer(hidden_states, Arguments(places, names))
 
 
 def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
-    """The list of a model's layers and its dotted name."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {count} layers")
+    """The list of a language model's layers and its dotted name.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    decoder = model.get_decoder()
+    inner, count = layers_of(decoder)
+    layers = decoder.get_submodule(inner)
+    if not count or not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of layers")
+    return next((name, layers) for name, module in model.named_modules() if module is layers)
 
 
 @contextmanager
-def layers_answered(layers: nn.ModuleList, answer: Callable[[Tensor, dict[str, object]], Tensor]) -> Iterator[None]:
+def layers_answered(layers: nn.ModuleList, answer: Answer) -> Iterator[None]:
     """Have a function answer in place of every layer: of the hidden states it is given and the other arguments."""
     real = list(layers)
     for index, layer in enumerate(real):
@@ -91,13 +114,14 @@ def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device
     calls: list[Call] = []
     _, layers = decoder_layers(model)
 
-    def keep(hidden: Tensor, arguments: dict[str, object]) -> Tensor:
-        calls[-1].hidden = hidden
+    def keep(hidden: Tensor, arguments: Arguments) -> Tensor:
+        if not calls[-1].arguments:  # of a tensor where it expects a tuple, a model may hand on a part
+            calls[-1].hidden = hidden
         calls[-1].arguments.append(arguments)
         return hidden
 
     with layers_answered(layers, keep):
-        base = model.base_model.to(device=device, dtype=torch.float32)
+        base = model.get_decoder().to(device=device, dtype=torch.float32)
         for row in rows:
             calls.append(Call(torch.empty(0)))
             base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
@@ -106,7 +130,8 @@ def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device
 
 def run_layer(layer: nn.Module, call: Call, index: int) -> Tensor:
     """A layer's output hidden states for one row."""
-    made = layer(call.hidden, **call.arguments[index])
+    places, names = call.arguments[index]
+    made = layer(call.hidden, *places, **names)
     hidden: Tensor = made[0] if isinstance(made, tuple) else made
     return hidden
 
@@ -149,6 +174,11 @@ def layer_stats(layer: nn.Module, calls: Sequence[Call], index: int) -> tuple[li
     return list(readings.values()), outputs
 
 
+def _memory(tensor: Tensor) -> tuple[int, int, int]:
+    """Where a tensor's values lie: the same for one seen in another shape, as mixtures of experts see theirs."""
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
+
+
 class _Watch:
     """Hooks that tell which linear layers read the same tensor, and which norm made it."""
 
@@ -157,38 +187,47 @@ class _Watch:
         self.start_row()
 
     def start_row(self) -> None:
-        # Tensors are held so that an id is not used again within a row.
-        self.made: dict[int, tuple[str, Tensor]] = {}
-        self.read: dict[int, tuple[str, Tensor]] = {}
+        # Tensors are held so that their memory is not used again within a row.
+        self.made: dict[tuple[int, int, int], tuple[str, Tensor]] = {}
+        self.read: dict[tuple[int, int, int], tuple[str, Tensor]] = {}
 
     def attach(self, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         handles = []
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(self._linear_hook(name)))
+                handles.append(module.register_forward_pre_hook(self._reader_hook(name, is_linear=True)))
             elif "norm" in type(module).__name__.lower() and hasattr(module, "weight"):
                 handles.append(module.register_forward_hook(self._norm_hook(name)))
+            elif isinstance(module, UnfusedExperts) or _is_matrix(module):
+                handles.append(module.register_forward_pre_hook(self._reader_hook(name, is_linear=False)))
         return handles
 
     def _norm_hook(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self.made[id(output)] = (name, output)
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if len(inputs) == 1:  # a norm that reads a gate too is no gain alone
+                self.made[_memory(output)] = (name, output)
 
         return hook
 
-    def _linear_hook(self, name: str) -> Callable[..., None]:
+    def _reader_hook(self, name: str, *, is_linear: bool) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             given = inputs[0]
-            leader = self.read.setdefault(id(given), (name, given))[0]
-            if leader != name:
-                if name not in self.readings[leader].linears:
-                    self.readings[leader].linears.append(name)
-                return
-            rows = given.detach().reshape(-1, given.shape[-1]).float()
-            if name not in self.readings:
-                width = rows.shape[1]
-                norm = self.made.get(id(given), (None, given))[0]
-                self.readings[name] = ActivationStats([name], norm, rows.new_zeros(width), rows.new_zeros(width, width))
-            self.readings[name].add(rows)
+            leader = self.read.setdefault(_memory(given), (name, given))[0]
+            if leader not in self.readings:
+                width = given.shape[-1]
+                norm = self.made.get(_memory(given), (None, given))[0]
+                self.readings[leader] = ActivationStats([], norm, given.new_zeros(width), given.new_zeros(width, width))
+            reading = self.readings[leader]
+            readers = reading.linears if is_linear else reading.others
+            if name not in readers:
+                readers.append(name)
+            if leader == name:
+                reading.add(given.detach().reshape(-1, given.shape[-1]).float())
 
         return hook
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by a matrix of its own, as routers do."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == _MATRIX_AXES and not isinstance(module, nn.Embedding)

@@ -11,7 +11,7 @@ from qlora_kit.export.budget.feasible import infeasible
 from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.checks.form import ModelForm, model_form
 from qlora_kit.export.group_sizes import check_group_size, dividing_group_sizes, linear_input_widths
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import StoredLinears, folder_linears
 from qlora_kit.formats.registry import Requested, requested
 from qlora_kit.schema.budget import budgets
 from qlora_kit.schema.export import ExportConfig
@@ -64,9 +64,9 @@ def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | 
 def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """The same of a form, budgets of bits aside."""
     files = list(requested(export))
-    problems = [*_layer_by_layer(form, files)]
+    problems: list[Problem] = []
     for one in files:
-        problems += one.format.problems(one.path, one.target, form, adapter or {})
+        problems += _problems_of(form, one, adapter or {})
     unquantized = {} if problems else {one.name: one.format.unquantized(one.target, form) for one in files}
     return Checked(problems, {name: found for name, found in unquantized.items() if found is not None})
 
@@ -80,10 +80,22 @@ def infeasible_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]
     wanted = {budget.target_path: budget for budget in budgets(export)}
     if not wanted:
         return []
-    shapes = linear_shapes(base_folder)
+    found = folder_linears(base_folder)
+    shapes = found.shapes
+    if reason := unmeasured(found):
+        whats = [(budget, f"a budget of bits cannot be spent on this family: {reason}") for budget in wanted.values()]
+        return [Problem(what, budget.path, f"{budget.path}=null") for budget, what in whats]
     mixing = [one for one in requested(export) if one.path in wanted]
-    found = (infeasible(wanted[one.path], one.format.layer_formats(one.target, shapes), shapes) for one in mixing)
-    return [problem for problem in found if problem]
+    told = (infeasible(wanted[one.path], one.format.layer_formats(one.target, shapes), shapes) for one in mixing)
+    return [problem for problem in told if problem]
+
+
+def unmeasured(found: StoredLinears) -> str:
+    """Why it cannot be measured how much the loss cares for each layer; empty where it can."""
+    if any(linear.is_expert for linear in found.linears):
+        return "its experts are not measured one by one"
+    renamed = next((linear for linear in found.linears if linear.name != linear.module), None)
+    return f"its files call '{renamed.module}' '{renamed.name}'" if renamed else ""
 
 
 def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
@@ -104,11 +116,11 @@ def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
         raise RecipeError(problems)
 
 
-def _layer_by_layer(form: ModelForm, files: list[Requested]) -> Iterator[Problem]:
-    """Files that are made layer by layer, of a base whose files name layers otherwise than the model does."""
-    if not form.is_stored_otherwise:
-        return
-    why = f"its files do not hold the layers under the model's names ({next(iter(form.blocks), 'none')})"
-    for one in files:
-        if one.format.is_made_by_layer:
-            yield Problem(f"this family has no {one.format.group} export: {why}", one.path, ELSEWHERE)
+def _problems_of(form: ModelForm, one: Requested, adapter: Mapping[str, Any]) -> Iterator[Problem]:
+    """What one file asks of the base that it has not; of one whose files name layers as no class does, that alone."""
+    kind = one.format
+    if kind.is_made_by_layer and (form.is_stored_otherwise or (form.is_renamed and not kind.maps_names)):
+        why = f"its files do not hold the layers under the model's names ({form.first_layer})"
+        yield Problem(f"this family has no {kind.group} export: {why}", one.path, ELSEWHERE)
+    else:
+        yield from kind.problems(one.path, one.target, form, adapter)

@@ -96,7 +96,7 @@ def finish(
         verdict=verdict.value,
         rejected=verdict is Verdict.rejected,
         faults=faults,
-        reader=find_format(job.format).reader,
+        reader=find_format(job.format).read_by(folder),
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
         survival=record(measured_retention(job, folder, merged, merge, run.trained.adapter)) if run.trained else {},

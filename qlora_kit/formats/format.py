@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from qlora_kit.weights.reader import WeightReader
 
 Target = TypeVar("Target")
+UNPACKED = (
+    "transformers, the weights unpacked by qlora-kit"  # a reader, where no library reads a model of its kind right
+)
 ChatStream = Callable[[list[dict[str, str]], int], Iterator[str]]  # messages, and the most tokens of an answer
 
 
@@ -50,7 +53,9 @@ class Format(ABC, Generic[Target]):
     is_calibrated: ClassVar[bool] = False
     """Whether rows are read for it, whatever its settings."""
     is_made_by_layer: ClassVar[bool] = False
-    """Whether a library finds the layers of the merged folder by the model's own names for them."""
+    """Whether it is made of the linear layers of a model, one by one."""
+    maps_names: ClassVar[bool] = False
+    """Whether it finds these layers in a folder that has other names for them than the model."""
     reads_every_weight: ClassVar[bool] = True
     """Whether every weight of a file is read back; where not, those that are not are told."""
 
@@ -121,6 +126,10 @@ class Format(ABC, Generic[Target]):
         from qlora_kit.evaluation.torch_scorer import TorchScorer
 
         return TorchScorer(self.load(path), pad_token_id)
+
+    def read_by(self, folder: Path) -> str:
+        """What `open` reads an artifact with, in words."""
+        return self.reader
 
     def load(self, folder: Path) -> Any:
         """An artifact as a transformers model, where it can be one by itself.

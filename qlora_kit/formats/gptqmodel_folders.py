@@ -7,17 +7,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
-from qlora_kit.weights.names import tensor_shapes
+from qlora_kit.weights.headers import read_headers
 
 if TYPE_CHECKING:
     from transformers import GPTQConfig, PreTrainedModel
 
 METHODS = ("gptq", "awq")
+MARK = ".qweight"
+LAYERS = "model.layers"  # where the library looks for them in most families
 FAST_CPU_BITS = 4
 FAST_CPU_GROUPS = (32, 64, 128)
 
@@ -96,13 +98,49 @@ def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
         )
 
 
+def is_read_by_library(folder: Path) -> bool:
+    """Whether gptqmodel and transformers read a folder's model right, as far as its structure tells.
+
+    They take dense decoders of one kind of layer. Experts, layers that differ, settings of rotary embeddings that do,
+    towers, and names of layers that are not the model's, they read wrongly or not at all.
+    """
+    from torch import nn
+
+    from qlora_kit.export.layer_inputs import decoder_layers
+    from qlora_kit.model.skeleton import skeleton
+    from qlora_kit.model.structure import weights_of
+    from qlora_kit.weights.own_names import own_names_of
+
+    try:
+        model = skeleton(folder)
+        prefix, layers = decoder_layers(model)
+    except (RecipeError, DamagedFileError, ValueError):
+        return True  # the library's own words tell what is wrong
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+    packed = {name.removesuffix(MARK) for name in read_headers(folder) if name.endswith(MARK)}
+    kinds: dict[str, set[str]] = {}
+    for name in linears:
+        layer, rest = _parted(name)
+        kinds.setdefault(layer, set()).add(rest)
+    mixes = any(one.kind == "experts" for one in weights_of(model))
+    is_alike = not mixes and len(kinds) == len(layers) and len({frozenset(kind) for kind in kinds.values()}) == 1
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    # gptqmodel by itself reads rotary settings that differ by kind of layer as if there were none.
+    is_misread = _layers_differ(folder) and any(isinstance(value, dict) for value in rope.values())
+    return is_alike and packed <= linears and not is_misread and not own_names_of(model).is_part and prefix == LAYERS
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """A layer's name up to its number, and the rest."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
 def _layers_differ(folder: Path) -> bool:
-    """Whether gptqmodel has to read it: layers differ, or experts are packed, which transformers does not look for."""
-    settings = read_json(folder / "config.json")["quantization_config"]
-    if settings.get("dynamic"):
-        return True
-    packed = (name for name in tensor_shapes(folder) if name.endswith(".qweight"))
-    return settings["quant_method"] == "gptq" and any(".experts." in name for name in packed)
+    """Whether gptqmodel has to read it: transformers knows one number of bits for all layers."""
+    return bool((read_json(folder / "config.json").get("quantization_config") or {}).get("dynamic"))
 
 
 def _load_mixed(folder: Path) -> "PreTrainedModel":

@@ -1,8 +1,12 @@
-"""Folders whose weights transformers unpacks while it loads them."""
+"""Folders that are loaded with their weights unpacked: by transformers while it loads them, or here before it does."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qlora_kit.core.files import read_json
+from qlora_kit.weights.reader import WeightReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,3 +38,29 @@ def load_unpacked(folder: Path, unpacking: "QuantizationConfigMixin") -> "PreTra
         )
     # 4-bit floats unpack to bfloat16 whatever was asked for; so do FP8 blocks from transformers 5.23 on.
     return (model if on_gpu else model.float()).eval()
+
+
+def load_weights(folder: Path, names: Iterable[str], read: WeightReader) -> "PreTrainedModel":
+    """Load a folder with weights that are unpacked here, for kinds or families that the library cannot read.
+
+    On a GPU in the folder's dtype, on a CPU in float32.
+
+    Args:
+        names: of the unpacked tensors; experts lie apart.
+        read: gives each of them.
+
+    Raises:
+        OSError, RuntimeError, ValueError, KeyError: the weights do not fit the model that config.json describes.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from qlora_kit.model.language_model import language_model_of
+
+    on_gpu = torch.cuda.is_available()
+    dtype = getattr(torch, str(read_json(folder / "config.json").get("dtype", "bfloat16"))) if on_gpu else torch.float32
+    tensors = ((name, tensor.to(dtype)) for name in names if (tensor := read(name)) is not None)
+    model = language_model_of(folder, tensors, dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.to("cuda:0" if on_gpu else "cpu").eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +28,7 @@ from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.terminal import printable
 from qlora_kit.core.units import counted
 from qlora_kit.model.conversion import own_name_of_stored
+from qlora_kit.model.unfused_experts import joined_experts
 from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.own_names import SAME, OwnNames, note_own_names
 
@@ -125,6 +126,33 @@ def load_language_model(
     )
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and only warns.
+        what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
+        raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
+    return _as_language_model(model, found)
+
+
+def language_model_of(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> PreTrainedModel:
+    """A folder's language model with tensors that are given instead of its own, on the CPU.
+
+    Args:
+        tensors: under the folder's names, those of experts apart or as transformers joins them; of towers ignored.
+        dtype: of all weights.
+    Raises:
+        RecipeError: transformers has no such class.
+        DamagedFileError: a weight of it is not among them.
+    """
+    found = language_model(folder)
+    # What names the packing would make transformers look for packed weights.
+    vars(found.config).pop("quantization_config", None)
+    with torch.device("meta"):
+        skeleton = _as_language_model(found.auto.from_config(found.config, trust_remote_code=False), found)
+    own_name = own_name_of_stored(found.own, parts_too=True)
+    named = ((found.names.trained(str(own_name(name))), tensor) for name, tensor in tensors)
+    state = joined_experts(skeleton, ((name, tensor) for name, tensor in named if name is not None))
+    model, report = type(skeleton).from_pretrained(
+        None, config=found.config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(set(report["missing_keys"]) & set(skeleton.state_dict())):
         what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
         raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
     return _as_language_model(model, found)

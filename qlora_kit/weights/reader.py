@@ -1,6 +1,6 @@
 """Weights by name, one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,3 +34,11 @@ def tensors_by_kind(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "d
     module = name.removesuffix(".weight")
     found = {kind: tensor for kind in kinds if (tensor := read(f"{module}.{kind}")) is not None}
     return found if len(found) == len(kinds) else None
+
+
+def unpacked_names(names: Iterable[str], kinds: tuple[str, ...]) -> list[str]:
+    """A folder's names with one weight in the place of the tensors of several kinds that stand for it."""
+    names, mark = list(names), f".{kinds[0]}"
+    packed = [name.removesuffix(mark) for name in names if name.endswith(mark)]
+    parts = {f"{module}.{kind}" for module in packed for kind in kinds}
+    return [*(name for name in names if name not in parts), *(f"{module}.weight" for module in packed)]

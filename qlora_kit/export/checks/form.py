@@ -8,6 +8,7 @@ from typing import Any
 from qlora_kit.core.files import read_json
 from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.own_names import own_names_of
 
 Shapes = Mapping[str, tuple[int, int]]
 HEAD = "lm_head"
@@ -19,13 +20,17 @@ class ModelForm:
 
     Attributes:
         config: its config.json, every default filled in.
-        blocks: (out_features, in_features) of the linear layers inside its blocks, by name.
+        blocks: (out_features, in_features) of the linear layers inside its blocks, experts one by one, by the folder's
+            names for them; what chooses among experts is none of them.
         outside: those outside of the blocks, but for the output head.
         parameters: shape of every parameter, by name.
         modules: last parts of the names of its modules.
         kinds: class names of its modules.
         head: name of its output head.
         stored: names of the tensors that the folder holds; none where it holds no weights.
+        is_renamed: whether the folder has other names for its layers than the model.
+        is_part: whether the folder holds more than this language model.
+        otherwise: layers and experts that the folder holds in a way of its own, so that no quantizer of layers fits.
     """
 
     config: Mapping[str, Any]
@@ -36,33 +41,42 @@ class ModelForm:
     kinds: frozenset[str]
     head: str
     stored: frozenset[str] = frozenset()
+    otherwise: tuple[str, ...] = ()
+    is_renamed: bool = False
+    is_part: bool = False
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Weights of experts that lie in one parameter of three axes, which no format here takes for linear layers."""
+        """Weights of experts that lie in one parameter of three axes, which libraries do not take for linear layers."""
         return tuple(name for name, shape in self.parameters.items() if len(shape) == 3 and ".experts." in name)
+
+    @property
+    def is_stored_otherwise(self) -> bool:
+        """Whether the folder holds no layer under a name that transformers knows."""
+        return bool(self.otherwise) and not self.blocks
+
+    @property
+    def first_layer(self) -> str:
+        """The name of a layer, as an example."""
+        return next(iter((*self.otherwise, *self.blocks)), "none")
+
+    @property
+    def strange_experts(self) -> str:
+        """Why experts cannot be quantized one by one; empty where they can, or there are none."""
+        held = {name.rpartition(".")[0] for name in self.experts}
+        strange = next((name for name in self.otherwise if name in held), "")
+        return f"its experts ('{strange}') are kept in a way that cannot be taken apart" if strange else ""
+
+    def unquantized(self, names: tuple[str, ...], whys: list[str]) -> Unquantized | None:
+        """What a quantizer of layers leaves in 16 bit: these layers, and those that the folder holds in its own way."""
+        whys = [*whys, *(["the folder holds them in a way of its own"] if self.otherwise else [])]
+        left = (*names, *self.otherwise)
+        return Unquantized(left, len(self.blocks) + len(self.otherwise), ", and ".join(whys)) if left else None
 
     @property
     def told(self) -> str:
         """The kinds of layers where weights lie that are not linear layers."""
         return "Conv1D" if "Conv1D" in self.kinds else str(self.config.get("model_type"))
-
-    @property
-    def is_stored_otherwise(self) -> bool:
-        """Whether the folder has other names for the layers than the model, under which no library's files fit."""
-        return bool(self.stored) and not any(f"{name}.weight" in self.stored for name in self.blocks)
-
-    @property
-    def has_experts_apart(self) -> bool:
-        """Whether the folder holds each expert by itself, as libraries name them that quantize one by one."""
-        begins = {name.partition(".experts.")[0] + ".experts.0." for name in self.experts}
-        return all(any(name.startswith(begin) for name in self.stored) for begin in begins)
-
-    @property
-    def has_nested_rope(self) -> bool:
-        """Whether layers of one kind rotate otherwise than those of another."""
-        rope = self.config.get("rope_parameters")
-        return isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values())
 
 
 def model_form(folder: Path) -> ModelForm | None:
@@ -73,7 +87,9 @@ def model_form(folder: Path) -> ModelForm | None:
     import torch
 
     from qlora_kit.export.layer_inputs import decoder_layers
+    from qlora_kit.export.stored_linears import headers_or_own, stored_linears
     from qlora_kit.model.skeleton import skeleton
+    from qlora_kit.model.stored_names import stored_names
 
     try:
         model = skeleton(folder)
@@ -81,12 +97,12 @@ def model_form(folder: Path) -> ModelForm | None:
     except Exception:  # of a stranger's config.json anything may come
         return None  # what cannot be loaded is refused by name where it would be
     named = dict(model.named_modules())
-    linears = {
+    found = stored_linears(model, stored_names(folder, headers_or_own(folder)))
+    outside = {
         name: (module.out_features, module.in_features)
         for name, module in named.items()
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != HEAD
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != HEAD and not name.startswith(f"{prefix}.")
     }
-    inside = {name: shape for name, shape in linears.items() if name.startswith(f"{prefix}.")}
     fields = {
         **model.config.get_text_config().to_dict(),
         "architectures": read_json(folder / "config.json").get("architectures"),
@@ -94,13 +110,16 @@ def model_form(folder: Path) -> ModelForm | None:
     fields.pop("quantization_config", None)
     return ModelForm(
         config=fields,
-        blocks=inside,
-        outside={name: shape for name, shape in linears.items() if name not in inside},
+        blocks=found.shapes,
+        outside=outside,
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         modules=frozenset(name.rpartition(".")[2] for name in named),
         kinds=frozenset(type(module).__name__ for module in named.values()),
         head=next((name for name, module in named.items() if module is model.get_output_embeddings()), ""),
         stored=frozenset(read_headers(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
+        otherwise=found.otherwise,
+        is_part=own_names_of(model).is_part,
+        is_renamed=any(linear.module != linear.name for linear in found.linears if not linear.is_expert),
     )
 
 

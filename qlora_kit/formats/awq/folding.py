@@ -55,11 +55,11 @@ def divide_rows(linear: nn.Linear, scales: Tensor) -> None:
             linear.bias.div_(scales)
 
 
-def multiply_columns(linears: Sequence[nn.Linear], factors: Tensor) -> None:
-    """Multiply each input channel of linear layers by its factor, float32 [in_features]."""
+def multiply_columns(modules: Sequence[nn.Module], factors: Tensor) -> None:
+    """Multiply each input channel of weights [out_features, in_features] by its factor, float32 [in_features]."""
     with torch.no_grad():
-        for linear in linears:
-            linear.weight.mul_(factors)
+        for module in modules:
+            module.get_parameter("weight").mul_(factors)
 
 
 def shared_over_heads(magnitude: Tensor, made: int, head_dim: int) -> Tensor:

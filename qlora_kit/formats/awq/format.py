@@ -8,7 +8,7 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.evaluation.servers.requirements import Required, quantized_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, Server, transformers
 from qlora_kit.export.serving.facts import Hub
-from qlora_kit.formats.format import Format
+from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
 from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.settings import is_coarse, whole
@@ -34,7 +34,7 @@ class Awq(Format[AwqTarget]):
     group = "awq"
     order = 6
     is_calibrated = True
-    is_made_by_layer = True
+    is_made_by_layer = maps_names = True
     layout: ClassVar[AwqLayout] = AwqLayout.gemm
     reader = "transformers with gptqmodel"
     hub = Hub("transformers", "quantized", ("awq",))
@@ -57,7 +57,7 @@ class Awq(Format[AwqTarget]):
         return awq_problems(path, target, form)
 
     def unquantized(self, target: AwqTarget, form: "ModelForm") -> "Unquantized | None":
-        """Layers that the kernels do not take, and experts."""
+        """Layers that the kernels do not take."""
         from qlora_kit.formats.awq.checks import awq_unquantized
 
         return awq_unquantized(target, form)
@@ -86,12 +86,18 @@ class Awq(Format[AwqTarget]):
         return ("smaller groups (group_size: 32)", more_bits) if finer else (more_bits,)
 
     def load(self, folder: Path) -> Any:
-        """The model, with gptqmodel's layers."""
+        """The model, with gptqmodel's layers or with its weights unpacked."""
         from qlora_kit.formats.awq.load import load_awq
         from qlora_kit.model.load import quiet_libraries
 
         quiet_libraries()
         return load_awq(folder)
+
+    def read_by(self, folder: Path) -> str:
+        """The library, or the kit."""
+        from qlora_kit.formats.gptqmodel_folders import is_read_by_library
+
+        return self.reader if is_read_by_library(folder) else UNPACKED
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

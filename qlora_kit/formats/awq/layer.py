@@ -1,15 +1,16 @@
 """Quantizing one layer of a model: scale, check, shrink ranges, round, pack."""
 
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.export.error_compensation import compensated_codes
 from qlora_kit.export.grid import Grid, decode
+from qlora_kit.export.group_sizes import WHOLE_ROW, unfit_layers
 from qlora_kit.export.layer_inputs import ActivationStats
+from qlora_kit.export.layer_walk import Made, Visit
 from qlora_kit.formats.awq.folding import (
     CHAINS,
     divide_norm,
@@ -18,12 +19,14 @@ from qlora_kit.formats.awq.folding import (
     shared_over_heads,
     spread_over_heads,
 )
-from qlora_kit.formats.awq.layout import PACK
+from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE, PACK
 from qlora_kit.formats.awq.search import channel_scales, clipped_grid
+from qlora_kit.model.unfused_experts import UnfusedExperts
 from qlora_kit.schema.export import AwqLayout
 
 # How much a layer's output may move, relative to its size, when scales are folded: float32 rounding, no more.
 SAME_FUNCTION = 1e-3
+MOST_SEARCHED = 16  # matrices that scales are chosen by; hundreds of experts read one input
 
 
 @dataclass(frozen=True)
@@ -35,59 +38,52 @@ class Settings:
     zero_point: bool
     layout: AwqLayout = AwqLayout.gemm
 
+    def divides(self, inputs: int) -> bool:
+        """Whether groups divide the inputs of a layer."""
+        return self.group_size == WHOLE_ROW or inputs % self.group_size == 0
+
     def group(self, width: int) -> int:
         """Inputs per group of a linear module that reads `width`."""
         return width if self.group_size == -1 else self.group_size
 
 
-@dataclass
-class Quantized:
-    """A layer's new tensors, named within the layer: those of linears, and the other weights that folding changed."""
+def quantize_layer(visit: Visit, settings: Settings) -> Made:
+    """Quantize the linear layers of a layer in place, and give the packed tensors."""
+    made = Made()
+    for reading in visit.readings:
+        if not _fold_norm(visit, reading, settings, made):
+            _fold_chain(visit, reading, settings, made)
+    for reading in visit.readings:
+        names = [name for name in reading.linears if _is_quantized(visit, name, settings)]
+        packed = _quantize_linears(_linears(visit.layer, names), reading.moment, settings)
+        made.linears |= dict(zip(names, packed, strict=True))
+    return made
 
-    linears: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    changed: dict[str, Tensor] = field(default_factory=dict)
+
+def unfit(shapes: Mapping[str, tuple[int, int]], settings: Settings) -> tuple[str, ...]:
+    """Layers that stay in 16 bit: outputs do not fill what kernels take at once, or groups do not divide few layers."""
+    odd = tuple(name for name, (outputs, _) in shapes.items() if outputs % OUTPUTS_AT_ONCE[settings.layout])
+    return (
+        *odd,
+        *(name for name in unfit_layers(shapes, lambda _, inputs: settings.divides(inputs)) if name not in odd),
+    )
 
 
-def quantize_layer(
-    layer: nn.Module,
-    readings: Sequence[ActivationStats],
-    run: Callable[[], Tensor],
-    settings: Settings,
-    *,
-    skip: AbstractSet[str] = frozenset(),
-    stored: torch.dtype,
-    head_dim: int,
-) -> Quantized:
-    """Quantize every linear layer that was read, in place, and give the packed tensors.
-
-    Args:
-        layer: in float32; afterwards it computes with the quantized weights.
-        run: runs the layer on one row of calibration data.
-        skip: linear layers that keep their weights.
-        stored: dtype of the unquantized weights in the file.
-    """
-    result = Quantized()
-    for reading in readings:
-        if not skip.isdisjoint(reading.linears):
-            continue
-        factors = _fold_norm(layer, reading, run, settings, stored, result)
-        factors = factors if factors is not None else _fold_chain(layer, reading, run, settings, head_dim, skip)
-        if factors is not None:
-            reading.moment = reading.moment / factors / factors[:, None]
-    for reading in readings:
-        names = [name for name in reading.linears if name not in skip]
-        packed = _quantize_linears(_linears(layer, names), reading.moment, settings)
-        result.linears |= dict(zip(names, packed, strict=True))
-    return result
+def _is_quantized(visit: Visit, name: str, settings: Settings) -> bool:
+    """Whether a layer becomes packed."""
+    if name not in visit.linears:
+        return False
+    outputs, inputs = visit.linears[name].shape
+    return not outputs % OUTPUTS_AT_ONCE[settings.layout] and settings.divides(inputs)
 
 
 def _linears(layer: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
     return [module for name in names if isinstance(module := layer.get_submodule(name), nn.Linear)]
 
 
-def _search(reading: ActivationStats, linears: Sequence[nn.Linear], magnitude: Tensor, settings: Settings) -> Tensor:
+def _search(reading: ActivationStats, weights: Sequence[Tensor], magnitude: Tensor, settings: Settings) -> Tensor:
     return channel_scales(
-        [linear.weight.detach() for linear in linears],
+        weights[:: -(-len(weights) // MOST_SEARCHED)],
         magnitude,
         reading.moment,
         bits=settings.bits,
@@ -96,70 +92,99 @@ def _search(reading: ActivationStats, linears: Sequence[nn.Linear], magnitude: T
     )
 
 
-def _fold_norm(
-    layer: nn.Module,
-    reading: ActivationStats,
-    run: Callable[[], Tensor],
-    settings: Settings,
-    stored: torch.dtype,
-    result: Quantized,
-) -> Tensor | None:
+def _fold_norm(visit: Visit, reading: ActivationStats, settings: Settings, made: Made) -> bool:
+    """Move scales between a norm and everything that reads it; whether that was done."""
     if reading.norm is None:
-        return None
-    norm, linears = layer.get_submodule(reading.norm), _linears(layer, reading.linears)
-    scales = _search(reading, linears, reading.magnitude, settings)
+        return False
+    norm = visit.layer.get_submodule(reading.norm)
+    readers = _readers(visit.layer, reading)
+    packed = [name for name in readers if _is_quantized(visit, name, settings)]
+    changed = [f"{reading.norm}.{name}" for name, _ in norm.named_parameters()]
+    # The others of its readers keep 16 bits, and their weights change with it.
+    changed += [f"{name}.weight" for name in readers if name not in packed and not _is_part(visit, name)]
+    if not packed or norm.get_parameter("weight").shape != reading.magnitude.shape:
+        return False
+    if not all(visit.can_store(name) for name in changed):
+        return False
+    scales = _search(reading, [readers[name].get_parameter("weight") for name in packed], reading.magnitude, settings)
 
     def fold() -> Tensor:
-        factors = divide_norm(norm, scales, stored)
-        multiply_columns(linears, factors)
+        factors = divide_norm(norm, scales, visit.stored)
+        multiply_columns(list(readers.values()), factors)
         return factors
 
-    factors = _keep_if_same([norm, *linears], fold, run)
-    if factors is not None:
-        result.changed |= {f"{reading.norm}.{name}": value for name, value in _snapshot(norm, stored).items()}
-    return factors
+    factors = _keep_if_same([norm, *readers.values()], fold, visit.run)
+    if factors is None:
+        return False
+    made.changed |= {name: visit.layer.get_parameter(name).detach() for name in changed}
+    for other in visit.readings:
+        if other is reading or not readers.keys().isdisjoint(other.linears):
+            other.moment = other.moment / factors / factors[:, None]
+    return True
 
 
-def _snapshot(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", dtype) for name, value in module.named_parameters()}
+def _readers(layer: nn.Module, reading: ActivationStats) -> dict[str, nn.Module]:
+    """The modules with a matrix [out_features, in_features] that read an input, by name; of experts all."""
+    found = {name: layer.get_submodule(name) for name in reading.linears}
+    for name in reading.others:
+        module = layer.get_submodule(name)
+        if isinstance(module, UnfusedExperts):
+            found |= {f"{name}.{inner}": linear for inner, linear in module.readers()}
+        else:
+            found[name] = module
+    return found
 
 
-def _fold_chain(
-    layer: nn.Module,
-    reading: ActivationStats,
-    run: Callable[[], Tensor],
-    settings: Settings,
-    head_dim: int,
-    skip: AbstractSet[str],
-) -> Tensor | None:
-    maker_name = _maker(layer, reading)
-    if maker_name is None or maker_name in skip:
-        return None
-    maker, (linear,) = layer.get_submodule(maker_name), _linears(layer, reading.linears)
-    if not isinstance(maker, nn.Linear) or linear.in_features % maker.out_features:
-        return None
+def _is_part(visit: Visit, name: str) -> bool:
+    return name in visit.linears and visit.linears[name].part is not None
+
+
+def _fold_chain(visit: Visit, reading: ActivationStats, settings: Settings, made: Made) -> None:
+    """Move scales between a linear layer and the one before it, whose outputs it reads channel by channel."""
+    if (maker_name := _maker(visit, reading, settings)) is None:
+        return
+    maker, linear = _linears(visit.layer, [maker_name, *reading.linears])
+    owner = visit.layer.get_submodule(maker_name.rpartition(".")[0])
+    head_dim = int(getattr(owner, "head_dim", 0) or maker.out_features)
+    if linear.in_features % maker.out_features or maker.out_features % head_dim:
+        return
     shared = shared_over_heads(reading.magnitude, maker.out_features, head_dim)
     magnitude = spread_over_heads(shared, linear.in_features, head_dim)
-    scales = _search(reading, [linear], magnitude, settings)
+    scales = _search(reading, [linear.weight], magnitude, settings)
 
     def fold() -> Tensor:
         divide_rows(maker, shared_over_heads(scales, maker.out_features, head_dim))
         multiply_columns([linear], scales)
         return scales
 
-    return _keep_if_same([maker, linear], fold, run)
+    experts = _experts_of(visit.layer, maker_name)
+    if experts is not None and experts.scales_with_up:  # the row that would show it may not reach this expert
+        fold()
+    elif experts is not None or _keep_if_same([maker, linear], fold, visit.run) is None:
+        return
+    reading.moment = reading.moment / scales / scales[:, None]
+    if maker.bias is not None and not _is_part(visit, maker_name):
+        made.changed[f"{maker_name}.bias"] = maker.bias.detach()
 
 
-def _maker(layer: nn.Module, reading: ActivationStats) -> str | None:
-    if len(reading.linears) != 1:
+def _maker(visit: Visit, reading: ActivationStats, settings: Settings) -> str | None:
+    """The quantized layer whose outputs a quantized layer alone reads, if its bias can change too."""
+    if len(reading.linears) != 1 or reading.others or not _is_quantized(visit, reading.linears[0], settings):
         return None
     block, _, name = reading.linears[0].rpartition(".")
-    names = {module_name for module_name, _ in layer.named_modules()}
     for first, second in CHAINS:
-        candidate = f"{block}.{first}" if block else first
-        if name == second and candidate in names:
-            return candidate
+        maker = f"{block}.{first}" if block else first
+        if name == second and _is_quantized(visit, maker, settings):
+            has_bias = visit.layer.get_submodule(maker)._parameters.get("bias") is not None
+            return maker if not has_bias or _is_part(visit, maker) or visit.can_store(f"{maker}.bias") else None
     return None
+
+
+def _experts_of(layer: nn.Module, name: str) -> UnfusedExperts | None:
+    """The mixture whose expert holds a linear layer, if one does."""
+    owner = name.rsplit(".", 2)[0] if name.count(".") > 1 else ""
+    module = layer.get_submodule(owner)
+    return module if isinstance(module, UnfusedExperts) else None
 
 
 def _keep_if_same(modules: Sequence[nn.Module], fold: Callable[[], Tensor], run: Callable[[], Tensor]) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""AWQ folders, loaded by transformers; one in GEMV's layout as the same numbers in GEMM's where there is no GPU."""
+"""AWQ folders, loaded by transformers with gptqmodel, or with their weights unpacked where these read them wrongly.
+
+One in GEMV's layout is read as the same numbers in GEMM's where there is no GPU.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -7,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.files import read_json, write_json
-from qlora_kit.formats.gptqmodel_folders import load_quantized
+from qlora_kit.formats.gptqmodel_folders import is_read_by_library, load_quantized
+from qlora_kit.formats.unpacked_folders import load_weights
 from qlora_kit.schema.export import AwqLayout
+from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.reader import stored_tensors, tensors_by_kind, unpacked_names
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -22,13 +29,17 @@ def is_gemv(folder: Path) -> bool:
 
 
 def load_awq(folder: Path) -> "PreTrainedModel":
-    """Load an AWQ folder as `load_quantized` does, one in GEMV's layout from its twin where there is no GPU.
+    """Load an AWQ folder, ready to score: as `load_quantized` does, or with its weights unpacked.
+
+    One in GEMV's layout is loaded from its twin where there is no GPU.
 
     Raises:
         RecipeError, RunError: as `load_quantized`.
     """
     import torch
 
+    if not is_read_by_library(folder):
+        return _load_unpacked(folder)
     if torch.cuda.is_available() or not is_gemv(folder):
         return load_quantized(folder)
     with gemm_twin(folder) as twin:
@@ -67,3 +78,17 @@ def _in_gemm(tensors: dict[str, Any], group_size: int) -> dict[str, Any]:
         made = gemm_tensors(*unpacked(packed, group_size, AwqLayout.gemv))
         found |= {f"{module}.{kind}": tensor for kind, tensor in made.items()}
     return found
+
+
+def _load_unpacked(folder: Path) -> "PreTrainedModel":
+    from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
+
+    settings = read_json(folder / "config.json")["quantization_config"]
+    group_size, layout = int(settings["group_size"]), AwqLayout(settings["version"])
+    read = stored_tensors(folder)
+
+    def weight(name: str) -> "Tensor | None":
+        packed = tensors_by_kind(read, name, KINDS)
+        return read(name) if packed is None else unpacked_weight(packed, group_size, layout)
+
+    return load_weights(folder, unpacked_names(read_headers(folder), KINDS), weight)

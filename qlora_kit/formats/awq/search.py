@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlora_kit.export.grid import Grid, ranges, round_to_grid, span
+from qlora_kit.export.grid import Grid, best_of, ranges, round_to_grid, span
 
 SCALE_STEPS = 20
 JUDGED = 1 << 23  # weights of a layer, in whole outputs, that a candidate is judged by
@@ -59,22 +59,8 @@ def channel_scales(
 
 
 def clipped_grid(weight: Tensor, moment: Tensor, *, bits: int, group_size: int, zero_point: bool) -> Grid:
-    """The grid of each group after shrinking its range to where rounding and clipping together err least.
-
-    Groups are judged one by one, on the diagonal block of the moment that belongs to their inputs.
-    """
+    """The grid of each group after shrinking its range to where rounding and clipping together err least."""
     low, high = ranges(weight, group_size)
-    groups = low.shape[1]
-    blocks = moment.reshape(groups, group_size, groups, group_size)
-    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    best = torch.ones_like(low)
-    best_error = torch.full_like(low, float("inf"))
-    for step in range(SHRINK_STEPS):
-        shrink = 1 - (1 - SMALLEST_SHRINK) * step / SHRINK_STEPS
-        grid = span(low * shrink, high * shrink, bits=bits, zero_point=zero_point)
-        change = (round_to_grid(weight, grid) - weight).reshape(-1, groups, group_size).transpose(0, 1)
-        error = (torch.bmm(change, blocks) * change).sum(-1).T
-        better = error < best_error
-        best = torch.where(better, shrink, best)
-        best_error = torch.where(better, error, best_error)
-    return span(low * best, high * best, bits=bits, zero_point=zero_point)
+    shrinks = (1 - (1 - SMALLEST_SHRINK) * step / SHRINK_STEPS for step in range(SHRINK_STEPS))
+    grids = (span(low * shrink, high * shrink, bits=bits, zero_point=zero_point) for shrink in shrinks)
+    return best_of(weight, moment, grids)

@@ -34,9 +34,8 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
     from qlora_kit.formats.awq.model import quantized_tensors
 
     with torch.no_grad():
-        replacements, left_out = quantized_tensors(
-            model_dir, Settings(target.bits, target.group_size, target.zero_point, target.layout), rows
-        )
+        settings = Settings(target.bits, target.group_size, target.zero_point, target.layout)
+        walked = quantized_tensors(model_dir, settings, rows)
     quantization = {
         "quant_method": "awq",
         "bits": target.bits,
@@ -44,9 +43,9 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         # The layout always carries zero points; readers take False to mean that it does not.
         "zero_point": True,
         "version": target.layout.value,
-        "modules_to_not_convert": left_out or None,
+        "modules_to_not_convert": walked.left or None,
     }
-    rewrite_checkpoint(model_dir, out_dir, replacements, quantization)
+    rewrite_checkpoint(model_dir, out_dir, walked.replacements, quantization)
 
 
 def _check(target: AwqTarget) -> None:

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.export.linear_shapes import linear_shapes
 from qlora_kit.export.rewrite import rewrite_checkpoint
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
 
 if TYPE_CHECKING:

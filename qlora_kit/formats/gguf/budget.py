@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.export.budget.choose import Allocation, choose_formats
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules

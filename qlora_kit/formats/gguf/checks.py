@@ -62,7 +62,7 @@ def _of_budget(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Probl
     if target.bits_budget is None:
         return
     why = ""
-    if form.experts or form.is_stored_otherwise:
+    if form.experts or form.is_stored_otherwise or form.is_renamed:
         why = "its experts or layers lie in its files under other names than in the model"
     else:
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.export.budget.choose import Allocation, choose_formats
 from qlora_kit.export.group_sizes import WHOLE_ROW
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.gptq.layers import SERVED_AS_ONE, LayerSettings, plan_layers
 from qlora_kit.formats.gptq.layout import BITS
 from qlora_kit.schema.export import GptqMethod, GptqOverride, GptqTarget

@@ -9,7 +9,7 @@ from qlora_kit.core.errors import Problem
 from qlora_kit.evaluation.servers.requirements import Required, quantized_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
-from qlora_kit.formats.format import Format
+from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
 from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.settings import is_coarse, whole
@@ -35,9 +35,9 @@ class Gptq(Format[GptqTarget]):
     name = "gptq"
     group = "gptq"
     order = 5
-    compiles = "GPTQ export compiles its packing kernel"
+    compiles = "the extra gptq compiles a package while it is installed"
     is_calibrated = True
-    is_made_by_layer = True
+    is_made_by_layer = maps_names = True
     reader = "transformers with gptqmodel"
     hub = Hub("transformers", "quantized", ("gptq",))
     servers = (transformers(*READER_PACKAGES), SERVE_VLLM, SERVE_SGLANG)
@@ -49,13 +49,13 @@ class Gptq(Format[GptqTarget]):
     def problems(
         self, path: str, target: GptqTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
-        """What the layout, and gptqmodel, ask of a model that it has not."""
+        """What the layout asks of a model that it has not."""
         from qlora_kit.formats.gptq.checks import gptq_problems
 
         return gptq_problems(path, target, form)
 
     def unquantized(self, target: GptqTarget, form: "ModelForm") -> "Unquantized | None":
-        """Experts."""
+        """The few layers that do not fit the layout."""
         from qlora_kit.formats.gptq.checks import gptq_unquantized
 
         return gptq_unquantized(target, form)
@@ -102,12 +102,18 @@ class Gptq(Format[GptqTarget]):
         )
 
     def load(self, folder: Path) -> Any:
-        """The model, with gptqmodel's layers."""
-        from qlora_kit.formats.gptqmodel_folders import load_quantized
+        """The model, with gptqmodel's layers or with its weights unpacked."""
+        from qlora_kit.formats.gptq.load import load_gptq
         from qlora_kit.model.load import quiet_libraries
 
         quiet_libraries()
-        return load_quantized(folder)
+        return load_gptq(folder)
+
+    def read_by(self, folder: Path) -> str:
+        """The library, or the kit."""
+        from qlora_kit.formats.gptqmodel_folders import is_read_by_library
+
+        return self.reader if is_read_by_library(folder) else UNPACKED
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

@@ -7,8 +7,9 @@ from fnmatch import translate
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.patterns import matched
-from qlora_kit.export.group_sizes import check_group_size
-from qlora_kit.formats.gptq.layout import BITS
+from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, unfit_layers
+from qlora_kit.export.stored_linears import StoredLinears
+from qlora_kit.formats.gptq.layout import BITS, codes_in_words
 from qlora_kit.schema.export import GptqOverride, GptqTarget
 
 REGULAR_EXPRESSION = "re:"
@@ -50,10 +51,12 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
     base = LayerSettings(target.bits, target.group_size)
     taken = _taken(shapes, target.overrides)
     taken_by = {name: pattern for pattern in reversed(taken) for name in taken[pattern]}
+    left = {*unfit(shapes, target)}
     plan = {}
     for name in shapes:
         pattern = taken_by.get(name)
-        plan[name] = _changed(base, target.overrides[pattern]) if pattern is not None else base
+        whole = SKIPPED if name in left else base
+        plan[name] = _changed(base, target.overrides[pattern]) if pattern is not None else whole
     used = set(taken_by.values())
     problems = [*_unused(shapes, taken, used, target.overrides), *_bad_sizes(shapes, plan), *_torn_apart(plan)]
     if not problems and not any(settings.quantized for settings in plan.values()):
@@ -61,6 +64,32 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> di
     if problems:
         raise RecipeError(problems)
     return plan
+
+
+def unfit(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> tuple[str, ...]:
+    """Layers that stay in 16 bit because neither groups nor words of the layout divide them, where they are few."""
+    words = codes_in_words(target.bits)
+
+    def fits(outputs: int, inputs: int) -> bool:
+        is_whole = target.group_size == WHOLE_ROW or (target.group_size > 0 and inputs % target.group_size == 0)
+        return is_whole and not (outputs % words or inputs % words)
+
+    return unfit_layers(shapes, fits)
+
+
+def odd_layers(shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, LayerSettings]) -> list[str]:
+    """Layers to be quantized whose sides do not fill whole words of the packed layout."""
+    quantized = {name: codes_in_words(one.bits) for name, one in plan.items() if one.quantized}
+    return [name for name, codes in quantized.items() if any(size % codes for size in shapes[name])]
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, LayerSettings]) -> None:
+    """Raise a RecipeError if a layer to be quantized does not fill the packed layout."""
+    if odd := odd_layers(shapes, plan):
+        (outputs, inputs), codes = shapes[odd[0]], codes_in_words(plan[odd[0]].bits)
+        what = f"'{odd[0]}' is {outputs} x {inputs}, and the packed layout holds multiples of {codes}"
+        pattern = "*." + odd[0].rpartition(".")[2]
+        raise RecipeError([Problem(what, "overrides", f"overrides: {{'{pattern}': {{skip: true}}}}")])
 
 
 def dynamic_entries(plan: Mapping[str, LayerSettings], target: GptqTarget) -> dict[str, dict[str, int]]:
@@ -82,9 +111,38 @@ def dynamic_entries(plan: Mapping[str, LayerSettings], target: GptqTarget) -> di
     }
 
 
-def left_out_entry(names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """The entry of `dynamic` for layers that a library left in 16 bits of its own accord; else readers expect codes."""
-    return {f"-:{_pattern(names)}": {}}
+def left_out_entries(names: Collection[str], towers: Iterable[str]) -> dict[str, dict[str, int]]:
+    """The entries of `dynamic` for modules that nobody asked to quantize, but in which readers expect codes.
+
+    Args:
+        names: of the modules.
+        towers: modules of which nothing is quantized, by the last part of their names.
+    """
+    patterns = [_pattern(names)] if names else []
+    patterns += [rf".*\b{re.escape(tower)}\b.*" for tower in towers]
+    return {f"-:{pattern}": {} for pattern in patterns}
+
+
+def gptq_settings(
+    target: GptqTarget, plan: Mapping[str, LayerSettings], found: StoredLinears, quantizer: str
+) -> dict[str, object]:
+    """The entry of config.json.
+
+    Args:
+        quantizer: what chose the codes.
+    """
+    dynamic = {**dynamic_entries(plan, target), **left_out_entries(found.kept, found.towers)}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": target.bits,
+        "group_size": target.group_size,
+        "desc_act": target.desc_act,
+        "sym": target.sym,
+        "lm_head": False,
+        "meta": {"quantizer": [quantizer]},
+        **({"dynamic": dynamic} if dynamic else {}),
+    }
 
 
 def _changed(base: LayerSettings, override: GptqOverride) -> LayerSettings:

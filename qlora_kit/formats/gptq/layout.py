@@ -1,5 +1,6 @@
 """GPTQ's packed layout: codes of 2, 3, 4 or 8 bits as one stream through 32-bit words, lowest bits first."""
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,23 +9,28 @@ if TYPE_CHECKING:
     from qlora_kit.export.grid import Grid
 
 BITS = (2, 3, 4, 8)
-# Codes that fill whole words at every width; what rows and columns have to be multiples of.
-PER_BLOCK = 32
+WORD = 32  # bits
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def codes_in_words(bits: int) -> int:
+    """Codes that fill whole words: what rows and columns have to be multiples of."""
+    return WORD // math.gcd(WORD, bits)
 
 
 def pack_rows(codes: "Tensor", bits: int) -> "Tensor":
     """Codes 0 .. 2**bits - 1 of any number dtype, [rows, columns], to int32 [rows * bits / 32, columns]."""
     import torch
 
-    blocks = codes.to(torch.int64).reshape(-1, PER_BLOCK, codes.shape[1])
-    words = torch.zeros(len(blocks), bits, codes.shape[1], dtype=torch.int64, device=codes.device)
-    for place in range(PER_BLOCK):
-        word, shift = divmod(place * bits, 32)
+    count = codes_in_words(bits)
+    blocks = codes.to(torch.int64).reshape(-1, count, codes.shape[1])
+    words = torch.zeros(len(blocks), count * bits // WORD, codes.shape[1], dtype=torch.int64, device=codes.device)
+    for place in range(count):
+        word, shift = divmod(place * bits, WORD)
         words[:, word] |= (blocks[:, place] << shift) & 0xFFFFFFFF
-        if shift + bits > 32:
+        if shift + bits > WORD:
             # A code of 3 bits may lie across two words.
-            words[:, word + 1] |= blocks[:, place] >> (32 - shift)
+            words[:, word + 1] |= blocks[:, place] >> (WORD - shift)
     return words.flatten(0, 1).to(torch.int32)
 
 
@@ -32,19 +38,23 @@ def unpack_rows(words: "Tensor", bits: int) -> "Tensor":
     """The opposite of `pack_rows`: int32 [words, columns] to int64 codes [words * 32 / bits, columns]."""
     import torch
 
-    blocks = words.to(torch.int64).reshape(-1, bits, words.shape[1]) & 0xFFFFFFFF
-    codes = torch.empty(len(blocks), PER_BLOCK, words.shape[1], dtype=torch.int64, device=words.device)
-    for place in range(PER_BLOCK):
-        word, shift = divmod(place * bits, 32)
+    count = codes_in_words(bits)
+    blocks = words.to(torch.int64).reshape(-1, count * bits // WORD, words.shape[1]) & 0xFFFFFFFF
+    codes = torch.empty(len(blocks), count, words.shape[1], dtype=torch.int64, device=words.device)
+    for place in range(count):
+        word, shift = divmod(place * bits, WORD)
         code = blocks[:, word] >> shift
-        if shift + bits > 32:
-            code |= blocks[:, word + 1] << (32 - shift)
+        if shift + bits > WORD:
+            code |= blocks[:, word + 1] << (WORD - shift)
         codes[:, place] = code & (2**bits - 1)
     return codes.flatten(0, 1)
 
 
-def packed_tensors(codes: "Tensor", grid: "Grid") -> "dict[str, Tensor]":
+def packed_tensors(codes: "Tensor", grid: "Grid", group: "Tensor | None" = None) -> "dict[str, Tensor]":
     """A linear layer's tensors in a checkpoint, from codes [out_features, in_features].
+
+    Args:
+        group: of each input, [in_features]; those beside one another share one unless given.
 
     Returns:
         `qweight` int32 [in_features * bits / 32, out_features], `qzeros` int32 [groups, out_features * bits / 32]
@@ -58,14 +68,14 @@ def packed_tensors(codes: "Tensor", grid: "Grid") -> "dict[str, Tensor]":
         "qweight": pack_rows(codes.T, grid.bits).contiguous(),
         "qzeros": pack_rows(grid.zero - 1, grid.bits).T.contiguous(),
         "scales": grid.scale.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(codes.shape[1], dtype=torch.int32) // width,
+        "g_idx": torch.arange(codes.shape[1], dtype=torch.int32) // width if group is None else group.to(torch.int32),
     }
 
 
 def unpacked_weight(tensors: "dict[str, Tensor]") -> "Tensor":
     """The float32 weight [out_features, in_features] that a checkpoint's packed tensors stand for, at any bits."""
     group = tensors["g_idx"].long()
-    bits = len(tensors["qweight"]) * 32 // len(group)
+    bits = len(tensors["qweight"]) * WORD // len(group)
     codes = unpack_rows(tensors["qweight"], bits)
     zeros = (unpack_rows(tensors["qzeros"].T, bits).T + 1) & (2**bits - 1)
     weight: Tensor = (codes - zeros[group]) * tensors["scales"].float()[group]

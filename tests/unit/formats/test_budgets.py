@@ -14,7 +14,7 @@ from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.budget.choose import Allocation, predicted_loss_increases
 from qlora_kit.export.budget.fisher import Fisher
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.gguf.budget import GgufFormats, allocate_gguf, gguf_names_of
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gptq.budget import GptqFormats, allocate_gptq

@@ -84,7 +84,7 @@ CASES = {
     "gptq group of an odd width": ("odd", ["export=gptq_4bit"], "group_size=128 does not divide in_features=200"),
     "gptq whole rows of an odd width": (
         "odd",
-        ["export=gptq_4bit", "export.gptq.gptq_4bit.group_size=-1"],
+        ["export=gptq_3bit", "export.gptq.gptq_3bit.group_size=-1"],
         "14 layers do not fill the packed layout, which holds multiples of 32",
     ),
     "gptq odd keys": ("k100", ["export=gptq_4bit_g64"], "does not divide in_features=200"),
@@ -98,8 +98,6 @@ CASES = {
         ["export=gptq_4bit", "export.gptq.gptq_4bit.overrides={*.dwn_proj: {bits: 8}}"],
         r"the pattern '*.dwn_proj' matches no linear layer",
     ),
-    "gptq of nested rotary settings": ("gemma3", ["export=gptq_4bit"], "this family has no GPTQ by calibration"),
-    "gptq of a fused projection": ("phi3", ["export=gptq_4bit"], "gptqmodel takes its gate_up_proj apart"),
     "gptq of Conv1D": ("gpt2", ["export=gptq_4bit"], "this family has no GPTQ file"),
     "awq group": ("odd", ["export=awq_4bit"], "group_size=128 does not divide in_features=200"),
     "awq of Conv1D": ("gpt2", ["export=awq_4bit"], "this family has no AWQ file"),
@@ -178,9 +176,8 @@ def test_every_export_of_plain_families_fits(forms: dict[str, ModelForm], family
 
 
 @pytest.mark.parametrize("family", ["gemma3", "phi3"])
-def test_families_without_gptq_by_calibration_have_the_rest(forms: dict[str, ModelForm], family: str) -> None:
-    names = [name for name in EXPORTS if "bits" not in name and "gptq" not in name]
-    assert fit(forms[family], f"export=[{','.join([*names, 'gptq_4bit_rounding'])}]").problems == []
+def test_other_dense_families_have_every_export(forms: dict[str, ModelForm], family: str) -> None:
+    assert fit(forms[family], f"export=[{','.join(name for name in EXPORTS if 'bits' not in name)}]").problems == []
 
 
 def test_layers_that_stay_in_16_bit_are_counted_and_named(forms: dict[str, ModelForm]) -> None:
@@ -194,7 +191,13 @@ def test_layers_that_stay_in_16_bit_are_counted_and_named(forms: dict[str, Model
     assert "no block of weights divides their rows" in str(gguf)
 
 
-@pytest.mark.parametrize("export", ["awq_4bit", "fp8_dynamic", "bnb_nf4", "gptq_4bit_rounding"])
+@pytest.mark.parametrize("export", ["awq_4bit", "gptq_4bit", "gptq_4bit_rounding"])
+def test_experts_are_linear_layers_like_others(forms: dict[str, ModelForm], export: str) -> None:
+    assert len(forms["moe"].blocks) == 2 * (4 + 4 * 3)
+    assert fit(forms["moe"], f"export={export}") == Checked()
+
+
+@pytest.mark.parametrize("export", ["fp8_dynamic", "bnb_nf4"])
 def test_experts_that_stay_in_16_bit_are_told(forms: dict[str, ModelForm], export: str) -> None:
     found = fit(forms["moe"], f"export={export}")
     assert found.problems == []
@@ -224,26 +227,14 @@ def test_a_base_whose_files_have_other_names_is_told_so(tmp_path: Path) -> None:
     assert {problem.fix for problem in found} == {ELSEWHERE}
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"head": "embed_out"}, "looks for an output head called lm_head, and this one is called embed_out"),
-        ({"stored": frozenset({"x.weight"})}, "gptqmodel names its experts otherwise than the base's files do"),
-    ],
-)
-def test_what_gptqmodel_cannot_calibrate_is_rounded(
-    forms: dict[str, ModelForm], change: dict[str, object], reason: str
-) -> None:
-    form = replace(forms["moe"], **change)  # type: ignore[arg-type]
-    problems = [one for one in fit(form, "export=gptq_4bit").problems if "by calibration" in one.what]
-    assert [reason in one.what for one in problems] == [True]
-    assert problems[0].fix == "export.gptq.gptq_4bit.method=rounding"
-
-
-def test_experts_that_are_stored_one_by_one_are_calibrated(forms: dict[str, ModelForm]) -> None:
-    experts = {f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in range(2)}
-    form = replace(forms["moe"], stored=frozenset({*experts, *(f"{name}.weight" for name in forms["moe"].blocks)}))
-    assert fit(form, "export=gptq_4bit") == Checked()
+@pytest.mark.parametrize(("export", "named"), [("gptq_4bit", "GPTQ"), ("awq_4bit", "AWQ")])
+def test_experts_that_cannot_be_taken_apart_are_refused(forms: dict[str, ModelForm], export: str, named: str) -> None:
+    owner = forms["moe"].experts[0].rpartition(".")[0]
+    found = fit(replace(forms["moe"], otherwise=(owner,)), f"export={export}").problems
+    assert [one.what for one in found] == [
+        f"this family has no {named} file: its experts ('{owner}') are kept in a way that cannot be taken apart"
+    ]
+    assert found[0].fix == ELSEWHERE
 
 
 def test_a_base_that_is_stored_in_4_bit_is_judged_by_what_is_made_of_it(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from qlora_kit.formats import gptqmodel_folders as quantized
 from qlora_kit.formats.gptq.rounding import write_rounding
 from qlora_kit.formats.gptqmodel_folders import load_quantized, quantization_method
 from qlora_kit.schema.export import GptqMethod, GptqTarget
-from tests.tiny_models import build_tiny_model
+from tests.tiny_experts import build_tiny_experts
+from tests.tiny_models import build_tiny_image_text_model, build_tiny_model
 
 
 def folder_of(place: Path, **config: object) -> Path:
@@ -58,13 +59,18 @@ def test_small_machines_get_the_workers_the_library_asks_for(
     assert load_quantized(folder_of(tmp_path, quantization_config={"quant_method": "awq"})) == workers
 
 
-def test_packed_experts_are_read_by_gptqmodel_itself(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, quantization_config={"quant_method": "gptq"})
-    save_file({"model.layers.0.self_attn.q_proj.qweight": torch.zeros(1)}, folder / "model.safetensors")
-    assert not quantized._layers_differ(folder)
-    save_file({"model.layers.0.mlp.experts.3.up_proj.qweight": torch.zeros(1)}, folder / "model.safetensors")
-    assert quantized._layers_differ(folder)
-    assert not quantized._layers_differ(folder_of(tmp_path, quantization_config={"quant_method": "awq"}))
+def test_a_model_that_the_library_reads_wrongly_is_unpacked(tmp_path: Path) -> None:
+    dense = build_tiny_model("llama", tmp_path / "dense")
+    assert quantized.is_read_by_library(dense)
+    assert quantized.is_read_by_library(build_tiny_model("gemma3", tmp_path / "nested"))
+    assert not quantized.is_read_by_library(build_tiny_experts("apart", tmp_path / "experts"))
+    assert not quantized.is_read_by_library(build_tiny_image_text_model(tmp_path / "towers"))
+    config = json.loads((tmp_path / "nested/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "dynamic": {"-:x": {}}}
+    (tmp_path / "nested/config.json").write_text(json.dumps(config))
+    assert not quantized.is_read_by_library(tmp_path / "nested")
+    save_file({"model.text.layers.0.mlp.up_proj.qweight": torch.zeros(1)}, dense / "model.safetensors")
+    assert not quantized.is_read_by_library(dense)
 
 
 @pytest.mark.slow

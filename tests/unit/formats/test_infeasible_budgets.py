@@ -7,6 +7,7 @@ import pytest
 from qlora_kit.formats.checks import infeasible_budgets
 from qlora_kit.formats.gguf.budget import gguf_names_of
 from qlora_kit.schema.export import ExportConfig, GgufTarget, GptqTarget
+from tests.tiny_experts import build_tiny_experts
 from tests.tiny_models import build_tiny_model
 
 
@@ -71,3 +72,13 @@ def test_layers_have_their_names_in_llama_cpp(folder: Path) -> None:
         names[0]: "blk.1.attn_output.weight",
         names[1]: "blk.0.ffn_down.weight",
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("apart", "its experts are not measured one by one"), ("renamed", "its experts are not")]
+)
+def test_what_the_loss_cannot_be_asked_about_has_no_budget(family: str, why: str, tmp_path: Path) -> None:
+    config = ExportConfig(gptq={"a": GptqTarget(group_size=32)}, bits_budget=4.5)
+    ((what, where, fix),) = found(build_tiny_experts(family, tmp_path), config)
+    assert why in what
+    assert (where, fix) == ("export.bits_budget", "export.bits_budget=null")

@@ -51,7 +51,7 @@ def test_without_a_compiler_it_says_what_wants_one(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = doctor._compiler()
     assert found.health is Health.missing
-    assert found.value == "none: GPTQ export compiles its packing kernel" and "g++" in found.fix
+    assert found.value == "none: the extra gptq compiles a package while it is installed" and "g++" in found.fix
 
 
 def test_a_folder_that_cannot_be_written_is_bad(monkeypatch):

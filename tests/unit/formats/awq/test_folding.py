@@ -1,6 +1,7 @@
 """Scales move between layers without changing what a model computes, whatever its norms and heads."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.export.layer_inputs import ActivationStats, decoder_layers, first_inputs, layer_stats, run_layer
+from qlora_kit.export.layer_walk import Visit
+from qlora_kit.export.stored_linears import StoredLinear
 from qlora_kit.formats.awq.folding import divide_norm, gain_offset, shared_over_heads, spread_over_heads
 from qlora_kit.formats.awq.layer import Settings, quantize_layer
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[5, 9, 77, 300, 12, 44, 3], [8, 100, 201, 302, 403, 504, 505, 506, 7, 1]]
 CPU = torch.device("cpu")
+
+
+def visit_of(
+    layer: nn.Module, readings: list[ActivationStats], run: Callable[[], Tensor], stored: torch.dtype
+) -> Visit:
+    """A layer all of whose parameters lie in a folder under their own names."""
+    linears = {
+        name: StoredLinear(name, name, (module.out_features, module.in_features), f"{name}.weight")
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return Visit("", layer, linears, readings, run, lambda _: True, stored)
 
 
 @pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
@@ -60,18 +75,13 @@ def test_every_fold_is_made_and_kept(family: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         "qlora_kit.formats.awq.layer._quantize_linears", lambda linears, moment, settings: [{}] * len(linears)
     )
-    found = quantize_layer(
-        layer,
-        readings,
-        lambda: run_layer(layer, calls[0], 0),
-        Settings(4, 64, True),
-        stored=torch.bfloat16,
-        head_dim=getattr(model.config, "head_dim", None) or 64,
-    )
+    visit = visit_of(layer, readings, lambda: run_layer(layer, calls[0], 0), torch.bfloat16)
+    found = quantize_layer(visit, Settings(4, 64, True))
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / family).get_submodule(decoder_layers(model)[0])[0]
     moved = {name for name, value in fresh.state_dict().items() if not torch.equal(value, layer.state_dict()[name])}
     before_mlp = "pre_feedforward_layernorm" if family == "gemma3" else "post_attention_layernorm"
-    assert set(found.changed) == {"input_layernorm.weight", f"{before_mlp}.weight"}
+    biases = {"self_attn.v_proj.bias"} if family == "qwen2" else set()
+    assert set(found.changed) == {"input_layernorm.weight", f"{before_mlp}.weight", *biases}
     assert {name for name in moved if name.endswith("proj.weight")} == {
         *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
         *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
@@ -105,7 +115,7 @@ def test_fold_that_would_change_the_model_is_undone(monkeypatch: pytest.MonkeyPa
         "qlora_kit.formats.awq.layer._quantize_linears", lambda linears, moment, settings: [{}] * len(linears)
     )
     moment = reading.moment.clone()
-    quantize_layer(layer, [reading], lambda: layer(hidden), Settings(4, 16, True), stored=torch.float32, head_dim=16)
+    quantize_layer(visit_of(layer, [reading], lambda: layer(hidden), torch.float32), Settings(4, 16, True))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert torch.equal(reading.moment, moment)
 

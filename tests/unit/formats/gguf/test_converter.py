@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from qlora_kit.core.errors import RecipeError, RunError
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.export.linear_shapes import linear_shapes
+from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.gptq.layers import LayerSettings, dynamic_entries, plan_layers
 from qlora_kit.schema.export import GptqOverride, GptqTarget
 from tests.tiny_models import build_tiny_model

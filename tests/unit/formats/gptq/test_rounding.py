@@ -157,7 +157,10 @@ def test_rounding_needs_no_calibration_rows(tmp_path: Path) -> None:
         (rounding(bits=5), "2 | 3 | 4 | 8 bits, not 5"),
         (rounding(desc_act=True), "looks at no activations[\\s\\S]*desc_act: false"),
         (rounding(group_size=100), "group_size=100 does not divide in_features=256"),
-        (rounding(group_size=-1), "'model.layers.0.mlp.gate_proj' is 520 x 256[\\s\\S]*multiples of 32[\\s\\S]*skip"),
+        (
+            rounding(bits=3, group_size=-1),
+            "'model.layers.0.mlp.gate_proj' is 520 x 256[\\s\\S]*multiples of 32[\\s\\S]*skip",
+        ),
         (rounding(overrides={"*.nothing": GptqOverride(bits=8)}), "matches no linear layer"),
     ],
 )
