@@ -31,6 +31,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
         "altup_active_idx": 0,
     },
 }
+# kinds of layers that keep keys and values; llama.cpp ends the process over a hybrid without one
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of gemma3n's first layers
 
 
@@ -45,5 +47,7 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
         wanted = [_SPARSITY if layer < _SPARSE_LAYERS else 0.0 for layer in range(len(shares))]
         if shares != wanted:
             yield "activation_sparsity_pattern", f"{_SPARSITY} in the first {_SPARSE_LAYERS} layers, 0 in the rest"
-    if name == "kimi-linear" and "full_attention" not in (fields.get("layer_types") or ["full_attention"]):
-        yield "layer_types", "a layer of full attention"
+    for field in ("layer_types", "layers_block_type"):
+        kinds = fields.get(field)
+        if isinstance(kinds, list) and kinds and not any(kind in _ATTENTION for kind in kinds):
+            yield field, "a layer of full attention"

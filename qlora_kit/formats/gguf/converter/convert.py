@@ -21,7 +21,7 @@ from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf.converter.converted import read_converted
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known
 from qlora_kit.formats.gguf.metadata import read_full_config
-from qlora_kit.weights.float_rows import find_tensors
+from qlora_kit.weights.headers import FLOATS, read_headers
 
 if TYPE_CHECKING:
     from qlora_kit.formats.gguf.model import GgufModel
@@ -61,26 +61,31 @@ class Conversion:
 
         Raises:
             RecipeError: the converter is not installed, or does not know the architecture.
-            RunError: it failed.
+            RunError: it failed, or there is no room for the file.
         """
+        from qlora_kit.export.merge import refuse_full_disk
+
         known = find_known(read_full_config(self.model_dir))
+        values = Counter[str]()
+        for tensor in read_headers(self.model_dir).values():
+            if tensor.dtype in FLOATS:  # old checkpoints hold masks too
+                values[tensor.dtype] += tensor.rows * tensor.width
+        kind = values.most_common(1)[0][0]
+        kind = kind if kind in ("BF16", "F16") else "F32"
+        expected = (4 if kind == "F32" else 2) * values.total()
+        refuse_full_disk(expected, self._room, "the 16-bit file that llama.cpp's converter makes")
         folder = Path(tempfile.mkdtemp(prefix=".converted.", suffix=".partial", dir=self._room))
         self._removed = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         out = folder / "model.gguf"
-        tensors = find_tensors(self.model_dir).values()
-        values = Counter[str]()
-        for tensor in tensors:
-            values[tensor.dtype] += tensor.rows * tensor.width
-        kind = values.most_common(1)[0][0]
         job = {
             "converter": str(converter_folder()),
             "model": str(self.model_dir.resolve()),
             "architecture": known.registered,
-            "kind": kind if kind in ("BF16", "F16") else "F32",
+            "kind": kind,
             "out": str(out),
         }
         try:
-            _run(folder, job, 2 * values.total())
+            _run(folder, job, expected)
         except BaseException:
             self._removed()
             raise

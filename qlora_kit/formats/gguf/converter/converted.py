@@ -45,7 +45,7 @@ def read_converted(file: Path, config: ConfigFields) -> GgufModel:
                 file,
                 int(tensor.data_offset),
                 gguf.GGMLQuantizationType(tensor.tensor_type).name,
-                tuple(int(size) for size in reversed(tensor.shape)),
+                tuple(int(size) for size in reversed(tensor.shape)) or (1,),  # a single number
             ),
         )
         for tensor in reader.tensors

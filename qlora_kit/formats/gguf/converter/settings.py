@@ -52,8 +52,12 @@ def _known_to_class(config: Any) -> Iterator[tuple[str, Any]]:
     computed = {name for name, _ in inspect.getmembers(type(config), lambda one: isinstance(one, property))}
     for name in [*config.attribute_map, *sorted(computed - inherited)]:
         value = getattr(config, name, None)
-        if isinstance(value, (bool, int, float, str)):
+        if _is_plain(value) or (isinstance(value, list) and all(map(_is_plain, value))):
             yield name, value
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str))
 
 
 def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -81,16 +85,17 @@ def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _layer_kinds(fields: Fields) -> Iterator[tuple[str, Any]]:
-    """Kinds of layers of state-space hybrids: in place of transformers' own words, and as a pattern of letters."""
-    if any(name.startswith("mamba_") for name in fields):
-        for name in ("layer_types", "layers_block_type"):
-            if isinstance(fields.get(name), list):
-                fields[name] = [_KINDS.get(kind, kind) for kind in fields[name]]
-    kinds = fields.get("layers_block_type")
-    if isinstance(kinds, list):
-        yield "num_hidden_layers", len(kinds)
-        if all(kind in _LETTERS for kind in kinds):
-            yield "hybrid_override_pattern", "".join(_LETTERS[kind] for kind in kinds)
+    """Kinds of layers of state-space hybrids: in place of transformers' own words, by index, and as letters."""
+    if not any(name.startswith("mamba_") for name in fields):
+        return
+    for name in ("layer_types", "layers_block_type"):
+        kinds = fields.get(name)
+        if isinstance(kinds, list):
+            fields[name] = kinds = [_KINDS.get(kind, kind) for kind in kinds]
+            yield "num_hidden_layers", len(kinds)
+            yield "attn_layer_indices", [at for at, kind in enumerate(kinds) if kind == "attention"]
+            if name == "layers_block_type" and all(kind in _LETTERS for kind in kinds):
+                yield "hybrid_override_pattern", "".join(_LETTERS[kind] for kind in kinds)
 
 
 def _linear_attention(fields: Fields) -> Iterator[tuple[str, Any]]:

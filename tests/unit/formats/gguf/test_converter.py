@@ -162,6 +162,10 @@ def test_architectures_are_read_without_running_the_converter() -> None:
         ({"architectures": ["OPTForCausalLM"]}, "no GGUF export for the architecture OPTForCausalLM: llama.cpp's conv"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": False}, "this model's norm_topk_prob: it expe"),
         (
+            {"architectures": ["KimiLinearForCausalLM"], "layer_types": ["linear_attention"]},
+            "a layer of full attention",
+        ),
+        (
             {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"norm_topk_prob": False}},
             "norm_topk_prob",
         ),
@@ -209,6 +213,15 @@ def test_why_the_converter_failed_is_said(folder_of: Callable[[str], Path], tmp_
     assert "Can not map tensor 'model.layers.0.mlp.strange.weight'" in str(failed.value)
     assert "fix      export=merged_16bit" in str(failed.value)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_a_disk_without_room_for_the_model_once_more_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
+    with pytest.raises(RunError, match=r"16-bit file that llama\.cpp's converter makes takes"):
+        write_gguf(folder_of("granite"), tmp_path / "m.gguf", "F16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_why_llama_cpp_refused_is_said(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
