@@ -31,8 +31,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
         "altup_active_idx": 0,
     },
 }
-# kinds of layers that keep keys and values; llama.cpp ends the process over a hybrid without one
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+# kinds of layers that keep no keys and values; llama.cpp ends the process over a hybrid of these alone
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "mlp", "moe"})
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of gemma3n's first layers
 
 
@@ -49,5 +49,5 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
             yield "activation_sparsity_pattern", f"{_SPARSITY} in the first {_SPARSE_LAYERS} layers, 0 in the rest"
     for field in ("layer_types", "layers_block_type"):
         kinds = fields.get(field)
-        if isinstance(kinds, list) and kinds and not any(kind in _ATTENTION for kind in kinds):
+        if isinstance(kinds, list) and kinds and _WITHOUT_ATTENTION.issuperset(kinds):
             yield field, "a layer of full attention"
