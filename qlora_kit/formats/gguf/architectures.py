@@ -23,15 +23,15 @@ def find_architecture(config: ConfigFields) -> GgufRules:
     """The rules for a configuration's family, after checking that llama.cpp computes what the configuration says.
 
     Raises:
-        RecipeError: not among the supported ones, quantized already, or with settings llama.cpp has no key for.
+        RecipeError: without such rules, quantized already, or with settings llama.cpp has no key for.
     """
     names = config.get("architectures") or ["(none)"]
     found = ARCHITECTURES.get(names[0])
     if found is None or (rules := found.gguf) is None:
         raise RecipeError(
-            f"no GGUF export for the architecture {names[0]}",
+            f"the kit has no GGUF rules for the architecture {names[0]}, of which a whole model is converted alone",
             where="config.json, architectures",
-            fix=f"supported: {', '.join(ARCHITECTURES)}",
+            fix=f"with rules: {', '.join(ARCHITECTURES)}",
         )
     refuse_quantized(config)
     for field, expected in rules.fixed(config):

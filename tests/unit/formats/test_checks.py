@@ -212,6 +212,8 @@ def test_an_adapter_that_llama_cpp_has_no_place_for(forms: dict[str, ModelForm])
         "modules trained in full (lm_head)",
     ]
     assert len(check_form(forms["llama"], export, {"init_lora_weights": "olora"}).problems) == 2
+    (problem,) = check_form(forms["moe that norms"], export, {"r": 4}).problems
+    assert "no GGUF rules for the architecture Qwen3MoeForCausalLM, of which a whole model is converted" in problem.what
 
 
 def test_a_base_whose_files_have_other_names_is_told_so(tmp_path: Path) -> None:
