@@ -148,19 +148,27 @@ def try_forward(model: PreTrainedModel) -> None:
     The model is left in eval mode, as `from_pretrained` leaves it; a trainer puts it into training mode.
     Random draws of the run stay as they are. Kernels that are compiled, or that want 16-bit activations, are left out.
     """
+    if (tried := tried_tokens(model)) is None:
+        return
+    tokens, context = tried
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad(), context:
+        model(input_ids=tokens, use_cache=False)
+
+
+def tried_tokens(model: PreTrainedModel) -> "tuple[torch.Tensor, torch.autocast] | None":
+    """A row of a few tokens to try a model with, and the autocast of its training; None where it has other attention.
+
+    Returns:
+        int64 [1, tokens] on the model's device.
+    """
     attention = getattr(model.config, "_attn_implementation", "")
     if attention not in (Attention.sdpa.value, Attention.eager.value):
-        return
+        return None
     embedding = model.get_input_embeddings()
     tokens = torch.arange(_TRIED_TOKENS, device=embedding.weight.device) % embedding.num_embeddings
     dtype = embedding.weight.dtype
-    model.eval()
-    with (
-        torch.random.fork_rng(),
-        torch.no_grad(),
-        torch.autocast(tokens.device.type, dtype, enabled=dtype is not torch.float32),
-    ):
-        model(input_ids=tokens[None], use_cache=False)
+    return tokens[None], torch.autocast(tokens.device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def disable_cpu_inference_packing(model: torch.nn.Module) -> None:

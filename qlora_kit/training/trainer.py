@@ -29,6 +29,7 @@ from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.optimizers.flat import flat
 from qlora_kit.training.optimizers.groups import Groups
+from qlora_kit.training.same_loss import refuse_another_loss
 
 
 class EpochSampler(Sampler[int]):
@@ -124,6 +125,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         self.remove_callback(PrinterCallback)
         train_in_fp32(model)
         head = enable_fused_head(model.get_base_model())
+        refuse_another_loss(model)
         self.tells_counts = head is not None
         self.undo: Sequence[Callable[[], None]] = [*undo, *([] if head is None else [head])]
 
