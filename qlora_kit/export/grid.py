@@ -43,6 +43,17 @@ def span(low: Tensor, high: Tensor, *, bits: int, zero_point: bool) -> Grid:
     return Grid(scale, torch.full_like(scale, middle), bits)
 
 
+def around_middle(weight: Tensor, group_size: int, *, bits: int, shrink: float = 1.0) -> Grid:
+    """Steps of 2 max|w| / (2**bits - 1) around the middle code, so that no zero point need be stored.
+
+    Args:
+        shrink: share of this range that the codes span.
+    """
+    low, high = ranges(weight, group_size)
+    scale = storable(2 * shrink * torch.maximum(-low, high) / (2**bits - 1))
+    return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
+
+
 def storable(scale: Tensor) -> Tensor:
     """The nearest scale that a file can hold, in bfloat16, as the number type that it came in."""
     return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).to(scale.dtype)

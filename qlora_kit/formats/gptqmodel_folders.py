@@ -12,7 +12,7 @@ from qlora_kit.core.extras import require
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
 from qlora_kit.formats.gptqmodel_settings import EXTRA, set_up_gptqmodel
-from qlora_kit.weights.headers import read_headers
+from qlora_kit.formats.unpacked_folders import names_its_layers
 
 if TYPE_CHECKING:
     from transformers import GPTQConfig, PreTrainedModel
@@ -108,9 +108,9 @@ def is_read_by_library(folder: Path) -> bool:
 
     from qlora_kit.export.layer_inputs import decoder_layers
     from qlora_kit.model.skeleton import skeleton
-    from qlora_kit.model.structure import weights_of
-    from qlora_kit.weights.own_names import own_names_of
 
+    if not names_its_layers(folder, MARK):
+        return False
     try:
         model = skeleton(folder)
         prefix, layers = decoder_layers(model)
@@ -118,17 +118,15 @@ def is_read_by_library(folder: Path) -> bool:
         return True  # the library's own words tell what is wrong
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
-    packed = {name.removesuffix(MARK) for name in read_headers(folder) if name.endswith(MARK)}
     kinds: dict[str, set[str]] = {}
     for name in linears:
         layer, rest = _parted(name)
         kinds.setdefault(layer, set()).add(rest)
-    mixes = any(one.kind == "experts" for one in weights_of(model))
-    is_alike = not mixes and len(kinds) == len(layers) and len({frozenset(kind) for kind in kinds.values()}) == 1
+    is_alike = len(kinds) == len(layers) and len({frozenset(kind) for kind in kinds.values()}) == 1
     rope = getattr(model.config, "rope_parameters", None) or {}
     # gptqmodel by itself reads rotary settings that differ by kind of layer as if there were none.
     is_misread = _layers_differ(folder) and any(isinstance(value, dict) for value in rope.values())
-    return is_alike and packed <= linears and not is_misread and not own_names_of(model).is_part and prefix == LAYERS
+    return is_alike and not is_misread and prefix == LAYERS
 
 
 def _parted(name: str) -> tuple[str, str]:

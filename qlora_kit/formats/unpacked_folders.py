@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.files import read_json
-from qlora_kit.weights.reader import WeightReader
+from qlora_kit.weights.reader import WeightReader, tensor_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,3 +64,26 @@ def load_weights(folder: Path, names: Iterable[str], read: WeightReader) -> "Pre
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.to("cuda:0" if on_gpu else "cpu").eval()
+
+
+def names_its_layers(folder: Path, mark: str) -> bool:
+    """Whether a folder's packed layers are the model's own, by name: no experts, and no part of a larger model.
+
+    Args:
+        mark: how the name of a tensor ends that packed layers alone have.
+    """
+    from torch import nn
+
+    from qlora_kit.core.errors import DamagedFileError, RecipeError
+    from qlora_kit.model.skeleton import skeleton
+    from qlora_kit.model.structure import weights_of
+    from qlora_kit.weights.own_names import own_names_of
+
+    try:
+        model = skeleton(folder)
+    except (RecipeError, DamagedFileError):
+        return True  # the library's own words tell what is wrong
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    packed = {name.removesuffix(mark) for name in tensor_names(folder) if name.endswith(mark)}
+    mixes = any(one.kind == "experts" for one in weights_of(model))
+    return packed <= linears and not mixes and not own_names_of(model).is_part

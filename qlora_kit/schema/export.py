@@ -254,6 +254,12 @@ class CompressedTarget(ExportTarget):
     kv_cache_fp8: bool = setting(False, "Scales for an fp8 key-value cache are measured and stored.")
 
     @property
+    def takes_experts(self) -> bool:
+        """Whether the kit makes it by itself, layer by layer, experts one by one."""
+        own = (CompressedScheme.W4A16, CompressedScheme.W8A16, CompressedScheme.FP8_DYNAMIC)
+        return self.scheme in own and not self.kv_cache_fp8
+
+    @property
     def needs(self) -> dict[str, str]:
         """The library that quantizes."""
         return {"llmcompressor": "compressed"}

@@ -29,6 +29,17 @@ def stored_tensors(folder: Path) -> WeightReader:
     return read
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Names of the tensors of a folder's safetensors files, of whatever types."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return names
+
+
 def tensors_by_kind(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "dict[str, Tensor] | None":
     """The tensors of several kinds that stand in a weight's place, by kind; None where one is missing."""
     module = name.removesuffix(".weight")

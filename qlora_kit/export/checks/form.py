@@ -123,13 +123,6 @@ def model_form(folder: Path) -> ModelForm | None:
     )
 
 
-def experts_unquantized(form: ModelForm) -> Unquantized | None:
-    """Experts, which no library takes for linear layers."""
-    if not form.experts:
-        return None
-    return Unquantized(form.experts, len(form.blocks) + len(form.experts), "experts lie in one parameter")
-
-
 def no_linear_layers(layout: str, form: ModelForm) -> str:
     """Why a family has no file in a layout of linear layers."""
     return f"this family has no {layout} file: its layers are no linear layers ({form.told})"

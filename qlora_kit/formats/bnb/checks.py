@@ -10,4 +10,7 @@ from qlora_kit.export.checks.form import ModelForm, no_linear_layers
 def bnb_problems(path: str, form: ModelForm) -> Iterator[Problem]:
     """What is wrong with a bitsandbytes file of this model."""
     faults = [] if form.blocks else [Fault("kind", no_linear_layers("bitsandbytes", form))]
+    if form.experts:
+        what = "readers of bitsandbytes folders know linear layers alone, so this family's experts would stay in 16 bit"
+        faults.append(Fault("kind", what))
     yield from with_fixes(path, faults, lambda _: (), lambda _: faults)

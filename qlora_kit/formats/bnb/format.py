@@ -15,7 +15,6 @@ from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import BnbTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.checks.fault import Unquantized
     from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
 
@@ -41,12 +40,6 @@ class Bnb(Format[BnbTarget]):
         from qlora_kit.formats.bnb.checks import bnb_problems
 
         return bnb_problems(path, form)
-
-    def unquantized(self, target: BnbTarget, form: "ModelForm") -> "Unquantized | None":
-        """Experts."""
-        from qlora_kit.export.checks.form import experts_unquantized
-
-        return experts_unquantized(form)
 
     def write(self, source: ExportSource, target: BnbTarget, out: Path) -> None:
         """Quantize."""

@@ -10,7 +10,7 @@ from qlora_kit.evaluation.servers.requirements import quantized_problems
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.compressed.server_files import REQUIRED, group_problems
-from qlora_kit.formats.format import Format
+from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import CompressedTarget
 
@@ -27,7 +27,7 @@ class Compressed(Format[CompressedTarget]):
     name = "compressed"
     group = "compressed"
     order = 4
-    is_made_by_layer = True
+    is_made_by_layer = maps_names = True
     reader = "transformers with compressed-tensors"
     hub = Hub("transformers", "quantized", ("compressed-tensors",))
     servers = (transformers("compressed-tensors"), SERVE_VLLM, SERVE_SGLANG)
@@ -41,10 +41,10 @@ class Compressed(Format[CompressedTarget]):
         return compressed_problems(path, target, form)
 
     def unquantized(self, target: CompressedTarget, form: "ModelForm") -> "Unquantized | None":
-        """Experts."""
-        from qlora_kit.export.checks.form import experts_unquantized
+        """Layers that the packing does not hold."""
+        from qlora_kit.formats.compressed.checks import compressed_unquantized
 
-        return experts_unquantized(form)
+        return compressed_unquantized(target, form)
 
     def write(self, source: ExportSource, target: CompressedTarget, out: Path) -> None:
         """Quantize."""
@@ -57,12 +57,18 @@ class Compressed(Format[CompressedTarget]):
         return _WEIGHT_BITS.get(str(settings.get("scheme")))
 
     def load(self, folder: Path) -> Any:
-        """The model, its weights unpacked."""
+        """The model, its weights unpacked, by transformers or here."""
         from qlora_kit.formats.compressed.load import load_compressed
         from qlora_kit.model.load import quiet_libraries
 
         quiet_libraries()
         return load_compressed(folder)
+
+    def read_by(self, folder: Path) -> str:
+        """The library, or the kit."""
+        from qlora_kit.formats.compressed.load import is_unpacked_here
+
+        return UNPACKED if is_unpacked_here(folder) else self.reader
 
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:
         """What a server would refuse in the folder."""

@@ -1,6 +1,7 @@
-"""compressed-tensors: llmcompressor chooses the numbers; the file is the source folder with its tensors in place.
+"""compressed-tensors: the source folder with its tensors in place.
 
-Only FP8_DYNAMIC, which looks at no rows, is made without loading the model: see `fp8_rows.py`.
+W4A16, W8A16 and FP8_DYNAMIC are made here, experts one by one (`packed.py`, `fp8_rows.py`). For the other schemes, and
+for an FP8 key-value cache, llmcompressor chooses the numbers.
 """
 
 import contextlib
@@ -18,7 +19,9 @@ from qlora_kit.export.changed import Replacements, changed_tensors
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.formats.compressed import EXTRA
-from qlora_kit.formats.compressed.fp8_rows import OUTPUT_HEAD, write_fp8_rows
+from qlora_kit.formats.compressed.entry import OUTPUT_HEAD
+from qlora_kit.formats.compressed.fp8_rows import write_fp8_rows
+from qlora_kit.formats.compressed.packed import write_packed
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 
 if TYPE_CHECKING:
@@ -70,10 +73,13 @@ def write_compressed(
 
 
 def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
-    is_rounded_by_row = target.scheme is CompressedScheme.FP8_DYNAMIC and not target.kv_cache_fp8
-    if is_rounded_by_row and extras.is_present("llmcompressor") and write_fp8_rows(model_dir, out_dir):
-        return
     extras.require("llmcompressor", "compressed-tensors export", EXTRA)
+    if target.takes_experts and target.scheme is CompressedScheme.FP8_DYNAMIC:
+        write_fp8_rows(model_dir, out_dir)
+        return
+    if target.takes_experts:
+        write_packed(model_dir, out_dir, target, rows)
+        return
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
         made = Path(work) / "quantized"
         with _quiet():
@@ -151,7 +157,7 @@ def _modifiers(model: "PreTrainedModel", target: CompressedTarget) -> list[Any]:
     layers: dict[str, Any] = {"ignore": [OUTPUT_HEAD]}
     if target.kv_cache_fp8:
         layers["kv_cache_scheme"] = KV_CACHE
-    if scheme is CompressedScheme.W4A16:
+    if scheme is CompressedScheme.W4A16:  # with scales for an FP8 key-value cache
         layers["config_groups"] = {"group_0": _integer_scheme(4, target.group_size)}
     elif scheme is CompressedScheme.W8A16:
         # The library's own has groups of 128, which do not divide every width.

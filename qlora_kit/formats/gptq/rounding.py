@@ -54,13 +54,12 @@ def rounded_grid(weight: "Tensor", settings: LayerSettings, *, sym: bool, shrink
     """
     import torch
 
-    from qlora_kit.export.grid import Grid, ranges, span, storable
+    from qlora_kit.export.grid import around_middle, ranges, span
 
     width = weight.shape[1] if settings.group_size == WHOLE_ROW else settings.group_size
-    low, high = (shrink * end for end in ranges(weight, width))
     if sym:
-        scale = storable(2 * torch.maximum(-low, high) / (2**settings.bits - 1))
-        return Grid(scale, torch.full_like(scale, 2 ** (settings.bits - 1)), settings.bits)
+        return around_middle(weight, width, bits=settings.bits, shrink=shrink)
+    low, high = (shrink * end for end in ranges(weight, width))
     # The layout stores zero points less one, and kernels do not agree on what is below none.
     low = torch.minimum(low, -high / (2**settings.bits - 2))
     grid = span(low, high, bits=settings.bits, zero_point=True)

@@ -191,17 +191,25 @@ def test_layers_that_stay_in_16_bit_are_counted_and_named(forms: dict[str, Model
     assert "no block of weights divides their rows" in str(gguf)
 
 
-@pytest.mark.parametrize("export", ["awq_4bit", "gptq_4bit", "gptq_4bit_rounding"])
+@pytest.mark.parametrize("export", ["awq_4bit", "gptq_4bit", "gptq_4bit_rounding", "w4a16", "w8a16", "fp8_dynamic"])
 def test_experts_are_linear_layers_like_others(forms: dict[str, ModelForm], export: str) -> None:
     assert len(forms["moe"].blocks) == 2 * (4 + 4 * 3)
     assert fit(forms["moe"], f"export={export}") == Checked()
 
 
-@pytest.mark.parametrize("export", ["fp8_dynamic", "bnb_nf4"])
-def test_experts_that_stay_in_16_bit_are_told(forms: dict[str, ModelForm], export: str) -> None:
-    found = fit(forms["moe"], f"export={export}")
-    assert found.problems == []
-    assert "experts lie in one parameter" in str(found.unquantized[export])
+@pytest.mark.parametrize(
+    ("export", "why"),
+    [
+        ("bnb_nf4", "so this family's experts would stay in 16 bit"),
+        ("nvfp4", "NVFP4 cannot be written: llmcompressor would leave this family's experts in 16 bit"),
+        ("fp8_kv", "with an FP8 key-value cache cannot be written"),
+    ],
+)
+def test_experts_that_would_stay_in_16_bit_are_refused(forms: dict[str, ModelForm], export: str, why: str) -> None:
+    words = [f"export={export}"]
+    problems = fit(forms["moe"], *words).problems
+    assert [why in one.what for one in problems] == [True]
+    assert fit(forms["moe"], *mended_line(words, problems)).problems == []
 
 
 def test_an_adapter_that_llama_cpp_has_no_place_for(forms: dict[str, ModelForm]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.formats.compressed import write as compressed
-from qlora_kit.formats.compressed.fp8_rows import write_fp8_rows
 from qlora_kit.formats.compressed.load import load_compressed
 from qlora_kit.formats.compressed.write import needs_calibration, smoothed_layers, write_compressed
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
+from tests.tiny_experts import EXPERT_FAMILIES, build_tiny_experts, mean_kl
+from tests.tiny_experts import ROWS as EXPERT_ROWS
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(48)] for row in range(6)]
@@ -218,7 +218,7 @@ def test_gemmas_norms_keep_their_bytes(scheme: CompressedScheme, tmp_path: Path)
 def test_fp8_by_row_is_what_the_library_writes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build_tiny_model(family, tmp_path / "source", dtype=torch.bfloat16)
     ours = write(source, tmp_path / "ours", CompressedTarget(CompressedScheme.FP8_DYNAMIC), [])
-    monkeypatch.setattr(compressed, "write_fp8_rows", lambda *folders: False)
+    monkeypatch.setattr(CompressedTarget, "takes_experts", False)
     theirs = write(source, tmp_path / "theirs", CompressedTarget(CompressedScheme.FP8_DYNAMIC), [])
     names = {path.name for path in theirs.iterdir()}
     assert {path.name for path in ours.iterdir()} == names
@@ -227,14 +227,17 @@ def test_fp8_by_row_is_what_the_library_writes(family: str, tmp_path: Path, monk
     assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-def test_a_layer_that_is_stored_under_another_name_is_left_to_the_library(tmp_path: Path) -> None:
-    source = build_tiny_model("llama", tmp_path / "source", dtype=torch.bfloat16)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.mlp.elsewhere.weight"] = tensors.pop("model.layers.0.mlp.down_proj.weight")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "out").mkdir()
-    assert not write_fp8_rows(source, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [CompressedScheme.W4A16, CompressedScheme.W8A16, CompressedScheme.FP8_DYNAMIC])
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_experts_are_packed_one_by_one_and_read_back(family: str, scheme: CompressedScheme, tmp_path: Path) -> None:
+    source = build_tiny_experts(family, tmp_path / "source")
+    out = write(source, tmp_path / "out", CompressedTarget(scheme, group_size=32), EXPERT_ROWS)
+    scales = [name for name in load_file(out / "model.safetensors") if name.endswith(".weight_scale")]
+    assert sum(".experts." in name for name in scales) == EXPERT_FAMILIES[family].packed
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert f"model.layers.0.{EXPERT_FAMILIES[family].router}" in ignored
+    assert 0 <= mean_kl(source, load_compressed(out)) < (0.2 if scheme is CompressedScheme.W4A16 else 0.02)
 
 
 @pytest.mark.slow
@@ -323,7 +326,7 @@ def test_failure_half_way_leaves_nothing(source: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(llmcompressor, "oneshot", fail)
     with pytest.raises(MemoryError):
-        write_compressed(source, out, CompressedTarget(group_size=64), ROWS)
+        write_compressed(source, out, CompressedTarget(CompressedScheme.W8A8), ROWS)
     assert list(out.iterdir()) == []
 
 
