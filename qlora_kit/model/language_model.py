@@ -7,6 +7,7 @@ is, without its towers.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipVisionConfig,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -33,6 +36,7 @@ from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.own_names import SAME, OwnNames, note_own_names
 
 _OWN_CLASSES: tuple[Any, ...] = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+_ANY_WIDTH = 64
 _NOT_CONVERTED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # of a quantization_config
 
 
@@ -66,7 +70,7 @@ def language_model(folder: Path) -> LanguageModel:
     if own_class is None:
         raise RecipeError([Problem(_no_language_model(folder, config), "model.source")])
     with torch.device("meta"):
-        own = own_class.from_config(config, trust_remote_code=False)
+        own = _own_model(own_class, config)
         if text is config:
             return LanguageModel(own_class, config, SAME, own)
         if type(text) in AutoModelForCausalLM._model_mapping:
@@ -77,6 +81,40 @@ def language_model(folder: Path) -> LanguageModel:
                 return LanguageModel(AutoModelForCausalLM, _with_names_of(text, names), names, own)
     names = OwnNames({}, tuple(_outside(own, _language_parts(own))))
     return LanguageModel(own_class, config, names, own)
+
+
+def _own_model(own_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """The checkpoint's own class, with another tower in the place of one whose library is not installed.
+
+    Towers are only looked at to be left out, so what is in them does not count.
+    """
+    try:
+        model: PreTrainedModel = own_class.from_config(config, trust_remote_code=False)
+    except ImportError:
+        seen = deepcopy(config)
+        towers = [(name, getattr(seen, name, None)) for name in seen.sub_configs]
+        for name, tower in towers:
+            if isinstance(tower, PreTrainedConfig) and not _can_be_built(tower):
+                vars(seen)[name] = _stand_in(tower)  # past the check of its type
+        model = own_class.from_config(seen, trust_remote_code=False)
+    return model
+
+
+def _stand_in(tower: PreTrainedConfig) -> PreTrainedConfig:
+    """A tower that transformers can build, with whatever else the settings of another say to those around it."""
+    found = SiglipVisionConfig(hidden_size=getattr(tower, "hidden_size", _ANY_WIDTH), num_attention_heads=1)
+    vars(found).update({key: value for key, value in vars(tower).items() if not hasattr(found, key)})
+    return found
+
+
+def _can_be_built(config: PreTrainedConfig) -> bool:
+    try:
+        AutoModel.from_config(config, trust_remote_code=False)
+    except ImportError:
+        return False
+    except ValueError:  # a part without a class of its own
+        return True
+    return True
 
 
 def build_language_model(folder: Path, attention: str | None = None) -> PreTrainedModel:
@@ -246,7 +284,7 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 
 def _take_over(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
     """Let a language model's settings say what the checkpoint's own say for it."""
-    text.tie_word_embeddings = config.tie_word_embeddings
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         text.quantization_config = quantization
 

@@ -54,7 +54,11 @@ def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNam
         next((f"{name}.weight" for name, module in found.own.named_modules() if module is table), "")
         for table in tables
     )
-    stacks = stack_layouts(found.own, tensors)
+    stacks = {
+        name: layout
+        for name, layout in stack_layouts(found.own, tensors).items()
+        if found.names.trained(name) is not None
+    }
     turned = [f"{name}.weight" for name in transposed_modules(found.own)]
     flipped = frozenset(by_own[name] for name in turned if name in by_own)
     return StoredNames(by_own, outside, stacks, flipped, by_own.get(embedding, ""), by_own.get(head, head))
