@@ -24,6 +24,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen3vlmoe": {"norm_topk_prob": True},
     "qwen2moe": {"norm_topk_prob": False},
     "olmoe": {"norm_topk_prob": False},
+    "afmoe": {"mup_enabled": True},
     "gemma3n": {
         "hidden_size_per_layer_input": 256,
         "laurel_rank": 64,
@@ -33,6 +34,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 }
 # kinds of layers that keep no keys and values; llama.cpp ends the process over a hybrid of these alone
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "mlp", "moe"})
+_WINDOWED_LAYERS = 64  # of exaone4's larger model
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of gemma3n's first layers
 
 
@@ -47,6 +49,8 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
         wanted = [_SPARSITY if layer < _SPARSE_LAYERS else 0.0 for layer in range(len(shares))]
         if shares != wanted:
             yield "activation_sparsity_pattern", f"{_SPARSITY} in the first {_SPARSE_LAYERS} layers, 0 in the rest"
+    if name == "exaone4" and fields.get("sliding_window") and fields.get("num_hidden_layers") != _WINDOWED_LAYERS:
+        yield "sliding_window", f"none but in the model of {_WINDOWED_LAYERS} layers"
     for field in ("layer_types", "layers_block_type"):
         kinds = fields.get(field)
         if isinstance(kinds, list) and kinds and _WITHOUT_ATTENTION.issuperset(kinds):

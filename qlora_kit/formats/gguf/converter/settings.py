@@ -32,7 +32,7 @@ def completed(folder: Path, fields: Fields) -> Fields:
     text = config.get_text_config()
     own = dict(fields.get("text_config") or {}) if text is not config else fields
     own.update({name: value for name, value in _known_to_class(text) if own.get(name) is None})
-    for add in (_rotary, _lengths, _layer_kinds, _linear_attention, _dense_layers):
+    for add in (_rotary, _lengths, _layer_kinds, _linear_attention, _experts, _shared_keys, _dense_layers):
         own.update({name: value for name, value in add(own) if own.get(name) is None})
     if not any(own.get(name) for name in _SCORES) and _routes_by_sigmoid(type(text)):
         own["scoring_func"] = "sigmoid"
@@ -70,7 +70,10 @@ def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
     share = full.get("partial_rotary_factor")
     if share is not None:
         yield "partial_rotary_factor", share
-    yield "rotary_pct", 1.0 if share is None else share
+    share = 1.0 if share is None else share
+    yield "rotary_pct", share
+    if width := fields.get("head_dim"):
+        yield "rotary_dim", int(width * share)
 
 
 def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -114,6 +117,19 @@ def _linear_attention(fields: Fields) -> Iterator[tuple[str, Any]]:
             "kda_layers": places["linear_attention"],
         },
     )
+
+
+def _experts(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """The width of experts, which is that of an MLP where there is no field for it."""
+    if any(fields.get(name) for name in ("num_experts", "num_local_experts")):
+        yield "moe_intermediate_size", fields.get("intermediate_size")
+
+
+def _shared_keys(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Heads that share one key: transformers says so by a flag beside which the number of keys does not count."""
+    if fields.get("multi_query") and not fields.get("new_decoder_architecture"):
+        fields["num_kv_heads"] = 1
+    yield from ()
 
 
 def _dense_layers(fields: Fields) -> Iterator[tuple[str, Any]]:

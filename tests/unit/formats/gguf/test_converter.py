@@ -19,10 +19,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     DeepseekV3Config,
+    FalconConfig,
     Gemma3Config,
     GPT2Config,
     GPTNeoXConfig,
     KimiLinearConfig,
+    MiniMaxM2Config,
     NemotronHConfig,
     Qwen3MoeConfig,
 )
@@ -165,6 +167,7 @@ def test_architectures_are_read_without_running_the_converter() -> None:
             {"architectures": ["KimiLinearForCausalLM"], "layer_types": ["linear_attention"]},
             "a layer of full attention",
         ),
+        ({"architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 4, "sliding_window": 64}, "sliding_window: it"),
         (
             {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"norm_topk_prob": False}},
             "norm_topk_prob",
@@ -320,11 +323,12 @@ def test_the_converters_name_of_a_split_is_taken_where_the_kit_has_none(
 
 def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
     """What transformers has under other names, in words of its own, or not at all."""
+    rope = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}
     made = {
-        "neox": GPTNeoXConfig(
-            rope_parameters={"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}
-        ),
+        "neox": GPTNeoXConfig(rope_parameters=rope),
+        "shared": FalconConfig(multi_query=True),
         "gpt2": GPT2Config(n_positions=128),
+        "partial": MiniMaxM2Config(rope_parameters={**rope, "partial_rotary_factor": 0.5}, head_dim=128),
         "sigmoid": DeepseekV3Config(),
         "softmax": Qwen3MoeConfig(),
         "hybrid": NemotronHConfig(layers_block_type=["mamba", "attention", "mamba", "moe"], num_hidden_layers=4),
@@ -335,11 +339,13 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
         config.save_pretrained(tmp_path / name)
         found[name] = completed(tmp_path / name, config.to_dict())
     assert (found["neox"]["rotary_pct"], found["neox"]["rope_theta"]) == (0.25, 5e4)
+    assert (found["partial"]["rotary_dim"], found["partial"]["moe_intermediate_size"]) == (64, 1536)
     assert (found["gpt2"]["n_ctx"], found["gpt2"]["hidden_size"]) == (128, 768)
     assert found["sigmoid"]["scoring_func"] == "sigmoid"
     assert "scoring_func" not in found["softmax"]
     assert found["hybrid"]["num_hidden_layers"] == 4
     assert found["hybrid"]["hybrid_override_pattern"] == "M*ME"
+    assert found["shared"]["num_kv_heads"] == 1
     assert found["kda"]["first_k_dense_replace"] == 1
     section = found["kda"]["linear_attn_config"]
     assert section["kda_layers"] + section["full_attn_layers"] == [1, 2, 3, 4]
