@@ -18,7 +18,7 @@ from qlora_kit.export.merging.rounded import Rounding, is_stored_rounded, rounde
 from qlora_kit.export.merging.write_shards import Written, write_shards
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
-from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.microscaled import read_weights
 from qlora_kit.weights.names import tensor_shapes
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def merge(
     zero = refuse_unlearned(trained)
     stored = is_stored_rounded(base_folder)
     as_trained = stored or (merge_base is not MergeBase.original and quant.kind is not QuantKind.none)
-    base = read_headers(base_folder)
+    base = read_weights(base_folder)
     rounded = _rounded(base_folder, trained, quant, stored, as_trained)
     names = stored_names(base_folder, base)
     plan = make_plan(base, trained, says_tied(base_folder), rounded, as_trained, names)

@@ -17,7 +17,7 @@ from qlora_kit.export.merging.write_shards import write_shards
 from qlora_kit.runs.run import Run
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
-from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.microscaled import read_weights
 
 
 def write_sixteen_bit(run: Run, merge_base: MergeBase, out: Path) -> MergeReport:
@@ -32,7 +32,7 @@ def write_sixteen_bit(run: Run, merge_base: MergeBase, out: Path) -> MergeReport
     """
     if not run.trained:
         copied = copy_base(run.base.folder, run.tokenizer, out)
-        wider = sorted({tensor.dtype for tensor in read_headers(run.base.folder).values()} & {"F64", "F32", "F16"})
+        wider = sorted({tensor.dtype for tensor in read_weights(run.base.folder).values()} & {"F64", "F32", "F16"})
         rounded = f" rounded from {' and '.join(wider)} to BF16," if wider else ""
         log.info(f"copied the base,{rounded} {human_bytes(copied.size)} in {human_seconds(copied.seconds)}")
         return copied
@@ -60,7 +60,7 @@ def copy_base(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
     from qlora_kit.model.stored_names import stored_names
 
     began = time.perf_counter()
-    base = read_headers(base_folder)
+    base = read_weights(base_folder)
     names = stored_names(base_folder, base)
     plan = make_plan(base, Adapter(base_folder, {}, {}), says_tied(base_folder), (), merge_rounded=False, names=names)
     refuse_full_disk(plan.size, out, "the copy of the base")

@@ -9,6 +9,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_kit.core.console.lines import is_verbose
 from qlora_kit.core.errors import DamagedFileError, RecipeError
@@ -16,12 +17,14 @@ from qlora_kit.core.files import read_json
 from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.language_model import load_language_model
+from qlora_kit.model.microscaled import is_microscaled, unpacking
 from qlora_kit.model.packed_loading import named_plainly, stack_experts, with_experts
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of
 from qlora_kit.model.structure import LINEAR, kept_whole
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
+from qlora_kit.weights.microscaled import STORED_AS
 
 _TRIED_TOKENS = 8
 
@@ -59,7 +62,7 @@ def load_base(
             folder,
             dtype=dtype,
             device=this_device(),
-            quantization=_as_loaded(quant, dtype, kept) if stored is None else None,
+            quantization=_as_loaded(folder, quant, dtype, kept) if stored is None else None,
             attention=None if attention is None else attention.value,
         )
     if stored is not None:
@@ -137,9 +140,14 @@ def _name_decoder(model: PreTrainedModel) -> None:
         model.base_model_prefix = "model"
 
 
-def _as_loaded(quant: QuantConfig, dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig | None:
+def _as_loaded(
+    folder: Path, quant: QuantConfig, dtype: torch.dtype, whole: Sequence[str]
+) -> QuantizationConfigMixin | None:
+    microscaled = is_microscaled(read_config(folder))
     config = bitsandbytes_config(quant, dtype, whole)
-    return with_experts(config) if config is not None and quant.kind.is_4bit else config
+    if config is None:
+        return unpacking() if microscaled else None
+    return with_experts(config, microscaled=microscaled) if quant.kind.is_4bit else config
 
 
 def try_forward(model: PreTrainedModel) -> None:
@@ -198,10 +206,12 @@ def _stored_kind(folder: Path) -> QuantKind | None:
         return None
     if not isinstance(stored, dict):
         raise DamagedFileError(f"{path}: its quantization_config is not a JSON object", str(path))
+    if stored.get("quant_method") == STORED_AS:
+        return None  # unpacked while it is loaded, and stored as the recipe says
     if stored.get("quant_method") != "bitsandbytes":
         raise RecipeError(
             f"the base in {folder} is quantized with {stored.get('quant_method')}; "
-            "only bitsandbytes bases can be trained",
+            "only bases in 16 bit, by bitsandbytes, or with experts in 4-bit floats can be trained",
             "model.source",
             "model.source=<the 16-bit model it was made from>",
         )

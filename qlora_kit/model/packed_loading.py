@@ -13,6 +13,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
+from qlora_kit.model.microscaled import unpacking_conversions
 from qlora_kit.model.stacked_experts import StackedExperts, experts_of
 
 if TYPE_CHECKING:
@@ -35,8 +36,13 @@ def stack_experts(model: nn.Module, kept: Collection[str] = ()) -> list[str]:
     return list(found)
 
 
-def with_experts(config: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """The same configuration for the quantizer that takes experts too."""
+def with_experts(config: BitsAndBytesConfig, *, microscaled: bool = False) -> BitsAndBytesConfig:
+    """The same configuration for the quantizer that takes experts too.
+
+    Args:
+        microscaled: whether the checkpoint holds its experts in 4-bit floats.
+    """
+    config.microscaled = microscaled
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(BitsAndBytesConfig)
         register_quantizer(METHOD)(_Quantizer)
@@ -71,6 +77,10 @@ class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers is n
                     quant_storage=self.quantization_config.bnb_4bit_quant_storage,
                 )
                 experts.register_parameter(stack, packed)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What is made of stored tensors before it is put into 4 bit."""
+        return unpacking_conversions() if self.quantization_config.microscaled else []
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is put into 4 bit: the weight of a linear module, or a stack of experts."""

@@ -151,7 +151,7 @@ class WeightStack:
         """The weights of all experts, [experts, ...]."""
         if (state := self.state) is None:
             return self.parameter.detach().to(dtype)
-        return _dequantized(self.parameter.data, state.absmax, state, self.shape, nested=state.nested).to(dtype)
+        return _dequantized(self.parameter.data, state.absmax, state, self.shape, dtype, nested=state.nested)
 
     def unpack_each(self, experts: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
         """The weights of some experts, one after another."""
@@ -167,7 +167,7 @@ class WeightStack:
         for expert in experts:
             part = codes[expert * size // 2 : (expert + 1) * size // 2]
             own = scales[expert * blocks : (expert + 1) * blocks]
-            yield _dequantized(part, own, state, self.shape[1:], nested=False).to(dtype)
+            yield _dequantized(part, own, state, self.shape[1:], dtype, nested=False)
 
     @property
     def state(self) -> Any:
@@ -175,12 +175,14 @@ class WeightStack:
         return getattr(self.parameter, "quant_state", None)
 
 
-def _dequantized(codes: Tensor, scales: Tensor, state: Any, shape: tuple[int, ...], *, nested: bool) -> Tensor:
+def _dequantized(
+    codes: Tensor, scales: Tensor, state: Any, shape: tuple[int, ...], dtype: torch.dtype, *, nested: bool
+) -> Tensor:
     """Weights of some blocks; flat meanwhile, as bitsandbytes takes blocks to end with rows on a CPU."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     flat = torch.Size([math.prod(shape)])
     of_scales = {"offset": state.offset, "state2": state.state2} if nested else {}
-    part = QuantState(scales, flat, state.code, state.blocksize, state.quant_type, state.dtype, **of_scales)
+    part = QuantState(scales, flat, state.code, state.blocksize, state.quant_type, dtype, **of_scales)
     dense: Tensor = dequantize_4bit(codes.view(-1, 1), part)
     return dense.view(shape)

@@ -28,7 +28,8 @@ from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
 from qlora_kit.training.forecast import CountedWeights
-from qlora_kit.weights.headers import StoredTensor, read_headers
+from qlora_kit.weights.headers import StoredTensor
+from qlora_kit.weights.microscaled import read_weights
 from qlora_kit.weights.own_names import OwnNames, own_names_of
 
 # In words, what stays in 16 bit; the first two are what every model keeps.
@@ -57,7 +58,7 @@ class Checkpoint:
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
         """Read the headers of a folder."""
-        tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
+        tensors = read_weights(folder) if any(folder.glob("*.safetensors")) else {}
         return cls(tensors, stored_names(folder, tensors))
 
     def by_trained(self, names: OwnNames) -> dict[str, StoredTensor]:

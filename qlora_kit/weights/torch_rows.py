@@ -6,6 +6,7 @@ Read with plain reads rather than a mapping, so that a file's pages never count 
 from typing import TYPE_CHECKING
 
 from qlora_kit.weights.headers import StoredTensor, broken
+from qlora_kit.weights.microscaled import MicroscaledTensor
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -19,6 +20,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, room: "Tensor | None"
     """
     import torch
 
+    if isinstance(tensor, MicroscaledTensor):
+        return tensor.read(start, stop)
     size = (stop - start) * tensor.row_bytes
     buffer = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
     view = buffer.numpy().data

@@ -16,6 +16,8 @@ OF_RECIPES = re.compile(rf"\bexport\.\w+\.|\b(?:{'|'.join(RECIPES)})\b")
 # Rooms that name formats because that is what they are for.
 MEANT = {
     "families/": "a family says how its layers lie in each format",
+    "model/microscaled.py": "a base may be stored in a format that files are written in too",
+    "weights/microscaled.py": "the same, below every room that reads weights",
     "schema/export.py": "the typed settings of each format, below every room that reads them",
 }
 

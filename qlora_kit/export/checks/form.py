@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.core.files import read_json
 from qlora_kit.export.checks.fault import Unquantized
-from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.microscaled import read_weights
 from qlora_kit.weights.own_names import own_names_of
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -116,7 +116,7 @@ def model_form(folder: Path) -> ModelForm | None:
         modules=frozenset(name.rpartition(".")[2] for name in named),
         kinds=frozenset(type(module).__name__ for module in named.values()),
         head=next((name for name, module in named.items() if module is model.get_output_embeddings()), ""),
-        stored=frozenset(read_headers(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
+        stored=frozenset(read_weights(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
         otherwise=found.otherwise,
         is_part=own_names_of(model).is_part,
         is_renamed=any(linear.module != linear.name for linear in found.linears if not linear.is_expert),

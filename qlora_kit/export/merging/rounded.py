@@ -10,6 +10,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.merging.packed import PackedWeight, can_pack, pack_weight
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.headers import StoredTensor
+from qlora_kit.weights.microscaled import STORED_AS
 from qlora_kit.weights.own_names import own_names_of
 from qlora_kit.weights.torch_rows import read_whole
 
@@ -100,6 +101,8 @@ def is_stored_rounded(base: Path) -> bool:
         RunError: it is quantized in another way.
     """
     stored: Mapping[str, Any] | None = read_json(base / "config.json").get("quantization_config")
+    if stored and stored.get("quant_method") == STORED_AS:
+        return False  # its values are read as 16-bit weights
     if stored and stored.get("quant_method") != "bitsandbytes":
         raise RunError(
             f"the base is quantized with {stored.get('quant_method')}; an adapter is merged into 16-bit weights "
