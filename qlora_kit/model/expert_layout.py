@@ -5,8 +5,8 @@ says how. Here the conversions are run on the numbers of rows, so that the answe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,11 +74,19 @@ def stack_layouts(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
         for stack in stacked_names(module)
     }
     sources = _sources(model, stored)
+    known: dict[_Form, tuple[StackPart, ...] | None] = {}
     found = {}
     for name, (shape, transposed) in shapes.items():
-        if name in sources and (parts := _parts(sources[name], shape, stored)):
-            experts, rows, columns = shape
-            found[name] = StackLayout(name, (experts, rows, columns), transposed, parts)
+        if name not in sources:
+            continue
+        experts, rows, columns = shape
+        form = sources[name].form(shape, stored)
+        if form not in known:  # all layers have one or two
+            known[form] = _parts(sources[name], shape, stored)
+        if (parts := known[form]) is not None:
+            named = zip(parts, sources[name].names, strict=True)
+            made = tuple(replace(part, tensor=tensor) for part, tensor in named)
+            found[name] = StackLayout(name, (experts, rows, columns), transposed, made)
     return found
 
 
@@ -97,6 +105,15 @@ def _sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict
     return found
 
 
+class _Form(NamedTuple):
+    """What decides how a stack is made: equal for all layers of one kind."""
+
+    converter: int
+    patterns: tuple[tuple[str, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class _Sources:
     """Tensors by the pattern of the converter that they match, in the order of their numbers."""
@@ -104,31 +121,70 @@ class _Sources:
     converter: WeightConverter | None
     tensors: dict[str, list[str]]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return [name for pattern in self.tensors.values() for name in pattern]
+
+    def form(self, shape: tuple[int, ...], stored: Mapping[str, StoredTensor]) -> "_Form":
+        """How a stack of a shape is made of them."""
+        patterns = () if self.converter is None else tuple((one, len(names)) for one, names in self.tensors.items())
+        return _Form(id(self.converter), patterns, tuple(stored[name].shape for name in self.names), shape)
+
+
+class _Model:
+    """As much of a model as conversions ask for: the shape of a parameter."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = tuple(shape)
+
+    def get_parameter(self, _name: str) -> Tensor:
+        return torch.empty(self._shape, device="meta")
+
 
 def _parts(
     sources: _Sources, shape: tuple[int, ...], stored: Mapping[str, StoredTensor]
 ) -> tuple[StackPart, ...] | None:
-    names = [name for pattern in sources.tensors.values() for name in pattern]
+    """The parts of a stack; None where it is made in another way than of whole rows side by side."""
+    names = sources.names
     if sources.converter is None:
-        (name,) = names
-        return (StackPart(name, None, 0, shape[1], flipped=False),) if stored[name].shape == shape else None
-    alone = len(names) == 1
-    numbers = {name: _numbered(place, stored[name].shape, whole=alone) for place, name in enumerate(names)}
-    made = _converted(sources, sources.converter, numbers)
-    if made is None or made.ndim != len(shape) or (not alone and made.shape[:2] != shape[:2]):
+        return (StackPart("", None, 0, shape[1], flipped=False),) if stored[names[0]].shape == shape else None
+    if len(names) == 1:
+        return _of_one(sources.converter, sources, shape, stored[names[0]].shape)
+    numbers = {name: _numbered(place, stored[name].shape) for place, name in enumerate(names)}
+    made = _converted(sources, sources.converter, numbers, _Model(shape))
+    if made is None or made.ndim != len(shape) or made.shape[:2] != shape[:2]:
         return None
-    parts = [_place(name, place, made, stored[name].shape, shape, whole=alone) for place, name in enumerate(names)]
+    parts = [_place(place, made, stored[name].shape, shape) for place, name in enumerate(names)]
     return None if any(part is None for part in parts) else tuple(part for part in parts if part is not None)
 
 
-def _numbered(place: int, shape: Sequence[int], *, whole: bool) -> Tensor:
-    """A tensor of a shape whose values are the numbers of its rows; of few columns where it may be copied."""
-    columns = shape[-1] if whole else _FEW
+def _of_one(
+    converter: WeightConverter, sources: _Sources, shape: tuple[int, ...], stored: tuple[int, ...]
+) -> tuple[StackPart, ...] | None:
+    """The one part of a stack that is made of one tensor: as it is, or with rows and columns exchanged."""
+    if len(stored) != len(shape):
+        return None
+    few = (min(_FEW, shape[0]), *shape[1:])  # of the experts, which are all alike
+    numbers = torch.arange(stored[1] * stored[2], dtype=torch.int32).view(1, *stored[1:]).expand(few[0], -1, -1)
+    made = _converted(sources, converter, {sources.names[0]: numbers}, _Model(few))
+    if made is None or made.shape != few:
+        return None
+    for flipped in (False, True):
+        if torch.equal(made, numbers.transpose(1, 2) if flipped else numbers):
+            return (StackPart("", None, 0, shape[1], flipped),)
+    return None
+
+
+def _numbered(place: int, shape: Sequence[int]) -> Tensor:
+    """A tensor of a few columns whose values are the numbers of its rows."""
     rows = torch.arange(shape[-2]) + place * _APART
-    return rows.unsqueeze(1).expand(*shape[:-1], columns)
+    return rows.unsqueeze(1).expand(*shape[:-1], _FEW)
 
 
-def _converted(sources: _Sources, converter: WeightConverter, numbers: Mapping[str, Tensor]) -> Tensor | None:
+def _converted(
+    sources: _Sources, converter: WeightConverter, numbers: Mapping[str, Tensor], model: _Model
+) -> Tensor | None:
     values: Any = {
         pattern: [numbers[name] for name in sources.tensors[pattern]]
         for pattern in converter.source_patterns  # in the order in which they are put together
@@ -140,6 +196,8 @@ def _converted(sources: _Sources, converter: WeightConverter, numbers: Mapping[s
                 values,
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
+                model=model,
+                full_layer_name="",
             )
     except Exception:  # an operation that wants more than row numbers
         return None
@@ -148,12 +206,9 @@ def _converted(sources: _Sources, converter: WeightConverter, numbers: Mapping[s
     return made if isinstance(made, Tensor) else None
 
 
-def _place(
-    name: str, place: int, made: Tensor, stored: tuple[int, ...], shape: tuple[int, ...], *, whole: bool
-) -> StackPart | None:
+def _place(place: int, made: Tensor, stored: tuple[int, ...], shape: tuple[int, ...]) -> StackPart | None:
     """Where a tensor's rows are found in what was made; None unless they are there in their order, side by side."""
-    flipped = whole and made.shape[1:] == stored[:0:-1] and bool((made[0, 0] == made[0, 0, 0]).logical_not().any())
-    rows_of = made[:, 0, :] if flipped else made[:, :, 0]
+    rows_of = made[:, :, 0]
     own = rows_of // _APART == place
     experts = own.any(dim=1).nonzero().flatten().tolist()
     expected = list(range(stored[-2]))
@@ -162,8 +217,8 @@ def _place(
     ):
         return None
     first = int(own[experts[0]].nonzero()[0])
-    if len(stored) == 2:
-        return StackPart(name, experts[0], first, stored[0], flipped) if len(experts) == 1 else None
-    if len(experts) != shape[0]:
+    if not bool(own[experts[0], first : first + stored[-2]].all()):
         return None
-    return StackPart(name, None, 0 if flipped else first, shape[1] if flipped else stored[1], flipped)
+    if len(stored) == 2:
+        return StackPart("", experts[0], first, stored[0], flipped=False) if len(experts) == 1 else None
+    return StackPart("", None, first, stored[1], flipped=False) if len(experts) == shape[0] else None
