@@ -48,13 +48,39 @@ def check_exports(base: Path, export: ExportConfig, adapter: Mapping[str, Any] |
     return fit
 
 
+def possible_files(
+    base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None
+) -> tuple[ExportConfig, dict[str, str]]:
+    """The files of a recipe without those that the base's family has in no form, and why it has not, by name.
+
+    A file that another setting would mend counts as possible; so do all where none would be left.
+    """
+    problems = check_exports(base, export, adapter).problems
+    none: dict[str, str] = {}
+    for one in requested(export):
+        own = [problem for problem in problems if _is_about(problem, one.path)]
+        if own and all(problem.fix == ELSEWHERE for problem in own):
+            none[one.name] = "; ".join(problem.what for problem in own)
+    if len(none) == len(list(requested(export))):
+        return export, {}
+    return export.without(none), none
+
+
+def _is_about(problem: Problem, path: str) -> bool:
+    """Whether it is told of a target, one of its fields, or a place that its check read."""
+    return problem.where == path or problem.where.startswith((f"{path}.", f"{path} "))
+
+
 def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """Refuse what a base cannot be written as: group sizes by config.json alone, at once, then all by its layers.
+
+    Beside files that are possible, those that no setting makes possible are not told: see `possible_files`.
 
     Raises:
         RecipeError: with everything that cannot be written, and the lines that mend it.
     """
     refuse_group_sizes(base, export)
+    export, _ = possible_files(base, export, adapter)
     found = check_exports(base, export, adapter)
     if found.problems:
         raise RecipeError(found.problems)

@@ -1,8 +1,9 @@
 """Recipe group `export`: what to merge into, and the files to write."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Any
 
 from qlora_kit.schema.field import Sealed, setting
 from qlora_kit.schema.issue import Issue
@@ -337,6 +338,16 @@ class ExportConfig(Sealed):
     bnb: dict[str, BnbTarget] = setting({}, "bitsandbytes folders to write, by name.")
     fp8_block: dict[str, Fp8BlockTarget] = setting({}, "Folders of FP8 blocks to write, by name.")
     adapter: dict[str, AdapterTarget] = setting({}, "Adapters to write, by name.")
+
+    def without(self, names: Collection[str]) -> "ExportConfig":
+        """The same without the files of these names."""
+        groups = {field.name: getattr(self, field.name) for field in fields(self)}
+        left: dict[str, Any] = {
+            group: {name: target for name, target in named.items() if name not in names}
+            for group, named in groups.items()
+            if isinstance(named, dict)
+        }
+        return replace(self, **left)
 
     def targets(self) -> "Iterator[Named]":
         """Every file or folder, group by group."""

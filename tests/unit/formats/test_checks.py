@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
 
-from qlora_kit.core.errors import Problem
+from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.extras import is_present
 from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.checks.form import ModelForm, model_form
-from qlora_kit.formats.checks import Checked, check_exports, check_form
+from qlora_kit.formats.checks import Checked, check_exports, check_form, possible_files, refuse_unfit
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -258,3 +258,20 @@ def test_a_base_that_is_stored_in_4_bit_is_judged_by_what_is_made_of_it(tmp_path
 def test_a_kind_that_transformers_does_not_build_is_left_to_its_own_refusal(tmp_path: Path) -> None:
     AutoConfig.for_model("clip").save_pretrained(tmp_path)
     assert check_exports(tmp_path, export_of(["export=gptq_4bit"])) == Checked()
+
+
+def test_files_that_a_family_has_in_no_form_keep_the_others_from_nothing(tmp_path: Path) -> None:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    form_of(tmp_path, Qwen3MoeConfig(hidden_size=256, vocab_size=640, **IDS, **moe))
+    asked = export_of(["export=[merged_16bit,bnb_nf4,awq_4bit_g64]"])
+    left, none = possible_files(tmp_path, asked)
+    assert [one.name for one in left.targets()] == ["awq_4bit_g64", "merged_16bit"]
+    assert list(none) == ["bnb_nf4"] and "experts would stay in 16 bit" in none["bnb_nf4"]
+    assert refuse_unfit(tmp_path, asked).problems == []
+    # alone it is refused, and what another setting would mend is refused beside others too
+    assert possible_files(tmp_path, export_of(["export=bnb_nf4"])) == (export_of(["export=bnb_nf4"]), {})
+    with pytest.raises(RecipeError, match="experts would stay in 16 bit"):
+        refuse_unfit(tmp_path, export_of(["export=bnb_nf4"]))
+    with pytest.raises(RecipeError, match="group_size") as raised:
+        refuse_unfit(tmp_path, export_of(["export=[merged_16bit,awq_4bit]", "export.awq.awq_4bit.group_size=96"]))
+    assert all(problem.fix != ELSEWHERE for problem in raised.value.problems)

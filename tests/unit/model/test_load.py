@@ -89,7 +89,5 @@ def test_a_prequantized_folder_of_another_kind_is_refused(folder, tmp_path):
 
 def test_a_base_quantized_for_serving_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(
-        RecipeError, match="is quantized with gptq; only bases in 16 bit, by bits"
-    ):
+    with pytest.raises(RecipeError, match="is quantized with gptq; only bases in 16 bit, by bits"):
         load_base(tmp_path, QuantConfig())
