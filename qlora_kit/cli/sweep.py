@@ -24,16 +24,18 @@ PLACE = "hydra.sweep.dir"
 def run_sweep(line: Line) -> int:
     """Check every job, launch them, print the ranked table; exit code 1 when a job failed or the sweep was stopped."""
     from qlora_kit.cli.hydra_entry import run_under_hydra
-    from qlora_kit.pipelines.sweep import check_jobs, conclude
+    from qlora_kit.pipelines.sweep import check_jobs, conclude, note_commits
     from qlora_kit.runs.job_process import SweepStop
     from qlora_kit.schema.compose import sweep_lines
     from qlora_kit.tracking.tracker import reach_services
 
     overrides = named(line)
-    first, jobs = check_jobs(overrides)
+    recipes = check_jobs(overrides)
+    first = recipes[0]
     reach_services(first.tracker)
     with _folder(line, first.name) as sweep:
-        log.info(f"sweep of {counted(jobs, 'job')} into {sweep}")
+        log.info(f"sweep of {counted(len(recipes), 'job')} into {sweep}")
+        note_commits(sweep, recipes)
         place = _place(line, sweep)
         stop = SweepStop(sweep)
         stop.withdraw()
@@ -86,13 +88,13 @@ def _folder(line: Line, name: str) -> Iterator[Path]:
 def _job(sweep: Path, sweep_process: int, _tree: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_kit.pipelines.sweep import Job, run_job
+    from qlora_kit.pipelines.sweep import Job, at_noted_commit, run_job
     from qlora_kit.runs.job_process import SweepStop
     from qlora_kit.schema.compose import compose_unchecked
 
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     # As the lines were checked: Hydra's own tree merges mappings that a line replaces.
-    recipe = cast(TrainRecipe, compose_unchecked("train", overrides))
+    recipe = at_noted_commit(sweep, cast(TrainRecipe, compose_unchecked("train", overrides)))
     job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), [masked(one) for one in overrides])
     return run_job(job, SweepStop(sweep), sweep_process)

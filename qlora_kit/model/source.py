@@ -2,6 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.console.lines import log
@@ -43,6 +46,22 @@ def hub_name(source: str, revision: str | None = None) -> tuple[str, str | None]
     return None if is_local else (source, revision)
 
 
+def pinned(config: ModelConfig) -> ModelConfig:
+    """The base with the commit of a hub repository that the recipe leaves open, which is the newest; told of once.
+
+    What records the base records it, so that whatever comes later reads the same commit again. Where the hub cannot be
+    reached, it is the commit that the local cache has.
+
+    Raises:
+        RecipeError: there is no such folder, or neither the hub nor the cache has the repository.
+    """
+    if not _is_on_hub(config) or config.revision:
+        return config
+    commit = _newest_commit(config.source)
+    log.info(f"{config.source} at {commit}: its newest commit, for model.revision is not set; the run keeps it")
+    return replace(config, revision=commit)
+
+
 def locate_base(config: ModelConfig) -> Path:
     """The checked folder of the base model, fetched first where needed.
 
@@ -51,35 +70,24 @@ def locate_base(config: ModelConfig) -> Path:
     """
     if config.source == DEMO:
         return demo_base()
-    revision = check_source(config)
-    if revision is None:
+    check_source(config)
+    if not _is_on_hub(config):
         return typed_path(config.source)
-    fetched = _fetch(config.source, revision, HUB_FILES)
+    fetched = _fetch(pinned(config), HUB_FILES)
     check_folder(fetched)
     return fetched
 
 
-def check_source(config: ModelConfig) -> str | None:
-    """Check what is at hand of a base, and fetch nothing; returns the commit that is to be fetched, if one is.
+def check_source(config: ModelConfig) -> None:
+    """Check what is at hand of a base, and fetch nothing.
 
     Raises:
-        RecipeError: there is no such folder, it lacks a file or needs remote code, or a hub id comes without a commit.
+        RecipeError: there is no such folder, it lacks a file or needs remote code.
     """
-    folder = typed_path(config.source)
-    if config.source == DEMO:
-        return None
-    if folder.exists():
+    if config.source != DEMO and (folder := typed_path(config.source)).exists():
         check_folder(folder)
-        return None
-    if _looks_like_a_path(config.source):
-        raise _no_such_folder(config.source, folder)
-    if not config.revision:
-        raise RecipeError(
-            f"model.source={config.source} is a hub repository, which may change; a run needs one commit of it",
-            where="model.source",
-            fix="model.revision=<commit>",
-        )
-    return config.revision
+    else:
+        _is_on_hub(config)
 
 
 def refuse_other_kinds(config: ModelConfig) -> None:
@@ -93,9 +101,9 @@ def refuse_other_kinds(config: ModelConfig) -> None:
         return
     folder = typed_path(config.source)
     if not folder.is_dir():
-        if _looks_like_a_path(config.source) or not config.revision:
+        if _looks_like_a_path(config.source):
             return  # locate_base says what is wrong with it
-        folder = _fetch(config.source, config.revision, CONFIG_FILES)
+        folder = _fetch(pinned(config), CONFIG_FILES)
     if (folder / CONFIG).is_file() and (problems := list(kind_problems(config.source, read_config(folder)))):
         raise RecipeError(problems)
 
@@ -111,9 +119,7 @@ def locate_tokenizer(config: ModelConfig) -> Path:
         if problem := _no_tokenizer(folder):
             raise RecipeError([problem])
         return folder
-    if config.source != DEMO and config.revision and not _looks_like_a_path(config.source):
-        return _fetch(config.source, config.revision, TOKENIZER_FILES)
-    return locate_base(config)
+    return _fetch(pinned(config), TOKENIZER_FILES) if _is_on_hub(config) else locate_base(config)
 
 
 def check_folder(folder: Path) -> None:
@@ -195,6 +201,20 @@ def _shard_problems(folder: Path, shards: list[str]) -> list[Problem]:
     return [Problem(what, "model.source", "fetch the missing files again")]
 
 
+def _is_on_hub(config: ModelConfig) -> bool:
+    """Whether a base is a repository of the hub.
+
+    Raises:
+        RecipeError: it reads like a path, and there is nothing.
+    """
+    folder = typed_path(config.source)
+    if config.source == DEMO or folder.exists():
+        return False
+    if _looks_like_a_path(config.source):
+        raise _no_such_folder(config.source, folder)
+    return True
+
+
 def _looks_like_a_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source or source.endswith("/")
 
@@ -216,13 +236,37 @@ def _nearest(source: str, folder: Path) -> str | None:
     return str(parent / close[0]) if close else None
 
 
-def _fetch(repository: str, revision: str, files: list[str]) -> Path:
+def _fetch(config: ModelConfig, files: list[str]) -> Path:
+    with _hub_errors(config.source, config.revision):
+        return _snapshot(config.source, str(config.revision), files)
+
+
+def _newest_commit(repository: str) -> str:
+    """The commit that the main branch of a hub repository is at; of the cache where the hub cannot be reached."""
+    import httpx  # comes with huggingface_hub
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    with _hub_errors(repository, None):
+        try:
+            commit = HfApi().model_info(repository).sha
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+            raise
+        except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError):
+            return Path(snapshot_download(repository, allow_patterns=CONFIG_FILES, local_files_only=True)).name
+    if commit is None:
+        raise RecipeError(f"the hub names no commit of {repository}", "model.source", "model.revision=<commit>")
+    return commit
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn the errors of the hub's library into the kit's."""
     import httpx  # comes with huggingface_hub
     from huggingface_hub import errors
 
     local = "model.source=<folder of a model in Hugging Face format>"
     try:
-        return _snapshot(repository, revision, files)
+        yield
     except errors.GatedRepoError as error:
         what = f"the hub wants you to accept the terms of {repository} first, and to log in"
         raise RecipeError(what, where="model.source", fix="hf auth login") from error
@@ -236,7 +280,8 @@ def _fetch(repository: str, revision: str, files: list[str]) -> Path:
         what = f"{repository} is neither a folder nor the name of a hub repository"
         raise RecipeError(what, where="model.source", fix=local) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        what = f"{repository} could not be fetched: the hub cannot be reached and {revision} is not in the local cache"
+        cached = f"{revision} is not" if revision else "no commit of it is"
+        what = f"{repository} could not be fetched: the hub cannot be reached and {cached} in the local cache"
         raise RecipeError(what, where="model.source", fix=local) from error
 
 

@@ -3,8 +3,9 @@
 import math
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qlora_kit.core.console.lines import log
@@ -12,6 +13,7 @@ from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
+from qlora_kit.model.source import pinned
 from qlora_kit.report.table import print_table
 from qlora_kit.runs.as_written import note_recipe
 from qlora_kit.runs.best_job import SWEEP_RECORD
@@ -27,6 +29,7 @@ from qlora_kit.training.preflight import check_train
 
 JOB_RECORD = "job.json"
 LOG = "log.txt"
+COMMITS = "commits.json"  # of the bases that no recipe pins, by hub id
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
@@ -63,26 +66,41 @@ class Job:
     overrides: list[str]
 
 
-def check_jobs(overrides: list[str]) -> tuple[TrainRecipe, int]:
-    """The first job's recipe and how many jobs there are, every one checked; equal problems are told once.
+def check_jobs(overrides: list[str]) -> list[TrainRecipe]:
+    """The recipes of the jobs, every one checked; equal problems are told once.
 
     Raises:
         RecipeError: a job could not be trained, or its objective could not be measured.
     """
     recipes, problems = [], dict[str, Problem]()
-    jobs = sweep_jobs(overrides)
-    for job in jobs:
+    for job in sweep_jobs(overrides):
         try:
             recipes.append(check_train(compose_recipe("train", job)))
         except RecipeError as error:
             problems |= {str(problem): problem for problem in error.problems}
     if problems:
         raise RecipeError(list(problems.values()))
-    first = recipes[0]
-    if first.sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
+    if recipes[0].sweep.objective == "eval_loss" and not all(recipe.data.holds_out for recipe in recipes):
         what = "the sweep ranks by eval_loss, but there are no held-out rows"
         raise RecipeError(what, "sweep.objective", HOLD_OUT)
-    return first, len(jobs)
+    return recipes
+
+
+def note_commits(sweep: Path, recipes: Iterable[TrainRecipe]) -> None:
+    """Find the commit of each base that the recipes leave open, once for all jobs; a sweep that goes on keeps them."""
+    place = sweep / COMMITS
+    noted = read_json(place) if place.is_file() else {}
+    models = {recipe.model.source: recipe.model for recipe in recipes if recipe.model.revision is None}
+    found = {source: pinned(model).revision for source, model in models.items() if source not in noted}
+    if commits := {source: commit for source, commit in {**noted, **found}.items() if commit is not None}:
+        write_json(place, commits)
+
+
+def at_noted_commit(sweep: Path, recipe: TrainRecipe) -> TrainRecipe:
+    """A job's recipe with the commit of its base that the sweep noted."""
+    place, model = sweep / COMMITS, recipe.model
+    commit = read_json(place).get(model.source) if place.is_file() and model.revision is None else None
+    return recipe if commit is None else replace(recipe, model=replace(model, revision=str(commit)))
 
 
 def run_job(job: Job, stop: SweepStop, sweep_process: int) -> float:

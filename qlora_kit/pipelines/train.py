@@ -29,7 +29,7 @@ from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.load import load_base, quiet_libraries, try_forward
 from qlora_kit.model.skeleton import told_plainly
-from qlora_kit.model.source import locate_base, refuse_other_kinds
+from qlora_kit.model.source import locate_base, pinned, refuse_other_kinds
 from qlora_kit.model.structure import not_adapted
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.runs.as_written import note_adapter
@@ -90,6 +90,7 @@ def _train(
 ) -> tuple[TrainResult, Path]:
     """The result, and the folder of the base."""
     quiet_libraries()
+    recipe = replace(recipe, model=pinned(recipe.model))
     refuse_other_kinds(recipe.model)
     base_folder = locate_base(recipe.model)
     refuse_other_base(run, base_folder, is_trained=False)

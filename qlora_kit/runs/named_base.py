@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
-from qlora_kit.model.source import locate_base
+from qlora_kit.model.source import locate_base, pinned
 from qlora_kit.schema.folders import groups, recipe_file
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import ExportRecipe
@@ -34,8 +34,8 @@ def named_base(recipe: ExportRecipe) -> NamedBase:
     Raises:
         RecipeError: it is not there, lacks a file, or is quantized.
     """
-    model = _model(recipe)
     with in_words_of_base(recipe):
+        model = pinned(_model(recipe))
         folder = locate_base(model)
     refuse_quantized(folder, recipe)
     return NamedBase(model, folder)

@@ -1,6 +1,7 @@
 """Opens what verbs work on: a finished run, a base to export, or the exports of a base; loads no weight."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,9 +78,10 @@ def open_to_export(recipe: ExportRecipe, overrides: Sequence[str], check: Callab
         RecipeError: there is none, or it cannot be exported.
     """
     if recipe.base is not None:
+        recipe = _at_noted_commit(recipe)
         named = named_base(recipe)
         check(named.folder)
-        return open_base(recipe, named, overrides)
+        return open_base(replace(recipe, revision=named.model.revision), named, overrides)
     found = find_run("latest" if recipe.run is None else recipe.run, finished=True)
     refuse_at_work(found)
     check(locate_base(cast(TrainRecipe, load_recipe("train", found.recipe)).model))
@@ -186,6 +188,15 @@ def _refuse_beyond_embedding(folder: Path, tokenizer: Any, recipe: ExportRecipe)
     ]
     if problems:
         raise RecipeError(problems)
+
+
+def _at_noted_commit(recipe: ExportRecipe) -> ExportRecipe:
+    """A recipe with the commit that earlier exports into its folder are of, where it names none."""
+    if recipe.revision is not None or not recipe.out:
+        return recipe
+    before = RunDirectory(typed_path(recipe.out)).export_recipe
+    noted = cast(ExportRecipe, load_recipe("export", before)) if before.is_file() else None
+    return recipe if noted is None or noted.base != recipe.base else replace(recipe, revision=noted.revision)
 
 
 def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:

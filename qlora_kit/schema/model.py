@@ -66,7 +66,9 @@ class ModelConfig(Sealed):
     """The base model."""
 
     source: str = setting(MISSING, f"A local folder, a hub id, or `demo` ({NAME} from a PyPI wheel).")
-    revision: str | None = setting(None, "Commit or tag of a hub id; required for one, so a run can be repeated.")
+    revision: str | None = setting(
+        None, "Commit or tag of a hub id; its newest commit unless set, which the run keeps."
+    )
     chat_template: str | None = setting(
         None, f"Replaces the model's own: a Jinja file, or {', '.join(sorted(CHAT_TEMPLATES))}."
     )

@@ -41,7 +41,7 @@ class ExportRecipe(Sealed):
     base: str | None = setting(
         None, "Instead of a run, quantize a base model: a folder, a hub id, an option of model, or demo."
     )
-    revision: str | None = setting(None, "base: commit or tag; required for a hub id.")
+    revision: str | None = setting(None, "base: commit or tag of a hub id; its newest commit unless set.")
     out: str | None = setting(None, "base: folder that gets exports/; outputs/<base>/<time> unless set.")
     debug: bool = setting(False, "Show tracebacks.")
     data: DataConfig = setting(

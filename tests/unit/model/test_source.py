@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.model.source import HUB_FILES, check_folder, hub_name, locate_base, locate_tokenizer
+from qlora_kit.model.source import HUB_FILES, check_folder, hub_name, locate_base, locate_tokenizer, pinned
 from qlora_kit.schema.model import ModelConfig
 
 
@@ -121,10 +121,73 @@ def test_a_misspelled_demo():
     assert "fix      model.source=demo" in refusal("dmeo")
 
 
-def test_a_hub_repository_needs_a_revision():
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """A stand-in for the hub, whose owner/name is at one commit after the other; what it was asked."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repository, *, allow_patterns, local_files_only, revision="cached", ignore_patterns=()):
+        asked.append((repository, revision))
+        return str(folder if revision != "cached" else folder.parent / ("c" * 40))
+
+    def newest(api, repository):
+        asked.append(repository)
+        if len(asked) > 9:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+        return huggingface_hub.ModelInfo(id=repository, sha=str(len(asked)) * 40)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", newest)
+    return asked
+
+
+def test_a_commit_that_is_left_open_is_found_once_and_then_kept(hub, folder, capsys):
+    found = pinned(ModelConfig(source="owner/name"))
+    assert found.revision == "1" * 40
+    assert pinned(found) is found
+    assert locate_base(found) == folder
+    assert hub == ["owner/name", ("owner/name", "1" * 40)]
+    assert f"owner/name at {'1' * 40}: its newest commit" in capsys.readouterr().err
+
+
+def test_a_commit_that_is_left_open_is_what_the_cache_has_where_the_hub_cannot_be_reached(hub):
+    hub += [""] * 9
+    assert pinned(ModelConfig(source="owner/name")).revision == "c" * 40
+
+
+def test_a_commit_that_is_left_open_is_found_for_a_tokenizer_too(hub, folder):
+    assert locate_tokenizer(ModelConfig(source="owner/name")) == folder
+    assert hub == ["owner/name", ("owner/name", "1" * 40)]
+
+
+@pytest.mark.parametrize("source", ["demo", "folder"])
+def test_what_is_no_repository_has_no_commit(source, hub, folder):
+    config = ModelConfig(source=str(folder) if source == "folder" else source)
+    assert pinned(config) is config
+    assert hub == []
+
+
+def test_no_commit_is_looked_for_of_a_folder_that_is_not_there(hub):
+    with pytest.raises(RecipeError, match=r"no such folder: \./nowhere"):
+        pinned(ModelConfig(source="./nowhere"))
+    assert hub == []
+
+
+def test_a_hub_and_a_cache_without_the_repository(folder, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("nothing")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     message = refusal("owner/name")
-    assert "a hub repository, which may change; a run needs one commit of it" in message
-    assert "do       model.revision=<commit>" in message
+    assert (
+        "owner/name could not be fetched: the hub cannot be reached and no commit of it is in the local cache"
+        in message
+    )
 
 
 def test_a_name_that_no_repository_can_have():

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.pipelines import sweep as module
-from qlora_kit.pipelines.sweep import Job, JobRow, conclude, ranked, run_job
+from qlora_kit.pipelines.sweep import Job, JobRow, at_noted_commit, conclude, note_commits, ranked, run_job
 from qlora_kit.runs.job_process import STOP, SweepStop
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.model import ModelConfig
@@ -40,6 +40,23 @@ def sweep(tmp_path, monkeypatch):
         return run_job(Job(recipe, folder, number, [f"n={number}"]), SweepStop(tmp_path), 1)
 
     return tmp_path, begun, run
+
+
+def test_all_jobs_and_later_ones_take_the_commit_that_was_found_first(tmp_path, monkeypatch):
+    commits = iter(["1" * 40, "2" * 40])
+    monkeypatch.setattr("qlora_kit.model.source._newest_commit", lambda repository: next(commits))
+    free, other = (TrainRecipe(model=ModelConfig(source=f"owner/{name}")) for name in ("name", "other"))
+    fixed = TrainRecipe(model=ModelConfig(source="owner/name", revision="v1"))
+    note_commits(tmp_path, [free, free, fixed])
+    note_commits(tmp_path, [free, other])
+    assert [at_noted_commit(tmp_path, one).model.revision for one in (free, other, fixed)] == ["1" * 40, "2" * 40, "v1"]
+
+
+def test_nothing_is_noted_of_folders(tmp_path):
+    recipe = TrainRecipe(model=ModelConfig(source=str(tmp_path)))
+    note_commits(tmp_path, [recipe])
+    assert list(tmp_path.iterdir()) == []
+    assert at_noted_commit(tmp_path, recipe) is recipe
 
 
 def test_a_finished_job_is_not_trained_again(sweep):

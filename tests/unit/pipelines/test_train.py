@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ from qlora_kit.engine.layer.fast import FastLayer
 from qlora_kit.formats.next_line import line_to_export
 from qlora_kit.pipelines.train import _tell, train
 from qlora_kit.runs.directory import RunDirectory
-from qlora_kit.schema.compose import compose_recipe
+from qlora_kit.runs.open import open_run
+from qlora_kit.schema.compose import compose_recipe, load_recipe
 from qlora_kit.schema.data import Batching, DataConfig, Overflow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig
@@ -222,6 +223,27 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(workshop, tm
     assert (run.adapter / ADAPTER).read_bytes() == adapter
     assert (run.checkpoints / f"checkpoint-{STEPS}" / ADAPTER).read_bytes() == adapter
     assert [row["step"] for row in metrics_of(run)] == [json.loads(line)["step"] for line in metrics.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_commit_that_was_found_is_what_a_run_stays_at(workshop, tmp_path, monkeypatch):
+    commits, fetched = iter(["1" * 40, "2" * 40]), []
+    monkeypatch.setattr("qlora_kit.model.source._newest_commit", lambda repository: next(commits))
+    base = workshop / "base"
+    monkeypatch.setattr(
+        "qlora_kit.model.source._snapshot", lambda name, revision, files: fetched.append((name, revision)) or base
+    )
+    run, recipe = RunDirectory(tmp_path / "run"), recipe_for(workshop)
+    recipe.model.source = "owner/name"
+    train(recipe, run, [])
+    cut_back(run, SAVED)
+    noted = load_recipe("train", run.recipe)
+    assert (noted.model.source, noted.model.revision) == ("owner/name", "1" * 40)
+    assert train(noted, run, None).resumed_from == SAVED
+    opened = open_run(str(run.path))
+    assert astuple(opened.base.name) == ("owner/name", "1" * 40)
+    assert json.loads((run.adapter / "adapter_config.json").read_text())["revision"] == "1" * 40
+    assert set(fetched) == {("owner/name", "1" * 40)}
 
 
 def command_in(line):

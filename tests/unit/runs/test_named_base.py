@@ -60,9 +60,12 @@ def test_a_misspelled_option_of_model(base):
     assert refused(base="smollm2_360") == [(what, "base=smollm2_360", "base=smollm2_360m")]
 
 
-def test_a_hub_id_needs_a_commit(base):
-    what = "base=owner/name is a hub repository, which may change; a run needs one commit of it"
-    assert refused(base="owner/name") == [(what, "base=owner/name", "revision=<commit>")]
+def test_a_hub_id_is_taken_at_its_newest_commit(base, monkeypatch):
+    newest = "1" * 40
+    monkeypatch.setattr("qlora_kit.model.source._newest_commit", lambda repository: newest)
+    monkeypatch.setattr("qlora_kit.runs.named_base.locate_base", lambda model: base)
+    named = named_base(ExportRecipe(export=EXPORT, base="owner/name"))
+    assert (named.model.source, named.model.revision) == ("owner/name", newest)
 
 
 @pytest.mark.parametrize(
