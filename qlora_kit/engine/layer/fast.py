@@ -85,8 +85,12 @@ class FastLayer:
         if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
             return self._fast(hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
-        return self.graphs.run(self.place, layer, hidden_states, settings)
+        if parts.is_by_hand:
+            layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
+            return self.graphs.run(self.place, layer, hidden_states, settings)
+        layer = CapturableLayer(self._attention, trained, parts.set_grad_targets)
+        between = self.graphs.run(self.place, layer, hidden_states, settings)
+        return self._checkpointed(partial(parts.forward_mlp, policy=self.policy), between, {})
 
     @property
     def weights(self) -> list[FrozenWeight]:
@@ -102,6 +106,12 @@ class FastLayer:
 
     def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
         found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
+        return found
+
+    def _attention(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        assert self.parts is not None
+        run = partial(self.parts.forward_attention, settings=settings)
+        found: Tensor = self._checkpointed(run, hidden_states.to(self.dtype), {})
         return found
 
     def _is_as_read(self, parts: LayerParts, settings: Mapping[str, Any]) -> bool:
@@ -161,7 +171,7 @@ class FastEngine:
         self.messages = messages
         self.graphs = graphs
         self.undo_experts: Callable[[], None] = lambda: None
-        recordable = [layer for layer in layers if layer.parts is not None and layer.parts.is_by_hand]
+        recordable = [layer for layer in layers if layer.parts is not None and layer.parts.records]
         for place, layer in enumerate(recordable):
             layer.graphs, layer.place = graphs, place
         self._groups = [(layer.dtype, group) for layer in layers for group in layer.groups]

@@ -48,6 +48,12 @@ class LayerParts:
         return not self.plain_because
 
     @property
+    def records(self) -> bool:
+        """Whether it can be recorded as a CUDA graph, or its attention alone in front of an MLP that runs plain."""
+        of_attention = not (self.is_parallel or self.tail or isinstance(self.attention, PlainPart))
+        return self.is_by_hand or (of_attention and isinstance(self.mlp, PlainPart) and not self.mlp.draws_random)
+
+    @property
     def takes(self) -> set[str]:
         """Inputs that have an effect on it, beside what every layer takes."""
         keys = {SHARED} if self.attention.shares_keys else set()
@@ -75,18 +81,26 @@ class LayerParts:
             settings: what the model hands to the layer.
             policy: what the backward pass computes again, a `CheckpointPolicy`.
         """
-        of_attention = {name: given for name, given in settings.items() if name != LAYER_INPUT}
         if self.is_parallel:
+            of_attention = {name: given for name, given in settings.items() if name != LAYER_INPUT}
             with _format_of(self.mlp, h):
                 residual = self.mlp.forward(h, policy)
             with _format_of(self.attention, h):
                 h = self.attention.forward(h, residual, of_attention)
         else:
-            with _format_of(self.attention, h):
-                h = self.attention.forward(h, None, of_attention)
-            with _format_of(self.mlp, h):
-                h = self.mlp.forward(h, policy)
+            h = self.forward_mlp(self.forward_attention(h, settings), policy)
         return h if self.tail is None else self.tail.forward(h, settings)
+
+    def forward_attention(self, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """The hidden states between attention and MLP, where the one comes after the other."""
+        of_attention = {name: given for name, given in settings.items() if name != LAYER_INPUT}
+        with _format_of(self.attention, h):
+            return self.attention.forward(h, None, of_attention)
+
+    def forward_mlp(self, h: Tensor, policy: int) -> Tensor:
+        """The hidden states after the layer from those between both."""
+        with _format_of(self.mlp, h):
+            return self.mlp.forward(h, policy)
 
     def set_grad_targets(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
         """Where the backward pass is to write gradients: that of the layer's input, and those of its adapters in turn.
