@@ -5,7 +5,7 @@ xllamacpp and libgguf have them, so no compiler is needed. Names, metadata, voca
 follow llama.cpp of autumn 2026 (the conversion scripts and `src/llama-quant.cpp`, releases around b11500).
 
     write_gguf(model_dir, out_file, "Q4_K_M")     in writer.py: the whole way
-    mixes.py, overrides.py                        which tensor gets which type
+    mixes.py, roles.py, overrides.py              which tensor gets which type
     imatrix.py, activations.py                    the importance matrix that blocks are fitted to
     model.py                                      a model before a mix: names, values and keys
     architectures.py                              which models, and how their tensors differ

@@ -10,7 +10,8 @@ from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
 from qlora_kit.formats.gguf.budget import budget_names
 from qlora_kit.formats.gguf.converter.package import find_known
-from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix, is_quantizable
+from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix
+from qlora_kit.formats.gguf.roles import is_quantizable
 from qlora_kit.formats.gguf.tensors import PlannedTensor, named_tensors, typed_tensors
 from qlora_kit.schema.export import GgufMix, GgufTarget
 from qlora_kit.weights.float_rows import FloatRows

@@ -1,14 +1,15 @@
 """Which tensor gets which block type in each llama.cpp mix.
 
-Follows `llama_tensor_get_type_impl`, `tensor_allows_quantization`, `tensor_type_fallback` and
-`tensor_requires_imatrix` in llama.cpp's `src/llama-quant.cpp` (autumn 2026). One difference to releases before 2026: a
-fused `attn_qkv` is treated as `attn_v` is.
+Follows `llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_requires_imatrix` in llama.cpp's
+`src/llama-quant.cpp` (autumn 2026). One difference to releases before 2026: a fused `attn_qkv` is treated as `attn_v`
+is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.formats.gguf.roles import EMBEDDINGS, FLOAT_TYPES, Place, is_quantizable, layer_of, role_of
 
 # values per block; a row must be a multiple of it
 BLOCK_SIZES = {
@@ -40,20 +41,8 @@ BLOCK_SIZES = {
 _NARROW_ROW_TYPES = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _NARROW_ROW_TYPES |= {name: "IQ4_NL" for name in BLOCK_SIZES if name.startswith("IQ") and name != "IQ4_NL"}
 
-_FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
-_UNWEIGHTED_TYPES = _FLOAT_TYPES | {"Q8_0"}  # kernels that have no use for an importance matrix
+_UNWEIGHTED_TYPES = FLOAT_TYPES | {"Q8_0"}  # kernels that have no use for an importance matrix
 _TYPES_THAT_NEED_AN_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
-
-_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-_VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
-# matrices that are left as they are: routers, positions, convolutions, and maps that are small
-_LEFT_NAMES = ("position_embd.weight", "token_types.weight")
-_LEFT_PARTS = (
-    *("ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
-    *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
-    *(f"time_mix_{part}.weight" for part in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2")),
-    *(f"time_mix_{part}.weight" for part in ("g1", "g2", "decay_w1", "decay_w2", "lerp_fused")),
-)
 
 _SEVENTY_B_LAYERS = 80  # of a model that llama.cpp calls 70B, which gives attn_v more bits
 
@@ -92,21 +81,6 @@ class MixContext:
         """Whether llama.cpp takes it for a 70B model."""
         is_called_so = self.seventy_b == "always" or (self.seventy_b == "grouped" and self.heads != self.kv_heads)
         return self.layers == _SEVENTY_B_LAYERS and is_called_so
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor stands among those of its role: the rules of a mix ask whether it is one of the first.
-
-    Attributes:
-        index: the layer, or the number of tensors of this role before it: see `places_of`.
-        count: of them.
-        ordinal: the number of tensors of this role before it.
-    """
-
-    index: int
-    count: int
-    ordinal: int
 
 
 Rule = Callable[[Place, MixContext], str | None]
@@ -321,42 +295,9 @@ def is_weighted(tensor_type: str) -> bool:
 
 def requires_imatrix(name: str, tensor_type: str, mix: Mix) -> bool:
     """Whether a tensor of this type is garbage without an importance matrix; llama.cpp refuses it then."""
-    if name == "output.weight" or name in _EMBEDDINGS:
+    if name == "output.weight" or name in EMBEDDINGS:
         return False
     return tensor_type in _TYPES_THAT_NEED_AN_IMATRIX or tensor_type in mix.needs_imatrix
-
-
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix that multiplies, or several; norms, biases, routers and small maps are left."""
-    if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
-        return False
-    return name not in _LEFT_NAMES and not any(part in name for part in _LEFT_PARTS)
-
-
-def kept_type(name: str, stored: str, shape: tuple[int, ...]) -> str:
-    """The type of a tensor that is not quantized: vectors and norms in 32 bits, a small matrix as it is stored."""
-    is_map = len(shape) >= 2 and name.endswith("weight") and not name.endswith("_norm.weight")
-    return stored if is_map and stored in _FLOAT_TYPES else "F32"
-
-
-def places_of(names: Iterable[str], model: MixContext) -> dict[str, Place]:
-    """The place of every tensor that is quantized, by name; `names` in the order in which llama.cpp goes through them.
-
-    llama.cpp counts the tensors of values as they come, since some layers may have none. Those of the MLP it places by
-    their layer where there are experts, and counts them elsewhere; the whole is the number of layers in both cases.
-    """
-    roles = {name: role for name in names if (role := _role(name))}
-    values = sum(role == "attn_v" for role in roles.values())
-    counted: dict[str, int] = {}
-    places: dict[str, Place] = {}
-    for name, role in roles.items():
-        ordinal = counted.get(role, 0)
-        counted[role] = ordinal + 1
-        by_layer = model.experts > 1 and role != "attn_v"
-        places[name] = Place(
-            _layer(name) if by_layer else ordinal, values if role == "attn_v" else model.layers, ordinal
-        )
-    return places
 
 
 def tensor_type(
@@ -379,42 +320,25 @@ def tensor_type(
     """
     if not is_quantizable(name, shape):
         return "F32"
-    if wanted is None and mix.base in _FLOAT_TYPES:
+    if wanted is None and mix.base in FLOAT_TYPES:
         return mix.base
     return _fitting(wanted or _wanted(name, shape[-1], mix, model, place), shape[-1])
 
 
 def _wanted(name: str, width: int, mix: Mix, model: MixContext, place: Place | None) -> str:
-    if name == "output.weight" or (name in _EMBEDDINGS and model.tied_embeddings):
+    if name == "output.weight" or (name in EMBEDDINGS and model.tied_embeddings):
         return "Q8_0" if width % BLOCK_SIZES[mix.base] else mix.output
-    if name in _EMBEDDINGS:
+    if name in EMBEDDINGS:
         return mix.embedding or mix.base
-    role = _role(name)
+    role = role_of(name)
     rule = mix.rules.get(role)
-    chosen = (rule(place or Place(_layer(name), model.layers, _layer(name)), model) if rule else None) or mix.base
+    chosen = (rule(place or Place(layer_of(name), model.layers, layer_of(name)), model) if rule else None) or mix.base
     if mix.is_two_bit:
         return chosen
     if model.is_eight_experts and role in ("attn_v", "attn_k"):
         return "Q8_0"
     lifted = role == "attn_v" and model.is_seventy_b and chosen in ("Q3_K", "Q4_K")
     return "Q5_K" if lifted else chosen
-
-
-def _role(name: str) -> str:
-    """What a tensor does, as the rules call it; empty where none is about it."""
-    parts = name.split(".")
-    part = parts[2] if parts[0] == "blk" and len(parts) > 3 else ""
-    if part in _VALUES:
-        return "attn_v"
-    if part in ("attn_q", "attn_k", "attn_output"):
-        return part
-    # of experts and shared experts alike: ffn_down_exps, ffn_gate_up_exps, ffn_up_shexp
-    return next((role for role in ("ffn_up", "ffn_gate", "ffn_down") if part.startswith(role)), "")
-
-
-def _layer(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blk" else 0
 
 
 def _fitting(wanted: str, width: int) -> str:

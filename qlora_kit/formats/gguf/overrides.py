@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from qlora_kit.core.errors import Problem, RecipeError
-from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, is_quantizable
+from qlora_kit.formats.gguf.mixes import BLOCK_SIZES
+from qlora_kit.formats.gguf.roles import is_quantizable
 
 _NAMES_SHOWN = 6
 

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
 from qlora_kit.families.family import ConfigFields, GgufRules
-from qlora_kit.formats.gguf.mixes import (
-    Mix,
-    MixContext,
-    is_quantizable,
-    kept_type,
-    places_of,
-    requires_imatrix,
-    tensor_type,
-)
+from qlora_kit.formats.gguf.mixes import Mix, MixContext, requires_imatrix, tensor_type
 from qlora_kit.formats.gguf.overrides import overridden_types
+from qlora_kit.formats.gguf.roles import is_quantizable, kept_type, places_of
 from qlora_kit.weights.float_rows import (
     FloatRows,
     read_float_rows,
@@ -140,7 +133,8 @@ def typed_tensors(
     model = replace(model, has_imatrix=has_imatrix)
     ordered = sorted(tensors, key=lambda tensor: _place(tensor.name))
     wanted = overridden_types(overrides or {}, {tensor.name: tensor.stored.shape for tensor in ordered})
-    places = places_of((one.name for one in ordered if is_quantizable(one.name, one.stored.shape)), model)
+    quantized = [one.name for one in ordered if is_quantizable(one.name, one.stored.shape)]
+    places = places_of(quantized, model.layers, model.experts)
 
     def kind(name: str, stored: FloatRows) -> str:
         if not is_quantizable(name, stored.shape):

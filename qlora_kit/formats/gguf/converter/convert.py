@@ -10,12 +10,15 @@ import tempfile
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.console.bar import BYTES, bar
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
+from qlora_kit.core.units import counted
 from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.families.family import ConfigFields
 from qlora_kit.formats.gguf.converter.converted import read_converted
@@ -30,6 +33,7 @@ _ASKED_EVERY = 0.2  # seconds
 _SHOWN_AFTER = 5.0  # seconds, which a small model takes
 _SHOWN_LINES = 3
 _TOLD = re.compile(r"error loading model|GGML_ASSERT")  # lines of llama.cpp that say why
+_FURTHER = re.compile(r"^mtp\.|\.mtp\.|^model\.(?:language_model\.)?layers\.(\d+)\.")
 _ROOT = Path(__file__).resolve().parents[4]  # where the package qlora_kit lies
 
 
@@ -65,9 +69,11 @@ class Conversion:
         """
         from qlora_kit.export.merge import refuse_full_disk
 
-        known = find_known(read_full_config(self.model_dir))
+        config = read_full_config(self.model_dir)
+        known, tensors = find_known(config), read_headers(self.model_dir)
+        _tell_further(tensors, config)
         values = Counter[str]()
-        for tensor in read_headers(self.model_dir).values():
+        for tensor in tensors.values():
             if tensor.dtype in FLOATS:  # old checkpoints hold masks too
                 values[tensor.dtype] += tensor.rows * tensor.width
         kind = values.most_common(1)[0][0]
@@ -90,6 +96,19 @@ class Conversion:
             self._removed()
             raise
         return out
+
+
+def _tell_further(names: Iterable[str], config: ConfigFields) -> None:
+    """Say that layers behind the last one, which predict further tokens, are left out."""
+    layers = {**config, **(config.get("text_config") or {})}.get("num_hidden_layers")
+    found = [(name, _FURTHER.search(name)) for name in names]
+    behind = [name for name, at in found if at and (at[1] is None or _is_from(at[1], layers))]
+    if behind:
+        log.info(f"GGUF: layers that predict further tokens are left out ({counted(len(behind), 'tensor')})")
+
+
+def _is_from(layer: str, layers: object) -> bool:
+    return isinstance(layers, int) and int(layer) >= layers
 
 
 def _run(folder: Path, job: dict[str, str], expected: int) -> None:

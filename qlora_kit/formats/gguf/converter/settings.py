@@ -20,6 +20,9 @@ _LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 _SCORES = ("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func")
 # a router's line in the source of a model: router_logits.sigmoid(), or sigmoid of them
 _SIGMOID = re.compile(r"\brouter_(?:logits|scores)\.sigmoid\(\)|\bsigmoid\(router_(?:logits|scores)\b")
+_NORMS = ("norm_topk_prob", "route_norm")
+# a router's line that makes the weights of the chosen experts add up to one
+_NORMED = re.compile(r"\bdenominator = \w+\.sum\(|/=? ?\w+\.sum\(dim=-1, keepdim=True\)")
 # MLPs without experts that transformers renames along with those that have some
 _MISNAMED = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)")
 
@@ -34,8 +37,7 @@ def completed(folder: Path, fields: Fields) -> Fields:
     own.update({name: value for name, value in _known_to_class(text) if own.get(name) is None})
     for add in (_rotary, _lengths, _layer_kinds, _linear_attention, _experts, _shared_keys, _dense_layers):
         own.update({name: value for name, value in add(own) if own.get(name) is None})
-    if not any(own.get(name) for name in _SCORES) and _routes_by_sigmoid(type(text)):
-        own["scoring_func"] = "sigmoid"
+    own.update(_routing(own, _model_source(type(text))))
     return {**fields, "text_config": own} if text is not config else own
 
 
@@ -72,8 +74,10 @@ def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
         yield "partial_rotary_factor", share
     share = 1.0 if share is None else share
     yield "rotary_pct", share
-    if width := fields.get("head_dim"):
+    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if width := fields.get("head_dim") or (width // heads if heads and width else 0):
         yield "rotary_dim", int(width * share)
+        yield "attn_rotary_emb", int(width * share)
 
 
 def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -138,9 +142,17 @@ def _dense_layers(fields: Fields) -> Iterator[tuple[str, Any]]:
         yield "first_k_dense_replace", next((at for at, kind in enumerate(kinds) if kind != "dense"), len(kinds))
 
 
-def _routes_by_sigmoid(config_class: type) -> bool:
-    """Whether the class's model weighs experts by a sigmoid where its configuration has no setting for it."""
+def _routing(fields: Fields, source: str) -> Iterator[tuple[str, Any]]:
+    """How experts are weighed, where the model's code does one thing always and its configuration has no field."""
+    if not any(fields.get(name) for name in _SCORES) and _SIGMOID.search(source):
+        yield "scoring_func", "sigmoid"
+    if not any(name in fields for name in _NORMS) and _NORMED.search(source):
+        yield from ((name, True) for name in _NORMS)
+
+
+def _model_source(config_class: type) -> str:
+    """The code of the model that a configuration belongs to; empty where it is not there."""
     module: ModuleType | None = inspect.getmodule(config_class)
     place = getattr(module, "__file__", None)
     source = Path(str(place).replace("configuration_", "modeling_")) if place else None
-    return bool(source and source.is_file() and _SIGMOID.search(source.read_text("utf-8")))
+    return source.read_text("utf-8") if source and source.is_file() else ""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AfmoeConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -33,7 +34,7 @@ from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
-from qlora_kit.formats.gguf.converter.convert import Conversion
+from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
 from qlora_kit.formats.gguf.converter.settings import completed
 from qlora_kit.formats.gguf.converter.weights import _ordered
@@ -331,6 +332,7 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
         "partial": MiniMaxM2Config(rope_parameters={**rope, "partial_rotary_factor": 0.5}, head_dim=128),
         "sigmoid": DeepseekV3Config(),
         "softmax": Qwen3MoeConfig(),
+        "normed": AfmoeConfig(),
         "hybrid": NemotronHConfig(layers_block_type=["mamba", "attention", "mamba", "moe"], num_hidden_layers=4),
         "kda": KimiLinearConfig(num_hidden_layers=4, mlp_layer_types=["dense", "sparse", "sparse", "sparse"]),
     }
@@ -343,6 +345,8 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
     assert (found["gpt2"]["n_ctx"], found["gpt2"]["hidden_size"]) == (128, 768)
     assert found["sigmoid"]["scoring_func"] == "sigmoid"
     assert "scoring_func" not in found["softmax"]
+    assert "route_norm" not in found["softmax"]
+    assert (found["normed"]["route_norm"], found["normed"]["scoring_func"]) == (True, "sigmoid")
     assert found["hybrid"]["num_hidden_layers"] == 4
     assert found["hybrid"]["hybrid_override_pattern"] == "M*ME"
     assert found["shared"]["num_kv_heads"] == 1
@@ -395,3 +399,10 @@ def test_a_budget_of_bits_is_spent_on_a_converted_model(
     write_gguf(folder, tmp_path / "m.gguf", choices, conversion=conversion)
     found = types_of(tmp_path / "m.gguf")
     assert {name: found[name] for name in target.overrides} == dict(target.overrides)
+
+
+def test_layers_that_predict_further_tokens_are_said_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    _tell_further(["model.layers.1.mlp.up_proj.weight", "model.norm.weight"], {"num_hidden_layers": 2})
+    assert capsys.readouterr().err == ""
+    _tell_further(["model.layers.2.mlp.up_proj.weight", "mtp.fc.weight"], {"text_config": {"num_hidden_layers": 2}})
+    assert "layers that predict further tokens are left out (2 tensors)" in capsys.readouterr().err

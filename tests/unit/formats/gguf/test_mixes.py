@@ -1,22 +1,12 @@
 """Type tables against what llama.cpp prints and writes for the same shapes."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.formats.gguf.mixes import (
-    MIXES,
-    MixContext,
-    Place,
-    find_mix,
-    is_weighted,
-    kept_type,
-    places_of,
-    requires_imatrix,
-    tensor_type,
-)
+from qlora_kit.formats.gguf.mixes import MIXES, MixContext, find_mix, is_weighted, requires_imatrix, tensor_type
+from qlora_kit.formats.gguf.roles import Place, kept_type, places_of
 from qlora_kit.schema.export import GgufMix
 
 
@@ -268,7 +258,7 @@ def test_layers_without_values_are_not_counted_among_those_that_have_some() -> N
     assert not model.shares_values
     names = [f"blk.{layer}.attn_v.weight" for layer in range(3, 32, 4)]
     names += [f"blk.{layer}.ffn_down.weight" for layer in range(32)]
-    places = places_of(names, model)
+    places = places_of(names, model.layers, model.experts)
     kinds = [tensor_type(name, (256, 256), MIXES["Q4_K_M"], model, places[name]) for name in names[:8]]
     assert kinds == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"]
     assert places["blk.31.ffn_down.weight"] == Place(31, 32, 31)
@@ -276,7 +266,7 @@ def test_layers_without_values_are_not_counted_among_those_that_have_some() -> N
 
 def test_experts_have_the_place_of_their_layer() -> None:
     names = ["blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight", "blk.1.ffn_down_shexp.weight", "output.weight"]
-    places = places_of(names, replace(MANY, layers=2))
+    places = places_of(names, 2, MANY.experts)
     assert places["blk.1.ffn_down_shexp.weight"] == Place(1, 2, 2)
     assert "output.weight" not in places
 
