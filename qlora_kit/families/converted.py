@@ -49,6 +49,10 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
         wanted = [_SPARSITY if layer < _SPARSE_LAYERS else 0.0 for layer in range(len(shares))]
         if shares != wanted:
             yield "activation_sparsity_pattern", f"{_SPARSITY} in the first {_SPARSE_LAYERS} layers, 0 in the rest"
+    rope = fields.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if name == "granitehybrid" and share not in (None, 1.0):
+        yield "partial_rotary_factor", "1.0, since the converter reorders whole heads"
     if name == "exaone4" and fields.get("sliding_window") and fields.get("num_hidden_layers") != _WINDOWED_LAYERS:
         yield "sliding_window", f"none but in the model of {_WINDOWED_LAYERS} layers"
     for field in ("layer_types", "layers_block_type"):

@@ -77,7 +77,6 @@ def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
     if width := fields.get("head_dim") or (width // heads if heads and width else 0):
         yield "rotary_dim", int(width * share)
-        yield "attn_rotary_emb", int(width * share)
 
 
 def _lengths(fields: Fields) -> Iterator[tuple[str, Any]]:

@@ -168,6 +168,10 @@ def test_architectures_are_read_without_running_the_converter() -> None:
             {"architectures": ["KimiLinearForCausalLM"], "layer_types": ["linear_attention"]},
             "a layer of full attention",
         ),
+        (
+            {"architectures": ["BambaForCausalLM"], "partial_rotary_factor": 0.5},
+            "partial_rotary_factor: it expects 1.0",
+        ),
         ({"architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 4, "sliding_window": 64}, "sliding_window: it"),
         (
             {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"norm_topk_prob": False}},
