@@ -12,7 +12,7 @@ from qlora_kit.engine.attention.packed import SDPA_PACKED, check_isolation, enab
 from qlora_kit.engine.attention.rows import SDPA_ROWS, enable_row_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
-from tests.tiny_models import FAMILIES, PARTLY_PLAIN, WIRED, build_tiny_model
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 
 LENGTHS = (21, 34, 7)
 # Scores that are capped, for which there is no kernel here; a layer that keeps what it is told to itself.
@@ -78,8 +78,6 @@ def packed(model):
 
 
 def test_packed_samples_see_what_they_saw(model):
-    if PARTLY_PLAIN.get(model.name) == "attention":
-        pytest.skip("what stands in the place of attention reads across samples on a CPU")
     given = packed(model)
     enable_packed_attention(model, Attention.sdpa)
     if (reason := UNPACKED.get(model.name)) is not None:
