@@ -43,7 +43,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
         from qlora_kit.training.reach import reach_of
 
         reach = reach_of(recipe, folder)
-        return replace(KnownBase.in_folder(folder, reach.counted), notes=tuple(reach.lines()))
+        return replace(KnownBase.in_folder(folder, reach.counted, reach.kept), notes=tuple(reach.lines()))
     if recipe.model.shape is not None:
         return KnownBase(recipe.model.shape)
     raise RecipeError(

@@ -164,7 +164,7 @@ def _save_adapter(
 def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
     """The base's sizes and counted weights; None where it has sizes that no plan knows."""
     try:
-        return KnownBase.in_folder(folder, reach.counted)
+        return KnownBase.in_folder(folder, reach.counted, reach.kept)
     except RecipeError:
         return None
 

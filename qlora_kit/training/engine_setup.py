@@ -96,7 +96,7 @@ def _measured(base: Any, engine: FastEngine) -> float:
     base.train()
     kept = kept_per_token(base.base_model, [fast.layer for fast in engine.layers])
     base.train(was_training)
-    return kept / len(engine.layers) * ACTIVATION_BYTES / engine.layers[0].dtype.itemsize
+    return sum(kept.values()) / len(engine.layers) * ACTIVATION_BYTES / engine.layers[0].dtype.itemsize
 
 
 def _free() -> float:

@@ -41,16 +41,18 @@ class KnownBase:
     Attributes:
         kind: `model_type` of its config.json; empty where only the sizes are known.
         counted: its weights, where they were counted.
+        kept: bytes of a token that a fast layer was found to keep; 0 where its sizes tell that.
         notes: what the user is to read beside a plan.
     """
 
     shape: ModelShape
     kind: str = ""
     counted: CountedWeights | None = None
+    kept: float = 0.0
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def in_folder(cls, folder: Path, counted: CountedWeights | None = None) -> "KnownBase":
+    def in_folder(cls, folder: Path, counted: CountedWeights | None = None, kept: float = 0.0) -> "KnownBase":
         """From the config.json in a folder.
 
         Raises:
@@ -59,7 +61,7 @@ class KnownBase:
         config = read_json(folder / "config.json")
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
-        return cls(shape_of_config(config), str(text.get("model_type", "")), counted)
+        return cls(shape_of_config(config), str(text.get("model_type", "")), counted, kept)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
     if recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0:
         family = FAMILIES.get(base.kind)
         if family is not None or not base.kind:
-            extras = extras_of_recipe(base.shape, recipe.lora, family)
+            extras = replace(extras_of_recipe(base.shape, recipe.lora, family), measured=base.kept)
             step = StepMemory(base.shape, tokens, extras, plain.trainable)
             memory, policies = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
             return Forecast(memory, tokens, again(policies))

@@ -14,6 +14,7 @@ from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora,
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.engine.layer.without_weights import kept_by_fast_layers
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.packed_loading import stack_experts
@@ -22,6 +23,7 @@ from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.stored_names import StoredNames, stored_names
 from qlora_kit.model.structure import Weights, has_attention, layers_of, not_adapted, weights_of
 from qlora_kit.schema.data import Batching
+from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype
@@ -99,6 +101,7 @@ class Reach:
     trained: int
     wide: int
     towers: Mapping[str, int] = field(default_factory=dict)
+    kept: float = 0.0
     spared: Mapping[str, str] = field(default_factory=dict)
     attention: Attention = Attention.sdpa
     wanted_attention: Attention = Attention.sdpa
@@ -262,7 +265,16 @@ def _reach_in(
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
         trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
-    return Reach(layers, weights, frozenset(rounded), frozenset(promised), trained, wide, checkpoint.left_out, spared)
+    kept = _kept_by_layers(recipe, adapted_model)
+    rounds, reaches, towers = frozenset(rounded), frozenset(promised), checkpoint.left_out
+    return Reach(layers, weights, rounds, reaches, trained, wide, towers, kept, spared)
+
+
+def _kept_by_layers(recipe: TrainRecipe, model: PeftModel) -> float:
+    """Bytes of a token that a fast layer keeps, where its sizes do not tell it; experts are reckoned from theirs."""
+    if recipe.engine.mode is not EngineMode.fast or recipe.lora.dropout > 0 or experts_of(model):
+        return 0.0
+    return kept_by_fast_layers(model)
 
 
 def check_reached(model: PeftModel, reach: Reach) -> None:

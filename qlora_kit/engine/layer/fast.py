@@ -239,7 +239,12 @@ class FastEngine:
 
 
 def patch_model(
-    model: PeftModel, config: EngineConfig, policies: Sequence[int] | None = None, make_weight: MakeFrozen | None = None
+    model: PeftModel,
+    config: EngineConfig,
+    policies: Sequence[int] | None = None,
+    make_weight: MakeFrozen | None = None,
+    *,
+    is_tried: bool = True,
 ) -> FastEngine:
     """Make the decoder layers of a model run by hand while it trains.
 
@@ -249,6 +254,7 @@ def patch_model(
     Args:
         policies: see `FastEngine.set_policies`; without, everything is kept. Unused where no layer is fast.
         make_weight: instead of the weights that `config.compute` asks for.
+        is_tried: every layer is held against its own forward first; there are no numbers without weights.
     Raises:
         RecipeError: `config.compute` is fp8, and this machine or this model has no fp8.
         ValueError: `policies` does not fit the model.
@@ -280,7 +286,7 @@ def patch_model(
         for (part, why), count in of_parts.items()
     ]
     is_plain = sum(reasons.values()) == len(found)
-    if not is_plain:
+    if is_tried and not is_plain:
         worst, difference = largest_difference(base.base_model, found)
         if difference > 1:
             is_plain = True
