@@ -36,8 +36,10 @@ def run(arguments: list[str]) -> int:
         raise RecipeError([composed.problem(issue) for issue in found])
 
     from qlora_kit.formats.checks import refuse_unfit
+    from qlora_kit.formats.quantized_bases import with_unpacked_base
     from qlora_kit.runs.open import open_to_export
 
+    recipe = with_unpacked_base(recipe)
     opened = open_to_export(recipe, line.overrides, partial(refuse_unfit, export=recipe.export))
 
     from qlora_kit.pipelines.export import export  # behind the checks: it takes seconds to import

@@ -1,7 +1,8 @@
 """Folders that are loaded with their weights unpacked: by transformers while it loads them, or here before it does."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,14 +41,23 @@ def load_unpacked(folder: Path, unpacking: "QuantizationConfigMixin") -> "PreTra
     return (model if on_gpu else model.float()).eval()
 
 
-def load_weights(folder: Path, names: Iterable[str], read: WeightReader) -> "PreTrainedModel":
+@dataclass(frozen=True)
+class Unpacked:
+    """The weights that a packed folder stands for.
+
+    Attributes:
+        names: of its tensors, with one weight in the place of those that it is packed in.
+        read: gives each of them, packed ones as float32 [out_features, in_features].
+    """
+
+    names: Sequence[str]
+    read: WeightReader
+
+
+def load_weights(folder: Path, unpacked: Unpacked) -> "PreTrainedModel":
     """Load a folder with weights that are unpacked here, for kinds or families that the library cannot read.
 
     On a GPU in the folder's dtype, on a CPU in float32.
-
-    Args:
-        names: of the unpacked tensors; experts lie apart.
-        read: gives each of them.
 
     Raises:
         OSError, RuntimeError, ValueError, KeyError: the weights do not fit the model that config.json describes.
@@ -59,7 +69,7 @@ def load_weights(folder: Path, names: Iterable[str], read: WeightReader) -> "Pre
 
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, str(read_json(folder / "config.json").get("dtype", "bfloat16"))) if on_gpu else torch.float32
-    tensors = ((name, tensor.to(dtype)) for name in names if (tensor := read(name)) is not None)
+    tensors = ((name, tensor.to(dtype)) for name in unpacked.names if (tensor := unpacked.read(name)) is not None)
     model = language_model_of(folder, tensors, dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora_kit.core.console.lines import is_verbose
 from qlora_kit.core.errors import DamagedFileError, RecipeError
 from qlora_kit.core.files import read_json
+from qlora_kit.core.shell import shell_line
 from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.language_model import load_language_model
@@ -209,12 +210,15 @@ def _stored_kind(folder: Path) -> QuantKind | None:
     if stored.get("quant_method") == STORED_AS:
         return None  # unpacked while it is loaded, and stored as the recipe says
     if stored.get("quant_method") != "bitsandbytes":
-        raise RecipeError(
-            f"the base in {folder} is quantized with {stored.get('quant_method')}; "
-            "only bases in 16 bit, by bitsandbytes, or with experts in 4-bit floats can be trained",
-            "model.source",
-            "model.source=<the 16-bit model it was made from>",
+        unpack = shell_line(["qlora-kit", "export", f"base={folder}", "export=merged_16bit"])
+        method = stored.get("quant_method")
+        what = (
+            f"the base in {folder} is quantized with {method}; only bases in 16 bit, by bitsandbytes, or with experts "
+            f"in 4-bit floats can be trained as they are; `{unpack}` writes its weights in 16 bit, and an adapter that "
+            "is trained on those with quant=none belongs to this base too"
         )
+        fix = "model.source=<that folder, or the 16-bit model that both were made from>"
+        raise RecipeError(what, "model.source", fix)
     if stored.get("load_in_8bit"):
         return QuantKind.int8
     kind = stored.get("bnb_4bit_quant_type", "fp4")

@@ -34,11 +34,20 @@ def named_base(recipe: ExportRecipe) -> NamedBase:
     Raises:
         RecipeError: it is not there, lacks a file, or is quantized.
     """
+    found = located_base(recipe)
+    refuse_quantized(found.folder, recipe)
+    return found
+
+
+def located_base(recipe: ExportRecipe) -> NamedBase:
+    """The base of an export recipe, quantized or not, fetched first where needed.
+
+    Raises:
+        RecipeError: it is not there, or lacks a file.
+    """
     with in_words_of_base(recipe):
         model = pinned(_model(recipe))
-        folder = locate_base(model)
-    refuse_quantized(folder, recipe)
-    return NamedBase(model, folder)
+        return NamedBase(model, locate_base(model))
 
 
 @contextmanager

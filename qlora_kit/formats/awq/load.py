@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.formats.gptqmodel_folders import is_read_by_library, load_quantized
-from qlora_kit.formats.unpacked_folders import load_weights
+from qlora_kit.formats.unpacked_folders import Unpacked, load_weights
 from qlora_kit.schema.export import AwqLayout
-from qlora_kit.weights.headers import read_headers
-from qlora_kit.weights.reader import stored_tensors, tensors_by_kind, unpacked_names
+from qlora_kit.weights.reader import stored_tensors, tensor_names, tensors_by_kind, unpacked_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,7 @@ def load_awq(folder: Path) -> "PreTrainedModel":
     import torch
 
     if not is_read_by_library(folder):
-        return _load_unpacked(folder)
+        return load_weights(folder, unpacked_awq(folder))
     if torch.cuda.is_available() or not is_gemv(folder):
         return load_quantized(folder)
     with gemm_twin(folder) as twin:
@@ -80,7 +79,8 @@ def _in_gemm(tensors: dict[str, Any], group_size: int) -> dict[str, Any]:
     return found
 
 
-def _load_unpacked(folder: Path) -> "PreTrainedModel":
+def unpacked_awq(folder: Path) -> Unpacked:
+    """The weights that an AWQ folder stands for."""
     from qlora_kit.formats.awq.layout import KINDS, unpacked_weight
 
     settings = read_json(folder / "config.json")["quantization_config"]
@@ -91,4 +91,4 @@ def _load_unpacked(folder: Path) -> "PreTrainedModel":
         packed = tensors_by_kind(read, name, KINDS)
         return read(name) if packed is None else unpacked_weight(packed, group_size, layout)
 
-    return load_weights(folder, unpacked_names(read_headers(folder), KINDS), weight)
+    return Unpacked(unpacked_names(tensor_names(folder), KINDS), weight)

@@ -9,7 +9,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import is_present, missing_extra
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.compressed import EXTRA, fp8_rows, packed
-from qlora_kit.formats.unpacked_folders import load_unpacked, load_weights, names_its_layers
+from qlora_kit.formats.unpacked_folders import Unpacked, load_unpacked, load_weights, names_its_layers
 from qlora_kit.weights.reader import stored_tensors, tensor_names, tensors_by_kind, unpacked_names
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_compressed(folder: Path) -> "PreTrainedModel":
     from transformers import CompressedTensorsConfig
 
     if is_unpacked_here(folder):
-        return _load_unpacked(folder)
+        return load_weights(folder, unpacked_compressed(folder))
     try:
         # Unpacking draws a bar of its own.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -53,7 +53,8 @@ def is_unpacked_here(folder: Path) -> bool:
     return not names_its_layers(folder, f".{packed.KINDS[1]}")
 
 
-def _load_unpacked(folder: Path) -> "PreTrainedModel":
+def unpacked_compressed(folder: Path) -> Unpacked:
+    """The weights that a folder of integers in words, or of FP8 with scales of rows or whole tensors, stands for."""
     read, names = stored_tensors(folder), tensor_names(folder)
     is_packed = any(name.endswith(f".{packed.KINDS[0]}") for name in names)
     kinds = packed.KINDS if is_packed else fp8_rows.KINDS
@@ -65,5 +66,5 @@ def _load_unpacked(folder: Path) -> "PreTrainedModel":
         return packed.unpacked_weight(found) if is_packed else found["weight"].float() * found["weight_scale"].float()
 
     if is_packed:
-        return load_weights(folder, unpacked_names(names, kinds), weight)
-    return load_weights(folder, [name for name in names if not name.endswith(".weight_scale")], weight)
+        return Unpacked(unpacked_names(names, kinds), weight)
+    return Unpacked([name for name in names if not name.endswith("_scale")], weight)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
-from qlora_kit.formats.unpacked_folders import load_unpacked
-from qlora_kit.weights.reader import WeightReader, stored_tensors
+from qlora_kit.formats.unpacked_folders import Unpacked, load_unpacked
+from qlora_kit.weights.reader import WeightReader, stored_tensors, tensor_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,9 +59,16 @@ def fp8_block_weights(artifact: Path) -> WeightReader:
         codes, scale = read(name), read(f"{name}{SCALE}")
         if codes is None or scale is None:
             return codes
-        return codes.float() * scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        rows, columns = codes.shape  # of published models the last blocks are not whole
+        return codes.float() * scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
     return weight
+
+
+def unpacked_fp8_block(folder: Path) -> Unpacked:
+    """The weights that a folder of FP8 blocks stands for."""
+    names = [name for name in tensor_names(folder) if not name.endswith(SCALE)]
+    return Unpacked(names, fp8_block_weights(folder))
 
 
 def _round_inputs(_module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:

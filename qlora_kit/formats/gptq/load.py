@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.formats.gptq.layout import PACKED
 from qlora_kit.formats.gptq.weights import gptq_weights
 from qlora_kit.formats.gptqmodel_folders import is_read_by_library, load_quantized
-from qlora_kit.formats.unpacked_folders import load_weights
-from qlora_kit.weights.headers import read_headers
-from qlora_kit.weights.reader import unpacked_names
+from qlora_kit.formats.unpacked_folders import Unpacked, load_weights
+from qlora_kit.weights.reader import tensor_names, unpacked_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,4 +21,9 @@ def load_gptq(folder: Path) -> "PreTrainedModel":
     """
     if is_read_by_library(folder):
         return load_quantized(folder)
-    return load_weights(folder, unpacked_names(read_headers(folder), PACKED), gptq_weights(folder))
+    return load_weights(folder, unpacked_gptq(folder))
+
+
+def unpacked_gptq(folder: Path) -> Unpacked:
+    """The weights that a GPTQ folder stands for."""
+    return Unpacked(unpacked_names(tensor_names(folder), PACKED), gptq_weights(folder))
