@@ -31,7 +31,7 @@ from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.terminal import printable
 from qlora_kit.core.units import counted
 from qlora_kit.model.conversion import own_name_of_stored
-from qlora_kit.model.microscaled import unpacks
+from qlora_kit.model.microscaled import is_microscaled, unpacks
 from qlora_kit.model.unfused_experts import joined_experts
 from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.own_names import SAME, OwnNames, note_own_names
@@ -150,8 +150,8 @@ def load_language_model(
     found = language_model(folder)
     # An explicit None makes transformers 5.17 overlook what a quantized folder's config.json names.
     settings = {} if quantization is None else {"quantization_config": quantization}
-    if quantization is not None and not unpacks(quantization):
-        vars(found.config).pop("quantization_config", None)  # what it names is unpacked on the way
+    if quantization is not None and is_microscaled(vars(found.config)) and not unpacks(quantization):
+        vars(found.config).pop("quantization_config")  # what it names is unpacked on the way
     model, report = found.auto.from_pretrained(
         folder,
         **settings,
