@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.weights.float_rows import FloatRows, read_float_rows
+from qlora_kit.weights.float_rows import FloatRows, find_tensors, read_float_rows
+from qlora_kit.weights.headers import read_headers
+from qlora_kit.weights.own_names import own_names_of
 
 HEAD = "lm_head"
 
@@ -21,6 +23,16 @@ def empty_model(model_dir: Path) -> Any:
     # buffers, such as rotary frequencies, are computed and not stored: they stay real
     with init_empty_weights(include_buffers=False):
         return build_language_model(model_dir).eval()
+
+
+def weights_by_model_names(model: nn.Module, model_dir: Path) -> dict[str, FloatRows]:
+    """The tensors of a folder by the names that its language model has for them; those of towers are left out."""
+    from qlora_kit.model.stored_names import stored_names
+
+    tensors, names = find_tensors(model_dir), own_names_of(model)
+    by_own = stored_names(model_dir, read_headers(model_dir)).by_own
+    found = {names.trained(own): tensors[stored] for own, stored in by_own.items() if stored in tensors}
+    return {name: tensor for name, tensor in found.items() if name is not None}
 
 
 def fill_weights(model: nn.Module, names: Iterable[str], stored: Mapping[str, FloatRows], device: torch.device) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qlora_kit.core.console.bar import Bar, bar
 from qlora_kit.core.console.lines import log
 from qlora_kit.export.layer_inputs import Call, decoder_layers, first_inputs, layers_answered, run_layer
-from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights
-from qlora_kit.weights.float_rows import FloatRows, find_tensors
+from qlora_kit.export.streamed_model import drop_weights, empty_model, fill_head, fill_weights, weights_by_model_names
+from qlora_kit.weights.float_rows import FloatRows
 
 MOST_STATE_BYTES = 2 << 30
 _STATE_BYTES = 2  # a number of a hidden state, kept in bfloat16
@@ -55,8 +55,8 @@ class Fisher:
     def __init__(self, model_dir: Path, rows: Sequence[Sequence[int]], *, with_moments: bool = False) -> None:
         self.with_moments = with_moments
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.stored: dict[str, FloatRows] = find_tensors(model_dir)
         self.model: Any = empty_model(model_dir)
+        self.stored: dict[str, FloatRows] = weights_by_model_names(self.model, model_dir)
         self.prefix, self.layers = decoder_layers(self.model)
         inside = f"{self.prefix}."
         outer = (name for name in self.stored if not name.startswith(inside))

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.export.budget import fisher as module
 from qlora_kit.export.budget.fisher import Fisher, fitting_rows
+from tests.families import IMAGE_TEXT, build
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[(7 * step * step + 13 * row) % 600 for step in range(40 + row)] for row in range(3)]
@@ -84,3 +85,11 @@ def test_rows_that_would_fill_memory_are_left_out_aloud(
     said = "bits budget: measured on 4 of 8 calibration rows, to stay within 2 GiB of hidden states\n"
     assert capsys.readouterr().err == said
     assert fitting_rows(rows, 1000) == rows[:1]
+
+
+@pytest.mark.parametrize("kind", IMAGE_TEXT)
+def test_the_language_model_beside_a_tower_is_measured(kind: str, tmp_path: Path) -> None:
+    folder = build(kind, tmp_path)
+    found = list(Fisher(folder, ROWS).linears())
+    assert len(found) == 14
+    assert all(bool(torch.isfinite(linear.fisher).all()) and linear.fisher.sum() > 0 for linear in found)
