@@ -235,3 +235,7 @@ def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype
+    for weight in model.parameters():
+        # transformers 5.17 leaves a tensor that it renames in the format of its file.
+        if weight.dtype in (torch.bfloat16, torch.float16) and weight.dtype is not dtype:
+            weight.data = weight.data.to(dtype)

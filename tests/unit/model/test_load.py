@@ -3,6 +3,7 @@
 import bitsandbytes
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.model.load import load_base
@@ -79,6 +80,17 @@ def test_a_prequantized_folder_loads_as_it_is_stored(folder, tmp_path):
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert layer.compute_dtype is torch.float32
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_a_tensor_that_transformers_renames_is_in_the_format_of_activations_too(tmp_path):
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"vocab_size": 640, "bos_token_id": 1, "eos_token_id": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**widths, **ids)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    load_base(tmp_path / "base", QuantConfig()).save_pretrained(tmp_path / "stored")
+    model = load_base(tmp_path / "stored", QuantConfig(compute_dtype=ComputeDtype.float32))
+    assert model.get_output_embeddings().weight.dtype is torch.float32
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
 
 
 def test_a_prequantized_folder_of_another_kind_is_refused(folder, tmp_path):

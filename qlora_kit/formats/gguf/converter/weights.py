@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEAR = 0.8  # of the weight's norm; blocks of one bit are off by 0.5, another order by 1.4
+_LAYER = re.compile(r"blk\.(\d+)\.")  # config.json need not say how many there are, nor under which key
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
@@ -35,7 +36,8 @@ def converted_weights(
 
     text = {**config, **(config.get("text_config") or {})}
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], int(text["num_hidden_layers"]))
+    layers = 1 + max((int(found[1]) for name in tensors if (found := _LAYER.match(name))), default=0)
+    names = gguf.get_tensor_name_map(kinds[architecture], layers)
     heads = [int(count) for key in ("num_attention_heads", "num_key_value_heads") if (count := text.get(key))]
 
     def weight(name: str) -> "Tensor | None":
