@@ -54,6 +54,7 @@ WHOLE = {
     "export.py:f'{where}=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
     "directory.py:f'{key}=latest'": "run=latest",
     "checks.py:f'{path}.imatrix=true'": "export.gguf.gguf_q4_k_m.imatrix=true",
+    "checks.py:f'{path}.bits_budget=null'": "export.gguf.gguf_q4_k_m.bits_budget=null",
     "compose.py:f'{key}={EXAMPLES.get(key, '<value>')}'": "data.max_tokens=auto",
     "compose.py:f\"{key}={EXAMPLES.get(key, '<value>')}\"": "data.max_tokens=auto",
     "compose.py:f'{group}={common_option(group)}'": "optim=adamw",

@@ -32,7 +32,7 @@ KILLS = {
     "awq": Kill("awq_4bit_g64", ".awq_4bit_g64.*.partial"),
     # Without a GPU it is scored from a twin in the other layout.
     "awq_gemv": Kill("awq_4bit_gemv", ".twin.*.partial/*", words=("export.awq.awq_4bit_gemv.group_size=64",)),
-    "compressed": Kill("w4a16_g64", ".w4a16_g64.*.partial/.compressed-*/*"),
+    "compressed": Kill("w4a16_g64", ".w4a16_g64.*.partial"),
     "fp8_by_row": Kill("fp8_dynamic", ".fp8_dynamic.*.partial"),
     "bnb": Kill("bnb_nf4", ".bnb_nf4.*.partial/.bnb-*/*"),
     "adapter_peft": Kill("adapter_peft", ".adapter_peft.*.partial/*"),
