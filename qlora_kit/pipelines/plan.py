@@ -45,7 +45,7 @@ def known_base(recipe: TrainRecipe) -> KnownBase:
         reach = reach_of(recipe, folder)
         return replace(KnownBase.in_folder(folder, reach.counted, reach.kept), notes=tuple(reach.lines()))
     if recipe.model.shape is not None:
-        return KnownBase(recipe.model.shape)
+        return KnownBase.of_shape(recipe.model.shape, recipe)
     raise RecipeError(
         f"the sizes of {recipe.model.source} are not at hand",
         "model.source",

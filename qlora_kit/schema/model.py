@@ -7,6 +7,8 @@ from qlora_kit.families.demo import NAME
 from qlora_kit.families.registry import CHAT_TEMPLATES
 from qlora_kit.schema.field import MISSING, Sealed, setting
 
+MOST_WEIGHTS = 10**13
+
 
 class Attention(Enum):
     """Attention implementations of transformers that the kit allows."""
@@ -40,6 +42,16 @@ class ModelShape(Sealed):
     expert_size: int = setting(0, "Width of an expert's MLP.", minimum=0)
     shared_size: int = setting(0, "Width of the MLP beside the experts, which every token goes through.", minimum=0)
     dense_layers: int = setting(0, "Layers of a mixture that have a dense MLP and no experts.", minimum=0)
+
+    linear_weights: int = setting(
+        0,
+        "Weights of the layers' linear maps and experts in all, where the sizes above do not give them.",
+        minimum=0,
+        maximum=MOST_WEIGHTS,
+    )
+    other_weights: int = setting(
+        0, "With linear_weights: all other weights, which stay in 16 bit.", minimum=0, maximum=MOST_WEIGHTS
+    )
 
     @property
     def expert_layers(self) -> int:

@@ -9,10 +9,11 @@ from qlora_kit.core.units import human_bytes, human_count
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.estimate import MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
+from qlora_kit.memory.trainable import trainable_parameters
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig
 from qlora_kit.schema.model import ModelShape
-from qlora_kit.schema.quant import ComputeDtype
+from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.step_memory import StepMemory, again, extras_of_recipe, fast_estimate
 
@@ -62,6 +63,19 @@ class KnownBase:
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
         return cls(shape_of_config(config), str(text.get("model_type", "")), counted, kept)
+
+    @classmethod
+    def of_shape(cls, shape: ModelShape, recipe: TrainRecipe) -> "KnownBase":
+        """From the sizes in a recipe, with its count of weights where the sizes alone do not give them.
+
+        Raises:
+            RecipeError: the adapter names modules whose sizes are unknown.
+        """
+        if not shape.linear_weights:
+            return cls(shape)
+        rounded = 0 if recipe.quant.kind is QuantKind.none else shape.linear_weights
+        whole = shape.linear_weights + shape.other_weights - rounded
+        return cls(shape, counted=CountedWeights(rounded, whole, trainable_parameters(shape, recipe.lora)))
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,38 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.files import read_json
 from qlora_kit.data.home_commands import write_files
-from qlora_kit.schema.folders import groups
+from qlora_kit.schema.folders import groups, recipe_file
 from tests.e2e.conftest import write_rows
-from tests.tiny_models import build_tiny_image_text_model, build_tiny_model
+from tests.published import PUBLISHED_CONFIGS
+from tests.twins import build_twin, twin_name
 
-FAMILY_OF_MODEL = {
-    "smollm2": "llama",
-    "smollm3": "smollm3",
-    "llama3": "llama3",
-    "mistral": "mistral",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3",
-    "phi4": "phi3",
+
+def model_of(experiment):
+    """The option of the group `model` that an experiment takes."""
+    (chosen,) = (
+        entry["override /model"]
+        for entry in yaml.safe_load(experiment.read_text("utf-8"))["defaults"]
+        if "override /model" in entry
+    )
+    return chosen
+
+
+NO_GGUF: list[str] = []
+MODELS = {
+    name: model_of(recipe_file("experiment", name))
+    for name in groups()["experiment"]
+    if recipe_file("experiment", name)
 }
 # Their checkpoints hold a vision tower too.
 IMAGE_TEXT = ["gemma3_12b_chat_24gb", "gemma3_27b_chat_48gb", "gemma3_4b_chat_12gb"]
-EXPERIMENTS = [name for name in groups()["experiment"] if name not in IMAGE_TEXT]
+# Of architectures whose files llama.cpp's converter or transformers alone knows: trained and exported, each once.
+RECENT = [name for name, model in MODELS.items() if model in PUBLISHED_CONFIGS]
+EXPERIMENTS = [name for name in MODELS if name not in {*IMAGE_TEXT, *RECENT}]
 PADDED, PACKED = [], ["data.batching=packed"]
 PLAIN, FAST = [], ["engine=fast"]
 WAYS = list(itertools.product((PADDED, PACKED), (PLAIN, FAST)))
@@ -37,26 +49,35 @@ WAYS = list(itertools.product((PADDED, PACKED), (PLAIN, FAST)))
 FULL = ["gemma3_1b_chat_8gb", "mistral_7b_chat_16gb", "phi4_mini_chat_12gb"]
 
 
-def family_of(experiment):
-    return next(family for prefix, family in FAMILY_OF_MODEL.items() if experiment.startswith(prefix))
+class Bases(dict):
+    """Folders of twins by name, built when they are first asked for."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name):
+        self[name] = build_twin(name, self.folder / name)
+        return self[name]
+
+    def of(self, experiment):
+        return self[twin_name(MODELS[experiment])]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A folder with a tiny base of every family, and rows."""
+    """The tiny bases, and a folder with rows."""
     folder = tmp_path_factory.mktemp("bases")
-    for family in sorted(set(FAMILY_OF_MODEL.values())):
-        build_tiny_model(family, folder / family, max_position_embeddings=2048)
     write_rows(folder / "chats.jsonl", 100, 1, "turn on")
-    return folder
+    return Bases(folder)
 
 
 def line(experiment, bases, *more):
-    words = ["train", f"experiment={experiment}", f"model.source={bases / family_of(experiment)}"]
+    words = ["train", f"experiment={experiment}", f"model.source={bases.of(experiment)}"]
     if "home_commands" in experiment:
         write_files(Path("data/home_commands"), seed=0, train_rows=48, held_out_rows=2)
     else:
-        words.append(f"data.train_file={bases / 'chats.jsonl'}")
+        words.append(f"data.train_file={bases.folder / 'chats.jsonl'}")
     return [*words, "trainer.max_steps=2", "trainer.save_every_steps=1", *more]
 
 
@@ -132,13 +153,26 @@ def test_an_experiment_goes_the_whole_way(experiment, way, bases, here, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", IMAGE_TEXT)
 def test_the_language_model_of_an_image_text_checkpoint_is_trained_and_merged(experiment, here, bases, capfd):
-    base = build_tiny_image_text_model(bases / experiment)
-    words = ["train", f"experiment={experiment}", f"model.source={base}", f"data.train_file={bases / 'chats.jsonl'}"]
-    assert main([*words, "trainer.max_steps=2", "trainer.save_every_steps=1"]) == 0, capfd.readouterr().err
+    assert main(line(experiment, bases)) == 0, capfd.readouterr().err
     follow(the_run(), ["merged_16bit"])
 
 
-def test_every_experiment_has_a_base_here():
-    assert set(IMAGE_TEXT) <= set(groups()["experiment"])
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", RECENT)
+def test_an_experiment_trains_and_is_exported(experiment, here, bases, capfd):
+    assert main(line(experiment, bases, "data.max_tokens=128", "trainer.batch_size=2")) == 0, capfd.readouterr().err
+    run = the_run()
+    wanted = ["merged_16bit", *(["gguf_q8_0"] if experiment not in NO_GGUF else [])]
+    assert main(["export", f"run={run}", f"export=[{','.join(wanted)}]", "export.score_rows=2"]) == 0, (
+        capfd.readouterr().err
+    )
+    for name in wanted:
+        manifest = read_json(run / "exports" / name / "manifest.json")
+        assert manifest["rejected"] is False
+        assert manifest["fidelity"]["mean_kl"] < 0.05
+
+
+def test_every_experiment_has_a_twin_of_its_architecture():
+    assert set(IMAGE_TEXT) <= set(MODELS)
     assert set(FULL) <= set(EXPERIMENTS)
-    assert {family_of(name) for name in EXPERIMENTS} == set(FAMILY_OF_MODEL.values())
+    assert all(twin_name(model) for model in MODELS.values())
