@@ -137,8 +137,12 @@ def build_twin(name: str, folder: Path) -> Path:
     if name in OWN:
         return build_tiny_model(OWN[name], folder, max_position_embeddings=2048)
     config = TWINS[name]()
+    tokenizer, text = smollm_tokenizer(), config.get_text_config()
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, token, getattr(tokenizer, token))
+        setattr(config, token, getattr(tokenizer, token))
     torch.manual_seed(0)
     auto = T.AutoModelForImageTextToText if hasattr(config, "vision_config") else T.AutoModelForCausalLM
     auto.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    smollm_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
