@@ -88,9 +88,9 @@ def test_a_forgotten_first_line_is_recognized(here, text):
 def test_an_option_that_is_none_is_told_with_the_known_ones(here):
     ((what, where, fix),) = of_experiment(here, GLOBAL + "defaults:\n  - override /model: qwen9\n")
     first, known = what.split("\n")
-    assert first.endswith("x.yaml chooses the model 'qwen9', which there is none of; did you mean 'qwen3_8b'?")
+    assert first.endswith("x.yaml chooses the model 'qwen9', which there is none of; did you mean 'qwen3_5_9b'?")
     assert known.startswith("  known    demo, ")
-    assert (where, fix) == ("recipes/experiment/x.yaml:3", "- override /model: qwen3_8b")
+    assert (where, fix) == ("recipes/experiment/x.yaml:3", "- override /model: qwen3_5_9b")
     ((what, where, fix),) = of_experiment(here, GLOBAL + "defaults:\n  - override /model: zzz\n")
     assert "which there is none of\n  known" in what and fix == ""
 
