@@ -135,8 +135,8 @@ def expert_mlp(hidden: Tensor, chosen: Tensor, shares: Tensor, experts: int, mlp
         experts: how many there are.
     """
     factors = (*mlp.first.factors(hidden.dtype), *mlp.second.factors(hidden.dtype))
-    held = _Held.apply(hidden, shares, *factors, *_Routing.of(chosen, experts))  # type: ignore[no-untyped-call]
-    made: Tensor = _ExpertMlp.apply(*held, (mlp, held[0].grad_fn))  # type: ignore[no-untyped-call]
+    held = _Held.apply(hidden, shares, *factors, *_Routing.of(chosen, experts))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    made: Tensor = _ExpertMlp.apply(*held, (mlp, held[0].grad_fn))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return made
 
 
