@@ -64,6 +64,8 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qlora_kit.model.language_model import cap_scores
+
     on_gpu = torch.cuda.is_available()
     try:
         if _layers_differ(folder):
@@ -86,6 +88,7 @@ def _load(folder: Path, method: str) -> "PreTrainedModel":
         raise RunError(f"{reader} could not load the {method.upper()} folder {folder}: {error}") from error
     if not on_gpu:
         _without_compiler(model)
+    cap_scores(model)
     return model.eval()
 
 
@@ -144,6 +147,8 @@ def _layers_differ(folder: Path) -> bool:
 def _load_mixed(folder: Path) -> "PreTrainedModel":
     import torch
 
+    from qlora_kit.model.language_model import cap_scores
+
     gptqmodel = require("gptqmodel", "Loading GPTQ files", EXTRA)
     on_gpu = torch.cuda.is_available()
     wrapper = gptqmodel.GPTQModel.load(
@@ -156,6 +161,7 @@ def _load_mixed(folder: Path) -> "PreTrainedModel":
     model: PreTrainedModel = wrapper.model
     if not on_gpu:
         _without_compiler(model.float())
+    cap_scores(model)
     return model.eval()
 
 

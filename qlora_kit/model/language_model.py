@@ -33,6 +33,7 @@ from qlora_kit.core.units import counted
 from qlora_kit.model.conversion import own_name_of_stored
 from qlora_kit.model.microscaled import is_microscaled, unpacks
 from qlora_kit.model.unfused_experts import joined_experts
+from qlora_kit.schema.model import Attention
 from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.own_names import SAME, OwnNames, note_own_names
 
@@ -208,7 +209,22 @@ def outer_modules(names: Iterable[str]) -> list[str]:
     return found
 
 
+def cap_scores(model: PreTrainedModel) -> None:
+    """Let a model whose attention caps its scores compute it by its own code, in place.
+
+    torch's kernel has no cap. transformers before 5.20 leaves it out without a word, later releases do as this.
+    """
+    if model.config._attn_implementation == Attention.sdpa.value and caps_scores(model):
+        model.set_attn_implementation(Attention.eager.value)
+
+
+def caps_scores(model: nn.Module) -> bool:
+    """Whether an attention of the model caps its scores."""
+    return any(getattr(module, "attn_logit_softcapping", None) for module in model.modules())
+
+
 def _as_language_model(model: PreTrainedModel, found: LanguageModel) -> PreTrainedModel:
+    cap_scores(model)
     if found.names.outside and not found.names.begins:
         _take_out(model, outer_modules(found.names.outside))
     note_own_names(model, found.names)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_kit.core.errors import KitError, Problem, RecipeError
 from qlora_kit.core.terminal import printable
 from qlora_kit.model.kind import read_config
-from qlora_kit.model.language_model import build_language_model
+from qlora_kit.model.language_model import build_language_model, caps_scores
 from qlora_kit.schema.model import Attention
 
 _OF_THE_MACHINE = ("out of memory", "allocate memory", "alloc_failed", "cuda error", "cublas", "cudnn")
@@ -37,7 +37,7 @@ def attention_for(model: PreTrainedModel, wanted: Attention) -> Attention:
     Raises:
         RecipeError: it cannot have what is wanted.
     """
-    if _has_attention(model, wanted):
+    if _has_attention(model, wanted) and not (wanted is Attention.sdpa and caps_scores(model)):
         return wanted
     if wanted is Attention.sdpa and _has_attention(model, Attention.eager):
         return Attention.eager

@@ -170,7 +170,7 @@ class Reach:
         if self.attention is not self.wanted_attention:
             yield (
                 f"model.attention={self.wanted_attention.name} is computed as {self.attention.name}: "
-                "transformers has no other for this model"
+                "transformers computes this model right with no other"
             )
 
     def _storage(self) -> Iterator[str]:
@@ -223,7 +223,10 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
     except RecipeError as error:
         attention, given = error.problems, recipe.model.attention
     if given is not recipe.model.attention and recipe.data.batching is Batching.packed and has_attention(model):
-        what = "packed rows need an attention that keeps samples apart, and transformers has but eager for this model"
+        what = (
+            "packed rows need an attention that keeps samples apart, and transformers computes this model right with "
+            "eager alone"
+        )
         attention = (Problem(what, f"data.batching={recipe.data.batching.name}", "data.batching=padded"),)
     try:
         reach = _reach_in(recipe, folder, config, model, checkpoint)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from qlora_kit.training.forecast import forecast
 from qlora_kit.training.preflight import check_train
 from qlora_kit.training.reach import check_reached, reach_of
 from tests.families import KINDS, build
+from tests.tiny_models import build_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
@@ -208,6 +210,16 @@ def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
     assert not any("is computed as" in line for line in reach_of(recipe, folder).lines())
     check_reached(loaded(recipe, folder), reach_of(recipe, folder))
     assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
+
+
+def test_scores_that_are_capped_keep_their_cap(tmp_path):
+    folder = build_tiny_model("gemma2", tmp_path / "base")
+    recipe = recipe_for(folder)
+    reach = reach_of(recipe, folder)
+    assert reach.attention is Attention.eager
+    assert any(line.startswith("model.attention=sdpa is computed as eager") for line in reach.lines())
+    message = refusal(replace(recipe, data=replace(recipe.data, batching=Batching.packed)), folder)
+    assert "computes this model right with eager alone" in message and "data.batching=padded" in message
 
 
 def test_of_a_base_that_cannot_be_trained_no_setting_is_told_that_would_not_help(folder_of):

@@ -179,6 +179,8 @@ class Attention:
             rest["sliding_window"] = module.sliding_window
         elif self.family.window is Window.sliding_layers:
             rest["sliding_window"] = module.sliding_window if module.is_sliding else None
+        if self.family.grows_queries:  # positions, which other layers do not name, are handed on by them too
+            rest["position_ids"] = settings["position_ids"]
         if self.family.softcap:
             rest["softcap"] = getattr(module, self.family.softcap)
         dropout = self._dropout if module.training else 0.0

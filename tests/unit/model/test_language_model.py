@@ -16,6 +16,7 @@ from qlora_kit.model.language_model import language_model, load_language_model, 
 from qlora_kit.model.stored_names import stored_names
 from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.own_names import own_names_of
+from tests.tiny_models import build_tiny_model
 from tests.unit.export.merging.trained import rewrite
 
 WIDTHS: dict[str, Any] = {
@@ -142,3 +143,16 @@ def test_a_model_without_a_decoder_is_refused(tmp_path: Path) -> None:
     T.CLIPVisionConfig(**SIGHT).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="has no text model for model_type clip_vision_model"):
         language_model(tmp_path)
+
+
+def test_scores_that_are_capped_are_computed_with_the_cap(tmp_path):
+    """torch's kernel would leave the cap out, and transformers 5.17 lets it."""
+    folder = build_tiny_model("gemma2", tmp_path / "base", dtype=torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    logits = {}
+    for cap, asked in ((None, "sdpa"), (1e-3, None)):
+        (folder / "config.json").write_text(json.dumps({**config, "attn_logit_softcapping": cap}))
+        model = load_language_model(folder, dtype=torch.float32, attention=asked)
+        assert model.config._attn_implementation == ("eager" if cap else "sdpa")
+        logits[cap] = model(TOKENS).logits
+    assert not torch.allclose(logits[None], logits[1e-3], atol=1e-3)
