@@ -385,8 +385,8 @@ CASES: dict[str, Case] = {
         for kind in (RELU_SQUARED, GELU, GELU_TANH)
     },
     "cap_logits": Case(lambda dtype: (10 * drawn(TOKENS, COLUMNS, dtype=dtype), 15.0), _capped, (0,)),
-    "gated": Case(lambda dtype: _columns(dtype, 2), lambda x, gate: wide(x) * torch.sigmoid(wide(gate))),
-    "gated_backward": Case(lambda dtype: _columns(dtype, 3), _sigmoid_backward),
+    "output_gate": Case(lambda dtype: _columns(dtype, 2), lambda x, gate: wide(x) * torch.sigmoid(wide(gate))),
+    "output_gate_backward": Case(lambda dtype: _columns(dtype, 3), _sigmoid_backward),
     "rope": Case(lambda dtype: (_heads(dtype), *_angles(dtype), delta(HEADS * WIDTH, 16, dtype, 1)), _rope),
     "rope: two rows, rank 40": Case(
         lambda dtype: (_heads(dtype), *_angles(dtype, TOKENS // 2), delta(HEADS * WIDTH, 40, dtype, 1)), _rope

@@ -48,7 +48,7 @@ The order to read it in:
     ops/           one operation a file: torch reference, kernel, and when the kernel is taken
       op.py registry.py jit.py compiled.py limits.py            what an operation is, and all of them
       rms_norm.py lora_delta.py rope.py glu/ split_k.py         those of the picture
-      layer_norm.py activation.py gated.py                      what some families have instead, or beside them
+      layer_norm.py activation.py output_gate.py                what some families have instead, or beside them
       four_bit.py fp8_rows.py fused_linear_cross_entropy.py     weights, activations in fp8, the output head
     linear/        linear modules that read one input: their products and gradients
       frozen_weight.py fp8.py concatenated_weights.py           W in 4, 16 or 8 bit
@@ -59,7 +59,7 @@ The order to read it in:
       attention_part.py plain_part.py                           attention as a whole; a part left as it is
       experts.py                                                between the products of a mixture's experts
       layer_parts.py tail.py                                    a layer of such parts, and what some do to its result
-      extract.py                                                found in a layer of transformers, by its family
+      extract.py activations.py                                 found in a layer of transformers, by its family
       trial.py                                                  held against what the layer itself gives
       fast.py                                                   put in the place of the layer's own forward
       checkpoint_policy.py kept_memory.py host_memory.py        what is kept, how much, and where

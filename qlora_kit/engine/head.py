@@ -17,11 +17,9 @@ from qlora_kit.engine.ops.fused_linear_cross_entropy import FusedLogProbs, Logit
 from qlora_kit.objectives.sft.collate import IGNORED_LABEL
 
 # Settings of families whose logits are multiplied, divided, capped, or joined by a loss of the router.
-FACTORS, DIVISOR, CAP = (
-    ("logit_scale", "output_multiplier", "lm_head_multiplier"),
-    "logits_scaling",
-    "final_logit_softcapping",
-)
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISOR = "logits_scaling"
+CAP = "final_logit_softcapping"
 ROUTED = "output_router_logits"
 TRIED = 16  # tokens of the row that the head is tried out on
 OFF = 0.02  # of the logits, that they may differ by: rounding in 16 bit
@@ -41,7 +39,7 @@ def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
         A function that puts TRL's forward back; None where it was left.
     """
     config = model.config.get_text_config()
-    shape = _shape_told(config)
+    shape = _configured_shape(config)
     if getattr(config, ROUTED, False) or not _gives_logits(model, shape):
         return None
     fused = model.forward
@@ -65,7 +63,7 @@ def enable_fused_head(model: PreTrainedModel) -> Callable[[], None] | None:
     return undo
 
 
-def _shape_told(config: Any) -> LogitShape:
+def _configured_shape(config: Any) -> LogitShape:
     """What config.json says is done to logits."""
     scale = next((one for name in FACTORS if (one := getattr(config, name, None)) is not None), 1.0)
     return LogitShape(scale / (getattr(config, DIVISOR, None) or 1.0), getattr(config, CAP, None) or 0.0)

@@ -19,8 +19,8 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.engine.layer.norm import After, Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
-from qlora_kit.engine.ops.gated import gated, gated_backward
 from qlora_kit.engine.ops.lora_delta import LoraDelta, add_n
+from qlora_kit.engine.ops.output_gate import output_gate, output_gate_backward
 from qlora_kit.engine.ops.rope import repeat_angles, rope, rope_backward, rotate, rotate_pairs
 
 
@@ -238,13 +238,13 @@ class _GateHeads(Function):
     @staticmethod
     def forward(ctx: Any, attention: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(attention, gate)
-        return gated(attention.flatten(0, 1), gate.flatten(0, 1)).view_as(attention)
+        return output_gate(attention.flatten(0, 1), gate.flatten(0, 1)).view_as(attention)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         attention, gate = ctx.saved_tensors
-        found = gated_backward(*(part.flatten(0, 1) for part in (attention, gate, grad)))
+        found = output_gate_backward(*(part.flatten(0, 1) for part in (attention, gate, grad)))
         return tuple(part.view_as(attention) for part in found)
 
 

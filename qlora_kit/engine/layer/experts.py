@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
+from qlora_kit.engine.layer.activations import OF_GATES
+from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
 from qlora_kit.engine.ops.four_bit import FourBit, Nested
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.engine.ops.op import compiled
 from qlora_kit.model.expert_mlp import TorchOps
 from qlora_kit.model.expert_products import Stack
 from qlora_kit.model.stacked_experts import StackedExperts, WeightStack
-
-_ACTIVATIONS = {"SiLUActivation": Activation.silu, "SiLU": Activation.silu, "GELUTanh": Activation.gelu_tanh}
 
 
 def speed_up_experts(model: nn.Module) -> Callable[[], None]:
@@ -51,7 +51,7 @@ class FastOps:
         """The operations of a module of experts; None where it computes in a way of its own."""
         if (gate := experts.gate) is None:
             return None
-        known = _ACTIVATIONS.get(type(getattr(experts.original, "act_fn", None)).__name__)
+        known = OF_GATES.get(type(getattr(experts.original, "act_fn", None)).__name__)
         return cls(TorchOps(gate), known if experts.has_usual_gate else None)
 
     def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
@@ -103,11 +103,14 @@ def _wide(rows: Tensor, delta: Tensor | None) -> Tensor:
     return rows.float() if delta is None else rows.float() + delta.float()
 
 
+def _act(gate: Tensor, is_silu: bool) -> Tensor:
+    return silu(gate) if is_silu else gelu(gate, approximate="tanh")
+
+
 def _weighed_glu(middle: Tensor, delta: Tensor | None, shares: Tensor, is_silu: bool) -> Tensor:
     """`activation(gate) * up`, times the share of its row; gate and up are the halves of `middle + delta`."""
     gate, up = _wide(middle, delta).chunk(2, dim=-1)
-    acted = silu(gate) if is_silu else gelu(gate, approximate="tanh")
-    return (acted * up * shares.float().unsqueeze(1)).to(middle.dtype)
+    return (_act(gate, is_silu) * up * shares.float().unsqueeze(1)).to(middle.dtype)
 
 
 def _weighed_glu_backward(
@@ -116,14 +119,7 @@ def _weighed_glu_backward(
     """The same again, and the gradients of `middle` and of the shares."""
     gate, up = _wide(middle, delta).chunk(2, dim=-1)
     wide, share = _wide(grad, grad_delta), shares.float().unsqueeze(1)
-    if is_silu:
-        bend = torch.sigmoid(gate)
-        acted, slope = gate * bend, bend * (1.0 + gate * (1.0 - bend))
-    else:
-        bend = torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate.pow(3)))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * gate.pow(2))
-        acted = 0.5 * gate * (1.0 + bend)
-        slope = 0.5 * (1.0 + bend) + 0.5 * gate * (1.0 - bend.pow(2)) * inner
+    acted, slope = _act(gate, is_silu), silu_slope(gate) if is_silu else gelu_tanh_slope(gate)
     product = acted * up
     to_share = (wide * product).sum(1)
     wide = wide * share

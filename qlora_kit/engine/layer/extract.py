@@ -5,11 +5,12 @@ as a whole, as the model has it, beside the other. What is held anywhere has to 
 that the family does not tell would be left out of the arithmetic.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from qlora_kit.engine.layer.activations import OF_GATES, UNGATED, activation_of
 from qlora_kit.engine.layer.attention_blocks import Output, Projection
 from qlora_kit.engine.layer.attention_part import Attention, AttentionPart
 from qlora_kit.engine.layer.layer_parts import LayerParts
@@ -21,26 +22,11 @@ from qlora_kit.engine.layer.ungated_mlp import UngatedMlp
 from qlora_kit.engine.linear.adapted_linear import AdaptedLinear, MakeWeight, adapted_linear
 from qlora_kit.engine.linear.frozen_weight import NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup
-from qlora_kit.engine.ops.activation import GELU, GELU_TANH, RELU_SQUARED
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.family import Family, MlpNames, NormWeights, Rotary
 from qlora_kit.model.stacked_experts import StackedExperts
 
-# By the class of the module, without a gate and with one.
-UNGATED = {"ReLUSquaredActivation": RELU_SQUARED, "GELUTanh": GELU_TANH, "GELUActivation": GELU}
-ACTIVATIONS = {
-    name: kind.value
-    for name, kind in (
-        ("SiLUActivation", Activation.silu),
-        ("SiLU", Activation.silu),
-        ("GELUTanh", Activation.gelu_tanh),
-    )
-}
-KNOWN_FACTORS = {
-    "scaling",
-    "attention_dropout",
-    "partial_rotary_factor",
-}  # numbers of a layer's modules that are computed with
+KNOWN_FACTORS = {"scaling", "attention_dropout", "partial_rotary_factor"}  # numbers that are computed with
 NO_FAST_FORM = "has no fast form"
 
 
@@ -135,15 +121,17 @@ class _Reader:
 
     def _dense(self, module: Any, known: MlpNames, norm: Norm, after: After | None) -> Mlp:
         if not known.gate:
-            activation, of_activation = _activation(module, known, UNGATED)
+            activation, of_activation = activation_of(module, UNGATED)
             _check_part(module, [known.up, known.down, of_activation], set())
             up, down = (self._group(module, name) for name in (known.up, known.down))
             return UngatedMlp(norm, up, down, activation, after)
         names = [known.fused] if hasattr(module, known.fused) else [known.gate, known.up]
-        kind, of_activation = _activation(module, known, ACTIVATIONS)
+        kind, of_activation = (
+            (Activation(known.activation), "") if known.activation else activation_of(module, OF_GATES)
+        )
         group = self._group(module, *names)
         _check_part(module, [*names, known.down, of_activation], set())
-        return DenseMlp(norm, group, self._group(module, known.down), Activation(kind), after)
+        return DenseMlp(norm, group, self._group(module, known.down), kind, after)
 
     def _tail(self) -> Tail | None:
         family, layer = self.family, self.layer
@@ -196,19 +184,6 @@ class _Reader:
             if isinstance(module, torch.nn.Dropout) and module.p > 0:
                 raise NotFastError(f"{name} is above 0")
         _check_part(layer, names, {family.residual_scale})
-
-
-def _activation(mlp: Any, names: MlpNames, known: Mapping[str, str]) -> tuple[str, str]:
-    """What the gate, or what there is without one, goes through; and the module that says so."""
-    if names.activation:
-        return names.activation, ""
-    attribute = next((name for name in ("act_fn", "activation_fn", "activation", "act") if hasattr(mlp, name)), "")
-    if not attribute:
-        raise NotFastError("it has no activation that is known here")
-    kind = type(getattr(mlp, attribute)).__name__
-    if kind not in known:
-        raise NotFastError(f"the activation {kind} {NO_FAST_FORM}")
-    return known[kind], attribute
 
 
 def _check_config(config: Any, unset: Sequence[str]) -> None:

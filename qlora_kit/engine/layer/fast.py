@@ -27,6 +27,7 @@ from qlora_kit.engine.layer.trial import largest_difference
 from qlora_kit.engine.linear.fp8 import weight_for
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight, NotFastError
 from qlora_kit.engine.linear.linear_group import LinearGroup, cast_adapters
+from qlora_kit.families.family import Family
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.schema.engine import EngineConfig
 
@@ -166,11 +167,18 @@ class FastEngine:
         graphs: of the layers; None without a GPU, or where the recipe wants none.
     """
 
-    def __init__(self, layers: list[FastLayer], messages: list[str], graphs: LayerGraphs | None = None) -> None:
+    def __init__(
+        self,
+        layers: list[FastLayer],
+        messages: list[str],
+        undo_experts: Callable[[], None],
+        graphs: LayerGraphs | None = None,
+    ) -> None:
+        """Args: undo_experts: takes the fast operations away from experts."""
         self.layers = layers
         self.messages = messages
         self.graphs = graphs
-        self.undo_experts: Callable[[], None] = lambda: None
+        self._undo_experts = undo_experts
         recordable = [layer for layer in layers if layer.parts is not None and layer.parts.records]
         for place, layer in enumerate(recordable):
             layer.graphs, layer.place = graphs, place
@@ -228,7 +236,7 @@ class FastEngine:
     def undo(self) -> None:
         """Give every layer its own forward back."""
         self._release()
-        self.undo_experts()
+        self._undo_experts()
         for layer in self.layers:
             layer.restore()
         self.layers, self._groups = [], []
@@ -263,16 +271,35 @@ def patch_model(
     kind = base.config.get_text_config().model_type
     family = FAMILIES.get(kind)
     if family is None:
-        engine = FastEngine([], [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"])
-        engine.undo_experts = speed_up_experts(base)
-        return engine
-    make: MakeFrozen = make_weight or partial(weight_for, compute=config.compute)
+        messages = [f"engine.mode=fast has no {kind} layers: they run plain, on transformers and peft"]
+        return FastEngine([], messages, speed_up_experts(base))
+    layers, messages = _read_layers(base, family, make_weight or partial(weight_for, compute=config.compute))
+    if is_tried and layers:
+        worst, difference = largest_difference(base.base_model, layers)
+        if difference > 1:
+            layers = []
+            messages.append(
+                f"engine.mode=fast gives other numbers for layer {worst} than the layer itself, "
+                f"{difference:.1f} times what is let through: all layers run plain; please report this"
+            )
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
+    engine = FastEngine(layers, messages, speed_up_experts(base), graphs)
+    if policies is not None and layers:
+        engine.set_policies(policies)
+    for fast in layers:
+        fast.install()
+    return engine
+
+
+def _read_layers(model: torch.nn.Module, family: Family, make_weight: MakeFrozen) -> tuple[list[FastLayer], list[str]]:
+    """A model's decoder layers, or none where all of them run plain; and lines on what runs plain, and why."""
     found, reasons, of_parts = [], Counter[str](), Counter[tuple[str, str]]()
-    for layer in (module for module in base.modules() if type(module).__name__ == family.layer):
+    for layer in (module for module in model.modules() if type(module).__name__ == family.layer):
         dtype = _compute_dtype(layer)
         parts: LayerParts | None = None
         try:
-            parts = extract_parts(layer, family, partial(make, dtype=dtype))
+            parts = extract_parts(layer, family, partial(make_weight, dtype=dtype))
             of_parts.update(parts.plain_because)
         except (NotFastError, AttributeError) as reason:
             reasons[str(reason)] += 1
@@ -285,24 +312,7 @@ def patch_model(
         f"{part} of {count} of {counted(len(found), 'layer')} runs plain, because {why}"
         for (part, why), count in of_parts.items()
     ]
-    is_plain = sum(reasons.values()) == len(found)
-    if is_tried and not is_plain:
-        worst, difference = largest_difference(base.base_model, found)
-        if difference > 1:
-            is_plain = True
-            messages.append(
-                f"engine.mode=fast gives other numbers for layer {worst} than the layer itself, "
-                f"{difference:.1f} times what is let through: all layers run plain; please report this"
-            )
-    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
-    graphs = LayerGraphs() if config.cuda_graphs and on_gpu else None
-    engine = FastEngine([] if is_plain else found, messages, graphs)
-    engine.undo_experts = speed_up_experts(base)
-    if policies is not None and engine.layers:
-        engine.set_policies(policies)
-    for fast in engine.layers:
-        fast.install()
-    return engine
+    return ([] if sum(reasons.values()) == len(found) else found), messages
 
 
 def _compute_dtype(layer: torch.nn.Module) -> torch.dtype:

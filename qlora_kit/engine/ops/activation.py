@@ -1,4 +1,4 @@
-"""The activation of an MLP without a gate; torch compiles the kernels."""
+"""The activation of an MLP without a gate, and slopes of activations; torch compiles the kernels."""
 
 import torch
 from torch import Tensor
@@ -20,15 +20,26 @@ def _activate(x: Tensor, kind: str) -> Tensor:
     return gelu(x, approximate="tanh" if kind == GELU_TANH else "none")
 
 
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of SiLU at x, fp32 of any shape."""
+    share = torch.sigmoid(x)
+    return share * (1.0 + x * (1.0 - share))
+
+
+def gelu_tanh_slope(x: Tensor) -> Tensor:
+    """The derivative of GELU's tanh approximation at x, fp32 of any shape."""
+    bend = torch.tanh(_GELU_SLOPE * (x + _GELU_CUBIC * x.pow(3)))
+    inner = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * x.pow(2))
+    return 0.5 * (1.0 + bend) + 0.5 * x * (1.0 - bend.pow(2)) * inner
+
+
 def _activate_backward(x: Tensor, grad: Tensor, kind: str, out: Tensor) -> Tensor:
     """Write the gradient of x `[T, width]` to `out`, and give the activation again."""
     wide = x.float()
     if kind == RELU_SQUARED:
         slope = 2.0 * relu(wide)
     elif kind == GELU_TANH:
-        bend = torch.tanh(_GELU_SLOPE * (wide + _GELU_CUBIC * wide.pow(3)))
-        inner = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * wide.pow(2))
-        slope = 0.5 * (1.0 + bend) + 0.5 * wide * (1.0 - bend.pow(2)) * inner
+        slope = gelu_tanh_slope(wide)
     else:
         slope = 0.5 * (1.0 + torch.erf(wide * _HALF)) + wide * _DENSITY * torch.exp(-0.5 * wide.pow(2))
     out.copy_(grad.float() * slope)

@@ -9,18 +9,15 @@ CPU, and for ranks that the kernels do not take, each step is made by itself.
 from enum import Enum
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
 from qlora_kit.engine.ops.glu.kernels import start_glu, start_glu_backward
 from qlora_kit.engine.ops.limits import FUSED_RANK
 from qlora_kit.engine.ops.lora_delta import LoraDelta, add_delta, takes_ranks
 from qlora_kit.engine.ops.op import Op, compiled
 from qlora_kit.engine.ops.split_k import PartialSum, split_k_matmul
-
-_GELU_SLOPE = 0.7978845608028654  # sqrt(2 / pi)
-_GELU_CUBIC = 0.044715
 
 
 class Activation(Enum):
@@ -55,13 +52,7 @@ def _gated_product(gate: Tensor, up: Tensor, is_silu: bool) -> Tensor:
 def _gated_product_backward(gate: Tensor, up: Tensor, grad: Tensor, is_silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The product again, and the gradients of gate and up, each `[T, width]`, from the product's gradient."""
     wide, wide_grad = gate.float(), grad.float()
-    if is_silu:
-        gateway = torch.sigmoid(wide)
-        slope = gateway * (1.0 + wide * (1.0 - gateway))
-    else:
-        bend = torch.tanh(_GELU_SLOPE * (wide + _GELU_CUBIC * wide.pow(3)))
-        inner = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * wide.pow(2))
-        slope = 0.5 * (1.0 + bend) + 0.5 * wide * (1.0 - bend.pow(2)) * inner
+    slope = silu_slope(wide) if is_silu else gelu_tanh_slope(wide)
     activated = _act(gate, is_silu)
     gate_grad = (wide_grad * up.float() * slope).to(gate.dtype)
     return activated * up, gate_grad, (wide_grad * activated.float()).to(up.dtype)

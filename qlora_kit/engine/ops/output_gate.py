@@ -6,12 +6,12 @@ from torch import Tensor
 from qlora_kit.engine.ops.op import compiled
 
 
-def _gated(x: Tensor, gate: Tensor) -> Tensor:
+def _output_gate(x: Tensor, gate: Tensor) -> Tensor:
     """`x * sigmoid(gate)`, each `[T, width]`."""
     return x * torch.sigmoid(gate)
 
 
-def _gated_backward(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _output_gate_backward(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the gate from that of the product, each `[T, width]`."""
     opened = torch.sigmoid(gate.float())
     wide = grad.float()
@@ -19,5 +19,5 @@ def _gated_backward(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tens
     return (wide * opened).to(x.dtype), of_gate.to(gate.dtype)
 
 
-gated = compiled(_gated)
-gated_backward = compiled(_gated_backward)
+output_gate = compiled(_output_gate)
+output_gate_backward = compiled(_output_gate_backward)
