@@ -34,6 +34,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 }
 # kinds of layers that keep no keys and values; llama.cpp ends the process over a hybrid of these alone
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "mlp", "moe"})
+_STATES = frozenset({"linear_attention", "mamba"})
 _WINDOWED_LAYERS = 64  # of exaone4's larger model
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of gemma3n's first layers
 
@@ -53,6 +54,9 @@ def converted_fixed(name: str, config: ConfigFields) -> Iterator[tuple[str, str]
     share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if name == "granitehybrid" and share not in (None, 1.0):
         yield "partial_rotary_factor", "1.0, since the converter reorders whole heads"
+    mixes_alone = bool(fields.get("num_local_experts")) and _STATES.isdisjoint(fields.get("layer_types") or ())
+    if name == "granitehybrid" and mixes_alone and fields.get("position_embedding_type", "rope") != "rope":
+        yield "position_embedding_type", "rope, where there are experts and no state space"
     if name == "exaone4" and fields.get("sliding_window") and fields.get("num_hidden_layers") != _WINDOWED_LAYERS:
         yield "sliding_window", f"none but in the model of {_WINDOWED_LAYERS} layers"
     for field in ("layer_types", "layers_block_type"):

@@ -31,8 +31,6 @@ def model_of(experiment):
     return chosen
 
 
-# llama.cpp's converter takes it for a mixture, and ends for want of one.
-NO_GGUF = ["granite4_micro_chat_8gb"]
 MODELS = {
     name: model_of(recipe_file("experiment", name))
     for name in groups()["experiment"]
@@ -163,7 +161,7 @@ def test_the_language_model_of_an_image_text_checkpoint_is_trained_and_merged(ex
 def test_an_experiment_trains_and_is_exported(experiment, here, bases, capfd):
     assert main(line(experiment, bases, "data.max_tokens=128", "trainer.batch_size=2")) == 0, capfd.readouterr().err
     run = the_run()
-    wanted = ["merged_16bit", *(["gguf_q8_0"] if experiment not in NO_GGUF else [])]
+    wanted = ["merged_16bit", "gguf_q8_0"]
     assert main(["export", f"run={run}", f"export=[{','.join(wanted)}]", "export.score_rows=2"]) == 0, (
         capfd.readouterr().err
     )

@@ -76,7 +76,8 @@ def _finish_keys(model: Any) -> None:
 
     llama.cpp computes without a vocabulary where it is told how many tokens there are, and caps logits at 30 in
     families that may have a cap unless it is told of none. The converter takes state-space hybrids for models whose
-    attention does not rotate, which config.json may say otherwise.
+    attention does not rotate, and those of the same kind without a state space for models whose attention does, which
+    config.json may say otherwise.
     """
     writer, fields = model.gguf_writer, model.hparams
     writer.add_tokenizer_model("none")
@@ -89,9 +90,10 @@ def _finish_keys(model: Any) -> None:
     if has_no_cap and f"{writer.arch}.final_logit_softcapping" not in keys:
         writer.add_final_logit_softcapping(0.0)
     rotates = keys.get(f"{writer.arch}.rope.scaling.finetuned")
-    if rotates is not None and not rotates.value and fields.get("position_embedding_type") == "rope":
-        rotates.value = True
-        keys[f"{writer.arch}.context_length"].value = fields["max_position_embeddings"]
+    if rotates is not None and "position_embedding_type" in fields:
+        was, rotates.value = rotates.value, fields["position_embedding_type"] == "rope"
+        if rotates.value and not was:  # the converter gave it no bound
+            keys[f"{writer.arch}.context_length"].value = fields["max_position_embeddings"]
 
 
 def _split(model: Any) -> str:

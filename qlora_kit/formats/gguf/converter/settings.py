@@ -17,6 +17,8 @@ Fields = dict[str, Any]
 # layer kinds of state-space hybrids, as checkpoints and as transformers name them, and letters of a pattern
 _KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token")
 _SCORES = ("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func")
 # a router's line in the source of a model: router_logits.sigmoid(), or sigmoid of them
 _SIGMOID = re.compile(r"\brouter_(?:logits|scores)\.sigmoid\(\)|\bsigmoid\(router_(?:logits|scores)\b")
@@ -123,9 +125,15 @@ def _linear_attention(fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _experts(fields: Fields) -> Iterator[tuple[str, Any]]:
-    """The width of experts, which is that of an MLP where there is no field for it."""
-    if any(fields.get(name) for name in ("num_experts", "num_local_experts")):
+    """The width of experts, which is that of an MLP where there is no field for it; and no choice where there are none.
+
+    transformers fills in how many experts a token takes for a model that has none, and the converter asks that alone.
+    """
+    counts = [fields[name] for name in _COUNTS if fields.get(name) is not None]
+    if any(counts):
         yield "moe_intermediate_size", fields.get("intermediate_size")
+    elif counts:
+        fields.update({name: 0 for name in _CHOSEN if fields.get(name)})
 
 
 def _shared_keys(fields: Fields) -> Iterator[tuple[str, Any]]:

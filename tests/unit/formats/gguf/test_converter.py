@@ -24,6 +24,7 @@ from transformers import (
     Gemma3Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteMoeHybridConfig,
     KimiLinearConfig,
     MiniMaxM2Config,
     NemotronHConfig,
@@ -137,6 +138,19 @@ def test_keys_are_the_converters_and_the_vocabulary_is_the_kits(
             assert model.tokenize(text, add_special=True, parse_special=True) == tokenizer(text).input_ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("position", "experts"), [("rope", 0), (None, 0), ("rope", 4)])
+def test_hybrids_without_a_state_space_are_converted_with_and_without_experts(
+    position: str | None, experts: int, tmp_path: Path
+) -> None:
+    kinds: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["attention"] * 2, "num_experts_per_tok": 2}
+    folder = build_tiny_model(
+        "granite_hybrid", tmp_path / "m", **kinds, num_local_experts=experts, position_embedding_type=position
+    )
+    write_gguf(folder, tmp_path / "m.gguf", "F16")
+    assert kl(folder, tmp_path / "m.gguf") < F16_KL
+
+
 def test_one_conversion_serves_all_files_and_leaves_nothing(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     conversion = Conversion(folder_of("granite"), tmp_path)
     made = conversion.file
@@ -172,6 +186,15 @@ def test_architectures_are_read_without_running_the_converter() -> None:
             {"architectures": ["BambaForCausalLM"], "partial_rotary_factor": 0.5},
             "partial_rotary_factor: it expects 1.0",
         ),
+        (
+            {
+                "architectures": ["GraniteMoeHybridForCausalLM"],
+                "layer_types": ["full_attention"],
+                "num_local_experts": 4,
+                "position_embedding_type": None,
+            },
+            "position_embedding_type: it expects rope, where there are experts and no state space",
+        ),
         ({"architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 4, "sliding_window": 64}, "sliding_window: it"),
         (
             {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"norm_topk_prob": False}},
@@ -183,6 +206,12 @@ def test_what_llama_cpp_cannot_compute_is_refused(config: dict[str, Any], told: 
     with pytest.raises(RecipeError) as refused:
         find_known(config)
     assert told in str(refused.value)
+
+
+def test_hybrids_whose_states_or_dense_layers_need_no_rotation_are_taken() -> None:
+    hybrid = {"architectures": ["GraniteMoeHybridForCausalLM"], "position_embedding_type": None}
+    assert find_known({**hybrid, "layer_types": ["mamba", "full_attention"], "num_local_experts": 4})
+    assert find_known({**hybrid, "layer_types": ["full_attention"], "num_local_experts": 0})
 
 
 def test_names_differ_in_letter_case_alone() -> None:
@@ -345,6 +374,8 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
         "softmax": Qwen3MoeConfig(),
         "normed": AfmoeConfig(),
         "hybrid": NemotronHConfig(layers_block_type=["mamba", "attention", "mamba", "moe"], num_hidden_layers=4),
+        "dense": GraniteMoeHybridConfig(num_local_experts=0, num_hidden_layers=2, layer_types=["attention"] * 2),
+        "mixture": GraniteMoeHybridConfig(num_local_experts=4, num_experts_per_tok=2),
         "kda": KimiLinearConfig(num_hidden_layers=4, mlp_layer_types=["dense", "sparse", "sparse", "sparse"]),
     }
     found = {}
@@ -361,6 +392,7 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
     assert found["hybrid"]["num_hidden_layers"] == 4
     assert found["hybrid"]["hybrid_override_pattern"] == "M*ME"
     assert found["shared"]["num_kv_heads"] == 1
+    assert [found[name]["num_experts_per_tok"] for name in ("dense", "mixture", "softmax")] == [0, 2, 8]
     assert found["kda"]["first_k_dense_replace"] == 1
     section = found["kda"]["linear_attn_config"]
     assert section["kda_layers"] + section["full_attn_layers"] == [1, 2, 3, 4]
