@@ -55,9 +55,7 @@ def _qwen3_5_moe() -> Any:
 def _gemma4(family: str, **changes: Any) -> Any:
     sight = {**_SIGHT, "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32}
     ids = {"image_token_id": 5, "video_token_id": 6, "boi_token_id": 7, "eoi_token_id": 8, "audio_token_id": 9}
-    # As in the published ones there is a row for each token and no more: llama.cpp's converter cuts the table to that.
-    rows = {"vocab_size": len(smollm_tokenizer()), "vocab_size_per_layer_input": len(smollm_tokenizer())}
-    text = WIRED[family](max_position_embeddings=2048, **rows, **changes)
+    text = WIRED[family](max_position_embeddings=2048, **changes)
     return T.Gemma4Config(text_config=_text(text), vision_config=sight, audio_config=None, **ids)
 
 

@@ -24,6 +24,7 @@ from qlora_kit.formats.gguf.pre_tokenizers import is_byte_level, known_split
 
 _TRIED_TOKENS = 4
 _EMBEDDING = "token_embd.weight"
+_TABLE = "embed_tokens.weight"  # its name in the folder, of those that the converter cuts
 _ENUMERATIONS = ("MODEL_ARCH", "MODEL_TENSOR", "VisionProjectorType")
 
 
@@ -51,7 +52,7 @@ def convert(job: dict[str, str]) -> None:
     writing = getattr(model, "impl", model)  # some classes hand on to one of several
     writing.model_tensors = {stored_name(name): tensor for name, tensor in writing.model_tensors.items()}
     # The kit writes the vocabulary: the converter refuses tokenizers that it does not know by name.
-    writing.set_vocab = partial(_finish_keys, writing)
+    writing.set_vocab = partial(_finish, writing)
     writing.write()
     _try(Path(job["out"]))
 
@@ -69,6 +70,29 @@ def _try(file: Path) -> None:
         return
     engine.run(range(_TRIED_TOKENS))
     engine.close()
+
+
+def _finish(model: Any) -> None:
+    """What is left to do when all tensors are planned and none is written."""
+    _keep_all_rows(model)
+    _finish_keys(model)
+
+
+def _keep_all_rows(model: Any) -> None:
+    """Plan the token embedding again with all its rows, where the converter cut it to the tokens of the tokenizer.
+
+    The model gives each row a probability, and the kit's vocabulary has an unused token for each that has no text.
+    """
+    import gguf
+
+    tensors = model.gguf_writer.tensors[0]
+    planned = tensors.get(_EMBEDDING)
+    whole = next((gen() for name, gen in model.model_tensors.items() if name.endswith(_TABLE)), None)
+    if planned is None or whole is None or planned.shape[0] >= whole.shape[0] or planned.shape[1] != whole.shape[1]:
+        return
+    values = gguf.quants.quantize(whole.float().numpy(), planned.dtype)
+    del tensors[_EMBEDDING]
+    model.gguf_writer.add_tensor(_EMBEDDING, values, raw_dtype=planned.dtype)
 
 
 def _finish_keys(model: Any) -> None:

@@ -427,7 +427,8 @@ def test_of_an_image_text_checkpoint_the_text_model_is_written(
         expected = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1).numpy()
     with LlamaCppModel(tmp_path / "m.gguf") as opened:
         found = opened.log_probabilities(ids, range(len(ids))).astype(np.float64)
-    expected = expected[:, : found.shape[1]]
+    # the tokenizer has fewer tokens than the table has rows, to which the converter would cut it
+    assert expected.shape == found.shape
     assert float((np.exp(expected) * (expected - found)).sum(-1).mean()) < 1e-3
 
 
