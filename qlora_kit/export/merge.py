@@ -69,6 +69,8 @@ def merge(
 ) -> MergeReport:
     """Write the merged model as bf16 safetensors with tokenizer, generation config and licenses.
 
+    What a base holds in fp32 beside narrower weights stays as it is: see `wide_tensors`.
+
     `dequantized` adds the update to exactly the weights that it was trained on; `original` to the 16-bit weights.
     Neither rounds back to 4 bit, which loses about half of what a small model learned. A base that is stored in 4 or
     8 bit is read back, whatever `merge_base` says. The folder is checked as it lies on disk.
@@ -102,7 +104,8 @@ def merge(
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
     _audit(plan, written, zero)
-    audit_folder(out, base_folder, base, names, _tokens(base_folder, plan, names.embedding, tokenizer))
+    tokens = _tokens(base_folder, plan, names.embedding, tokenizer)
+    audit_folder(out, base_folder, base, names, tokens, plan.wide)
     report = _report(plan, written, trained, adapter)
     return replace(
         report,

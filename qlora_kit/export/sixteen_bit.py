@@ -17,6 +17,7 @@ from qlora_kit.export.merging.write_shards import write_shards
 from qlora_kit.runs.run import Run
 from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.weights.headers import read_headers
 from qlora_kit.weights.microscaled import read_weights
 
 
@@ -32,7 +33,7 @@ def write_sixteen_bit(run: Run, merge_base: MergeBase, out: Path) -> MergeReport
     """
     if not run.trained:
         copied = copy_base(run.base.folder, run.tokenizer, out)
-        wider = sorted({tensor.dtype for tensor in read_weights(run.base.folder).values()} & {"F64", "F32", "F16"})
+        wider = sorted(_rounded_kinds(run.base.folder, out) & {"F64", "F32", "F16"})
         rounded = f" rounded from {' and '.join(wider)} to BF16," if wider else ""
         log.info(f"copied the base,{rounded} {human_bytes(copied.size)} in {human_seconds(copied.seconds)}")
         return copied
@@ -45,8 +46,18 @@ def write_sixteen_bit(run: Run, merge_base: MergeBase, out: Path) -> MergeReport
     return report
 
 
+def _rounded_kinds(base: Path, copied: Path) -> set[str]:
+    """How tensors of a base are stored whose copies are stored otherwise."""
+    kinds = {name: tensor.dtype for name, tensor in read_headers(copied).items()}
+    return {
+        tensor.dtype for name, tensor in read_weights(base).items() if kinds.get(name, tensor.dtype) != tensor.dtype
+    }
+
+
 def copy_base(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
-    """Copy a base tensor by tensor, every float rounded to bf16, and check the folder as a merge is checked.
+    """Copy a base tensor by tensor, and check the folder as a merge is checked.
+
+    Floats are rounded to bf16, but for `wide_tensors`.
 
     Args:
         base_folder: a model in 16 or 32 bit.
@@ -68,7 +79,7 @@ def copy_base(base_folder: Path, tokenizer: Any, out: Path) -> MergeReport:
         write_shards(plan, Rounding(QuantConfig(kind=QuantKind.none), this_device()), out, one.advance)
     carry_files(base_folder, plan, out)
     tokenizer.save_pretrained(out)
-    audit_folder(out, base_folder, base, names)
+    audit_folder(out, base_folder, base, names, wide=plan.wide)
     return MergeReport(
         adapted=0,
         merged=0,

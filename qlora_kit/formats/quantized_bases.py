@@ -20,7 +20,7 @@ from qlora_kit.formats.registry import requested
 from qlora_kit.formats.unpacked_folders import Unpacked
 from qlora_kit.runs.named_base import located_base
 from qlora_kit.schema.root import ExportRecipe
-from qlora_kit.weights.reader import stored_tensors, tensor_names
+from qlora_kit.weights.reader import fp32_names, stored_tensors, tensor_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def unpacked_base(folder: Path) -> Unpacked | None:
 
 
 def write_unpacked(folder: Path, out: Path) -> None:
-    """Write a quantized folder's weights in bfloat16; what it is quantized with is gone from config.json.
+    """Write a quantized folder's weights in bfloat16, those in fp32 as they are, and a config.json of no quantization.
 
     Args:
         out: a folder that is not there yet; complete or absent.
@@ -58,10 +58,11 @@ def write_unpacked(folder: Path, out: Path) -> None:
         raise RecipeError(f"{folder} is packed in a way that cannot be unpacked here: {told}", "model.source")
     with staged_directory(out) as staged:
         files = list(_files(unpacked))
+        wide = fp32_names(folder)
         listed: dict[str, str] = {}
         total = 0
         for number, names in enumerate(files, 1):
-            tensors = {name: _sixteen_bit(unpacked, name) for name in names}
+            tensors = {name: _sixteen_bit(unpacked, name, is_wide=name in wide) for name in names}
             file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
             save_file(tensors, staged / file, metadata={"format": "pt"})
             listed |= dict.fromkeys(tensors, file)
@@ -107,12 +108,13 @@ def _refuse_unjoined(folder: Path, unpacked: Path) -> None:
         raise RecipeError(what, "model.source", "model.source=<the 16-bit model it was made from>")
 
 
-def _sixteen_bit(unpacked: Unpacked, name: str) -> "Tensor":
+def _sixteen_bit(unpacked: Unpacked, name: str, *, is_wide: bool) -> "Tensor":
+    """A weight in bfloat16; what lies in fp32 beside packed weights, such as the biases of routers, stays so."""
     import torch
 
     tensor = unpacked.read(name)
     assert tensor is not None  # it is one of its names
-    return (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
+    return (tensor.to(torch.bfloat16) if tensor.is_floating_point() and not is_wide else tensor).contiguous()
 
 
 def _files(unpacked: Unpacked) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.files import read_json
-from qlora_kit.weights.reader import WeightReader, tensor_names
+from qlora_kit.weights.reader import WeightReader, fp32_names, tensor_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,13 @@ def load_weights(folder: Path, unpacked: Unpacked) -> "PreTrainedModel":
 
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, str(read_json(folder / "config.json").get("dtype", "bfloat16"))) if on_gpu else torch.float32
-    tensors = ((name, tensor.to(dtype)) for name in unpacked.names if (tensor := unpacked.read(name)) is not None)
+    # What is stored in fp32 is brought to the dtype by transformers, which knows what a model computes with in fp32.
+    wide = fp32_names(folder)
+    tensors = (
+        (name, tensor if name in wide else tensor.to(dtype))
+        for name in unpacked.names
+        if (tensor := unpacked.read(name)) is not None
+    )
     model = language_model_of(folder, tensors, dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

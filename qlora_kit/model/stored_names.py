@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from qlora_kit.model.conversion import own_name_of_stored
 from qlora_kit.model.expert_layout import StackLayout, stack_layouts
 from qlora_kit.model.language_model import language_model, outer_modules
@@ -21,6 +23,7 @@ class StoredNames:
         stacks: how tensors make stacks of experts, by the class's name of a stack.
         flipped: tensors of linear maps that lie the other way around, [inputs, outputs].
         embedding, head: tensors of the language model's table and output head; empty where there is none.
+        kept_in_fp32: tensors that the class computes with in fp32 whatever the others are in.
     """
 
     by_own: Mapping[str, str] = field(default_factory=dict)
@@ -29,6 +32,7 @@ class StoredNames:
     flipped: frozenset[str] = frozenset()
     embedding: str = ""
     head: str = ""
+    kept_in_fp32: frozenset[str] = frozenset()
 
 
 def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNames:
@@ -61,4 +65,18 @@ def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNam
     }
     turned = [f"{name}.weight" for name in transposed_modules(found.own)]
     flipped = frozenset(by_own[name] for name in turned if name in by_own)
-    return StoredNames(by_own, outside, stacks, flipped, by_own.get(embedding, ""), by_own.get(head, head))
+    return StoredNames(
+        by_own,
+        outside,
+        stacks,
+        flipped,
+        by_own.get(embedding, ""),
+        by_own.get(head, head),
+        frozenset(name for name in tensors if _is_in_fp32(found.own, str(would_be(name)))),
+    )
+
+
+def _is_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers holds a weight in fp32 in a model that is loaded in 16 bit; it matches parts of names."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(f".{part}." in f".{name}." for part in kept)

@@ -40,6 +40,17 @@ def tensor_names(folder: Path) -> list[str]:
     return names
 
 
+def fp32_names(folder: Path) -> set[str]:
+    """Names of the tensors of a folder's safetensors files that are stored in fp32."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118  # no mapping
+    return found
+
+
 def tensors_by_kind(read: WeightReader, name: str, kinds: tuple[str, ...]) -> "dict[str, Tensor] | None":
     """The tensors of several kinds that stand in a weight's place, by kind; None where one is missing."""
     module = name.removesuffix(".weight")

@@ -55,7 +55,12 @@ def changes_hash(written: Iterable[Written]) -> str:
 
 
 def audit_folder(
-    folder: Path, base: Path, base_names: Collection[str], stored: "StoredNames", tokens: int | None = None
+    folder: Path,
+    base: Path,
+    base_names: Collection[str],
+    stored: "StoredNames",
+    tokens: int | None = None,
+    wide: Collection[str] = (),
 ) -> None:
     """Check a merged folder against its base: files, names of tensors, tie, vocabulary, files that are carried.
 
@@ -63,13 +68,14 @@ def audit_folder(
         base_names: names of the base's tensors.
         stored: where the weights of the base's class lie among them.
         tokens: length of the tokenizer that is served with it.
+        wide: tensors that stay in fp32.
     Raises:
         RunError: a file is truncated or missing, or one problem for each thing that does not fit.
     """
     tensors = read_headers(folder)
     problems = [
         *_names(tensors, base_names, stored, tied=says_tied(folder)),
-        *_kinds({name: tensor for name, tensor in tensors.items() if name not in stored.outside}),
+        *_kinds({name: tensor for name, tensor in tensors.items() if name not in stored.outside}, wide),
         *_vocabulary(tensors, stored, vocabulary_size(read_json(folder / "config.json")), tokens),
         *(f"{path.name} of the base is missing" for path in carried(base) if not (folder / path.name).is_file()),
     ]
@@ -95,10 +101,11 @@ def _names(
         yield f"the head is missing: config.json says that it is not tied, and no {stored.head} is stored"
 
 
-def _kinds(tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
-    other = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.dtype != "BF16"}
-    if other:
-        yield f"{counted(len(other), 'tensor is', 'tensors are')} not bfloat16: {_some(other)}"
+def _kinds(tensors: Mapping[str, StoredTensor], wide: Collection[str]) -> Iterable[str]:
+    for kind, words, names in (("F32", "float32", set(wide)), ("BF16", "bfloat16", set(tensors) - set(wide))):
+        found = {name: tensors[name].dtype for name in names if name in tensors}
+        if other := {name for name, dtype in found.items() if dtype in FLOATS and dtype != kind}:
+            yield f"{counted(len(other), 'tensor is', 'tensors are')} not {words}: {_some(other)}"
 
 
 def _vocabulary(

@@ -10,6 +10,7 @@ from qlora_kit.adapter.updates import Adapter, LowRank
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.rounded import stored_shape, weight_beside
 from qlora_kit.export.merging.stacks import InStack, StackPartUpdate
+from qlora_kit.export.merging.wide import WIDE, wide_tensors
 from qlora_kit.weights.headers import BYTES, FLOATS, StoredTensor
 from qlora_kit.weights.torch_rows import read_rows
 
@@ -30,7 +31,7 @@ class Piece:
     Attributes:
         source: the base's tensor, or the one that the adapter saved in its place.
         file: the base's file that it comes from.
-        dtype: safetensors type name as written; floats of the language model become BF16.
+        dtype: safetensors type name as written; floats of the language model become BF16, but for `wide_tensors`.
         state: bitsandbytes' tensors beside it, where the base is stored in 4 or 8 bit.
         met_rounded: it was rounded in training.
         rounds: it is merged as rounded.
@@ -89,6 +90,11 @@ class Plan:
         return [piece for shard in self.shards.values() for piece in shard]
 
     @property
+    def wide(self) -> frozenset[str]:
+        """Tensors that are written in fp32."""
+        return frozenset(piece.name for piece in self.pieces if piece.dtype == WIDE)
+
+    @property
     def size(self) -> int:
         """Bytes of all tensors when written."""
         return sum(piece.size for piece in self.pieces)
@@ -116,7 +122,12 @@ def make_plan(
     layouts = names.stacks
     holders = {layout.holder for layout in layouts.values()}
     linear = [name for name in rounded if name not in holders]
+    in_fp32 = wide_tensors(base, names)
     pieces = _base_pieces(base, _rounded_weights(base, linear, names), merge_rounded, names)
+    pieces = {
+        name: replace(piece, dtype="F32") if name in in_fp32 and not piece.rounds else piece
+        for name, piece in pieces.items()
+    }
     for layout in layouts.values():
         met = layout.holder in rounded
         pieces |= _in_stack(pieces, layout, met_rounded=met, rounds=met and merge_rounded)
@@ -268,7 +279,7 @@ def _edited(pieces: Mapping[str, Piece], adapter: Adapter, names: "StoredNames")
                 adapter,
                 f"its update of {module} is {list(update.shape)} where the base's weight is {list(piece.shape)}",
             )
-        edited[piece.name] = replace(piece, update=update)
+        edited[piece.name] = replace(piece, update=update, dtype="BF16")
     return edited
 
 

@@ -63,6 +63,17 @@ def test_it_computes_what_the_packed_weights_say(kind: str, tmp_path: Path) -> N
     assert 1e-5 < mean_kl(tmp_path / "source", load_language_model(tmp_path / "unpacked", dtype=torch.float32)) < 0.5
 
 
+def test_what_lies_in_fp32_beside_packed_weights_stays_so(tmp_path: Path) -> None:
+    base = packed("gptq", tmp_path)  # of a model in fp32
+    write_unpacked(base, tmp_path / "out")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert after["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+    norms = [name for name in after if "norm" in name]
+    assert norms and all(
+        after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in norms
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gptq", "w4a16"])
 def test_experts_are_joined_again_when_it_is_loaded(kind: str, tmp_path: Path) -> None:
