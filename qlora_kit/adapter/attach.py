@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts, short_names
 from qlora_kit.adapter.expert_updates import BASE_LAYER
+from qlora_kit.adapter.saved import PREFIX, WEIGHTS
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners
@@ -28,9 +29,7 @@ from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 from qlora_kit.weights.headers import read_header
 from qlora_kit.weights.own_names import OwnNames, own_names_of
 
-WEIGHTS = "adapter_model.safetensors"
 DEFAULT_ADAPTER = "default"  # peft's name for the one that is not named
-PEFT_BEGIN = "base_model.model."  # of every name in a saved adapter
 _HOLDERS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward")}
 _FACTOR = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 
@@ -107,7 +106,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, s
         config = peft_config(model, lora, spared)
         with names_as_they_are(model, config):
             adapted = get_peft_model(model, config)
-    if adapts_experts(lora):
+    if lora.adapts_experts:
         stacks = attach_to_experts(model, DEFAULT_ADAPTER, lambda name: _rank_and_alpha(name, config))
         config.target_parameters = short_names(stacks) or None
     return adapted
@@ -125,19 +124,15 @@ def names_as_they_are(model: PreTrainedModel, config: PeftLoraConfig) -> Iterato
     if rewritten.target_modules == config.target_modules:
         yield
         return
-    fields = vars(model.config)
-    kept = {key: fields[key] for key in ("model_type",) if key in fields}
+    fields = vars(model.config)  # of this model: the kind itself is an attribute of the class
+    before = dict(fields)
     fields["model_type"] = ""
     try:
         yield
     finally:
         del fields["model_type"]
-        fields.update(kept)
-
-
-def adapts_experts(lora: LoraConfig) -> bool:
-    """Whether the experts of a mixture carry LoRA, where the base has such."""
-    return lora.experts and bool({"all_linear", "mlp"} & set(lora.targets))
+        if "model_type" in before:
+            fields["model_type"] = before["model_type"]
 
 
 def _rank_and_alpha(name: str, config: PeftLoraConfig) -> tuple[int, float]:
@@ -205,8 +200,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     stacks = {name for name, module in layers.items() if isinstance(module, ExpertLora)}
     names = own_names_of(model)
     factors = (tensor.name for tensor in read_header(folder / WEIGHTS) if _FACTOR.search(tensor.name))
-    modules = {_FACTOR.split(name)[0].removeprefix(PEFT_BEGIN) for name in factors}
-    held = {f"{PEFT_BEGIN}{names.trained(name) or name}" for name in modules}
+    modules = {_FACTOR.split(name)[0].removeprefix(PREFIX) for name in factors}
+    held = {f"{PREFIX}{names.trained(name) or name}" for name in modules}
     held = (held & stacks) | {name.replace(BASE_LAYER, "") for name in held - stacks}
     placed |= stacks
     if odd := sorted(placed ^ held):

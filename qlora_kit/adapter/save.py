@@ -8,10 +8,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from qlora_kit.adapter.attach import PEFT_BEGIN, WEIGHTS, exact_targets
+from qlora_kit.adapter.attach import exact_targets
 from qlora_kit.adapter.expert_lora import ExpertLora
 from qlora_kit.adapter.expert_updates import BASE_LAYER
-from qlora_kit.adapter.saved import SETTINGS
+from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.weights.own_names import OwnNames, own_names_of
 
@@ -29,12 +29,12 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         modules = {names.own(name.replace(BASE_LAYER, "")) for name, _ in base.named_modules() if name}
         layers = [(name, one) for name, one in base.named_modules() if isinstance(one, LoraLayer)]
         held = {names.own(name) for name, one in layers if not isinstance(one, ExpertLora)}
-        write_json(folder / SETTINGS, _renamed_settings(read_json(folder / SETTINGS), names, modules, held))
+        write_json(folder / CONFIG, _renamed_settings(read_json(folder / CONFIG), names, modules, held))
 
 
 def _rename_weights(file: Path, names: OwnNames) -> None:
     tensors = load_file(file)
-    renamed = {f"{PEFT_BEGIN}{names.own(name.removeprefix(PEFT_BEGIN))}": value for name, value in tensors.items()}
+    renamed = {f"{PREFIX}{names.own(name.removeprefix(PREFIX))}": value for name, value in tensors.items()}
     save_file(renamed, file, metadata={"format": "pt"})
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from qlora_kit.core.files import read_json, write_json
 
-SETTINGS = "adapter_config.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every tensor's name
 CARD = "README.md"
 
 
@@ -24,4 +26,4 @@ def name_base(folder: Path, base: BaseName) -> None:
     """
     (folder / CARD).unlink(missing_ok=True)
     named = {"base_model_name_or_path": base.source, "revision": base.revision}
-    write_json(folder / SETTINGS, {**read_json(folder / SETTINGS), **named})
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **named})

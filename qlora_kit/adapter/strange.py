@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter.updates import CONFIG, WEIGHTS, read_adapter
+from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS
+from qlora_kit.adapter.updates import read_adapter
 from qlora_kit.core.errors import DamagedFileError, Problem
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
@@ -20,16 +21,8 @@ from qlora_kit.weights.headers import read_header, read_headers
 _SET = {
     *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
-    *(
-        "target_parameters",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "ensure_weight_tying",
-        "fan_in_fan_out",
-    ),
+    *("target_parameters", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"),
+    *("ensure_weight_tying", "fan_in_fan_out"),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # of initial values, which training replaced
     *("megatron_core", "qalora_group_size"),
 }
@@ -116,7 +109,7 @@ def _are_names(value: object) -> bool:
 
 
 def _modules(held: Collection[str]) -> set[str]:
-    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in held}
+    return {name.removeprefix(PREFIX).partition(".lora_")[0] for name in held}
 
 
 def _base_modules(folder: Path) -> set[str]:

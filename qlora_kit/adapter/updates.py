@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter.expert_updates import StackFactors, finite_factor
+from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS
 from qlora_kit.core.errors import DamagedFileError, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
@@ -22,8 +23,6 @@ from qlora_kit.weights.torch_rows import read_whole
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 # Initial values that leave the base as it is, and those that take their product out of it.
 PLAIN_INITS = (True, False, "default", "gaussian", "orthogonal", "eva")
@@ -140,7 +139,7 @@ def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
     replaced: dict[str, StoredTensor] = {}
     holders = _stack_holders(config)
     for tensor in read_header(folder / WEIGHTS):
-        nested = tensor.name.removeprefix("base_model.model.")
+        nested = tensor.name.removeprefix(PREFIX)
         name = nested.replace(".base_layer.", ".")
         if (match := _FACTOR.fullmatch(nested)) and _ends_in(match[1].replace(".base_layer", ""), holders):
             stacked.setdefault(match[1], {})[match[2].removeprefix("lora_")] = tensor

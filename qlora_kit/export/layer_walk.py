@@ -111,9 +111,8 @@ def walk(
             call.hidden = run_layer(layer, call, index) if follows else output
         layers[index] = nn.Identity()
     if done.unseen:
-        log.info(
-            f"{title}: no calibration row reached {counted(len(done.unseen), 'matrix')} of experts, rounded plainly"
-        )
+        matrices = counted(len(done.unseen), "matrix", "matrices")
+        log.info(f"{title}: no calibration row reached {matrices} of experts, rounded plainly")
     return done
 
 

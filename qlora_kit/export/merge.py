@@ -4,7 +4,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.adapter.updates import Adapter, read_adapter, refuse_unlearned
 from qlora_kit.core.console.bar import BYTES, bar
@@ -20,9 +20,6 @@ from qlora_kit.schema.export import MergeBase
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.microscaled import read_weights
 from qlora_kit.weights.names import tensor_shapes
-
-if TYPE_CHECKING:
-    pass
 
 ROOM_FOR_SMALL_FILES = 50_000_000  # bytes; tokenizer and settings
 

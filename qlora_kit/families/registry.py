@@ -27,25 +27,9 @@ from qlora_kit.families.smollm import SMOLLM3, SMOLLM3_CHAT
 from qlora_kit.families.starcoder import STARCODER2
 
 _FAMILIES = (
-    *(
-        LLAMA,
-        MISTRAL,
-        MINISTRAL3,
-        SMOLLM3,
-        QWEN2,
-        QWEN3,
-        QWEN3_5,
-        QWEN3_MOE,
-        GEMMA,
-        GEMMA2,
-        GEMMA3,
-        GEMMA4,
-        PHI3,
-        OLMO2,
-        OLMO3,
-    ),
-    *(GRANITE, GRANITE_HYBRID, GLM, GLM4, LFM2, EXAONE4, SEED_OSS, HUNYUAN, ERNIE4_5, HELIUM, CWM),
-    *(COHERE, COHERE2, ARCEE, NEMOTRON, STARCODER2, APERTUS, OLMO),
+    *(LLAMA, MISTRAL, MINISTRAL3, SMOLLM3, QWEN2, QWEN3, QWEN3_5, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, GEMMA4, PHI3),
+    *(OLMO, OLMO2, OLMO3, GRANITE, GRANITE_HYBRID, GLM, GLM4, LFM2, EXAONE4, SEED_OSS, HUNYUAN, ERNIE4_5, HELIUM, CWM),
+    *(COHERE, COHERE2, ARCEE, NEMOTRON, STARCODER2, APERTUS),
 )
 # In the order in which they are compared with a model's own template.
 CHAT_FORMATS: tuple[ChatFormat, ...] = (CHATML, LLAMA3_CHAT, GEMMA_CHAT, PHI_CHAT, MISTRAL_CHAT, SMOLLM3_CHAT)

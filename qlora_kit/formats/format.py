@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from qlora_kit.weights.reader import WeightReader
 
 Target = TypeVar("Target")
-UNPACKED = (
-    "transformers, the weights unpacked by qlora-kit"  # a reader, where no library reads a model of its kind right
-)
+# A reader, where no library reads a model of its kind right.
+UNPACKED = "transformers, the weights unpacked by qlora-kit"
 ChatStream = Callable[[list[dict[str, str]], int], Iterator[str]]  # messages, and the most tokens of an answer
 
 

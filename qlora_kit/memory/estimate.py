@@ -123,7 +123,7 @@ def _kept_for_experts(shape: ModelShape, wide: int) -> int:
     """Bytes that experts keep for a token: their input, the router's scores, and where its choices go."""
     if not shape.expert_layers:
         return 0
-    return wide * shape.hidden_size + 8 * shape.num_experts + 40 * shape.experts_per_token
+    return wide * shape.hidden_size + shape.routing_bytes
 
 
 def _activations(shape: ModelShape, lora: LoraConfig, trainer: TrainerConfig, tokens: int, wide: int) -> float:

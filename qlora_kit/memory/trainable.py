@@ -19,7 +19,7 @@ def target_names(lora: LoraConfig) -> set[str]:
     for target in lora.targets:
         for name in TARGET_SETS.get(target, (target,)):
             names.update(FUSED_PARTS.get(name, (name,)))
-    if lora.experts and {"all_linear", "mlp"} & set(lora.targets):
+    if lora.adapts_experts:
         names.update(EXPERTS)
     return names
 

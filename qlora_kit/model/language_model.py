@@ -166,10 +166,7 @@ def load_language_model(
         local_files_only=True,
         output_loading_info=True,
     )
-    if missing := sorted(report["missing_keys"]):
-        # transformers fills them with random numbers and only warns.
-        what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
-        raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
+    _refuse_missing(folder, report["missing_keys"])
     return _as_language_model(model, found)
 
 
@@ -194,10 +191,15 @@ def language_model_of(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype
     model, report = type(skeleton).from_pretrained(
         None, config=found.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if missing := sorted(set(report["missing_keys"]) & set(skeleton.state_dict())):
+    _refuse_missing(folder, set(report["missing_keys"]) & set(skeleton.state_dict()))
+    return _as_language_model(model, found)
+
+
+def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
+    """Weights that a folder lacks, which transformers fills with random numbers and only warns of."""
+    if missing := sorted(names):
         what = f"{folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:3])}"
         raise DamagedFileError(what, str(folder), "fetch or copy the folder again")
-    return _as_language_model(model, found)
 
 
 def outer_modules(names: Iterable[str]) -> list[str]:

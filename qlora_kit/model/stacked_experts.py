@@ -17,9 +17,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 from qlora_kit.model.expert_mlp import ExpertLinear, ExpertMlp, ExpertOps, ExpertUpdate, TorchOps, expert_mlp
 
-Updates = Mapping[
-    str, tuple[Tensor, Tensor, float]
-]  # by parameter: A [experts, rank, inputs], B [experts, outputs, rank], scaling
+# By parameter: A [experts, rank, inputs], B [experts, outputs, rank], scaling.
+Updates = Mapping[str, tuple[Tensor, Tensor, float]]
 _AXES = 3
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter.updates import CONFIG
+from qlora_kit.adapter.saved import CONFIG
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.console.session import log_to
 from qlora_kit.core.errors import KitError, Problem, RecipeError

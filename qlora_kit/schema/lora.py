@@ -53,3 +53,8 @@ class LoraConfig(Sealed):
     init: LoraInit = setting(LoraInit.default, "Initial values.")
     lora_bias: bool = setting(False, "Train a bias in B; such an adapter cannot be merged on a 4-bit base.")
     modules_to_save: list[str] = setting([], "Modules trained in full and saved beside the adapter.")
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether the experts of a mixture carry LoRA, where the base has such."""
+        return self.experts and bool({"all_linear", "mlp"} & set(self.targets))

@@ -42,7 +42,6 @@ class ModelShape(Sealed):
     expert_size: int = setting(0, "Width of an expert's MLP.", minimum=0)
     shared_size: int = setting(0, "Width of the MLP beside the experts, which every token goes through.", minimum=0)
     dense_layers: int = setting(0, "Layers of a mixture that have a dense MLP and no experts.", minimum=0)
-
     linear_weights: int = setting(
         0,
         "Weights of the layers' linear maps and experts in all, where the sizes above do not give them.",
@@ -57,6 +56,15 @@ class ModelShape(Sealed):
     def expert_layers(self) -> int:
         """Layers that have experts."""
         return self.num_layers - self.dense_layers if self.num_experts else 0
+
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes that a layer keeps of a token's routing.
+
+        The scores of all experts twice in float32, and five int64 for each choice: its expert, as chosen and as sorted,
+        its token, and its places in both orders; see `model/expert_mlp.py`.
+        """
+        return 8 * self.num_experts + 40 * self.experts_per_token
 
     @property
     def experts_unpacked(self) -> int:

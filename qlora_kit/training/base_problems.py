@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_kit.adapter.attach import adapts_experts
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
@@ -120,7 +119,7 @@ def _experts(recipe: TrainRecipe, weights: list[Weights]) -> Iterator[Problem]:
 
 def _unknown_layout(recipe: TrainRecipe, model: PreTrainedModel, known: Collection[str]) -> Iterator[Problem]:
     """Stacks of experts that are made of the checkpoint's tensors in a way that no merge could go back."""
-    if not adapts_experts(recipe.lora):
+    if not recipe.lora.adapts_experts:
         return
     stacks = [f"{name}.{stack}" for name, module in experts_of(model).items() for stack in stacked_names(module)]
     if unknown := [name for name in stacks if name not in known]:
@@ -133,7 +132,7 @@ def _unknown_layout(recipe: TrainRecipe, model: PreTrainedModel, known: Collecti
 
 def _expert_lora(lora: LoraConfig) -> Iterator[Problem]:
     """Settings that peft's form of an adapter on experts has no place for."""
-    if not adapts_experts(lora):
+    if not lora.adapts_experts:
         return
     odd = {
         "use_dora": lora.use_dora,

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_kit.adapter.attach import adapted_names, adapts_experts, attach_lora, meant_names
+from qlora_kit.adapter.attach import adapted_names, attach_lora, meant_names
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
@@ -89,6 +89,7 @@ class Reach:
         trained: weights of the adapter.
         wide: bytes of a weight that is not rounded.
         towers: weights of the checkpoint that are no part of the language model, by the part that holds them.
+        kept: bytes of a token that a fast layer keeps for its backward pass; 0 where its sizes tell that.
         spared: linear modules that carry no LoRA whatever the targets say, with the reason.
         attention: that the model is given.
         wanted_attention: the recipe's.
@@ -315,7 +316,7 @@ def promised_names(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    stacks = experts_of(model).items() if adapts_experts(lora) else ()
+    stacks = experts_of(model).items() if lora.adapts_experts else ()
     of_experts = {f"{name}.{stack}" for name, module in stacks for stack in stacked_names(module)}
     return meant_names(model, lora.targets, spared) | of_experts
 

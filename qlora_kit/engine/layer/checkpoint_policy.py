@@ -106,7 +106,7 @@ def kept_bytes(shape: ModelShape, policy: int, wide: int = 2, extras: LayerExtra
     if shape.expert_layers:  # which make their own values again; their input is kept, and what the router said
         of_mlp = 0
         values += shape.hidden_size + 3 * shape.shared_size
-        more_told += 8 * shape.num_experts + 40 * shape.experts_per_token
+        more_told += shape.routing_bytes
     told = wide * (values + of_mlp) + more_told
     more = max(0, math.ceil(extras.measured) - told)
     return told + more - (0 if policy == CheckpointPolicy.keep_all else wide * of_mlp)

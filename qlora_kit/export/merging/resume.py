@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from qlora_kit import __version__
-from qlora_kit.adapter.updates import CONFIG, WEIGHTS
+from qlora_kit.adapter.saved import CONFIG, WEIGHTS
 from qlora_kit.core.files import file_hash, read_json
 from qlora_kit.export.merging.plan import BLOCK, Plan
 from qlora_kit.export.merging.rounded import Rounding

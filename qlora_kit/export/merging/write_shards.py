@@ -123,9 +123,8 @@ def _write_file(
 ) -> list[Written]:
     with path.open("wb", buffering=0) as stream:
         shard = _Shard(stream.fileno(), pieces, rounding, wrote, stacks)
-        at_work: list[Future[None]] = [
-            pool.submit(shard.work) for _ in range(MOST_WORKERS)
-        ]  # those over the pool's find no work
+        # As many as the pool may have; those that it has no thread for find no work left.
+        at_work: list[Future[None]] = [pool.submit(shard.work) for _ in range(MOST_WORKERS)]
         try:
             for thread in at_work:
                 thread.result()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_SETTINGS = "adapter_config.json"
-_PREFIX = "base_model.model."
 _ELSEWHERE = "export.adapter.<name>.format=peft, or a merged file"
 # Starts that change the base's weights too, which a server never hears of.
 _CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq")
@@ -54,7 +52,7 @@ def write_lora_gguf(adapter_dir: Path, model_dir: Path, out_file: Path, base_nam
     Raises:
         RecipeError: llama.cpp has no place for what the adapter holds.
     """
-    settings = read_json(adapter_dir / ADAPTER_SETTINGS)
+    settings = read_json(adapter_dir / CONFIG)
     refuse_changed_base(settings)
     refuse_unplaced(settings)
     config = read_full_config(model_dir)
@@ -131,7 +129,7 @@ def lora_pairs(
     import numpy as np
     from safetensors.torch import load_file
 
-    stored = {name: tensor.float().numpy() for name, tensor in load_file(adapter_dir / ADAPTER_WEIGHTS).items()}
+    stored = {name: tensor.float().numpy() for name, tensor in load_file(adapter_dir / WEIGHTS).items()}
     modules = _adapted_modules(stored)
     if "lm_head" in modules and config.get("tie_word_embeddings"):
         what = "this model's output head shares the embedding's weights, and llama.cpp adapts only one of the two"
@@ -139,7 +137,7 @@ def lora_pairs(
     names = gguf_names([f"{module}.weight" for module in modules], architecture.name, config["num_hidden_layers"])
     pairs = []
     for module in modules:
-        down, up = (stored[f"{_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
+        down, up = (stored[f"{PREFIX}{module}.lora_{half}.weight"] for half in "AB")
         heads = rotated_heads_of(f"{module}.weight", architecture, config)
         up = up[paired_order(len(up), heads)] if heads else up
         scaled = np.ascontiguousarray(up * _own_scale(module, len(down), settings), dtype=np.float32)
@@ -156,7 +154,7 @@ def _adapted_modules(stored: Mapping[str, "npt.NDArray[np.float32]"]) -> list[st
             fix=_ELSEWHERE,
         )
     return sorted(
-        {name.removeprefix(_PREFIX).removesuffix(end) for name in stored for end in ends if name.endswith(end)}
+        {name.removeprefix(PREFIX).removesuffix(end) for name in stored for end in ends if name.endswith(end)}
     )
 
 

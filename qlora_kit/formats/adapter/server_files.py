@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_kit.adapter.saved import CONFIG, WEIGHTS
 from qlora_kit.core.files import read_json
 from qlora_kit.evaluation.servers.requirements import Required, required_problems
 
@@ -18,9 +19,9 @@ _ADAPTER = (
 
 def adapter_problems(folder: Path) -> Iterator[str]:
     """What is wrong with them."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.is_file():
-        yield "there is no adapter_config.json"
+        yield f"there is no {CONFIG}"
         return
     config = read_json(path)
     yield from required_problems(_ADAPTER, config, path.name)
@@ -28,5 +29,5 @@ def adapter_problems(folder: Path) -> Iterator[str]:
         yield f"{path.name}: use_dora is true, which servers of LoRA do not serve; merge the adapter"
     if config.get("modules_to_save"):
         yield f"{path.name}: modules_to_save is set, which servers of LoRA do not serve; merge the adapter"
-    if not (folder / "adapter_model.safetensors").is_file():
-        yield "there is no adapter_model.safetensors"
+    if not (folder / WEIGHTS).is_file():
+        yield f"there is no {WEIGHTS}"

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter.saved import BaseName
+from qlora_kit.adapter.saved import CONFIG, WEIGHTS, BaseName
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json, write_json
 from qlora_kit.export.rewrite import INDEX
-from qlora_kit.formats.adapter.lora_gguf import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, refuse_changed_base, write_lora_gguf
+from qlora_kit.formats.adapter.lora_gguf import refuse_changed_base, write_lora_gguf
 from qlora_kit.schema.export import AdapterFormat, AdapterTarget
 
-_NOT_COPIED = (INDEX, "config.json", "README.md", ADAPTER_SETTINGS)
+_NOT_COPIED = (INDEX, "config.json", "README.md", CONFIG)
 
 
 def write_adapter(
@@ -32,10 +32,10 @@ def write_adapter(
             holds.
         RunError: the adapter's files are not there.
     """
-    for name in (ADAPTER_SETTINGS, ADAPTER_WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if not (adapter_dir / name).is_file():
             raise RunError(f"{adapter_dir} holds no {name}", fix="train the run to its end first")
-    settings = read_json(adapter_dir / ADAPTER_SETTINGS)
+    settings = read_json(adapter_dir / CONFIG)
     if target.format is AdapterFormat.gguf:
         write_lora_gguf(adapter_dir, model_dir, out_dir / file, base.source)
     else:
@@ -44,9 +44,9 @@ def write_adapter(
 
 def _write_peft(adapter_dir: Path, model_dir: Path, out_dir: Path, settings: Mapping[str, Any], base: BaseName) -> None:
     refuse_changed_base(settings)
-    shutil.copyfile(adapter_dir / ADAPTER_WEIGHTS, out_dir / ADAPTER_WEIGHTS)
+    shutil.copyfile(adapter_dir / WEIGHTS, out_dir / WEIGHTS)
     for path in sorted(model_dir.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
             shutil.copyfile(path, out_dir / path.name)
     named = {"base_model_name_or_path": base.source, "revision": base.revision}
-    write_json(out_dir / ADAPTER_SETTINGS, {**settings, **named})
+    write_json(out_dir / CONFIG, {**settings, **named})
