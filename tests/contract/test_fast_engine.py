@@ -32,6 +32,9 @@ LENGTHS = [41, 7, 1, 30, 19, 2, 24]  # two samples are longer than the window of
 WINDOWED = {"mistral": {"sliding_window": 16}, "phi3": {"sliding_window": 16}}
 FP32 = 1e-5  # of the largest entry of all gradients; measured: 5e-7 to 1.3e-6
 ROUNDING = 1.05  # error of bf16 against fp32, to that of plain bf16; measured: 0.86 to 0.94
+# An activation that squares its input, in an MLP that runs plain: one rounding shows in all that follows.
+# Measured over 24 draws: 0.73 to 1.58, in the middle 0.99.
+ROUNDING_OF = {"apertus": 1.75}
 QUANTIZED = QuantConfig()
 
 
@@ -133,7 +136,8 @@ def test_bf16_gradients_are_as_near_to_fp32_as_plain_ones(folder, rows):
     patch_model(model, EngineConfig())
     _, fast = step(model, batch)
     assert not torch.equal(*(next(iter(one.values())) for one in (fast, gradients)))
-    assert error(fast, reference) <= ROUNDING * error(gradients, reference)
+    rounding = ROUNDING_OF.get(folder.parent.name.rpartition("-")[0], ROUNDING)
+    assert error(fast, reference) <= rounding * error(gradients, reference)
 
 
 def test_packed_samples_stay_apart(folder, rows):
