@@ -148,22 +148,22 @@ class _Routing(NamedTuple):
         order: int64 [rows], its place among the choices of all tokens in turn.
         back: int64 [tokens, choices], the row of each choice.
         experts: int64 [rows].
-        counts: int64 [experts].
+        ends: int32 [experts], where the rows of each expert end.
     """
 
     tokens: Tensor
     order: Tensor
     back: Tensor
     experts: Tensor
-    counts: Tensor
+    ends: Tensor
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int) -> "_Routing":
         of_rows, order = chosen.reshape(-1).sort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        places = torch.arange(experts + 1, device=order.device)
-        counts = torch.searchsorted(of_rows, places).diff()  # without waiting for the device, unlike bincount
-        return cls(order // chosen.shape[1], order, back.view(chosen.shape), of_rows, counts)
+        next_ones = torch.arange(1, experts + 1, device=order.device)
+        ends = torch.searchsorted(of_rows, next_ones, out_int32=True)  # without waiting for the device, unlike bincount
+        return cls(order // chosen.shape[1], order, back.view(chosen.shape), of_rows, ends)
 
 
 class _Held(torch.autograd.Function):
@@ -195,7 +195,7 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         hidden, shares, a1, b1, a2, b2, *rest, (mlp, held) = given
         routing = _Routing(*rest)
-        groups = Groups(routing.counts, hidden)
+        groups = Groups(routing.ends, hidden)
         of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
         middle, delta, _ = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
@@ -213,10 +213,9 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, shares, a1, b1, a2, b2, *rest = ctx.held.saved_tensors
         routing, mlp = _Routing(*rest), ctx.mlp
-        groups = Groups(routing.counts, hidden)
+        groups = Groups(routing.ends, hidden)
         of_rows = shares.reshape(-1)[routing.order]
-        x = hidden[routing.tokens]
-        middle, delta, inner1 = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
+        middle, delta, inner1 = _product(groups, hidden[routing.tokens], mlp, mlp.first, (a1, b1), routing.experts)
 
         dy = grads[0].to(hidden.dtype)[routing.tokens]
         to_weighed, of_b2, more = _into(groups, dy, mlp, mlp.second, (a2, b2))
@@ -228,8 +227,10 @@ class _ExpertMlp(torch.autograd.Function):
         del dy, weighed
 
         dx, of_b1, more = _into(groups, to_middle, mlp, mlp.first, (a1, b1))
-        to_a1, to_b1 = _of_factors(groups, to_middle, x, inner1, mlp.first, a1, of_b1)
-        del x, to_middle
+        to_a1, to_b1 = None, None
+        if of_b1 is not None:  # the rows are gathered once more rather than held while the weights are unpacked
+            to_a1, to_b1 = _of_factors(groups, to_middle, hidden[routing.tokens], inner1, mlp.first, a1, of_b1)
+        del to_middle, of_b1
         to_hidden = mlp.ops.add_up(dx, more, routing.back)
         learned = to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2
         return *learned, *(None for _ in (*rest, mlp))

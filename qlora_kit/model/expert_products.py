@@ -1,11 +1,14 @@
 """Products of the rows of each expert with its own matrix, the rows sorted by expert."""
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from qlora_kit.model.live_memory import counts_as_on_gpu
 
 _ALIGNED = 16  # bytes; what the grouped product asks of a row's length
 
@@ -37,12 +40,11 @@ class Groups:
     On a GPU one grouped product serves all experts, in bfloat16; elsewhere they take turns.
     """
 
-    def __init__(self, counts: Tensor, rows: Tensor) -> None:
-        """Args: counts: int64 [experts], how many rows each expert has; rows: any of them, for device and dtype."""
-        self._counts = counts
-        self._is_grouped = rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")
-        self._spans: list[tuple[int, int, int]] | None = None
-        self._ends = counts.cumsum(0).to(torch.int32) if self._is_grouped else counts
+    def __init__(self, ends: Tensor, rows: Tensor) -> None:
+        """Args: ends: int32 [experts], where the rows of each expert end; rows: any of them, for device and dtype."""
+        self._ends = ends
+        on_gpu = rows.is_cuda or counts_as_on_gpu()
+        self._is_grouped = on_gpu and rows.dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")
 
     def multiply(self, rows: Tensor, weights: Tensor) -> Tensor:
         """[rows, n] times [experts, n, m] for each expert's own rows: [rows, m]."""
@@ -75,22 +77,23 @@ class Groups:
         """[rows, n]^T times [rows, m] for each expert's own rows: [experts, n, m], zero for an expert without rows."""
         if self._is_grouped and _is_aligned(left, right):
             made: Tensor = torch.nn.functional.grouped_mm(left.t(), right, offs=self._ends)
-            return made.masked_fill_((self._counts == 0).view(-1, 1, 1), 0)  # which the kernel need not write
-        made = left.new_zeros(len(self._counts), left.shape[1], right.shape[1])
+            return made.masked_fill_(self._are_idle, 0)  # which the kernel need not write
+        made = left.new_zeros(len(self._ends), left.shape[1], right.shape[1])
         for expert, start, stop in self.spans:
             torch.mm(left[start:stop].t(), right[start:stop], out=made[expert])
         return made
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """(expert, first row, next row) of each expert that has rows."""
-        if self._spans is None:
-            ends = [0]
-            for count in self._counts.tolist():
-                ends.append(ends[-1] + count)
-            spans = enumerate(pairwise(ends))
-            self._spans = [(expert, start, stop) for expert, (start, stop) in spans if stop > start]
-        return self._spans
+        spans = enumerate(pairwise([0, *self._ends.tolist()]))
+        return [(expert, start, stop) for expert, (start, stop) in spans if stop > start]
+
+    @cached_property
+    def _are_idle(self) -> Tensor:
+        """Whether an expert has no rows: bool [experts, 1, 1]."""
+        starts = torch.nn.functional.pad(self._ends[:-1], (1, 0))
+        return (self._ends == starts).view(-1, 1, 1)
 
 
 def _is_aligned(*tensors: Tensor) -> bool:

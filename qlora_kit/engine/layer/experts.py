@@ -123,8 +123,8 @@ def _weighed_glu_backward(
     product = acted * up
     to_share = (wide * product).sum(1)
     wide = wide * share
-    to_middle = torch.cat((wide * up * slope, wide * acted), dim=1)
-    return (product * share).to(middle.dtype), to_middle.to(middle.dtype), to_share
+    halves = (wide * up * slope).to(middle.dtype), (wide * acted).to(middle.dtype)  # not as long as both in float32
+    return (product * share).to(middle.dtype), torch.cat(halves, dim=1), to_share
 
 
 def _added_up(back: Tensor, rows: Tensor, delta: Tensor | None) -> Tensor:

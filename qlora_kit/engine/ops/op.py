@@ -8,6 +8,7 @@ from typing import Generic, ParamSpec, TypeVar
 from torch import Tensor
 
 from qlora_kit.engine.ops.compiled import run_compiled
+from qlora_kit.model.live_memory import as_one_kernel, counts_as_on_gpu
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,8 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The operation, by its kernel where that takes these arguments."""
+        if counts_as_on_gpu():
+            return as_one_kernel(self.reference, *args, **kwargs)
         run = self.kernel if self.supported(*args, **kwargs) else self.reference
         return run(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts
 from qlora_kit.model.expert_mlp import TorchOps
+from qlora_kit.model.live_memory import LiveMemory
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.stacked_experts import StackedExperts, experts_of, stacked_names
 
@@ -194,3 +195,29 @@ def test_a_layer_that_is_computed_again_stops_in_front_of_its_experts():
     again = gradient(lambda: checkpoint(layer, hidden.requires_grad_(), use_reentrant=False))
     assert calls == ["forward", "backward"]
     assert torch.equal(again, gradient(lambda: layer(hidden)))
+
+
+def test_no_rows_are_held_while_the_largest_weights_are_unpacked():
+    """Of the backward pass on a GPU: the weights, the gradient on their one side and the one on their other."""
+    experts, tokens, size = 64, 256, torch.bfloat16.itemsize
+    module = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=WIDTH, moe_intermediate_size=MIDDLE, num_experts=experts))
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+        weight.requires_grad_(False)
+    stacked = packed(module)
+    chosen = torch.arange(tokens * CHOICES).view(tokens, CHOICES) % experts
+    given = [torch.randn(tokens, width, dtype=torch.bfloat16).requires_grad_() for width in (WIDTH, CHOICES)]
+    updates = {}
+    for name in stacked.stacks:
+        inputs, outputs = stacked.widths(name)
+        a, b = torch.randn(experts, 8, inputs).requires_grad_(), torch.randn(experts, outputs, 8).requires_grad_()
+        updates[name] = a, b, 1.0
+    with LiveMemory(as_on_gpu=True) as live:
+        made = stacked(given[0], chosen, given[1], updates=updates)
+        before = live.now
+        live.begin_peak()
+        made.sum().backward()
+    weights, rows = experts * 2 * MIDDLE * WIDTH, tokens * CHOICES
+    beside = 2 * rows * 8 + experts * 8 * (MIDDLE + WIDTH)  # LoRA's own rows, and its gradients of the other weights
+    beside += tokens * WIDTH  # the gradient of the output
+    assert live.peak - before < 1.03 * size * (weights + rows * (2 * MIDDLE + WIDTH) + beside)
