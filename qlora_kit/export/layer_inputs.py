@@ -27,10 +27,17 @@ Answer = Callable[[Tensor, Arguments], Tensor]
 
 @dataclass
 class Call:
-    """One calibration row on its way: hidden states float32 [1, tokens, width], and what each layer is also given."""
+    """One calibration row on its way.
+
+    Attributes:
+        hidden: float32 [1, tokens, width].
+        arguments: what each layer is given beside it.
+        in_tuple: whether the model takes apart what a layer gives it.
+    """
 
     hidden: Tensor
     arguments: list[Arguments] = field(default_factory=list)
+    in_tuple: bool = False
 
 
 _MATRIX_AXES = 2
@@ -66,11 +73,12 @@ class ActivationStats:
 class _StandIn(nn.Module):
     """Stands in a layer's place: hands on what `answer` makes of the hidden states and the other arguments."""
 
-    def __init__(self, layer: nn.Module, answer: Answer) -> None:
+    def __init__(self, layer: nn.Module, answer: Answer, in_tuple: bool) -> None:
         super().__init__()
         # A tuple hides the layer from nn.Module, so that moving the model does not move it.
         self.stands_for = (layer,)
         self.answer = answer
+        self.in_tuple = in_tuple
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -78,8 +86,9 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["stands_for"][0], name)
 
-    def forward(self, hidden_states: Tensor, *places: object, **names: object) -> Tensor:
-        return self.answer(hidden_states, Arguments(places, names))
+    def forward(self, hidden_states: Tensor, *places: object, **names: object) -> Tensor | tuple[Tensor, None]:
+        hidden = self.answer(hidden_states, Arguments(places, names))
+        return (hidden, None) if self.in_tuple else hidden
 
 
 def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
@@ -97,11 +106,15 @@ def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
-def layers_answered(layers: nn.ModuleList, answer: Answer) -> Iterator[None]:
-    """Have a function answer in place of every layer: of the hidden states it is given and the other arguments."""
+def layers_answered(layers: nn.ModuleList, answer: Answer, *, in_tuple: bool) -> Iterator[None]:
+    """Have a function answer in place of every layer: of the hidden states it is given and the other arguments.
+
+    Args:
+        in_tuple: whether the model expects a second value, such as weights of the attention, which is none then.
+    """
     real = list(layers)
     for index, layer in enumerate(real):
-        layers[index] = _StandIn(layer, answer)
+        layers[index] = _StandIn(layer, answer, in_tuple)
     try:
         yield
     finally:
@@ -111,6 +124,15 @@ def layers_answered(layers: nn.ModuleList, answer: Answer) -> Iterator[None]:
 
 def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device: torch.device) -> list[Call]:
     """Run embeddings, masks and positions for token-id rows, without computing a layer."""
+    try:
+        return _first_inputs(model, rows, device, in_tuple=False)
+    except (ValueError, TypeError):  # one value for each row cannot be taken for two
+        return _first_inputs(model, rows, device, in_tuple=True)
+
+
+def _first_inputs(
+    model: "PreTrainedModel", rows: Sequence[Sequence[int]], device: torch.device, *, in_tuple: bool
+) -> list[Call]:
     calls: list[Call] = []
     _, layers = decoder_layers(model)
 
@@ -120,10 +142,10 @@ def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device
         calls[-1].arguments.append(arguments)
         return hidden
 
-    with layers_answered(layers, keep):
+    with layers_answered(layers, keep, in_tuple=in_tuple):
         base = model.get_decoder().to(device=device, dtype=torch.float32)
         for row in rows:
-            calls.append(Call(torch.empty(0)))
+            calls.append(Call(torch.empty(0), in_tuple=in_tuple))
             base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
     return calls
 

@@ -69,7 +69,7 @@ class Fisher:
         tokens = sum(len(row) for row in self.rows)
         with bar("bits budget", 2 * len(self.layers), "layer") as one:
             calls, states = self._forward(one)
-            gradients = self._head_gradients([call.hidden for call in calls])
+            gradients = self._head_gradients(calls)
             for index in reversed(range(len(self.layers))):
                 layer = self._filled(index)
                 sums = {name: _Sums(module, self.with_moments) for name, module in _linears(layer)}
@@ -104,13 +104,13 @@ class Fisher:
         fill_weights(self.model, (n for n in self.stored if n.startswith(inside)), self.stored, self.device)
         return self.layers[index]
 
-    def _head_gradients(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+    def _head_gradients(self, calls: Sequence[Call]) -> list[Tensor]:
         """Of each row's loss, summed over its tokens, by the hidden states that leave the last layer."""
         generator = torch.Generator(self.device).manual_seed(_SEED)
         fill_head(self.model, self.stored, self.device)
         found: list[Tensor] = []
-        leaves = [state.detach().requires_grad_() for state in hidden]
-        with layers_answered(self.layers, lambda _, __: leaves[len(found)]):
+        leaves = [call.hidden.detach().requires_grad_() for call in calls]
+        with layers_answered(self.layers, lambda _, __: leaves[len(found)], in_tuple=calls[0].in_tuple):
             self.model.to(device=self.device, dtype=torch.float32)
             for row, leaf in zip(self.rows, leaves, strict=True):
                 ids = torch.tensor([list(row)], device=self.device)
