@@ -83,6 +83,7 @@ class StoredLinears:
         otherwise: names in the model of layers and experts that the folder holds in a way of its own.
         kept: names in the folder of other layers, which stay in 16 bit: what chooses among experts, and what lies
             outside of the blocks, but for the output head.
+        filled_in: names in the folder of layers whose weight transformers fills in by that name before it loads them.
         towers: last parts of the names of what is no part of the language model.
         splits_gate: whether gate and up of experts are two layers, by the name of the experts' module in the model.
         names: the folder's name of every parameter that it holds as it is, by the model's.
@@ -91,6 +92,7 @@ class StoredLinears:
     linears: tuple[StoredLinear, ...]
     otherwise: tuple[str, ...]
     kept: tuple[str, ...]
+    filled_in: tuple[str, ...]
     towers: tuple[str, ...]
     splits_gate: Mapping[str, bool]
     names: Mapping[str, str]
@@ -115,6 +117,7 @@ def stored_linears(model: "PreTrainedModel", stored: "StoredNames") -> StoredLin
     from torch import nn
 
     from qlora_kit.export.layer_inputs import decoder_layers
+    from qlora_kit.model.direct_reads import initialized_directly
     from qlora_kit.model.structure import router_names, weights_of
     from qlora_kit.model.unfused_experts import fused_experts
 
@@ -143,10 +146,12 @@ def stored_linears(model: "PreTrainedModel", stored: "StoredNames") -> StoredLin
     kept = [*(one.name for one in kinds if one.kind == "router"), *_linears_outside(model, prefix)]
     kept_weights = (stored.by_own.get(own.own(f"{name}{_WEIGHT}"), "") for name in kept)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    filled_in = set(initialized_directly(model))
     return StoredLinears(
         linears=tuple(found),
         otherwise=tuple(otherwise),
         kept=tuple(name.removesuffix(_WEIGHT) for name in kept_weights if name),
+        filled_in=tuple(one.name for one in found if one.module in filled_in),
         towers=tuple(sorted({module.rpartition(".")[2] for module in stored.outside.values()})),
         splits_gate=splits_gate,
         names={name: stored.by_own[own.own(name)] for name in names if own.own(name) in stored.by_own},

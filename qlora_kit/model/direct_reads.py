@@ -7,7 +7,7 @@ What such code computes passes the linear module by, and with it LoRA and 4-bit 
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -26,6 +26,36 @@ def read_directly(model: nn.Module) -> dict[str, str]:
             read[kind] = _children_read(kind)
         found |= {f"{name}.{child}".lstrip("."): kind.__name__ for child in linears if child in read[kind]}
     return found
+
+
+def initialized_directly(model: nn.Module) -> list[str]:
+    """Full names of linear modules whose `weight` the model's code fills in before it is loaded, by that name.
+
+    Where such a module holds its weight in another form, transformers cannot load the model.
+    """
+    kinds = [kind for kind in type(model).__mro__ if "_init_weights" in vars(kind)]
+    filled = {pair for kind in kinds for pair in _filled_in(vars(kind)["_init_weights"])}
+    return [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        for child, inner in module.named_children()
+        if isinstance(inner, nn.Linear) and any((kind.__name__, child) in filled for kind in type(module).__mro__)
+    ]
+
+
+def _filled_in(method: Callable[..., object]) -> Iterator[tuple[str, str]]:
+    """Names of a class of modules and of its child, of `if isinstance(module, Mixer): fill(module.out_proj.weight)`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
+        kinds = {node.id for node in ast.walk(branch.test) if isinstance(node, ast.Name)}
+        for line in branch.body:
+            for node in ast.walk(line):
+                if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute):
+                    child = node.value.attr
+                    yield from ((kind, child) for kind in kinds)
 
 
 def _children_read(kind: type[nn.Module]) -> frozenset[str]:

@@ -28,6 +28,7 @@ class ModelForm:
         kinds: class names of its modules.
         head: name of its output head.
         stored: names of the tensors that the folder holds; none where it holds no weights.
+        filled_in: those of `blocks` that must have a plain weight, or transformers cannot load them.
         is_renamed: whether the folder has other names for its layers than the model.
         is_part: whether the folder holds more than this language model.
         otherwise: layers and experts that the folder holds in a way of its own, so that no quantizer of layers fits.
@@ -42,6 +43,7 @@ class ModelForm:
     head: str
     stored: frozenset[str] = frozenset()
     otherwise: tuple[str, ...] = ()
+    filled_in: tuple[str, ...] = ()
     is_renamed: bool = False
     is_part: bool = False
 
@@ -118,6 +120,7 @@ def model_form(folder: Path) -> ModelForm | None:
         head=next((name for name, module in named.items() if module is model.get_output_embeddings()), ""),
         stored=frozenset(read_weights(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
         otherwise=found.otherwise,
+        filled_in=found.filled_in,
         is_part=own_names_of(model).is_part,
         is_renamed=any(linear.module != linear.name for linear in found.linears if not linear.is_expert),
     )

@@ -72,11 +72,18 @@ def _beyond_the_library(form: ModelForm) -> str:
 
 
 def compressed_left(target: CompressedTarget, form: ModelForm) -> tuple[str, ...]:
-    """The few layers that neither groups nor words of the packing divide."""
-    return PackedSettings.of(target).unfit(form.blocks) if target.takes_experts and target.scheme in BITS else ()
+    """The few layers that neither groups nor words of the packing divide, and those that cannot be loaded packed."""
+    if not target.takes_experts:
+        return form.filled_in
+    if target.scheme not in BITS:
+        return ()
+    return PackedSettings.of(target).left(form.blocks, form.filled_in)
 
 
 def compressed_unquantized(target: CompressedTarget, form: ModelForm) -> Unquantized | None:
     """Layers that stay in 16 bit."""
     left = compressed_left(target, form)
-    return form.unquantized(left, ["groups or words of the packing do not divide their inputs"] if left else [])
+    plain = sum(name in form.filled_in for name in left)
+    whys = ["groups or words of the packing do not divide their inputs"] if len(left) > plain else []
+    whys += ["transformers fills in their weight before it loads it, and knows no packed one"] if plain else []
+    return form.unquantized(left, whys)

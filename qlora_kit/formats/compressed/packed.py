@@ -55,9 +55,9 @@ class PackedSettings:
         )
         return QuantizationScheme(targets=["Linear"], weights=weights, format=FORMAT)
 
-    def unfit(self, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-        """Layers that stay in 16 bit, where they are few."""
-        return unfit_layers(shapes, self.fits)
+    def left(self, shapes: Mapping[str, tuple[int, int]], filled_in: Sequence[str]) -> tuple[str, ...]:
+        """Layers that stay in 16 bit: those that do not fit, where they are few, and those that must be plain."""
+        return tuple(dict.fromkeys((*filled_in, *unfit_layers(shapes, self.fits))))
 
 
 def write_packed(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: Sequence[Sequence[int]]) -> None:
@@ -74,12 +74,14 @@ def write_packed(model_dir: Path, out_dir: Path, target: CompressedTarget, rows:
     from qlora_kit.export.layer_walk import walk
 
     settings, found = PackedSettings.of(target), folder_linears(model_dir)
-    left = settings.unfit(found.shapes)
+    left = settings.left(found.shapes, found.filled_in)
     widths = {name: width for name, (_, width) in found.shapes.items() if name not in left}
     if problem := check_group_size(settings.group_size, widths):
         raise RecipeError([problem])
     with torch.no_grad():
-        walked = walk(model_dir, rows, partial(_quantize_layer, settings=settings), title="GPTQ", follows=True)
+        walked = walk(
+            model_dir, rows, partial(_quantize_layer, settings=settings, left=left), title="GPTQ", follows=True
+        )
     ignore = [*ignored(found, left), OUTPUT_HEAD]
     rewrite_checkpoint(model_dir, out_dir, walked.replacements, config_entry(settings.scheme(), FORMAT, ignore))
 
@@ -108,7 +110,7 @@ def packed_tensors(codes: "Tensor", scale: "Tensor", bits: int) -> "dict[str, Te
     return {"weight_packed": words, "weight_scale": scale.contiguous(), "weight_shape": torch.tensor(codes.shape)}
 
 
-def _quantize_layer(visit: "Visit", settings: PackedSettings) -> "Made":
+def _quantize_layer(visit: "Visit", settings: PackedSettings, left: Sequence[str]) -> "Made":
     from torch import nn
 
     from qlora_kit.export.grid import Grid, around_middle
@@ -121,9 +123,8 @@ def _quantize_layer(visit: "Visit", settings: PackedSettings) -> "Made":
 
     made = Made()
     for reading in visit.readings:
-        names = [
-            name for name in reading.linears if name in visit.linears and settings.fits(*visit.linears[name].shape)
-        ]
+        found = {name: visit.linears[name] for name in reading.linears if name in visit.linears}
+        names = [name for name, one in found.items() if settings.fits(*one.shape) and one.name not in left]
         if names:
             linears = [module for name in names if isinstance(module := visit.layer.get_submodule(name), nn.Linear)]
             for name, one in zip(names, solve(linears, reading.moment, grid_of), strict=True):

@@ -153,8 +153,10 @@ def _modifiers(model: "PreTrainedModel", target: CompressedTarget) -> list[Any]:
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    from qlora_kit.model.direct_reads import initialized_directly
+
     scheme = target.scheme
-    layers: dict[str, Any] = {"ignore": [OUTPUT_HEAD]}
+    layers: dict[str, Any] = {"ignore": [OUTPUT_HEAD, *initialized_directly(model)]}
     if target.kv_cache_fp8:
         layers["kv_cache_scheme"] = KV_CACHE
     if scheme is CompressedScheme.W4A16:  # with scales for an FP8 key-value cache

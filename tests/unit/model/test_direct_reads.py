@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_kit.model.direct_reads import read_directly
+from qlora_kit.model.direct_reads import initialized_directly, read_directly
 from qlora_kit.model.skeleton import skeleton
 from qlora_kit.model.structure import kept_whole, not_adapted
 from tests.families import build
@@ -37,3 +37,11 @@ def test_the_output_of_state_space_layers_stays_whole_and_carries_no_lora(kind: 
     assert all("reads its weight itself, past LoRA" in spared[name] for name in outputs)
     assert set(outputs) <= set(kept_whole(model))
     assert not any(name.endswith("in_proj") for name in spared)
+
+
+def test_weights_that_a_models_code_fills_in_by_name_are_seen(tmp_path: Path) -> None:
+    model = skeleton(build("mamba2", tmp_path / "states"))
+    outputs = [name for name, module in model.named_modules() if name.endswith("mixer.out_proj")]
+    assert len(outputs) == 2
+    assert initialized_directly(model) == outputs
+    assert initialized_directly(skeleton(build("falcon_h1", tmp_path / "hybrid"))) == []

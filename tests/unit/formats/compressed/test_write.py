@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.compressed.load import load_compressed
 from qlora_kit.formats.compressed.write import needs_calibration, smoothed_layers, write_compressed
-from qlora_kit.schema.export import CompressedScheme, CompressedTarget
+from qlora_kit.schema.export import CompressedScheme, CompressedTarget, ExportConfig
+from tests.families import build
 from tests.tiny_experts import EXPERT_FAMILIES, build_tiny_experts, mean_kl
 from tests.tiny_experts import ROWS as EXPERT_ROWS
 from tests.tiny_models import build_tiny_model
@@ -384,3 +386,18 @@ def test_unknown_layers_are_not_smoothed() -> None:
     with pytest.raises(RecipeError, match="this model's are not known") as refused:
         smoothed_layers({"query_key_value", "dense_h_to_4h", "input_layernorm"})
     assert "smoothing: 0" in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [CompressedScheme.W8A16, CompressedScheme.MXFP4])
+def test_layers_that_transformers_fills_in_by_name_stay_plain_and_are_told(
+    scheme: CompressedScheme, tmp_path: Path
+) -> None:
+    folder, target = build("mamba2", tmp_path / "states"), CompressedTarget(scheme)
+    told = check_exports(folder, ExportConfig(compressed={"w8a16": target})).unquantized["w8a16"]
+    assert "2 of 4 linear layers stay in 16 bit (out_proj): transformers fills in their weight before" in str(told)
+    out = write(folder, tmp_path / "out", target)
+    names = set(load_file(out / "model.safetensors"))
+    assert "backbone.layers.0.mixer.out_proj.weight" in names
+    assert "backbone.layers.0.mixer.in_proj.weight_packed" in names
+    assert mean_kl(folder, load_compressed(out)) < 0.05
