@@ -12,5 +12,6 @@ def bnb_problems(path: str, form: ModelForm) -> Iterator[Problem]:
     faults = [] if form.blocks else [Fault("kind", no_linear_layers("bitsandbytes", form))]
     if form.experts:
         what = "readers of bitsandbytes folders know linear layers alone, so this family's experts would stay in 16 bit"
-        faults.append(Fault("kind", what))
+        elsewhere = "" if form.strange_experts else "; gptq_4bit, awq_4bit, w4a16 and w8a16 hold them one by one"
+        faults.append(Fault("kind", what + elsewhere))
     yield from with_fixes(path, faults, lambda _: (), lambda _: faults)

@@ -200,7 +200,10 @@ def test_experts_are_linear_layers_like_others(forms: dict[str, ModelForm], expo
 @pytest.mark.parametrize(
     ("export", "why"),
     [
-        ("bnb_nf4", "so this family's experts would stay in 16 bit"),
+        (
+            "bnb_nf4",
+            "so this family's experts would stay in 16 bit; gptq_4bit, awq_4bit, w4a16 and w8a16 hold them one by one",
+        ),
         ("nvfp4", "NVFP4 cannot be written: llmcompressor would leave this family's experts in 16 bit"),
         ("fp8_kv", "with an FP8 key-value cache cannot be written"),
     ],
