@@ -50,11 +50,11 @@ EXPERT_FAMILIES = {
 }
 
 
-def build_tiny_experts(family: str, folder: Path, experts: int = 4) -> Path:
-    """Write a tiny random mixture in bfloat16 and return the folder."""
+def build_tiny_experts(family: str, folder: Path, experts: int = 4, **changes: Any) -> Path:
+    """Write a tiny random mixture in bfloat16 and return the folder; `changes` replace fields of its configuration."""
     kind = EXPERT_FAMILIES[family]
     widths = {"intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2}
-    config = kind.config(**{**_SHAPE, **widths, kind.width: 64, kind.count: experts})
+    config = kind.config(**{**_SHAPE, **widths, kind.width: 64, kind.count: experts, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

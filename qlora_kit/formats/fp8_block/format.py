@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.evaluation.servers.requirements import Required, quantized_problems
-from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transformers
 from qlora_kit.export.serving.facts import Hub
-from qlora_kit.formats.format import Format
+from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.fp8_block import BLOCK, METHOD
 from qlora_kit.formats.job import ExportSource
 from qlora_kit.schema.export import Fp8BlockTarget
@@ -39,19 +38,10 @@ class Fp8Block(Format[Fp8BlockTarget]):
     def problems(
         self, path: str, target: Fp8BlockTarget, form: "ModelForm", adapter: Mapping[str, Any]
     ) -> Iterator[Problem]:
-        """Layers that whole blocks do not fill, and what is no linear layer of a block."""
-        from qlora_kit.export.checks.form import no_linear_layers
+        """Layers that blocks do not fill, experts that lie as no reader knows them, and layers of no block."""
+        from qlora_kit.formats.fp8_block.checks import fp8_block_problems
 
-        odd = [name for name, shape in form.blocks.items() if any(size % BLOCK for size in shape)]
-        if not form.blocks:
-            yield Problem(no_linear_layers("FP8 block", form), path, ELSEWHERE)
-        elif form.experts or form.outside:
-            other = "experts lie in one parameter" if form.experts else f"'{next(iter(form.outside))}' is in no block"
-            yield Problem(f"this family has no FP8 block file: {other}", path, ELSEWHERE)
-        elif odd:
-            outputs, inputs = form.blocks[odd[0]]
-            what = f"FP8 blocks are {BLOCK} x {BLOCK} weights, which do not fill '{odd[0]}' of {outputs} x {inputs}"
-            yield Problem(what, path, ELSEWHERE)
+        return fp8_block_problems(path, form)
 
     def write(self, source: ExportSource, target: Fp8BlockTarget, out: Path) -> None:
         """Round, tensor by tensor."""
@@ -66,6 +56,12 @@ class Fp8Block(Format[Fp8BlockTarget]):
 
         quiet_libraries()
         return load_fp8_block(folder)
+
+    def read_by(self, folder: Path) -> str:
+        """The library, or the kit."""
+        from qlora_kit.formats.fp8_block.load import is_unpacked_here
+
+        return UNPACKED if is_unpacked_here(folder) else self.reader
 
     def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""

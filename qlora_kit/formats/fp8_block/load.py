@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
-from qlora_kit.formats.unpacked_folders import Unpacked, load_unpacked
+from qlora_kit.formats.unpacked_folders import Unpacked, load_unpacked, load_weights
 from qlora_kit.weights.reader import WeightReader, stored_tensors, tensor_names
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def load_fp8_block(folder: Path) -> "PreTrainedModel":
     """Load a folder through transformers, ready to score.
 
-    Weights are unpacked once; activations are rounded at every step as a server's kernels round them. On a GPU in the
-    file's dtype, on a CPU in float32.
+    Weights are unpacked once, where a last block is not whole here; activations, those of experts too, are rounded at
+    every step as a server's kernels round them. On a GPU in the file's dtype, on a CPU in float32.
 
     Raises:
         RunError: the folder is of another kind, or its weights cannot be loaded.
@@ -32,13 +32,41 @@ def load_fp8_block(folder: Path) -> "PreTrainedModel":
     if method != METHOD:
         raise RunError(f"{folder} is not a folder of FP8 blocks: it names the quantization '{method}'")
     try:
-        model = load_unpacked(folder, FineGrainedFP8Config(dequantize=True))
+        if is_unpacked_here(folder):
+            model = load_weights(folder, unpacked_fp8_block(folder))
+        else:
+            model = load_unpacked(folder, FineGrainedFP8Config(dequantize=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"transformers could not load the folder of FP8 blocks {folder}: {error}") from error
+    _take_experts_apart(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in settings["modules_to_not_convert"]:
             module.register_forward_pre_hook(_round_inputs)
     return model
+
+
+def is_unpacked_here(folder: Path) -> bool:
+    """Whether transformers could not unpack the folder: it takes whole blocks alone."""
+    from safetensors import safe_open
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names = set(tensors.keys())
+            for name in (name for name in names if f"{name}{SCALE}" in names):
+                if any(size % BLOCK for size in tensors.get_slice(name).get_shape()):
+                    return True
+    return False
+
+
+def _take_experts_apart(model: "PreTrainedModel") -> None:
+    """Give each expert linear modules of its own, whose inputs can be rounded."""
+    from qlora_kit.export.layer_inputs import decoder_layers
+    from qlora_kit.model.unfused_experts import fused_experts, unfuse_experts
+
+    prefix, layers = decoder_layers(model)
+    splits_gate = {name: form.is_gated for name, _, form in fused_experts(layers, prefix)}
+    for index, layer in enumerate(layers):
+        unfuse_experts(layer, f"{prefix}.{index}", splits_gate)
 
 
 def rounded_inputs(inputs: "Tensor") -> "Tensor":

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.formats.fp8_block import BLOCK, LARGEST, METHOD, SCALE
+from qlora_kit.weights.headers import read_headers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MATRIX_AXES = 2
+
 
 def write_fp8_block(model_dir: Path, out_dir: Path) -> None:
-    """Round the linear weights inside the blocks of a merged 16-bit folder; embeddings and output head stay.
+    """Round the linear weights inside the blocks of a merged 16-bit folder, experts too; embeddings and head stay.
 
     Args:
         out_dir: an existing, empty folder.
@@ -22,12 +25,14 @@ def write_fp8_block(model_dir: Path, out_dir: Path) -> None:
         RunError: the folder has other names for the layers than the model.
     """
     names = [f"{module}.weight" for module in linear_shapes(model_dir)]
+    matrices = (name for name, tensor in read_headers(model_dir).items() if len(tensor.shape) == _MATRIX_AXES)
+    left = [name.removesuffix(".weight") for name in matrices if name not in names and name.endswith(".weight")]
     quantization = {
         "quant_method": METHOD,
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": sorted({"lm_head", *left}),  # routers and the like, one by one
     }
     rewrite_checkpoint(model_dir, out_dir, {name: partial(_rounded, name) for name in names}, quantization)
 
@@ -38,16 +43,18 @@ def block_codes(weight: "Tensor") -> "tuple[Tensor, Tensor]":
     The largest weight of a block becomes the largest code.
 
     Args:
-        weight: any float dtype, both sides multiples of 128.
+        weight: any float dtype, the inputs a multiple of 128; of the outputs the last block need not be whole.
     """
     import torch
 
-    rows, columns = (size // BLOCK for size in weight.shape)
-    blocks = weight.float().reshape(rows, BLOCK, columns, BLOCK)
+    outputs, inputs = weight.shape
+    rows, columns = -(-outputs // BLOCK), inputs // BLOCK
+    whole = torch.nn.functional.pad(weight.float(), (0, 0, 0, rows * BLOCK - outputs))
+    blocks = whole.reshape(rows, BLOCK, columns, BLOCK)
     largest = blocks.abs().amax((1, 3))
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-    codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).reshape(weight.shape)
-    return codes.to(torch.float8_e4m3fn), scale
+    codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).reshape(whole.shape)
+    return codes[:outputs].to(torch.float8_e4m3fn), scale
 
 
 def _rounded(name: str, weight: "Tensor") -> "dict[str, Tensor]":

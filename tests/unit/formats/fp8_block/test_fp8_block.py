@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import FineGrainedFP8Config
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from qlora_kit.adapter.saved import BaseName
@@ -17,12 +18,14 @@ from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation.scores import Scores, compare
 from qlora_kit.export.checks.form import model_form
 from qlora_kit.formats.checks import check_exports
+from qlora_kit.formats.format import UNPACKED
 from qlora_kit.formats.fp8_block.load import load_fp8_block, rounded_inputs
-from qlora_kit.formats.fp8_block.write import block_codes
+from qlora_kit.formats.fp8_block.write import block_codes, write_fp8_block
 from qlora_kit.formats.job import ExportSource
 from qlora_kit.formats.registry import export_jobs, find_format
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig, Fp8BlockTarget
+from tests.tiny_experts import build_tiny_experts, mean_kl
 from tests.tiny_models import build_tiny_model
 
 FULL: dict[str, Any] = {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
@@ -161,3 +164,63 @@ def test_folders_of_another_kind_and_broken_ones_are_refused(folder: Path, tmp_p
 def test_the_recipe_composes() -> None:
     recipe = compose_recipe("export", ["run=latest", "export=fp8_block"]).recipe
     assert recipe.export.fp8_block == {"fp8_block": Fp8BlockTarget()}  # type: ignore[attr-defined]
+
+
+def mixture(folder: Path, family: str = "apart") -> Path:
+    return build_tiny_experts(family, folder, hidden_size=256, head_dim=128, moe_intermediate_size=128)
+
+
+@pytest.mark.slow
+def test_experts_are_rounded_one_by_one_and_their_inputs_too(tmp_path: Path) -> None:
+    source = mixture(tmp_path / "mixture")
+    assert check_exports(source, EXPORT).problems == []
+    out = tmp_path / "out"
+    out.mkdir()
+    write_fp8_block(source, out)
+    stored = load_file(out / "model.safetensors")
+    expert = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert stored[expert].dtype is torch.float8_e4m3fn and f"{expert}_scale_inv" in stored
+    kept = json.loads((out / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert kept == ["lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    model = load_fp8_block(out)
+    experts = [
+        module for name, module in model.named_modules() if ".experts." in name and isinstance(module, nn.Linear)
+    ]
+    assert len(experts) == 2 * 4 * 3
+    assert all(module._forward_pre_hooks for module in experts)
+    assert 1e-6 < mean_kl(source, model) < 0.02
+
+
+@pytest.mark.slow
+def test_latent_projections_whose_last_rows_fill_no_block_are_read(tmp_path: Path) -> None:
+    latent = {
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 96,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 128,
+    }
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_group": 1}
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 640}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "topk_group": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**sizes, **heads, **latent, **experts))
+    source, out = tmp_path / "source", tmp_path / "out"
+    model.to(torch.bfloat16).save_pretrained(source)
+    assert check_exports(source, EXPORT).problems == []
+    out.mkdir()
+    write_fp8_block(source, out)
+    stored = load_file(out / "model.safetensors")
+    name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
+    assert (stored[name].shape, stored[f"{name}_scale_inv"].shape) == ((160, 256), (2, 2))
+    assert find_format("fp8_block").read_by(out) == UNPACKED
+    assert 0 < mean_kl(source, load_fp8_block(out)) < 0.02
+
+
+def test_experts_in_one_tensor_are_refused_with_what_holds_them(tmp_path: Path) -> None:
+    source = build_tiny_experts("fused", tmp_path / "m", hidden_size=256, head_dim=128, intermediate_size=128)
+    (problem,) = check_exports(source, EXPORT).problems
+    assert problem.what == (
+        "this family has no FP8 block file: its files hold all experts in one tensor "
+        "('model.layers.0.mlp.experts.0.gate_proj'), and readers look for each; fp8_dynamic has them"
+    )
