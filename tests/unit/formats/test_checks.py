@@ -278,3 +278,16 @@ def test_files_that_a_family_has_in_no_form_keep_the_others_from_nothing(tmp_pat
     with pytest.raises(RecipeError, match="group_size") as raised:
         refuse_unfit(tmp_path, export_of(["export=[merged_16bit,awq_4bit]", "export.awq.awq_4bit.group_size=96"]))
     assert all(problem.fix != ELSEWHERE for problem in raised.value.problems)
+
+
+def test_a_group_size_of_an_impossible_file_is_no_reason_to_refuse_anything(tmp_path: Path) -> None:
+    base = build_tiny_model("llama", tmp_path / "base", hidden_size=320, dtype=torch.bfloat16)
+    with pytest.raises(RecipeError, match="group_size=128 does not divide"):
+        refuse_unfit(base, export_of(["export=[merged_16bit,awq_4bit]"]))
+    file = base / "model.safetensors"
+    moved = {name.replace("model.layers", "model.text.layers"): value for name, value in load_file(file).items()}
+    save_file(moved, file)
+    assert refuse_unfit(base, export_of(["export=[merged_16bit,awq_4bit]"])).problems == []
+    with pytest.raises(RecipeError, match="this family has no awq export") as refused:
+        refuse_unfit(base, export_of(["export=awq_4bit"]))
+    assert "group_size" not in str(refused.value)
