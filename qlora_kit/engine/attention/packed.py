@@ -8,6 +8,7 @@ after another.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ OWN_TOKENS = 4  # of each of the two samples that `check_isolation` runs
 NOISE = 1e-2  # int8 layers and routers let a row move its neighbors' rounding, but not this much
 
 
-class CausalWindow(NamedTuple):
+@dataclass(frozen=True)
+class CausalWindow:
     """Stands for a causal mask that is never made.
 
     Attributes:
@@ -57,6 +59,16 @@ class CausalWindow(NamedTuple):
 
     tokens: int | None
     is_packed: bool
+
+    def __getitem__(self, part: tuple[slice, ...]) -> "CausalWindow":
+        """The mask of the tokens whose logits are asked for, to which transformers cuts it for layers without own keys.
+
+        Raises:
+            RunError: these are not all tokens.
+        """
+        if any(one not in (slice(None), slice(0, None)) for one in part):
+            raise _unfit("logits of some tokens alone are asked for", Attention.sdpa)
+        return self
 
 
 class Samples(NamedTuple):

@@ -123,6 +123,13 @@ def test_a_cache_is_refused(tmp_path):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
 
 
+def test_a_window_is_cut_to_all_its_tokens_alone():
+    window = packed_attention.CausalWindow(4, is_packed=True)
+    assert window[:, :, slice(0, None), :] is window
+    with pytest.raises(RunError, match="logits of some tokens alone"):
+        window[:, :, slice(-1, None), :]
+
+
 @pytest.mark.parametrize(
     ("attend", "rows", "problem"),
     [(row_attention._attention, 2, "came in several rows"), (packed_attention._attention, 1, "with a mask or a cache")],
