@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import Parameter
 from typing import Any
 
@@ -27,9 +28,9 @@ class PlainPart:
         """None: autograd makes its gradients."""
         return ()
 
-    @property
+    @cached_property
     def draws_random(self) -> bool:
-        """It may, but for experts without dropout, and routers without noise."""
+        """It may, but for experts without dropout, and routers without noise; asked for in every pass of a layer."""
         parts = list(self.module.modules())
         mixes = any(isinstance(part, StackedExperts) for part in parts)
         drops = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in parts)
