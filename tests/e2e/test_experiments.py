@@ -96,8 +96,8 @@ def as_if_killed(run, step):
     return adapter
 
 
-def follow(run, exports, score_rows=2):
-    """Export, score and report a run; every line succeeds and leaves what it promises."""
+def exported(run, exports, score_rows=2):
+    """Export and score a run; the line succeeds and leaves what it promises."""
     wanted = f"export=[{','.join(exports)}]"
     assert main(["export", f"run={run}", wanted, f"export.score_rows={score_rows}"]) == 0
     for name in exports:
@@ -105,6 +105,11 @@ def follow(run, exports, score_rows=2):
         assert manifest["faults"] == []
         assert manifest["rejected"] is False
         assert manifest["fidelity"]["mean_kl"] < 0.05
+
+
+def follow(run, exports, score_rows=2):
+    """Export, score and report a run; every line succeeds and leaves what it promises."""
+    exported(run, exports, score_rows)
     assert main(["eval", f"run={run}", "eval.max_new_tokens=2", f"eval.kl_rows={score_rows}"]) == 0
     assert {row["name"] for row in read_json(run / "eval.json")["rows"]} >= {"adapter", *exports}
     assert main(["report", f"run={run}"]) == 0
@@ -134,6 +139,7 @@ def test_an_experiment_trains_as_shipped_and_goes_on(experiment, bases, here, ca
         adapter = as_if_killed(run, 1)
         assert main(["train", "resume=latest"]) == 0, capfd.readouterr().err
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+        exported(run, ["gguf_q8_0"])
 
 
 @pytest.mark.walk
@@ -151,24 +157,16 @@ def test_an_experiment_goes_the_whole_way(experiment, way, bases, here, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", IMAGE_TEXT)
-def test_the_language_model_of_an_image_text_checkpoint_is_trained_and_merged(experiment, here, bases, capfd):
+def test_the_language_model_of_an_image_text_checkpoint_is_trained_and_exported(experiment, here, bases, capfd):
     assert main(line(experiment, bases)) == 0, capfd.readouterr().err
-    follow(the_run(), ["merged_16bit"])
+    follow(the_run(), ["merged_16bit", "gguf_q8_0"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", RECENT)
 def test_an_experiment_trains_and_is_exported(experiment, here, bases, capfd):
     assert main(line(experiment, bases, "data.max_tokens=128", "trainer.batch_size=2")) == 0, capfd.readouterr().err
-    run = the_run()
-    wanted = ["merged_16bit", "gguf_q8_0"]
-    assert main(["export", f"run={run}", f"export=[{','.join(wanted)}]", "export.score_rows=2"]) == 0, (
-        capfd.readouterr().err
-    )
-    for name in wanted:
-        manifest = read_json(run / "exports" / name / "manifest.json")
-        assert manifest["rejected"] is False
-        assert manifest["fidelity"]["mean_kl"] < 0.05
+    exported(the_run(), ["merged_16bit", "gguf_q8_0"])
 
 
 def test_every_experiment_has_a_twin_of_its_architecture():
