@@ -39,9 +39,14 @@ def changed_tensors(source: Path, made: Path, marks: Iterable[str]) -> Replaceme
         elif name not in old:
             anchor = _first_beside(name, old)
             found.setdefault(anchor, {anchor: old[anchor]})[name] = tensor
-        elif not tensor.to(old[name].dtype).equal(old[name]):
+        elif not _same(tensor, old[name]):
             found[name] = {name: tensor.to(old[name].dtype)}
     return found
+
+
+def _same(made: "Tensor", source: "Tensor") -> bool:
+    """Whether one is the other in its dtype: a library may have computed in a wider one, or in a narrower one."""
+    return made.to(source.dtype).equal(source) or source.to(made.dtype).equal(made)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, "Tensor"]]:

@@ -18,8 +18,10 @@ SOURCE = {
 WIDENED = {name: tensor.float() for name, tensor in SOURCE.items()}
 
 
-def changed(tmp_path: Path, made: dict[str, torch.Tensor], *marks: str) -> dict[str, dict[str, torch.Tensor]]:
-    for name, tensors in (("source", SOURCE), ("made", made)):
+def changed(
+    tmp_path: Path, made: dict[str, torch.Tensor], *marks: str, source: dict[str, torch.Tensor] = SOURCE
+) -> dict[str, dict[str, torch.Tensor]]:
+    for name, tensors in (("source", source), ("made", made)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     return changed_tensors(tmp_path / "source", tmp_path / "made", marks)
@@ -49,6 +51,12 @@ def test_a_new_value_comes_in_the_source_dtype(tmp_path: Path) -> None:
     norm = found["block.norm.weight"]["block.norm.weight"]
     assert norm.dtype == torch.bfloat16
     assert norm[0] == torch.tensor(0.7).bfloat16()
+
+
+def test_what_a_library_only_narrowed_keeps_the_bytes_of_the_source(tmp_path: Path) -> None:
+    decays = {"block.decay": torch.tensor([0.1, 2.3])}
+    made = SOURCE | {"block.decay": decays["block.decay"].bfloat16(), "block.k.weight_scale": torch.ones(2, 1)}
+    assert set(changed(tmp_path, made, "weight_scale", source=SOURCE | decays)) == {"block.k.weight"}
 
 
 def test_a_scale_of_no_layer_goes_with_its_block(tmp_path: Path) -> None:
