@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -14,8 +15,10 @@ from qlora_kit.adapter.attach import adapted_names, attach_lora, meant_names
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.engine.attention.without_weights import no_packed_rows
 from qlora_kit.engine.layer.without_weights import kept_by_fast_layers
 from qlora_kit.model.kind import kind_problems, read_config
+from qlora_kit.model.language_model import build_language_model
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.skeleton import attention_for, skeleton, told_plainly
@@ -228,7 +231,11 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
             "packed rows need an attention that keeps samples apart, and transformers computes this model right with "
             "eager alone"
         )
-        attention = (Problem(what, f"data.batching={recipe.data.batching.name}", "data.batching=padded"),)
+        attention = (_not_packed(recipe, what),)
+    elif not attention and recipe.data.batching is Batching.packed and given in (Attention.sdpa, Attention.eager):
+        with torch.device("meta"):
+            another = build_language_model(folder, given.value)
+        attention = (_not_packed(recipe, what),) if (what := no_packed_rows(another, given)) else ()
     try:
         reach = _reach_in(recipe, folder, config, model, checkpoint)
     except RecipeError as error:
@@ -239,6 +246,10 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
     if attention:
         raise RecipeError(attention)
     return replace(reach, attention=given, wanted_attention=recipe.model.attention)
+
+
+def _not_packed(recipe: TrainRecipe, what: str) -> Problem:
+    return Problem(what, f"data.batching={recipe.data.batching.name}", "data.batching=padded")
 
 
 def _reach_in(

@@ -404,3 +404,30 @@ def test_packed_rows_are_refused_before_loading_where_nothing_keeps_samples_apar
 def test_what_cannot_be_merged_into_maps_that_lie_the_other_way_around_is_refused(folder_of):
     message = refusal(recipe_for(folder_of("gpt2"), init=LoraInit.pissa), folder_of("gpt2"))
     assert "holds its linear maps the other way around" in message and "lora.init" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("opt", "packed samples came with a mask or a cache"),
+        ("llama", ""),
+        ("qwen3_moe", ""),
+        ("qwen3_5_text", ""),
+        ("gpt2", ""),
+    ],
+)
+def test_rows_that_a_models_attention_cannot_pack_are_refused_before_a_weight_is_loaded(kind, why, folder_of):
+    recipe = recipe_for(folder_of(kind))
+    packed = replace(recipe, data=replace(recipe.data, batching=Batching.packed))
+    if not why:
+        assert reach_of(packed, folder_of(kind)).adapted
+        return
+    message = refusal(packed, folder_of(kind))
+    assert f"samples cannot be packed with sdpa: {why}" in message
+    assert "set in   data.batching=packed" in message and "fix      data.batching=padded" in message
+
+
+def test_packed_rows_with_an_attention_of_the_models_own_are_refused(folder_of):
+    recipe = recipe_for(folder_of("llama"), attention=Attention.eager)
+    message = refusal(replace(recipe, data=replace(recipe.data, batching=Batching.packed)), folder_of("llama"))
+    assert "samples cannot be packed with eager" in message
