@@ -20,14 +20,15 @@ from qlora_kit.formats.registry import requested
 from qlora_kit.formats.unpacked_folders import Unpacked
 from qlora_kit.runs.named_base import located_base
 from qlora_kit.schema.root import ExportRecipe
-from qlora_kit.weights.reader import fp32_names, stored_tensors, tensor_names
+from qlora_kit.weights.headers import INDEX
+from qlora_kit.weights.microscaled import read_weights
+from qlora_kit.weights.reader import fp32_names
+from qlora_kit.weights.torch_rows import read_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_IN_A_FILE = 4_000_000_000  # bytes
-_BLOCKS, _SCALES = "_blocks", "_scales"  # of 4-bit floats, behind the name of a stack of experts
-INDEX = "model.safetensors.index.json"
 
 
 def unpacked_base(folder: Path) -> Unpacked | None:
@@ -133,27 +134,16 @@ def _files(unpacked: Unpacked) -> Iterator[list[str]]:
 
 
 def _unpacked_floats(folder: Path) -> Unpacked:
-    """4-bit floats with an exponent for each 32, in stacks of experts, as transformers unpacks them."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    read, names = stored_tensors(folder), tensor_names(folder)
-    stacks = {name.removesuffix(_BLOCKS) for name in names if name.endswith(_BLOCKS)}
-
-    def weight(name: str) -> "Tensor | None":
-        blocks, scales = (read(f"{name}{part}") for part in (_BLOCKS, _SCALES))
-        if name not in stacks or blocks is None or scales is None:
-            return read(name)
-        made: Tensor = convert_moe_packed_tensors(blocks, scales)
-        return made
-
-    parts = {f"{stack}{part}" for stack in stacks for part in (_BLOCKS, _SCALES)}
-    return Unpacked([*(name for name in names if name not in parts), *sorted(stacks)], weight)
+    """4-bit floats with an exponent for each 32, in stacks of experts."""
+    tensors = read_weights(folder)
+    return Unpacked(list(tensors), lambda name: read_whole(tensors[name]) if name in tensors else None)
 
 
 def _plain_groups(settings: Mapping[str, Any]) -> bool:
     """Whether every group of layers has symmetric integers or floats with scales of groups, rows or tensors."""
-    weights = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
-    forms = {str(settings.get("format")), *(str(group.get("format")) for group in settings["config_groups"].values())}
+    groups = list((settings.get("config_groups") or {}).values())
+    weights = [group.get("weights") or {} for group in groups]
+    forms = {str(settings.get("format")), *(str(group.get("format")) for group in groups)}
     plain = all(
         one.get("symmetric") is True
         and one.get("strategy") in ("group", "channel", "tensor")

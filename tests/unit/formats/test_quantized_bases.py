@@ -119,6 +119,7 @@ def test_four_bit_floats_of_experts_are_unpacked(tmp_path: Path) -> None:
             "format": "pack-quantized",
             "config_groups": {"group_0": {"weights": {"symmetric": False, "strategy": "group"}}},
         },
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "fp8", "weight_block_size": None},
         {"quant_method": "exl3"},
     ],
