@@ -39,6 +39,16 @@ def check_group_size(group_size: int, widths_by_module: Mapping[str, int]) -> Pr
     return None
 
 
+def divides(group_size: int, inputs: int) -> bool:
+    """Whether groups of a size, or one of the whole row, divide a row of so many inputs."""
+    return group_size == WHOLE_ROW or (group_size > 0 and inputs % group_size == 0)
+
+
+def inputs_of_group(group_size: int, inputs: int) -> int:
+    """How many inputs of a row share a scale."""
+    return inputs if group_size == WHOLE_ROW else group_size
+
+
 def unfit_layers(shapes: Mapping[str, tuple[int, int]], fits: Callable[[int, int], bool]) -> tuple[str, ...]:
     """Layers that a layout does not hold, where they are few enough that a file goes without them.
 

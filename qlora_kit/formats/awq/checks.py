@@ -1,16 +1,14 @@
 """What AWQ's layouts ask of a model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.export.checks.fault import Fault, Unquantized, with_fixes
 from qlora_kit.export.checks.form import ModelForm
-from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, unfit_layers
-from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE
+from qlora_kit.export.group_sizes import check_group_size
+from qlora_kit.formats.awq.settings import BITS, Settings
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqLayout, AwqTarget
-
-BITS = 4
 
 
 def awq_problems(path: str, target: AwqTarget, form: ModelForm) -> Iterator[Problem]:
@@ -31,16 +29,12 @@ def awq_problems(path: str, target: AwqTarget, form: ModelForm) -> Iterator[Prob
 
 def awq_unquantized(target: AwqTarget, form: ModelForm) -> Unquantized | None:
     """Layers whose outputs do not fill what the kernels take at once, or that groups do not divide."""
-    at_once = OUTPUTS_AT_ONCE[target.layout]
-    short = tuple(name for name, (outputs, _) in form.blocks.items() if outputs % at_once)
-    odd = tuple(name for name in unfit_layers(form.blocks, _divides(target)) if name not in short)
-    whys = [f"AWQ's {target.layout.value} layout takes {at_once} outputs at once"] if short else []
+    settings = Settings.of(target)
+    short = settings.short(form.blocks)
+    odd = tuple(name for name in settings.undivided(form.blocks) if name not in short)
+    whys = [f"AWQ's {target.layout.value} layout takes {settings.at_once} outputs at once"] if short else []
     whys += [f"groups of {target.group_size} do not divide their inputs"] if odd else []
     return form.unquantized((*short, *odd), whys)
-
-
-def _divides(target: AwqTarget) -> Callable[[int, int], bool]:
-    return lambda _outputs, inputs: target.group_size == WHOLE_ROW or inputs % target.group_size == 0
 
 
 def _faults(target: AwqTarget, form: ModelForm) -> list[Fault]:
@@ -48,7 +42,7 @@ def _faults(target: AwqTarget, form: ModelForm) -> list[Fault]:
         return [Fault("layout", f"this family has no AWQ file: its layers are no linear layers ({form.told})")]
     if reason := form.strange_experts:
         return [Fault("layout", f"this family has no AWQ file: {reason}")]
-    faults = []
+    faults, settings = [], Settings.of(target)
     if target.bits != BITS:
         faults.append(Fault("bits", f"AWQ files hold {BITS}-bit weights, not {target.bits}-bit"))
     sizes = AWQ_GROUP_SIZES[target.layout]
@@ -56,16 +50,16 @@ def _faults(target: AwqTarget, form: ModelForm) -> list[Fault]:
         told = ", ".join(map(str, sizes))
         what = f"readers of AWQ files ({target.layout.value}) take groups of {told}, not {target.group_size}"
         faults.append(Fault("group_size", what))
-    elif problem := check_group_size(target.group_size, _grouped(target, form)):
+    elif problem := check_group_size(target.group_size, _grouped(settings, form)):
         faults.append(Fault("group_size", problem.what))
-    if all(outputs % OUTPUTS_AT_ONCE[target.layout] for outputs, _ in form.blocks.values()):
-        at_once = OUTPUTS_AT_ONCE[target.layout]
-        what = f"no layer's outputs are a multiple of {at_once}, which AWQ's {target.layout.value} layout takes at once"
-        faults.append(Fault("layout", f"{what}, so nothing would be quantized"))
+    if len(settings.short(form.blocks)) == len(form.blocks):
+        of_layout = f"which AWQ's {target.layout.value} layout takes at once"
+        what = f"no layer's outputs are a multiple of {settings.at_once}, {of_layout}, so nothing would be quantized"
+        faults.append(Fault("layout", what))
     return faults
 
 
-def _grouped(target: AwqTarget, form: ModelForm) -> dict[str, int]:
+def _grouped(settings: Settings, form: ModelForm) -> dict[str, int]:
     """Inputs of the layers that must be divided: the few small ones that are not may stay in 16 bit."""
-    left = set(unfit_layers(form.blocks, _divides(target)))
+    left = set(settings.undivided(form.blocks))
     return {name: width for name, (_, width) in form.blocks.items() if name not in left}

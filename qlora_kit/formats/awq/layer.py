@@ -1,14 +1,12 @@
 """Quantizing one layer of a model: scale, check, shrink ranges, round, pack."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.export.error_compensation import compensated_codes
 from qlora_kit.export.grid import Grid, decode
-from qlora_kit.export.group_sizes import WHOLE_ROW, unfit_layers
 from qlora_kit.export.layer_inputs import ActivationStats
 from qlora_kit.export.layer_walk import Made, Visit
 from qlora_kit.formats.awq.folding import (
@@ -19,32 +17,14 @@ from qlora_kit.formats.awq.folding import (
     shared_over_heads,
     spread_over_heads,
 )
-from qlora_kit.formats.awq.layout import OUTPUTS_AT_ONCE, PACK
+from qlora_kit.formats.awq.layout import PACK
 from qlora_kit.formats.awq.search import channel_scales, clipped_grid
+from qlora_kit.formats.awq.settings import Settings
 from qlora_kit.model.unfused_experts import UnfusedExperts
-from qlora_kit.schema.export import AwqLayout
 
 # How much a layer's output may move, relative to its size, when scales are folded: float32 rounding, no more.
 SAME_FUNCTION = 1e-3
 MOST_SEARCHED = 16  # matrices that scales are chosen by; hundreds of experts read one input
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to quantize: code bits, inputs per group (-1: all of them), whether zero is a code of its own, the layout."""
-
-    bits: int
-    group_size: int
-    zero_point: bool
-    layout: AwqLayout = AwqLayout.gemm
-
-    def divides(self, inputs: int) -> bool:
-        """Whether groups divide the inputs of a layer."""
-        return self.group_size == WHOLE_ROW or inputs % self.group_size == 0
-
-    def group(self, width: int) -> int:
-        """Inputs per group of a linear module that reads `width`."""
-        return width if self.group_size == -1 else self.group_size
 
 
 def quantize_layer(visit: Visit, settings: Settings) -> Made:
@@ -60,21 +40,9 @@ def quantize_layer(visit: Visit, settings: Settings) -> Made:
     return made
 
 
-def unfit(shapes: Mapping[str, tuple[int, int]], settings: Settings) -> tuple[str, ...]:
-    """Layers that stay in 16 bit: outputs do not fill what kernels take at once, or groups do not divide few layers."""
-    odd = tuple(name for name, (outputs, _) in shapes.items() if outputs % OUTPUTS_AT_ONCE[settings.layout])
-    return (
-        *odd,
-        *(name for name in unfit_layers(shapes, lambda _, inputs: settings.divides(inputs)) if name not in odd),
-    )
-
-
 def _is_quantized(visit: Visit, name: str, settings: Settings) -> bool:
     """Whether a layer becomes packed."""
-    if name not in visit.linears:
-        return False
-    outputs, inputs = visit.linears[name].shape
-    return not outputs % OUTPUTS_AT_ONCE[settings.layout] and settings.divides(inputs)
+    return name in visit.linears and settings.takes(*visit.linears[name].shape)
 
 
 def _linears(layer: nn.Module, names: Sequence[str]) -> list[nn.Linear]:

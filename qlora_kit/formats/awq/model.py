@@ -8,7 +8,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.group_sizes import check_group_size
 from qlora_kit.export.layer_walk import Walked, walk
 from qlora_kit.export.stored_linears import linear_shapes
-from qlora_kit.formats.awq.layer import Settings, quantize_layer, unfit
+from qlora_kit.formats.awq.layer import quantize_layer
+from qlora_kit.formats.awq.settings import Settings
 
 
 def quantized_tensors(model_dir: Path, settings: Settings, calibration: Sequence[Sequence[int]]) -> Walked:
@@ -18,7 +19,7 @@ def quantized_tensors(model_dir: Path, settings: Settings, calibration: Sequence
         RecipeError: the group size does not divide a layer's inputs.
     """
     shapes = linear_shapes(model_dir)
-    left = unfit(shapes, settings)
+    left = {*settings.short(shapes), *settings.undivided(shapes)}
     widths = {name: width for name, (_, width) in shapes.items() if name not in left}
     if problem := check_group_size(settings.group_size, widths):
         raise RecipeError([problem])

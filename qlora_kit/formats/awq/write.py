@@ -5,9 +5,8 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.rewrite import rewrite_checkpoint
+from qlora_kit.formats.awq.settings import BITS, Settings
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqTarget
-
-BITS = 4
 
 
 def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> None:
@@ -30,11 +29,10 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         raise RecipeError("AWQ needs calibration rows and got none")
     import torch
 
-    from qlora_kit.formats.awq.layer import Settings
     from qlora_kit.formats.awq.model import quantized_tensors
 
     with torch.no_grad():
-        settings = Settings(target.bits, target.group_size, target.zero_point, target.layout)
+        settings = Settings.of(target)
         walked = quantized_tensors(model_dir, settings, rows)
     quantization = {
         "quant_method": "awq",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, unfit_layers
+from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, divides, inputs_of_group, unfit_layers
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.export.stored_linears import folder_linears
 from qlora_kit.formats.compressed.entry import OUTPUT_HEAD, config_entry, ignored
@@ -39,7 +39,7 @@ class PackedSettings:
 
     def fits(self, _outputs: int, inputs: int) -> bool:
         """Whether groups and words divide the inputs of a layer."""
-        return not inputs % (_WORD // self.bits) and (self.group_size == WHOLE_ROW or not inputs % self.group_size)
+        return not inputs % (_WORD // self.bits) and divides(self.group_size, inputs)
 
     def scheme(self) -> Any:
         """In the words of compressed-tensors."""
@@ -118,7 +118,7 @@ def _quantize_layer(visit: "Visit", settings: PackedSettings, left: Sequence[str
     from qlora_kit.export.solver import solve
 
     def grid_of(weight: "Tensor", shrink: float) -> Grid:
-        width = weight.shape[1] if settings.group_size == WHOLE_ROW else settings.group_size
+        width = inputs_of_group(settings.group_size, weight.shape[1])
         return around_middle(weight, width, bits=settings.bits, shrink=shrink)
 
     made = Made()

@@ -7,7 +7,7 @@ from fnmatch import translate
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.patterns import matched
-from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, unfit_layers
+from qlora_kit.export.group_sizes import check_group_size, divides, unfit_layers
 from qlora_kit.export.stored_linears import StoredLinears
 from qlora_kit.formats.gptq.layout import BITS, codes_in_words
 from qlora_kit.schema.export import GptqOverride, GptqTarget
@@ -71,8 +71,7 @@ def unfit(shapes: Mapping[str, tuple[int, int]], target: GptqTarget) -> tuple[st
     words = codes_in_words(target.bits)
 
     def fits(outputs: int, inputs: int) -> bool:
-        is_whole = target.group_size == WHOLE_ROW or (target.group_size > 0 and inputs % target.group_size == 0)
-        return is_whole and not (outputs % words or inputs % words)
+        return divides(target.group_size, inputs) and not (outputs % words or inputs % words)
 
     return unfit_layers(shapes, fits)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.export.group_sizes import WHOLE_ROW
+from qlora_kit.export.group_sizes import inputs_of_group
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.export.stored_linears import StoredLinear, folder_linears, replaced_apart
 from qlora_kit.formats.gptq.layers import LayerSettings, check_bits, check_shapes, gptq_settings, plan_layers
@@ -56,7 +56,7 @@ def rounded_grid(weight: "Tensor", settings: LayerSettings, *, sym: bool, shrink
 
     from qlora_kit.export.grid import around_middle, ranges, span
 
-    width = weight.shape[1] if settings.group_size == WHOLE_ROW else settings.group_size
+    width = inputs_of_group(settings.group_size, weight.shape[1])
     if sym:
         return around_middle(weight, width, bits=settings.bits, shrink=shrink)
     low, high = (shrink * end for end in ranges(weight, width))

@@ -13,7 +13,8 @@ from qlora_kit.export.layer_inputs import ActivationStats, decoder_layers, first
 from qlora_kit.export.layer_walk import Visit
 from qlora_kit.export.stored_linears import StoredLinear
 from qlora_kit.formats.awq.folding import divide_norm, gain_offset, shared_over_heads, spread_over_heads
-from qlora_kit.formats.awq.layer import Settings, quantize_layer
+from qlora_kit.formats.awq.layer import quantize_layer
+from qlora_kit.formats.awq.settings import Settings
 from tests.tiny_models import build_tiny_model
 
 ROWS = [[5, 9, 77, 300, 12, 44, 3], [8, 100, 201, 302, 403, 504, 505, 506, 7, 1]]

@@ -8,9 +8,10 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.export.error_compensation import DAMPING, TRUST, compensated_codes
 from qlora_kit.export.grid import Grid, decode, encode, ranges, round_to_grid, span
 from qlora_kit.formats.awq import search
-from qlora_kit.formats.awq.layer import Settings, _quantize_linears
+from qlora_kit.formats.awq.layer import _quantize_linears
 from qlora_kit.formats.awq.layout import gemm_tensors, gemv_tensors, pack_columns, unpack_columns, unpacked_weight
 from qlora_kit.formats.awq.search import channel_scales, clipped_grid, output_error
+from qlora_kit.formats.awq.settings import Settings
 from qlora_kit.schema.export import AwqLayout
 
 GROUP = 16
