@@ -1,7 +1,6 @@
 """`qlora-kit eval`: one table over every artifact of a run, or of a base model."""
 
 from dataclasses import asdict
-from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
 from qlora_kit.core.console.lines import log
@@ -27,10 +26,9 @@ def run(arguments: list[str]) -> int:
     refuse_several_processes(shell_line(["qlora-kit", "eval", *arguments]), "an evaluation")
     from qlora_kit.schema.check_exported import check_evaluated
     from qlora_kit.schema.compose import compose_recipe
-    from qlora_kit.schema.root import EvalRecipe
 
     composed = compose_recipe("eval", line.overrides)
-    recipe = cast(EvalRecipe, composed.recipe)
+    recipe = composed.recipe
     if found := check_evaluated(recipe):
         raise RecipeError([composed.problem(issue) for issue in found])
 

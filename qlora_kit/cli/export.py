@@ -1,7 +1,6 @@
 """`qlora-kit export`: files to serve from a finished run, or a base model quantized."""
 
 from functools import partial
-from typing import cast
 
 from qlora_kit.cli.line import parse_line, run_verb_help
 from qlora_kit.core.distributed import refuse_several_processes
@@ -27,10 +26,9 @@ def run(arguments: list[str]) -> int:
     refuse_several_processes(shell_line(["qlora-kit", "export", *arguments]), "an export")
     from qlora_kit.schema.check_exported import check_exported
     from qlora_kit.schema.compose import compose_recipe
-    from qlora_kit.schema.root import ExportRecipe
 
     composed = compose_recipe("export", line.overrides)
-    recipe = cast(ExportRecipe, composed.recipe)
+    recipe = composed.recipe
     option = composed.choices.get("data", "None")
     if found := check_exported(recipe, None if option == "None" else option):
         raise RecipeError([composed.problem(issue) for issue in found])

@@ -1,12 +1,10 @@
 """`qlora-kit inspect`: rendered rows with the loss tokens marked, and audits; needs the tokenizer alone."""
 
 from pathlib import Path
-from typing import cast
 
 from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.core.files import typed_path
-from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit inspect [rows=N] [page=FILE.html] [group=option] [path=value]
 
@@ -38,7 +36,7 @@ def run(arguments: list[str]) -> int:
 
     from qlora_kit.schema.compose import compose_recipe
 
-    recipe = cast(TrainRecipe, compose_recipe("train", overrides).recipe)
+    recipe = compose_recipe("train", overrides).recipe
 
     from qlora_kit.pipelines.inspect import inspect
 

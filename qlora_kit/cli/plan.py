@@ -1,10 +1,7 @@
 """`qlora-kit plan`: what a recipe needs, before a weight is loaded."""
 
-from typing import cast
-
 from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_OK
-from qlora_kit.schema.root import TrainRecipe
 
 HELP = """usage: qlora-kit plan [group=option] [path=value]
 
@@ -25,7 +22,7 @@ def run(arguments: list[str]) -> int:
     from qlora_kit.pipelines.plan import known_base, known_rows, plan
     from qlora_kit.schema.compose import compose_unchecked
 
-    recipe = cast(TrainRecipe, compose_unchecked("train", line.overrides))
+    recipe = compose_unchecked("train", line.overrides)
     base = known_base(recipe)
     SafeConsole().print(plan(recipe, base, known_rows(recipe)))
     return EXIT_OK

@@ -69,9 +69,10 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
     if shows:
         show(composed_yaml(verb, overrides).rstrip())
     else:
-        composed = compose_recipe(verb, overrides)
         if verb == "train":
-            check_train(composed)
+            check_train(compose_recipe("train", overrides))
+        else:
+            compose_recipe(verb, overrides)
         show("valid")
     return EXIT_OK
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qlora_kit.cli.line import Line
 from qlora_kit.cli.run_name import named
@@ -16,7 +16,6 @@ from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.core.units import counted
 from qlora_kit.runs.directory import new_run
-from qlora_kit.schema.root import TrainRecipe
 
 PLACE = "hydra.sweep.dir"
 
@@ -95,6 +94,6 @@ def _job(sweep: Path, sweep_process: int, _tree: Any) -> float:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     # As the lines were checked: Hydra's own tree merges mappings that a line replaces.
-    recipe = at_noted_commit(sweep, cast(TrainRecipe, compose_unchecked("train", overrides)))
+    recipe = at_noted_commit(sweep, compose_unchecked("train", overrides))
     job = Job(recipe, Path(hydra.runtime.output_dir), int(hydra.job.num), [masked(one) for one in overrides])
     return run_job(job, SweepStop(sweep), sweep_process)

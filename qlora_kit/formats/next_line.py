@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from qlora_kit.core.errors import KitError
 from qlora_kit.core.shell import override, shell_line
@@ -13,14 +12,13 @@ from qlora_kit.model.source import locate_base
 from qlora_kit.runs.best_job import best_job
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe, load_recipe
-from qlora_kit.schema.root import ExportRecipe, TrainRecipe
 
 
 def line_to_export(run: RunDirectory, base_folder: Path) -> str:
     """The line that exports a run: for llama.cpp where its family and this installation can, else as merged weights."""
     words = [override("run", run.path), "export=gguf_q4_k_m"]
     try:
-        recipe = cast(ExportRecipe, compose_recipe("export", words).recipe)
+        recipe = compose_recipe("export", words).recipe
         can = not check_exports(base_folder, recipe.export).problems
     except KitError:
         can = False
@@ -51,7 +49,7 @@ def line_to_export_best(sweep: Path) -> str:
         return ""
     run = RunDirectory(best)
     try:
-        base_folder = locate_base(cast(TrainRecipe, load_recipe("train", run.recipe)).model)
+        base_folder = locate_base(load_recipe("train", run.recipe).model)
     except KitError:
         return ""
     return line_to_export(run, base_folder)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qlora_kit.adapter.strange import refuse_strange_adapter
 from qlora_kit.core.environment import capture_environment
@@ -27,7 +27,7 @@ from qlora_kit.runs.run import Run
 from qlora_kit.runs.same_base import refuse_other_base
 from qlora_kit.schema.compose import load_recipe, recipe_yaml
 from qlora_kit.schema.data import LaterRows
-from qlora_kit.schema.root import ExportRecipe, TrainRecipe
+from qlora_kit.schema.root import ExportRecipe
 
 
 def open_run(name: str, later: LaterRows | None = None) -> Run:
@@ -40,7 +40,7 @@ def open_run(name: str, later: LaterRows | None = None) -> Run:
     """
     directory = find_run(name, finished=True)
     refuse_edited(directory)
-    recipe = cast(TrainRecipe, load_recipe("train", directory.recipe))
+    recipe = load_recipe("train", directory.recipe)
     base_folder = locate_base(recipe.model)
     refuse_other_base(directory, base_folder, is_trained=True)
     refuse_strange_adapter(directory.adapter, base_folder)
@@ -84,7 +84,7 @@ def open_to_export(recipe: ExportRecipe, overrides: Sequence[str], check: Callab
         return open_base(replace(recipe, revision=named.model.revision), named, overrides)
     found = find_run("latest" if recipe.run is None else recipe.run, finished=True)
     refuse_at_work(found)
-    check(locate_base(cast(TrainRecipe, load_recipe("train", found.recipe)).model))
+    check(locate_base(load_recipe("train", found.recipe).model))
     return open_run(str(found.path), LaterRows(eval_file=recipe.data.eval_file, eval_rows=recipe.data.eval_rows))
 
 
@@ -99,7 +99,7 @@ def open_exports(name: str) -> Run:
         what = f"{directory.path} holds no finished export that could be scored"
         out = shell_line([override("out", directory.path)])
         raise RecipeError(what, f"base={name}", f"qlora-kit export base=<model> {out} export=gguf_q4_k_m")
-    recipe = cast(ExportRecipe, load_recipe("export", directory.export_recipe))
+    recipe = load_recipe("export", directory.export_recipe)
     try:
         return base_in(directory, recipe, named_base(recipe))
     except RecipeError as error:
@@ -195,7 +195,7 @@ def _at_noted_commit(recipe: ExportRecipe) -> ExportRecipe:
     if recipe.revision is not None or not recipe.out:
         return recipe
     before = RunDirectory(typed_path(recipe.out)).export_recipe
-    noted = cast(ExportRecipe, load_recipe("export", before)) if before.is_file() else None
+    noted = load_recipe("export", before) if before.is_file() else None
     return recipe if noted is None or noted.base != recipe.base else replace(recipe, revision=noted.revision)
 
 
@@ -211,6 +211,6 @@ def _refuse_taken(path: Path, recipe: ExportRecipe) -> None:
             f"{shell_line([override('run', path)])} to export that run, or out=<another folder>",
         )
     before = RunDirectory(path).export_recipe
-    if before.is_file() and (other := cast(ExportRecipe, load_recipe("export", before)).base) != recipe.base:
+    if before.is_file() and (other := load_recipe("export", before).base) != recipe.base:
         what = f"{path} holds exports of another base, {other}"
         raise RecipeError(what, f"out={recipe.out}", "out=<another folder>")

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
@@ -31,7 +31,7 @@ from qlora_kit.schema.meant import meant
 from qlora_kit.schema.recipe_text import read_recipe_text
 from qlora_kit.schema.renamed import earlier_keys, with_todays_services
 from qlora_kit.schema.renamed_file import under_todays_names
-from qlora_kit.schema.root import RECIPE_OF_VERB
+from qlora_kit.schema.root import RECIPE_OF_VERB, EvalRecipe, ExportRecipe, TrainRecipe
 from qlora_kit.schema.store import register
 from qlora_kit.schema.trust import refusals
 from qlora_kit.schema.value_problems import (
@@ -50,20 +50,39 @@ COMPOSE_ERRORS = (
 EXAMPLES = {"data.max_tokens": "auto"}  # of values that only the user can give
 
 
+Recipe = TypeVar("Recipe", bound=Sealed, covariant=True)
+
+
 @dataclass(frozen=True)
-class Composed:
+class Composed(Generic[Recipe]):
     """A checked recipe, and where each of its values came from."""
 
-    recipe: Sealed
+    recipe: Recipe
     choices: dict[str, str]
     origins: dict[str, str]
 
     def problem(self, issue: Issue) -> Problem:
-        """A issue with the place that set the field."""
+        """An issue with the place that set the field."""
         return Problem(issue.what, self.origins.get(issue.path, "the defaults"), issue.fix)
 
 
-def compose_recipe(verb: str, overrides: list[str]) -> Composed:
+@overload
+def compose_recipe(verb: Literal["train"], overrides: list[str]) -> Composed[TrainRecipe]: ...
+
+
+@overload
+def compose_recipe(verb: Literal["export"], overrides: list[str]) -> Composed[ExportRecipe]: ...
+
+
+@overload
+def compose_recipe(verb: Literal["eval"], overrides: list[str]) -> Composed[EvalRecipe]: ...
+
+
+@overload
+def compose_recipe(verb: str, overrides: list[str]) -> Composed[Sealed]: ...
+
+
+def compose_recipe(verb: str, overrides: list[str]) -> Composed[Sealed]:
     """Compose and check one command line.
 
     Raises:
@@ -74,6 +93,22 @@ def compose_recipe(verb: str, overrides: list[str]) -> Composed:
     if issues:
         raise RecipeError([composed.problem(issue) for issue in issues])
     return composed
+
+
+@overload
+def compose_unchecked(verb: Literal["train"], overrides: list[str]) -> TrainRecipe: ...
+
+
+@overload
+def compose_unchecked(verb: Literal["export"], overrides: list[str]) -> ExportRecipe: ...
+
+
+@overload
+def compose_unchecked(verb: Literal["eval"], overrides: list[str]) -> EvalRecipe: ...
+
+
+@overload
+def compose_unchecked(verb: str, overrides: list[str]) -> Sealed: ...
 
 
 def compose_unchecked(verb: str, overrides: list[str]) -> Sealed:
@@ -121,6 +156,22 @@ def recipe_yaml(recipe: Sealed) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
+@overload
+def load_recipe(verb: Literal["train"], path: Path) -> TrainRecipe: ...
+
+
+@overload
+def load_recipe(verb: Literal["export"], path: Path) -> ExportRecipe: ...
+
+
+@overload
+def load_recipe(verb: Literal["eval"], path: Path) -> EvalRecipe: ...
+
+
+@overload
+def load_recipe(verb: str, path: Path) -> Sealed: ...
+
+
 def load_recipe(verb: str, path: Path) -> Sealed:
     """Read and check a composed recipe, such as recipe.yaml of a run directory.
 
@@ -156,7 +207,7 @@ def composed_yaml(verb: str, lines: list[str]) -> str:
     return OmegaConf.to_yaml(tree, resolve=False)
 
 
-def _compose(verb: str, lines: list[str]) -> Composed:
+def _compose(verb: str, lines: list[str]) -> Composed[Sealed]:
     tree, words, choices = _compose_tree(verb, lines)
     try:
         refuse_growth(tree)

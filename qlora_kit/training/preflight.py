@@ -1,7 +1,6 @@
 """Checks that need the base's files but no weight: target names, group sizes."""
 
 from pathlib import Path
-from typing import cast
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import typed_path
@@ -11,7 +10,7 @@ from qlora_kit.schema.lora import TARGET_SETS
 from qlora_kit.schema.root import TrainRecipe
 
 
-def check_train(composed: Composed) -> TrainRecipe:
+def check_train(composed: Composed[TrainRecipe]) -> TrainRecipe:
     """Check the adapter's targets against the base, when its files are at hand.
 
     Raises:
@@ -20,7 +19,7 @@ def check_train(composed: Composed) -> TrainRecipe:
     from qlora_kit.model.source import check_source
     from qlora_kit.weights.names import linear_module_names
 
-    recipe = cast(TrainRecipe, composed.recipe)
+    recipe = composed.recipe
     folder = typed_path(recipe.model.source)
     check_source(recipe.model)
     if problems := _other_kind(recipe, folder):

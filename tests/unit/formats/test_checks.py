@@ -60,7 +60,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelForm]:
 def export_of(words: list[str]) -> ExportConfig:
     """The recipe group of a command line."""
     recipe = compose_recipe("export", ["run=latest", *words]).recipe
-    return recipe.export  # type: ignore[attr-defined]
+    return recipe.export
 
 
 def fit(form: ModelForm, *words: str) -> Checked:

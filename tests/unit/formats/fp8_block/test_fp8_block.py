@@ -163,7 +163,7 @@ def test_folders_of_another_kind_and_broken_ones_are_refused(folder: Path, tmp_p
 
 def test_the_recipe_composes() -> None:
     recipe = compose_recipe("export", ["run=latest", "export=fp8_block"]).recipe
-    assert recipe.export.fp8_block == {"fp8_block": Fp8BlockTarget()}  # type: ignore[attr-defined]
+    assert recipe.export.fp8_block == {"fp8_block": Fp8BlockTarget()}
 
 
 def mixture(folder: Path, family: str = "apart") -> Path:
