@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import transformers as T  # noqa: N812
 
-from tests.tiny_models import EMBEDDING_ROWS, smollm_tokenizer
+from tests.tiny_models import EMBEDDING_ROWS
+from tests.tiny_tokenizers import smollm_tokenizer
 
 _WIDTHS: dict[str, Any] = {
     "vocab_size": EMBEDDING_ROWS,

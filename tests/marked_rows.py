@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from qlora_kit.data.audit.audit import audit
-from tests.tiny_models import llama3_tokenizer, mistral_tokenizer, smollm_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer, mistral_tokenizer, smollm_tokenizer
 
 SMOLLM, LLAMA3, MISTRAL = smollm_tokenizer(), llama3_tokenizer(), mistral_tokenizer()
 

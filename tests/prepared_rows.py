@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.prepare import prepare
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
 

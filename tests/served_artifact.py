@@ -14,7 +14,7 @@ from qlora_kit.export.serving.facts import ServingFacts
 from qlora_kit.formats.registry import find_format
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
-from tests.tiny_models import qwen_tokenizer
+from tests.tiny_tokenizers import qwen_tokenizer
 
 README = "---\nlicense: other\nlicense_name: tiny-license\nlicense_link: LICENSE\nlanguage: [en]\n---\n# Tiny\n"
 SECRET = "/home/somebody/private"

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from qlora_kit.model.language_model import load_language_model
-from tests.tiny_models import qwen_tokenizer
+from tests.tiny_tokenizers import qwen_tokenizer
 
 ROWS = [[(7 * row + 3 * place) % 600 for place in range(24)] for row in range(6)]
 _SHAPE: dict[str, Any] = {

@@ -8,13 +8,8 @@ import torch
 import transformers as T  # noqa: N812
 
 from tests.published import PUBLISHED_CONFIGS
-from tests.tiny_models import (
-    FAMILIES,
-    WIRED,
-    build_tiny_image_text_model,
-    build_tiny_model,
-    smollm_tokenizer,
-)
+from tests.tiny_models import FAMILIES, WIRED, build_tiny_image_text_model, build_tiny_model
+from tests.tiny_tokenizers import smollm_tokenizer
 
 _HYBRID = {"mamba_n_heads": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_chunk_size": 32}
 _SIGHT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -14,7 +14,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.prepare import prepare
 from qlora_kit.data.tokens import TokenRow
 from qlora_kit.schema.data import DataConfig, OnBadRow
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
 

@@ -17,6 +17,7 @@ from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.linear.fp8 import emulate, weight_for
 from qlora_kit.families.family import LayerNorms, NormWeights, Rotary
+from qlora_kit.families.registry import FAMILIES as KNOWN
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, feature
 from qlora_kit.schema.engine import Compute, EngineConfig
@@ -316,7 +317,7 @@ def test_what_is_plain_rounds_as_it_did(tmp_path, rows, change):
 def test_a_family_that_is_told_wrongly_runs_plain(tmp_path, rows, monkeypatch, name, wrong, dtype):
     model, batch = load(build_tiny_model(name, tmp_path / "base", spread=0.05), dtype), padded(rows)
     _, gradients = step(model, batch)
-    monkeypatch.setattr(fast_layers, "FAMILIES", {name: replace(fast_layers.FAMILIES[name], **wrong)})
+    monkeypatch.setattr(fast_layers, "FAMILIES", {name: replace(KNOWN[name], **wrong)})
     engine = patch_model(model, EngineConfig())
     assert engine.layers == []
     assert engine.messages[0].startswith("engine.mode=fast gives other numbers for layer")

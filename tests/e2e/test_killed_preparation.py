@@ -15,7 +15,7 @@ CODE = """
 import sys
 from qlora_kit.data.prepare import prepare
 from qlora_kit.schema.data import DataConfig
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 if __name__ == "__main__":
     data = prepare(DataConfig(train_file=sys.argv[1], max_tokens=4096, processes=2), smollm_tokenizer())
     print(len(data.train))

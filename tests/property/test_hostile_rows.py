@@ -14,7 +14,7 @@ from qlora_kit.data.formats.reader import RowReader, recognize
 from qlora_kit.data.sources.records import parse
 from qlora_kit.data.sources.source import open_source
 from qlora_kit.schema.data import RowFormat, SourceConfig, TrainOn
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.encode import Encoder
-from tests.tiny_models import llama3_tokenizer, smollm_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer, smollm_tokenizer
 
 BYTE_OF_LETTER = {letter: value for value, letter in bytes_to_unicode().items()}
 

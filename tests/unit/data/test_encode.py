@@ -7,7 +7,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.tokens import TokenRow
-from tests.tiny_models import (
+from tests.tiny_tokenizers import (
     CHATML,
     gemma_tokenizer,
     llama3_tokenizer,

@@ -9,7 +9,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.data.prepare import prepare
 from qlora_kit.schema.data import DataConfig, Overflow
 from tests.prepared_rows import TOKENIZER, refusal, texts, write
-from tests.tiny_models import llama3_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer
 
 
 def test_long_rows_stop_with_their_lines_and_the_line_to_paste(tmp_path):

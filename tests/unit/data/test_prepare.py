@@ -13,7 +13,7 @@ from qlora_kit.data.prepare import prepare
 from qlora_kit.data.tokens import REASONING_DROPPED
 from qlora_kit.schema.data import DataConfig, RowFormat, TrainOn
 from tests.prepared_rows import TOKENIZER, chat_file, refusal, texts, write
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 
 def test_rows_conversations_and_numbers_belong_together(tmp_path):

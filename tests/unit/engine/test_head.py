@@ -1,5 +1,7 @@
 """The head of a model gives in one pass over the logits what TRL gives, where it is frozen and a product alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -120,7 +122,7 @@ def test_a_trained_head_keeps_trls_forward(model, monkeypatch):
 
 @pytest.mark.parametrize("family", ["granite", "cohere2", "gemma4"])
 def test_scaled_and_capped_logits_equal_those_of_trl(family, tmp_path):
-    settings = {"granite": {"logits_scaling": 3.0}, "cohere2": {"logit_scale": 0.2}, "gemma4": {}}[family]
+    settings: dict[str, Any] = {"granite": {"logits_scaling": 3.0}, "cohere2": {"logit_scale": 0.2}}.get(family, {})
     folder = build_tiny_model(family, tmp_path / "base", final_logit_softcapping=2.0, **settings)
     shaped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if family != "gemma4":

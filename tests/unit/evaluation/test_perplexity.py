@@ -10,7 +10,8 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.evaluation import perplexity
 from qlora_kit.evaluation.perplexity import text_fit, text_windows
 from qlora_kit.evaluation.torch_scorer import TorchScorer
-from tests.tiny_models import TRAINING_TEXT, build_tiny_model
+from tests.tiny_models import build_tiny_model
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 TEXT = "\n\n".join(TRAINING_TEXT[:3] * 4)
 

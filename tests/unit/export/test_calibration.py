@@ -11,7 +11,7 @@ from qlora_kit.export.calibration import calibration_rows
 from qlora_kit.export.general_text import general_rows, passages
 from qlora_kit.schema.data import DataConfig, SourceConfig
 from tests.prepared_rows import TOKENIZER, write
-from tests.tiny_models import llama3_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer
 
 LONG = 200  # tokens; rows of the one source are shorter, of the other longer
 

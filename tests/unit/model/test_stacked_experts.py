@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, Llama4TextConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -138,11 +139,11 @@ def test_without_lora_the_input_alone_gets_a_gradient():
 
 
 def test_stacks_are_told_by_their_three_axes():
-    module = torch.nn.Module()
-    module.add_module("experts", original("transposed with biases"))
+    module, experts = torch.nn.Module(), original("transposed with biases")
+    module.add_module("experts", experts)
     module.add_module("conv", torch.nn.Conv1d(4, 4, 3))
     assert list(experts_of(module)) == ["experts"]
-    assert stacked_names(module.experts) == ["gate_up_proj", "down_proj"]
+    assert stacked_names(experts) == ["gate_up_proj", "down_proj"]
     assert stack_experts(module, kept=["experts"]) == []
     assert stack_experts(module) == ["experts"] and isinstance(module.experts, StackedExperts)
     assert set(dict(module.experts.named_parameters())) == {
@@ -152,20 +153,23 @@ def test_stacks_are_told_by_their_three_axes():
 
 
 def test_an_adapter_that_is_switched_off_leaves_the_experts_as_they_were():
-    module = torch.nn.Module()
-    module.add_module("experts", packed(original("gated")))
-    expected = module.experts(*arguments("gated"))
+    module, experts = torch.nn.Module(), packed(original("gated"))
+    module.add_module("experts", experts)
+    expected = experts(*arguments("gated"))
     assert attach_to_experts(module, "default", lambda name: (2, 4.0)) == [
         *("experts.gate_up_proj", "experts.down_proj")
     ]
-    assert isinstance(module.experts, ExpertLora) and module.experts.base_layer.parameter_name == "gate_up_proj"
-    assert torch.equal(module.experts(*arguments("gated")), expected)  # B starts at zero
-    for weight in (module.experts.lora_B["default"].weight, module.experts.base_layer.lora_B["default"].weight):
-        torch.nn.init.normal_(weight)
-    assert not torch.allclose(module.experts(*arguments("gated")), expected)
-    for layer in (module.experts, module.experts.base_layer):
-        layer.enable_adapters(False)
-    assert torch.equal(module.experts(*arguments("gated")), expected)
+    adapted = module.experts
+    assert isinstance(adapted, ExpertLora)
+    below = adapted.base_layer
+    assert isinstance(below, ExpertLora) and below.parameter_name == "gate_up_proj"
+    assert torch.equal(adapted(*arguments("gated")), expected)  # B starts at zero
+    for layer in (adapted, below):
+        torch.nn.init.normal_(layer.lora_B["default"].get_parameter("weight"))
+    assert not torch.allclose(adapted(*arguments("gated")), expected)
+    for layer in (adapted, below):
+        LoraLayer.enable_adapters(layer, False)
+    assert torch.equal(adapted(*arguments("gated")), expected)
 
 
 def test_a_layer_that_is_computed_again_stops_in_front_of_its_experts():

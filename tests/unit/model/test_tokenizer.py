@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.families.registry import CHAT_TEMPLATES
 from qlora_kit.model.tokenizer import load_tokenizer, stop_ids
-from tests.tiny_models import gemma_tokenizer, llama3_tokenizer, mistral_tokenizer, phi3_tokenizer, smollm_tokenizer
+from tests.tiny_tokenizers import gemma_tokenizer, llama3_tokenizer, mistral_tokenizer, phi3_tokenizer, smollm_tokenizer
 
 
 def saved(folder, *names, **special):

@@ -29,7 +29,8 @@ from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
-from tests.tiny_models import TRAINING_TEXT, build_tiny_model
+from tests.tiny_models import build_tiny_model
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ from qlora_kit.data.audit.audit import audit, stop_on_errors, tell_warnings
 from qlora_kit.data.prepare import prepare
 from qlora_kit.pipelines.inspect import TRAINED_STYLE, Inspected, marked_text, print_inspection
 from qlora_kit.schema.data import DataConfig, Overflow, RowFormat
-from tests.tiny_models import build_tiny_model, smollm_tokenizer
+from tests.tiny_models import build_tiny_model
+from tests.tiny_tokenizers import smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
 

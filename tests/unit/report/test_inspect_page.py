@@ -18,7 +18,8 @@ from qlora_kit.report.inspect_page import InspectPage, inspect_page, verdict
 from qlora_kit.report.page import text, write_page
 from tests.html_reader import read
 from tests.stored_rows import StoredData, stored_rows
-from tests.tiny_models import FAMILIES, smollm_tokenizer
+from tests.tiny_models import FAMILIES
+from tests.tiny_tokenizers import smollm_tokenizer
 
 TOKENIZER = smollm_tokenizer()
 NASTY = '</style><script>alert("x")</script>&amp;\'"\t\n\x00\x1b\x93\ud800<img src=//evil.example/x onerror=1>'

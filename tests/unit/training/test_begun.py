@@ -14,7 +14,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training import begun as module
 from qlora_kit.training import rows as rows_module
 from qlora_kit.training.begun import describe, rows_of
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 ROWS = [{"prompt": f"what is {number}?", "completion": f"it is {number}"} for number in range(8)]
 

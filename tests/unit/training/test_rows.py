@@ -12,7 +12,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.training import rows as rows_module
 from qlora_kit.training.rows import audit_of, longest_row, packing_of, rows_that_fit
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 CONFIG = {
     "model_type": "llama",

@@ -10,7 +10,7 @@ from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRows
 from tests.marked_rows import LLAMA3, MISTRAL, SMOLLM, chat, found, good, llama, row
 from tests.stored_rows import StoredData, stored_rows
-from tests.tiny_models import gemma_tokenizer, phi3_tokenizer
+from tests.tiny_tokenizers import gemma_tokenizer, phi3_tokenizer
 
 GEMMA_ROW = "<bos><start_of_turn>user\nask {}<end_of_turn>\n<start_of_turn>model\n⟦say {}<end_of_turn>⟧\n"
 

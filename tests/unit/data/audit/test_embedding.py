@@ -7,7 +7,8 @@ import pytest
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.errors import EXIT_BAD_RECIPE, EXIT_OK, RecipeError
 from qlora_kit.formats.gguf.vocabulary import read_vocabulary
-from tests.tiny_models import EMBEDDING_ROWS, build_tiny_model, smollm_tokenizer
+from tests.tiny_models import EMBEDDING_ROWS, build_tiny_model
+from tests.tiny_tokenizers import smollm_tokenizer
 
 
 @pytest.fixture(scope="module")

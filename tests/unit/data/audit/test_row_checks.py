@@ -12,7 +12,7 @@ from qlora_kit.data.tokens import REASONING_DROPPED, TEXT_DROPPED
 from qlora_kit.schema.data import TrainOn
 from tests.marked_rows import SMOLLM, chat, found, good, row
 from tests.stored_rows import StoredData, stored_rows
-from tests.tiny_models import llama3_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer
 
 
 def test_rows_without_a_loss_token_are_an_error(tmp_path):

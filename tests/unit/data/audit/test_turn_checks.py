@@ -9,7 +9,7 @@ from qlora_kit.data.tokens import TokenRows
 from qlora_kit.schema.data import TrainOn
 from tests.marked_rows import LLAMA3, MISTRAL, SMOLLM, chat, found, good, llama, row
 from tests.stored_rows import StoredData, stored_rows
-from tests.tiny_models import llama3_tokenizer, smollm_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer, smollm_tokenizer
 
 
 def test_smollms_turn_marker_is_no_second_beginning(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_kit.data.template.closing import closing_id
-from tests.tiny_models import llama3_tokenizer, mistral_tokenizer, qwen_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer, mistral_tokenizer, qwen_tokenizer
 
 
 @pytest.mark.parametrize(

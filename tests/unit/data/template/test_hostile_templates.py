@@ -13,7 +13,7 @@ from qlora_kit.data.audit.special_tokens import special_tokens
 from qlora_kit.data.conversation import Conversation, Message
 from qlora_kit.data.encode import Encoder
 from qlora_kit.data.template.chat_template import ChatTemplate, TemplateRefusal, TemplateTooCostlyError
-from tests.tiny_models import CHATML, smollm_tokenizer
+from tests.tiny_tokenizers import CHATML, smollm_tokenizer
 
 TURNS = (Message("user", "a"), Message("assistant", "b"))
 ROW = Conversation(TURNS, "a.jsonl", 1)

@@ -14,7 +14,7 @@ from qlora_kit.data.template.spans import rendered, trained_turns
 from qlora_kit.data.template.turns import MOST_TURNS, found_by_rendering
 from qlora_kit.schema.data import TrainOn
 from tests.chat_templates import FAMILIES
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 
 
 def long_row(turns, *front):

@@ -5,7 +5,7 @@ import pytest
 from qlora_kit.data.audit.finding import Level
 from qlora_kit.data.template.chat_template import ChatTemplate
 from qlora_kit.data.template.prompt_check import prompt_finding
-from tests.tiny_models import CHATML
+from tests.tiny_tokenizers import CHATML
 
 
 def test_rows_that_begin_as_the_prompt_does_are_fine():

@@ -48,12 +48,13 @@ def test_each_operation_is_the_one_in_torch(activation, with_delta):
 
 @pytest.mark.parametrize("name", ["gated", "transposed with biases", "without a gate", "its own way"])
 def test_experts_are_sped_up_and_put_back(name):
-    model = torch.nn.Sequential(packed(original(name)))
-    (experts,) = model
+    experts = packed(original(name))
+    model = torch.nn.Sequential(experts)
     expected = experts(*arguments(name))
     undo = speed_up_experts(model)
     assert (experts.ops is None) == (name == "its own way")
     if experts.ops is not None:
+        assert isinstance(experts.ops, FastOps)
         assert (experts.ops.activation is Activation.silu) == (name == "gated")
         stack = experts.stack(next(iter(experts.stacks)))
         assert torch.equal(experts.ops.unpack(stack, torch.float32), stack.unpack(torch.float32))

@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qlora_kit.engine.layer.attention_part import Attention
 from qlora_kit.engine.layer.extract import extract_parts
+from qlora_kit.engine.layer.mlp import DenseMlp
+from qlora_kit.engine.layer.plain_part import PlainAttention, PlainMlp
 from qlora_kit.engine.linear.frozen_weight import Bf16Weight, NotFastError
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.families.registry import FAMILIES
@@ -44,6 +47,8 @@ def test_a_layer_is_taken_apart():
     layer.self_attn.q_norm.weight.data.fill_(3)
     parts = extract_parts(layer, FAMILIES["qwen3"], make)
     assert [linear.weight.out_features for linear in parts.linears] == [64, 32, 32, 32, 48, 48, 32]
+    assert isinstance(parts.attention, Attention) and isinstance(parts.mlp, DenseMlp)
+    assert parts.attention.projection.q_norm is not None
     assert parts.attention.projection.heads == (4, 2, 2)
     assert parts.attention.projection.q_norm.weight is layer.self_attn.q_norm.weight
     assert parts.mlp.norm.weight is layer.post_attention_layernorm.weight
@@ -56,7 +61,8 @@ def test_an_unknown_activation_leaves_its_mlp_plain():
     layer = layer_of(LlamaConfig(**SIZES, hidden_act="relu"))
     parts = extract_parts(layer, FAMILIES["llama"], make)
     assert parts.plain_because == (("the MLP", "the activation ReLU has no fast form"),)
-    assert parts.mlp.module is layer.mlp and len(parts.linears) == 4
+    assert isinstance(parts.mlp, PlainMlp) and parts.mlp.module is layer.mlp
+    assert len(parts.linears) == 4
     assert not parts.is_by_hand
 
 
@@ -69,7 +75,8 @@ def test_a_part_that_holds_more_than_is_known_stays_plain():
     del layer.mlp.limit
     parts = extract_parts(layer, FAMILIES["llama"], make)
     assert parts.plain_because == (("attention", "it has sinks, which is not known here"),)
-    assert parts.attention.module is layer.self_attn and len(parts.linears) == 3
+    assert isinstance(parts.attention, PlainAttention) and parts.attention.module is layer.self_attn
+    assert len(parts.linears) == 3
 
 
 @pytest.mark.parametrize("held", [torch.nn.Linear(2, 2).requires_grad_(False), 0.5], ids=["module", "factor"])

@@ -2,7 +2,7 @@
 
 from qlora_kit.data.template.probes import stripped
 from qlora_kit.evaluation.token_parity.compare import Failure, Messages, TokenParity, Trained, compare_all
-from tests.tiny_models import qwen_tokenizer
+from tests.tiny_tokenizers import qwen_tokenizer
 
 
 def test_a_rewriting_that_training_would_have_told_apart_mends_nothing() -> None:

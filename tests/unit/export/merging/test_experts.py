@@ -18,6 +18,7 @@ from qlora_kit.model.device import this_device
 from qlora_kit.model.expert_layout import StackLayout, StackPart, stack_layouts
 from qlora_kit.model.load import load_base
 from qlora_kit.model.skeleton import skeleton
+from qlora_kit.model.stacked_experts import StackedExperts
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.weights.headers import read_headers
@@ -58,9 +59,10 @@ def trained_stacks(pair, quant):
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, ExpertLora):
-            below = layer
+            below: torch.nn.Module = layer
             while isinstance(below, ExpertLora):
                 below = below.base_layer
+            assert isinstance(below, StackedExperts)
             a, b, scaling = layer.update("default")
             product = scaling * (b @ a)
             whole = below.stack(layer.parameter_name).unpack(torch.float32)
@@ -156,7 +158,9 @@ def test_a_checkpoint_that_holds_experts_the_other_way_around(tmp_path):
     factors = StackFactors("x", stored["a"], stored["b"], lambda _name, _rank: 0.5)
     left = b.view(rows, rank, experts).permute(2, 0, 1)
     product = 0.5 * left @ a.view(experts, rank, columns)
-    whole = StackLayout("s", weight.shape, transposed=False, parts=(StackPart("flipped", None, 0, rows, flipped=True),))
+    whole = StackLayout(
+        "s", (experts, rows, columns), transposed=False, parts=(StackPart("flipped", None, 0, rows, flipped=True),)
+    )
     for part, expected, start in (
         (StackPart("flipped", None, 0, rows, flipped=True), product.transpose(1, 2).flatten(1), 0),
         (StackPart("first", 0, 0, 16, flipped=False), product[0, :16], 0),

@@ -9,12 +9,13 @@ from qlora_kit.adapter.attach import load_adapter
 from qlora_kit.core.files import read_json
 from qlora_kit.model.load import load_base
 from qlora_kit.schema.lora import LoraConfig
+from qlora_kit.schema.quant import QuantConfig
 from tests.families import build
 from tests.unit.export.merging.trained import NF4, NOT_ROUNDED, Pair, draw_adapter, merge_pair, tensors_of
 
 
 @pytest.mark.parametrize("quant", [NOT_ROUNDED, NF4], ids=["original", "dequantized"])
-def test_it_is_merged_as_it_was_trained(quant, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_it_is_merged_as_it_was_trained(quant: QuantConfig, tmp_path: Path) -> None:
     base = build("gpt2", tmp_path / "base")
     pair = Pair(base, draw_adapter(base, tmp_path / "adapter", LoraConfig(r=4), quant))
     assert read_json(pair.adapter / "adapter_config.json")["fan_in_fan_out"] is (quant is NOT_ROUNDED)

@@ -10,7 +10,7 @@ from qlora_kit.model.stored_names import stored_names
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.weights.headers import read_headers
 from tests.families import KINDS
-from tests.tiny_models import smollm_tokenizer
+from tests.tiny_tokenizers import smollm_tokenizer
 from tests.unit.export.merging.trained import NF4, Pair, draw_adapter, merge_pair, rewrite, tensors_of
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_kit.export.serving.generation_config import served_stop_ids, write_generation_config
-from tests.tiny_models import llama3_tokenizer, qwen_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer, qwen_tokenizer
 
 
 def written(folder: Path, base: Path, tokenizer: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
-from qlora_kit.formats.gguf.converter.settings import completed
+from qlora_kit.formats.gguf.converter.settings import completed, stored_name
 from qlora_kit.formats.gguf.converter.weights import _ordered
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
@@ -46,7 +46,8 @@ from qlora_kit.formats.gguf.vocabulary import read_vocabulary
 from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
 from qlora_kit.schema.export import GgufTarget
-from tests.tiny_models import CONVERTED, TRAINING_TEXT, build_tiny_image_text_model, build_tiny_model
+from tests.tiny_models import CONVERTED, build_tiny_image_text_model, build_tiny_model
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 F16_KL = 2e-5  # measured 1e-6 to 7e-6
 Q4_K_M_KL = 0.5  # measured 0.05 to 0.2; a random router gives some tokens to other experts
@@ -409,8 +410,8 @@ def test_settings_of_a_text_part_stay_in_their_section(tmp_path: Path) -> None:
 def test_tensors_that_transformers_renames_have_their_published_name() -> None:
     dense = "model.layers.0.block_sparse_moe.down_proj.weight"
     expert = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
-    assert child.stored_name(dense) == "model.layers.0.mlp.down_proj.weight"
-    assert child.stored_name(expert) == expert
+    assert stored_name(dense) == "model.layers.0.mlp.down_proj.weight"
+    assert stored_name(expert) == expert
 
 
 @pytest.mark.slow

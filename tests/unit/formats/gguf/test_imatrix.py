@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix, mean_squared_inputs
 from qlora_kit.formats.gguf.writer import GgufChoices, write_gguf
-from tests.tiny_models import FAMILIES, TRAINING_TEXT, build_tiny_model
+from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 
 def rows_of(folder: Path) -> list[list[int]]:

@@ -9,7 +9,7 @@ from qlora_kit.data.template.ollama import Modelfile
 from qlora_kit.data.template.probes import PROBES
 from qlora_kit.formats.gguf.ollama_template import OllamaTemplate, default_system, ollama_template
 from tests.chat_templates import FAMILIES as TEMPLATES
-from tests.tiny_models import (
+from tests.tiny_tokenizers import (
     gemma_tokenizer,
     llama3_tokenizer,
     mistral_tokenizer,

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
 from qlora_kit.formats.gguf.writer import write_gguf
-from tests.tiny_models import FAMILIES, TRAINING_TEXT, build_tiny_model
+from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 # largest |difference of log-probability| over 200 positions x 640 tokens; 16-bit weights and cache
 F16_TOLERANCE = 0.05  # measured 0.009 (qwen3, gemma3) to 0.018 (smollm3)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.formats.gguf.pre_tokenizers import name_of_pre_tokenizer
 from qlora_kit.formats.gguf.vocabulary import TokenType, Vocabulary, read_vocabulary
-from tests.tiny_models import (
+from tests.tiny_tokenizers import (
     gemma_tokenizer,
     llama3_tokenizer,
     mistral_tokenizer,

@@ -16,7 +16,8 @@ from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
 from qlora_kit.formats.gguf.shards import shard_paths, split_tensors, tensor_offsets
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
-from tests.tiny_models import TRAINING_TEXT, build_tiny_model, set_stop_tokens
+from tests.tiny_models import build_tiny_model, set_stop_tokens
+from tests.tiny_tokenizers import TRAINING_TEXT
 
 
 @pytest.fixture(scope="module")
