@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.core.console.bar import each
-from qlora_kit.core.console.lines import log
-from qlora_kit.core.units import counted
 from qlora_kit.export.layer_inputs import ActivationStats, decoder_layers, first_inputs, layer_stats, run_layer
 from qlora_kit.export.stored_linears import StoredLinear, StoredLinears, stored_linears
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.model.language_model import load_language_model
 from qlora_kit.model.stored_names import stored_names
 from qlora_kit.model.unfused_experts import UnfusedExperts, unfuse_experts
@@ -66,6 +65,11 @@ class Walked:
     left: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
 
+    @property
+    def uncalibrated(self) -> Uncalibrated:
+        """The same in numbers."""
+        return Uncalibrated(len(self.unseen), sum(one.is_expert for one in self.found.linears))
+
 
 def walk(
     model_dir: Path,
@@ -110,9 +114,6 @@ def walk(
         for call, output in zip(calls, outputs, strict=True):
             call.hidden = run_layer(layer, call, index) if follows else output
         layers[index] = nn.Identity()
-    if done.unseen:
-        matrices = counted(len(done.unseen), "matrix", "matrices")
-        log.info(f"{title}: no calibration row reached {matrices} of experts, rounded plainly")
     return done
 
 

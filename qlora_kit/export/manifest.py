@@ -14,7 +14,7 @@ from qlora_kit.runs.directory import MANIFEST
 
 # What else is read of a manifest, which may be damaged or a stranger's.
 KINDS: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("settings", "fidelity", "evaluation"), dict),
+    **dict.fromkeys(("settings", "fidelity", "evaluation", "left_in_16_bit", "uncalibrated"), dict),
     "faults": list,
     "max_mean_kl": (int, float),
 }
@@ -27,6 +27,7 @@ class Manifest:
     Attributes:
         bits: what a budget of bits was spent on, layer by layer; empty without one.
         left_in_16_bit: layers that the format could not take, and why; empty where it took all.
+        uncalibrated: what calibration rows told nothing of; empty where they told of all, or none were looked at.
         faults: why it is rejected, in words.
         scored_on: the rows that `fidelity` is of, by `evaluation.scored_on`; empty where there were none.
         verdict: accepted, rejected, measured or not measured, see `core.verdict`.
@@ -50,6 +51,7 @@ class Manifest:
     rejected: bool
     bits: Mapping[str, object] = field(default_factory=dict)
     left_in_16_bit: Mapping[str, object] = field(default_factory=dict)
+    uncalibrated: Mapping[str, object] = field(default_factory=dict)
     faults: Sequence[str] = ()
     reader: str = ""
     contract: Mapping[str, object] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.formats.far_from_rounding import far_from_rounding
-from qlora_kit.formats.job import ExportJob
+from qlora_kit.formats.job import ExportJob, Written
 from qlora_kit.formats.registry import find_format
 from qlora_kit.formats.retention import measured_retention, record
 from qlora_kit.formats.servers import check_servers
@@ -53,19 +53,20 @@ def finish(
     reference: Reference | None,
     max_mean_kl: float | None,
     seconds: float,
-    bits: Mapping[str, object],
+    written: Written,
 ) -> Finished:
     """Score a written artifact, add its serving files, check what its readers make of it, and write its manifest.
 
     Args:
         folder: of the artifact.
         made_from: the 16-bit folder, and what was merged into it.
-        bits: what a budget of bits was spent on, for the record; empty without one.
+        written: how it was made, for the record.
     """
     merged, merge = made_from
     scores = _scores(run, job, folder, reference) if reference else None
     fidelity = compare(reference.scores, scores) if reference and scores else None
-    facts = _facts(run, job, fidelity)
+    uncalibrated = written.uncalibrated.record() if written.uncalibrated else {}
+    facts = _facts(run, job, fidelity, uncalibrated)
     write_serving_files(folder, facts)
     stops = served_stop_ids(run.base.folder, run.tokenizer)
     contract = check_token_ids(job.format, folder, job.file, run.tokenizer, stops)
@@ -86,7 +87,8 @@ def finish(
         format=job.format,
         file=job.file,
         settings=job.settings,
-        bits=bits,
+        bits=written.allocation.record() if written.allocation else {},
+        uncalibrated=uncalibrated,
         left_in_16_bit=job.unquantized,
         merge=merge,
         run=str(run.directory.path),
@@ -109,9 +111,14 @@ def finish(
 def rewrite_card(run: Run, manifest: Mapping[str, Any], folder: Path) -> None:
     """Write a file's card anew, once `eval` came to another verdict than its export."""
     settings = dict(manifest.get("settings") or {})
-    job = ExportJob(folder.name, manifest["format"], manifest["file"], settings, _written)
+    left = manifest.get("left_in_16_bit") or {}
+    job = ExportJob(folder.name, manifest["format"], manifest["file"], settings, _written, left)
     fidelity = Fidelity.from_record(manifest["evaluation"]["fidelity"])
-    facts = replace(_facts(run, job, fidelity), faults=manifest["faults"], verdict=recorded_verdict(manifest))
+    facts = replace(
+        _facts(run, job, fidelity, manifest.get("uncalibrated") or {}),
+        faults=manifest["faults"],
+        verdict=recorded_verdict(manifest),
+    )
     write_model_card(folder, facts)
 
 
@@ -133,7 +140,7 @@ def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:
         yield from (f"{check.server}: {problem}" for problem in check.problems)
 
 
-def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
+def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None, uncalibrated: Mapping[str, object]) -> ServingFacts:
     return ServingFacts(
         name=job.name,
         format=find_format(job.format),
@@ -146,4 +153,5 @@ def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None) -> ServingFacts:
         seed=run.seed,
         fidelity=asdict(fidelity) if fidelity else {},
         unquantized=job.unquantized,
+        uncalibrated=uncalibrated,
     )

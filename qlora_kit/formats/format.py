@@ -10,13 +10,13 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.evaluation.servers.requirements import SGLANG, VLLM
 from qlora_kit.export.serving.commands import ServeCommand, Served, Server
 from qlora_kit.export.serving.facts import Hub, ServingFacts
-from qlora_kit.formats.job import ExportJob, ExportSource, settings_of
+from qlora_kit.formats.job import ExportJob, ExportSource, Written, settings_of
 from qlora_kit.schema.export import ExportConfig
 
 if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
-    from qlora_kit.export.budget.choose import Allocation, Formats
+    from qlora_kit.export.budget.choose import Formats
     from qlora_kit.export.checks.fault import Unquantized
     from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
@@ -99,8 +99,8 @@ class Format(ABC, Generic[Target]):
 
         return job
 
-    def write(self, source: ExportSource, target: Target, out: Path) -> "Allocation | None":
-        """Fill an empty folder; returns what a budget of bits was spent on, where there is one."""
+    def write(self, source: ExportSource, target: Target, out: Path) -> Written | None:
+        """Fill an empty folder; returns how, where there is something to say."""
         raise NotImplementedError(f"the jobs of {self.name} write by themselves")
 
     def rounds_to(self, settings: Mapping[str, object]) -> str | None:

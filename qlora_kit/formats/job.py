@@ -7,9 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter.saved import BaseName
+from qlora_kit.export.uncalibrated import Uncalibrated
 
 if TYPE_CHECKING:
     from qlora_kit.export.budget.choose import Allocation
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is told of how a file was made.
+
+    Attributes:
+        allocation: what a budget of bits was spent on; None without one.
+        uncalibrated: what calibration rows told nothing of; None where none are looked at.
+    """
+
+    allocation: "Allocation | None" = None
+    uncalibrated: Uncalibrated | None = None
 
 
 @dataclass(frozen=True)
@@ -35,15 +49,15 @@ class ExportSource:
 class ExportJob:
     """One artifact: its folder's name, its format, the path inside it that a reader opens, and how it is made.
 
-    `write` fills a folder and says what a budget of bits was spent on, where there is one. `unquantized` records the
-    layers that stay in 16 bit by the format's limits, where there are any.
+    `write` fills a folder and says how, where there is something to say. `unquantized` records the layers that stay in
+    16 bit by the format's limits, where there are any.
     """
 
     name: str
     format: str
     file: str
     settings: dict[str, object]
-    write: "Callable[[Path], Allocation | None]"
+    write: "Callable[[Path], Written | None]"
     unquantized: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ from qlora_kit.export.sixteen_bit import write_sixteen_bit
 from qlora_kit.formats.checks import possible_files, refuse_unfit
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
-from qlora_kit.formats.job import ExportJob, ExportSource
+from qlora_kit.formats.job import ExportJob, ExportSource, Written
 from qlora_kit.formats.merge_bases import base_for, merge_bases
 from qlora_kit.formats.next_line import lines_after_export
 from qlora_kit.formats.registry import export_jobs, find_format
@@ -250,7 +250,8 @@ def _made(
     folder: Path,
 ) -> Finished:
     began = time.perf_counter()
-    spent = job.write(folder)
+    written = job.write(folder) or Written()
     seconds = time.perf_counter() - began
-    bits = spent.record() if spent else {}
-    return finish(run, job, folder, merged, reference, config.max_mean_kl, seconds, bits)
+    if written.uncalibrated:
+        log.info(f"{job.name}: {written.uncalibrated}")
+    return finish(run, job, folder, merged, reference, config.max_mean_kl, seconds, written)

@@ -63,6 +63,7 @@ class ServingFacts:
         fidelity: measured values by name.
         faults: why the artifact is rejected; none for a good one.
         unquantized: layers that stay in 16 bit by the format's limits, as the manifest has them; empty for none.
+        uncalibrated: what calibration rows told nothing of, as the manifest has it; empty for nothing.
         verdict: on the artifact.
     """
 
@@ -79,3 +80,4 @@ class ServingFacts:
     faults: Sequence[str] = ()
     verdict: Verdict = Verdict.not_measured
     unquantized: Mapping[str, object] = field(default_factory=dict)
+    uncalibrated: Mapping[str, object] = field(default_factory=dict)

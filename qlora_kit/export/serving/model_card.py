@@ -100,6 +100,8 @@ def _left(facts: ServingFacts) -> Iterator[str]:
     if isinstance(names := facts.unquantized.get("layers"), list) and names:
         count = f"{len(names)} of {facts.unquantized.get('of')} linear layers stay in 16 bit"
         yield from ("", f"{count}: {plain(str(facts.unquantized.get('why')))}.")
+    if what := facts.uncalibrated.get("what"):
+        yield from ("", f"{plain(str(what)).capitalize()}.")
 
 
 def _verdict(facts: ServingFacts) -> Iterator[str]:

@@ -10,7 +10,7 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, Server, 
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
-from qlora_kit.formats.job import ExportSource
+from qlora_kit.formats.job import ExportSource, Written
 from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import AwqLayout, AwqTarget
 
@@ -62,11 +62,11 @@ class Awq(Format[AwqTarget]):
 
         return awq_unquantized(target, form)
 
-    def write(self, source: ExportSource, target: AwqTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: AwqTarget, out: Path) -> Written:
         """Quantize."""
         from qlora_kit.formats.awq.write import write_awq
 
-        write_awq(source.merged, out, target, source.calibration)
+        return Written(uncalibrated=write_awq(source.merged, out, target, source.calibration))
 
     def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.rewrite import rewrite_checkpoint
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.awq.settings import BITS, Settings
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqTarget
 
 
-def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> None:
+def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Sequence[Sequence[int]]) -> Uncalibrated:
     """Quantize a merged 16-bit model folder to AWQ, layer by layer, on a GPU when there is one.
 
     Channel scales and group ranges are chosen by output error (Lin et al. 2023), the rounding makes up for its own
@@ -18,6 +19,9 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
     Args:
         out_dir: an existing, empty folder.
         calibration: token-id rows, already rendered with the chat template.
+
+    Returns:
+        what the rows told nothing of.
 
     Raises:
         RecipeError: bits is not 4, no calibration rows, or a group size that readers do not take or that does not
@@ -44,6 +48,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         "modules_to_not_convert": walked.left or None,
     }
     rewrite_checkpoint(model_dir, out_dir, walked.replacements, quantization)
+    return walked.uncalibrated
 
 
 def _check(target: AwqTarget) -> None:

@@ -11,7 +11,7 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transfor
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.compressed.server_files import REQUIRED, group_problems
 from qlora_kit.formats.format import UNPACKED, Format
-from qlora_kit.formats.job import ExportSource
+from qlora_kit.formats.job import ExportSource, Written
 from qlora_kit.schema.export import CompressedTarget
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ class Compressed(Format[CompressedTarget]):
 
         return compressed_unquantized(target, form)
 
-    def write(self, source: ExportSource, target: CompressedTarget, out: Path) -> None:
+    def write(self, source: ExportSource, target: CompressedTarget, out: Path) -> Written:
         """Quantize."""
         from qlora_kit.formats.compressed.write import write_compressed
 
-        write_compressed(source.merged, out, target, source.calibration)
+        return Written(uncalibrated=write_compressed(source.merged, out, target, source.calibration))
 
     def weight_bits(self, settings: Mapping[str, object]) -> int | None:
         """Bits of the scheme, where activations are as they are; where they are rounded, RTN is no baseline."""

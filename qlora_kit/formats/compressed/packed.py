@@ -10,6 +10,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, divides, inputs_of_group, unfit_layers
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.export.stored_linears import folder_linears
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.compressed.entry import OUTPUT_HEAD, config_entry, ignored
 from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 
@@ -60,11 +61,16 @@ class PackedSettings:
         return tuple(dict.fromkeys((*filled_in, *unfit_layers(shapes, self.fits))))
 
 
-def write_packed(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: Sequence[Sequence[int]]) -> None:
+def write_packed(
+    model_dir: Path, out_dir: Path, target: CompressedTarget, rows: Sequence[Sequence[int]]
+) -> Uncalibrated:
     """Write a 16-bit model folder with the linear layers of its blocks in 4 or 8 bit.
 
     Args:
         rows: token ids to calibrate on.
+
+    Returns:
+        what the rows told nothing of.
 
     Raises:
         RecipeError: the group size does not divide a layer's inputs.
@@ -84,6 +90,7 @@ def write_packed(model_dir: Path, out_dir: Path, target: CompressedTarget, rows:
         )
     ignore = [*ignored(found, left), OUTPUT_HEAD]
     rewrite_checkpoint(model_dir, out_dir, walked.replacements, config_entry(settings.scheme(), FORMAT, ignore))
+    return walked.uncalibrated
 
 
 def unpacked_weight(tensors: "Mapping[str, Tensor]") -> "Tensor":

@@ -18,6 +18,7 @@ from qlora_kit.core.files import read_json
 from qlora_kit.export.changed import Replacements, changed_tensors
 from qlora_kit.export.group_sizes import WHOLE_ROW, check_group_size, linear_input_widths
 from qlora_kit.export.rewrite import rewrite_checkpoint
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.compressed import EXTRA
 from qlora_kit.formats.compressed.entry import OUTPUT_HEAD
 from qlora_kit.formats.compressed.fp8_rows import write_fp8_rows
@@ -47,7 +48,7 @@ def needs_calibration(target: CompressedTarget) -> bool:
 
 def write_compressed(
     model_dir: Path, out_dir: Path, target: CompressedTarget, calibration: Sequence[Sequence[int]]
-) -> None:
+) -> Uncalibrated | None:
     """Quantize a merged 16-bit model folder with llmcompressor, on a GPU when there is one.
 
     Integer weights are rounded by GPTQ (Frantar et al. 2022); W8A8 first moves outliers of the activations into the
@@ -57,6 +58,9 @@ def write_compressed(
         out_dir: an existing, empty folder.
         calibration: token-id rows, already rendered with the chat template; FP8_DYNAMIC, NVFP4A16 and MXFP4 do
             without, unless the key-value cache's scales are wanted.
+
+    Returns:
+        what the rows told nothing of; None where llmcompressor looks at them, or nothing does.
 
     Raises:
         RecipeError: the group size does not fit the scheme or the model, no calibration rows where they are needed,
@@ -69,17 +73,16 @@ def write_compressed(
         what = "an fp8 key-value cache" if target.kv_cache_fp8 else target.scheme.value
         raise RecipeError(f"{what} needs calibration rows and got none")
     with _environment_restored(TOKENIZER_THREADS):
-        _write(model_dir, out_dir, target, rows)
+        return _write(model_dir, out_dir, target, rows)
 
 
-def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[list[int]]) -> None:
+def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[list[int]]) -> Uncalibrated | None:
     extras.require("llmcompressor", "compressed-tensors export", EXTRA)
     if target.takes_experts and target.scheme is CompressedScheme.FP8_DYNAMIC:
         write_fp8_rows(model_dir, out_dir)
-        return
+        return None
     if target.takes_experts:
-        write_packed(model_dir, out_dir, target, rows)
-        return
+        return write_packed(model_dir, out_dir, target, rows)
     with tempfile.TemporaryDirectory(prefix=".compressed-", dir=out_dir) as work:
         made = Path(work) / "quantized"
         with _quiet():
@@ -91,6 +94,7 @@ def _write(model_dir: Path, out_dir: Path, target: CompressedTarget, rows: list[
             # What the library computes with, such as norms with the one added, comes back rounded.
             replaced = {source: new for source, new in replaced.items() if set(new) != {source}}
         rewrite_checkpoint(model_dir, out_dir, _in_readers_dtype(model_dir, replaced, target.scheme), quantization)
+    return None
 
 
 def _moves_outliers(target: CompressedTarget) -> bool:

@@ -13,13 +13,13 @@ from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.formats.format import Format
 from qlora_kit.formats.gguf.server_files import server_file_problems
 from qlora_kit.formats.gguf.serving import SERVERS
-from qlora_kit.formats.job import ExportJob, ExportSource, settings_of
+from qlora_kit.formats.job import ExportJob, ExportSource, Written, settings_of
 from qlora_kit.schema.export import ExportConfig, GgufMix, GgufTarget
 
 if TYPE_CHECKING:
     from qlora_kit.evaluation.scores import Scorer
     from qlora_kit.evaluation.token_parity.compare import TokenParity, Trained
-    from qlora_kit.export.budget.choose import Allocation, Formats
+    from qlora_kit.export.budget.choose import Formats
     from qlora_kit.export.checks.fault import Unquantized
     from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.formats.format import ChatStream
@@ -137,12 +137,11 @@ class Gguf(Format[GgufTarget]):
 
 def _write(
     source: ExportSource, target: GgufTarget, imatrix: "ImportanceMatrix", conversion: "Conversion", out: Path
-) -> "Allocation | None":
+) -> Written:
     from qlora_kit.formats.gguf.budget import allocate_gguf
     from qlora_kit.formats.gguf.target import write_gguf_target
 
     spent = None
     if target.bits_budget is not None:
         target, spent = allocate_gguf(source.merged, target, target.bits_budget, imatrix)
-    write_gguf_target(source.merged, target, source.name, imatrix, out, conversion)
-    return spent
+    return Written(spent, write_gguf_target(source.merged, target, source.name, imatrix, out, conversion))

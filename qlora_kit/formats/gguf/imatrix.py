@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.core.console.bar import each
-from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.units import counted
 from qlora_kit.formats.gguf.activations import mean_squared_inputs_in_llama_cpp
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
 from qlora_kit.formats.gguf.llama_cpp import default_threads
@@ -46,6 +44,8 @@ class ImportanceMatrix:
         self.model_dir = model_dir
         self.rows = rows
         self._conversion = conversion
+        self.unseen: dict[str, int] = {}
+        """How many experts of a tensor no row was given to, by its GGUF name; filled in with `means`."""
 
     @cached_property
     def means(self) -> Means:
@@ -66,7 +66,8 @@ class ImportanceMatrix:
             found = mean_squared_inputs_in_llama_cpp(file, self.rows, default_threads())
         except LibraryUnusable as error:
             raise RunError(f"no importance matrix can be measured: {error}", fix="imatrix: false") from error
-        means = {name: _of_experts(name, values) if values.ndim > 1 else values for name, values in found.items()}
+        self.unseen = {name: count for name, values in found.items() if (count := _unseen(values))}
+        means = {name: _of_experts(values) if values.ndim > 1 else values for name, values in found.items()}
         return {name: _usable(name, values) for name, values in means.items()}
 
     def add_metadata(self, writer: Any) -> None:
@@ -91,17 +92,20 @@ class ImportanceMatrix:
                 writer.add_tensor(f"{name}.counts", np.full((len(each_matrix), 1), tokens, dtype=np.float32))
 
 
-def _of_experts(name: str, means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
+def _unseen(means: "npt.NDArray[np.float32]") -> int:
+    """Experts that no calibration row was given to."""
+    import numpy as np
+
+    return int(np.isnan(means[:, 0]).sum()) if means.ndim > 1 else 0
+
+
+def _of_experts(means: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
     """Means of experts, those that no calibration row was given to taken from all the others."""
     import numpy as np
 
     unseen: npt.NDArray[np.bool_] = np.isnan(means[:, 0])
     if not unseen.any():
         return means
-    log.info(
-        f"importance matrix: {counted(int(unseen.sum()), 'expert')} of {len(means)} in {name} got no calibration row; "
-        "the mean of the others stands for them"
-    )
     if unseen.all():
         return np.ones_like(means)
     return np.where(unseen[:, None], means[~unseen].mean(axis=0), means)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.gguf.converter.convert import Conversion
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
@@ -35,7 +36,7 @@ def write_gguf_target(
     imatrix: ImportanceMatrix,
     out: Path,
     conversion: Conversion | None = None,
-) -> None:
+) -> Uncalibrated | None:
     """Write the files of a target into a folder.
 
     Args:
@@ -46,12 +47,16 @@ def write_gguf_target(
         out: the folder.
         conversion: of the merged model, shared by the targets.
 
+    Returns:
+        what the importance matrix holds nothing for; None without one.
+
     Raises:
         RecipeError, RunError: as `write_gguf`.
     """
     file = out / _whole_name(target, model_name)
     fitted = imatrix if target.imatrix else None
-    write_gguf(merged, file, _choices(target), name=model_name, imatrix=fitted, conversion=conversion)
+    made = write_gguf(merged, file, _choices(target), name=model_name, imatrix=fitted, conversion=conversion)
+    return made.uncalibrated
 
 
 def _whole_name(target: GgufTarget, model_name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.core.console.bar import bar
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.extras import require
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.formats.gguf import EXTRA
 from qlora_kit.formats.gguf.blocks import PlacedTensor, tensor_bytes, write_blocks
@@ -26,6 +27,9 @@ from qlora_kit.formats.gguf.vocabulary import Vocabulary, add_vocabulary, read_v
 
 if TYPE_CHECKING:
     from qlora_kit.formats.gguf.model import Extras
+
+_IN_LAYERS = "blk."
+_STACKED = 3  # axes of a tensor that holds all experts of a layer
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,16 @@ class GgufChoices:
 
 @dataclass(frozen=True)
 class GgufSummary:
-    """What was written: the mix, how many tensors have which type, size in bytes, and the files, first one first."""
+    """What was written: the mix, how many tensors have which type, size in bytes, and the files, first one first.
+
+    `uncalibrated` is what the importance matrix holds nothing for, where there is one.
+    """
 
     mix: str
     type_counts: Mapping[str, int]
     bytes: int
     files: tuple[Path, ...]
+    uncalibrated: Uncalibrated | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,16 @@ def write_gguf(
     places = _write_files(out_file, plan, describe, workers)
     counts = Counter([tensor.type for tensor in plan.tensors] + ["F32"] * len(plan.extras))
     size = sum(place.stat().st_size for place in places)
-    return GgufSummary(choices.mix.upper(), dict(counts), size, tuple(places))
+    uncalibrated = _uncalibrated(plan.tensors, imatrix) if imatrix is not None and is_fitted else None
+    return GgufSummary(choices.mix.upper(), dict(counts), size, tuple(places), uncalibrated)
+
+
+def _uncalibrated(tensors: Sequence[PlannedTensor], imatrix: ImportanceMatrix) -> Uncalibrated:
+    """What of the layers is fitted to nothing; embeddings and output head never are to anything."""
+    fitted = [tensor for tensor in tensors if is_weighted(tensor.type) and tensor.name.startswith(_IN_LAYERS)]
+    without = tuple(tensor.name for tensor in fitted if tensor.importance is None)
+    experts = [tensor.stored.shape[0] for tensor in fitted if len(tensor.stored.shape) == _STACKED]
+    return Uncalibrated(sum(imatrix.unseen.get(tensor.name, 0) for tensor in fitted), sum(experts), without)
 
 
 def _write_files(out_file: Path, plan: _Plan, describe: Callable[[Any], None], workers: int | None) -> list[Path]:

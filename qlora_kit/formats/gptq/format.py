@@ -11,12 +11,12 @@ from qlora_kit.export.serving.commands import SERVE_SGLANG, SERVE_VLLM, transfor
 from qlora_kit.export.serving.facts import Hub
 from qlora_kit.formats.format import UNPACKED, Format
 from qlora_kit.formats.gptqmodel_settings import READER_PACKAGES
-from qlora_kit.formats.job import ExportSource
+from qlora_kit.formats.job import ExportSource, Written
 from qlora_kit.formats.settings import is_coarse, whole
 from qlora_kit.schema.export import ExportConfig, GptqMethod, GptqTarget
 
 if TYPE_CHECKING:
-    from qlora_kit.export.budget.choose import Allocation, Formats
+    from qlora_kit.export.budget.choose import Formats
     from qlora_kit.export.checks.fault import Unquantized
     from qlora_kit.export.checks.form import ModelForm
     from qlora_kit.weights.reader import WeightReader
@@ -70,7 +70,7 @@ class Gptq(Format[GptqTarget]):
         """The target with the shared budget of bits, where it has none of its own."""
         return replace(target, bits_budget=export.bits_budget) if target.bits_budget is None else target
 
-    def write(self, source: ExportSource, target: GptqTarget, out: Path) -> "Allocation | None":
+    def write(self, source: ExportSource, target: GptqTarget, out: Path) -> Written:
         """Spend the budget, where there is one, and quantize."""
         from qlora_kit.formats.gptq.budget import allocate_gptq
         from qlora_kit.formats.gptq.write import write_gptq
@@ -78,8 +78,7 @@ class Gptq(Format[GptqTarget]):
         spent = None
         if target.bits_budget is not None:
             target, spent = allocate_gptq(source.merged, target, target.bits_budget, source.calibration)
-        write_gptq(source.merged, out, target, source.calibration)
-        return spent
+        return Written(spent, write_gptq(source.merged, out, target, source.calibration))
 
     def dequantized_weights(self, artifact: Path, merged: Path) -> "WeightReader":
         """A reader of the weights that the folder stands for."""

@@ -83,8 +83,9 @@ def test_files_hold_what_was_chosen_and_the_record_says_so(
     for job in export_jobs(config, ExportSource(folder, folder, BaseName("x"), "mine", ROWS)):
         out = tmp_path / job.name
         out.mkdir()
-        spent = job.write(out)
-        assert isinstance(spent, Allocation)
+        made = job.write(out)
+        assert made is not None and isinstance(made.allocation, Allocation)
+        spent = made.allocation
         written[job.name] = spent.record()
         assert job.settings["bits_budget"] == 4.5
         assert (out / job.file).exists()

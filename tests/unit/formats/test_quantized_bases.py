@@ -27,7 +27,7 @@ from qlora_kit.schema.root import ExportRecipe
 from tests.tiny_experts import ROWS, build_tiny_experts, mean_kl
 from tests.tiny_models import build_tiny_model
 
-Write = Callable[[Path, Path], None]
+Write = Callable[[Path, Path], object]
 KINDS: dict[str, Write] = {
     "gptq": lambda source, out: write_gptq(source, out, GptqTarget(group_size=32, desc_act=True), ROWS),
     "awq": lambda source, out: write_awq(source, out, AwqTarget(group_size=32), ROWS),

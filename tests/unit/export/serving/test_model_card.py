@@ -8,6 +8,7 @@ from huggingface_hub import metadata_load
 from qlora_kit.core.verdict import Verdict
 from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.serving.model_card import front_matter, model_card, served_of, write_model_card
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.runs.base import Base
 from qlora_kit.runs.directory import RunDirectory
 from tests.served_artifact import SECRET, Made
@@ -99,6 +100,16 @@ def test_layers_in_16_bit_are_counted(facts: Made) -> None:
     card = model_card(facts(unquantized=left))
     assert "\n2 of 7 linear layers stay in 16 bit: the kernels take 8 outputs at once.\n" in card
     assert "stay in 16 bit" not in model_card(facts())
+
+
+def test_what_calibration_rows_told_nothing_of_is_counted(facts: Made) -> None:
+    card = model_card(facts(uncalibrated=Uncalibrated(3, 24, ("blk.0.attn_q.weight",)).record()))
+    assert (
+        "\nNo calibration row reached 3 of 24 matrices of experts and the importance matrix holds nothing for 1 tensor "
+        "of the layers, which are rounded without.\n"
+    ) in card
+    assert Uncalibrated(0, 24).record() == {}
+    assert "calibration row" not in model_card(facts())
 
 
 def test_commands_and_license(facts: Made) -> None:

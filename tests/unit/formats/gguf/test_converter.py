@@ -33,6 +33,7 @@ from transformers import (
 
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.export.stored_linears import linear_shapes
+from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
@@ -299,18 +300,26 @@ def test_experts_have_an_importance_each(
     write_gguf(folder, plain, "Q2_K", conversion=conversion)
     write_gguf(folder, fitted, "Q2_K", imatrix=imatrix, conversion=conversion)
     assert kl(folder, fitted) < kl(folder, plain)
-    write_gguf(folder, tmp_path / "small.gguf", "IQ2_XS", imatrix=imatrix, conversion=conversion)
+    made = write_gguf(folder, tmp_path / "small.gguf", "IQ2_XS", imatrix=imatrix, conversion=conversion)
+    assert made.uncalibrated == Uncalibrated(0, 2 * 4 * 3)
+    seldom = ImportanceMatrix(folder, ROWS[:1], conversion)
+    held = dict(seldom.means)
+    held.pop("blk.0.attn_q.weight")
+    seldom.__dict__["means"], seldom.unseen = held, {"blk.1.ffn_up_exps.weight": 2}
+    told = write_gguf(folder, tmp_path / "few.gguf", "Q4_K_M", imatrix=seldom, conversion=conversion).uncalibrated
+    assert told == Uncalibrated(2, 2 * 4 * 3, ("blk.0.attn_q.weight",))
     assert types_of(tmp_path / "small.gguf")["blk.1.ffn_down_exps.weight"] == "IQ2_XS"
     with pytest.raises(RecipeError, match="IQ2_XS without an importance matrix gives garbage"):
         write_gguf(folder, tmp_path / "small.gguf", "IQ2_XS", conversion=conversion)
 
 
-def test_experts_without_a_row_take_the_mean_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    from qlora_kit.formats.gguf.imatrix import _of_experts
+def test_experts_without_a_row_take_the_mean_of_the_others() -> None:
+    from qlora_kit.formats.gguf.imatrix import _of_experts, _unseen
 
     means = np.array([[1.0, 3.0], [np.nan, np.nan], [3.0, 5.0]], np.float32)
-    assert _of_experts("blk.0.ffn_up_exps.weight", means).tolist() == [[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]
-    assert json.dumps(_of_experts("x", means[:1]).tolist()) == "[[1.0, 3.0]]"
+    assert _unseen(means) == 1 and _unseen(means[0]) == 0
+    assert _of_experts(means).tolist() == [[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]
+    assert json.dumps(_of_experts(means[:1]).tolist()) == "[[1.0, 3.0]]"
 
 
 @pytest.mark.parametrize("family", CONVERTED)
