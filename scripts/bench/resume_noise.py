@@ -1,9 +1,9 @@
 """Is what differs after a resume on a GPU the noise of its kernels? A run, the same again, and one taken up half way.
 
-All three go through `qlora-kit train` on a checkpoint and rows that `command_line.py` wrote. Where the second run is as
+All three go through `qlora-kit train` on a checkpoint and rows that `user_line.py` wrote. Where the second run is as
 far from the first as the resumed one is, a resume adds nothing of its own:
 
-    python scripts/bench/resume_noise.py --work /tmp/command_line --model llama_1b engine=fast
+    python scripts/bench/resume_noise.py --work /tmp/user_line --model llama_1b engine=fast
 """
 
 import argparse
@@ -21,7 +21,7 @@ STEPS = 24
 def main() -> None:
     """Make the runs and print how far they are apart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder that command_line.py filled")
+    parser.add_argument("--work", type=Path, required=True, help="folder that user_line.py filled")
     parser.add_argument("--model", default="llama_1b")
     parser.add_argument("words", nargs="*", help="further words of the command line")
     asked = parser.parse_args()
@@ -30,7 +30,7 @@ def main() -> None:
     words = [
         *("data=rows", "data.max_tokens=2048", "trainer.batch_size=4", f"trainer.max_steps={STEPS}"),
         *(f"trainer.save_every_steps={STEPS // 2}", "trainer.keep_checkpoints=2", "optim.learning_rate=1e-3"),
-        *(f"model.source={asked.work / asked.model}", f"data.train_file={asked.work / 'rows.jsonl'}", *asked.words),
+        *(f"model.source={asked.work / asked.model}", f"data.train_file={asked.work / 'mixed.jsonl'}", *asked.words),
     ]
     first, again = (_train(place / name, words) for name in ("first", "again"))
     resumed = place / "resumed"
