@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts, short_names
 from qlora_kit.adapter.expert_updates import BASE_LAYER
-from qlora_kit.adapter.saved import PREFIX, WEIGHTS
+from qlora_kit.adapter.plain_peft import taken_for_experts
+from qlora_kit.adapter.saved import PREFIX, WEIGHTS, split_parameters
 from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners
@@ -119,9 +118,7 @@ def names_as_they_are(model: PreTrainedModel, config: PeftLoraConfig) -> Iterato
     For some kinds of mixtures it would adapt the experts in place of the dense and the shared ones that have a
     gate_proj too (peft, `transformers_weight_conversion.py`); it goes by the model's kind, which is hidden meanwhile.
     """
-    rewritten = deepcopy(config)
-    convert_peft_config_for_transformers(rewritten, model, None)
-    if rewritten.target_modules == config.target_modules:
+    if not taken_for_experts(str(getattr(model.config, "model_type", "")), config):
         yield
         return
     fields = vars(model.config)  # of this model: the kind itself is an attribute of the class
@@ -215,7 +212,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
-    named, names = getattr(config, "target_parameters", None), own_names_of(model)
+    linears, named = split_parameters(getattr(config, "target_parameters", None))
+    config.target_modules, names = {*(config.target_modules or ()), *linears}, own_names_of(model)
     if names.is_part and config.exclude_modules and not isinstance(config.exclude_modules, str):
         trained = [names.trained(name) for name in config.exclude_modules]
         config.exclude_modules = [name for name in trained if name is not None] or None

@@ -1,5 +1,6 @@
 """An adapter's folder as peft saved it, made fit to be handed on."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name
 CARD = "README.md"
+PARAMETER = ".weight"  # behind the name of a linear module that is named among `target_parameters`
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,9 @@ def name_base(folder: Path, base: BaseName) -> None:
     (folder / CARD).unlink(missing_ok=True)
     named = {"base_model_name_or_path": base.source, "revision": base.revision}
     write_json(folder / CONFIG, {**read_json(folder / CONFIG), **named})
+
+
+def split_parameters(named: Collection[str] | None) -> tuple[set[str], list[str]]:
+    """Of a saved adapter's `target_parameters` the linear modules, by the last parts of their names, and the rest."""
+    linear = {name for name in named or () if name.endswith(PARAMETER)}
+    return {name.removesuffix(PARAMETER).rpartition(".")[2] for name in linear}, sorted(set(named or ()) - linear)

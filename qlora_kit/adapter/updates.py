@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter.expert_updates import StackFactors, finite_factor
-from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS
+from qlora_kit.adapter.saved import CONFIG, PREFIX, WEIGHTS, split_parameters
 from qlora_kit.core.errors import DamagedFileError, RunError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.patterns import matched, whole_or_end
@@ -196,7 +196,8 @@ def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[st
 
 def _stack_holders(config: Mapping[str, Any]) -> set[str]:
     """The ends of the names of the modules whose experts carry factors."""
-    return {str(name).rpartition(".")[0] for name in config.get("target_parameters") or []}
+    _, stacks = split_parameters([str(name) for name in config.get("target_parameters") or []])
+    return {name.rpartition(".")[0] for name in stacks}
 
 
 def _ends_in(module: str, ends: set[str]) -> bool:

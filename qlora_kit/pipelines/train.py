@@ -153,9 +153,11 @@ def _save_adapter(
 ) -> None:
     """Save what was trained with its tokenizer and card, and note what the files are."""
     with staged_directory(run.adapter) as folder:
-        save_adapter(model, folder)
+        told = save_adapter(model, folder, str(read_config(base.folder).get("model_type", "")))
+        if told:
+            log.info(f"adapter: {told}")
         name_base(folder, base.name)
-        write_adapter_card(folder, name, base)
+        write_adapter_card(folder, name, base, told)
         tokenizer.save_pretrained(folder)
         sync_folder(folder)
     note_adapter(run)

@@ -11,16 +11,17 @@ from qlora_kit.export.serving.model_card import front_matter
 from qlora_kit.runs.base import Base
 
 
-def write_adapter_card(folder: Path, name: str, base: Base) -> None:
+def write_adapter_card(folder: Path, name: str, base: Base, told: str = "") -> None:
     """Write the card into an adapter's folder; no path of the machine is in it.
 
     Args:
         name: of the run.
+        told: what a reader makes of it; empty for nothing.
     """
-    write_text(folder / CARD, adapter_card(name, base))
+    write_text(folder / CARD, adapter_card(name, base, told))
 
 
-def adapter_card(name: str, base: Base) -> str:
+def adapter_card(name: str, base: Base, told: str = "") -> str:
     """The card's text."""
     license = read_license(base.folder)
     head = front_matter(
@@ -43,6 +44,7 @@ def adapter_card(name: str, base: Base) -> str:
         "",
         f"A LoRA adapter for {plain(base.shown)}{at}, trained with qlora-kit {__version__}.",
         "It needs that base beside it; `qlora-kit export` merges both and writes files to serve.",
+        *([f"{told[:1].upper()}{told[1:]}."] if told else []),
         "",
         f"License of the base: {plain(license.shown)}.",
     ]

@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qlora_kit.adapter.saved import CONFIG
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.files import read_json
 from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.export.serving.markdown import code
@@ -88,11 +90,12 @@ class Adapter(_Alone):
         return adapter_problems(folder)
 
     def serving_note(self, facts: ServingFacts) -> str:
-        """Where the lines look for the base; a hub's name is found by itself."""
+        """Where the lines look for the base, and what peft alone makes of it; a hub's name is found by itself."""
+        told = _told_of_peft(facts)
         if facts.base.hub_id:
-            return ""
+            return told
         shown = code(facts.base.shown)
-        return f" vLLM and SGLang look for the base's folder, {shown}, here too: put it here, or change its path."
+        return f" vLLM and SGLang look for the base's folder, {shown}, here too: put it here, or change its path.{told}"
 
 
 class GgufAdapter(_Alone):
@@ -134,6 +137,16 @@ class GgufAdapter(_Alone):
         from qlora_kit.formats.gguf.modelfile import write_modelfile
 
         return [write_modelfile(folder, facts, base="./base.gguf")]
+
+
+def _told_of_peft(facts: ServingFacts) -> str:
+    from qlora_kit.adapter.plain_peft import told_of_plain_peft
+
+    if facts.run is None:
+        return ""
+    kind = str(read_json(facts.base.folder / "config.json").get("model_type", ""))
+    told = told_of_plain_peft(read_json(facts.run.adapter / CONFIG), kind)
+    return f" {told[0].upper()}{told[1:]}." if told else ""
 
 
 def _no_base() -> RecipeError:

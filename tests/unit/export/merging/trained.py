@@ -56,7 +56,7 @@ def draw_adapter(base: Path, folder: Path, lora: LoraConfig, quant: QuantConfig 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float() + 0.02 * torch.randn(parameter.shape)
-    save_adapter(model, folder)
+    save_adapter(model, folder, json.loads((base / "config.json").read_text())["model_type"])
     return folder
 
 
