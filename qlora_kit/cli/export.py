@@ -24,10 +24,12 @@ def run(arguments: list[str]) -> int:
         print(run_verb_help("export", SUMMARY, EXAMPLES))
         return EXIT_OK
     refuse_several_processes(shell_line(["qlora-kit", "export", *arguments]), "an export")
+    from qlora_kit.runs.wished import with_wished_exports
     from qlora_kit.schema.check_exported import check_exported
     from qlora_kit.schema.compose import compose_recipe
 
-    composed = compose_recipe("export", line.overrides)
+    overrides = with_wished_exports(line.overrides, line.value("run"))
+    composed = compose_recipe("export", overrides)
     recipe = composed.recipe
     option = composed.choices.get("data", "None")
     if found := check_exported(recipe, None if option == "None" else option):
@@ -38,7 +40,7 @@ def run(arguments: list[str]) -> int:
     from qlora_kit.runs.open import open_to_export
 
     recipe = with_unpacked_base(recipe)
-    opened = open_to_export(recipe, line.overrides, partial(refuse_unfit, export=recipe.export))
+    opened = open_to_export(recipe, overrides, partial(refuse_unfit, export=recipe.export))
 
     from qlora_kit.pipelines.export import export  # behind the checks: it takes seconds to import
 

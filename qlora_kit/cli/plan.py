@@ -2,6 +2,7 @@
 
 from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_OK
+from qlora_kit.schema.check_wished import EXPORTS
 
 HELP = """usage: qlora-kit plan [group=option] [path=value]
 
@@ -20,9 +21,10 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     from qlora_kit.core.console.safe import SafeConsole
     from qlora_kit.pipelines.plan import known_base, known_rows, plan
-    from qlora_kit.schema.compose import compose_unchecked
+    from qlora_kit.schema.compose import training_unchecked
 
-    recipe = compose_unchecked("train", line.overrides)
-    base = known_base(recipe)
+    composed = training_unchecked(line.overrides)
+    recipe = composed.recipe
+    base = known_base(recipe, composed.origins[EXPORTS])
     SafeConsole().print(plan(recipe, base, known_rows(recipe)))
     return EXIT_OK

@@ -10,6 +10,7 @@ from qlora_kit.core.console.lines import show
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.core.files import write_text
 from qlora_kit.core.shell import shell_line
+from qlora_kit.schema.check_wished import EXPORTS
 from qlora_kit.schema.folders import VERB_CONFIGS, groups, recipe_file, recipe_folders, user_recipes
 
 
@@ -70,7 +71,11 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
         show(composed_yaml(verb, overrides).rstrip())
     else:
         if verb == "train":
-            check_train(compose_recipe("train", overrides))
+            composed = compose_recipe("train", overrides)
+            if (recipe := check_train(composed)).exports:
+                from qlora_kit.formats.wished import refuse_wishes
+
+                refuse_wishes(recipe, composed.origins[EXPORTS])
         else:
             compose_recipe(verb, overrides)
         show("valid")

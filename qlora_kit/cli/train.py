@@ -8,6 +8,7 @@ from qlora_kit.core.lock import hold
 from qlora_kit.core.secrets import masked
 from qlora_kit.core.shell import override, shell_line
 from qlora_kit.runs.directory import RunDirectory, find_run, new_run
+from qlora_kit.schema.check_wished import EXPORTS
 
 EXAMPLES = [
     "qlora-kit train experiment=smollm2_135m_home_commands_cpu",
@@ -39,7 +40,12 @@ def _once(line: Line) -> int:
     from qlora_kit.training.preflight import check_train
 
     overrides = named(line)
-    recipe = check_train(compose_recipe("train", overrides))
+    composed = compose_recipe("train", overrides)
+    recipe = check_train(composed)
+    if recipe.exports:
+        from qlora_kit.formats.wished import refuse_wishes
+
+        refuse_wishes(recipe, composed.origins[EXPORTS])
     reach_services(recipe.tracker)
 
     from qlora_kit.pipelines.train import train

@@ -98,6 +98,13 @@ def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any]
     return Checked(problems, {name: found for name, found in unquantized.items() if found is not None})
 
 
+def problems_by_name(
+    form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None
+) -> dict[str, list[Problem]]:
+    """What speaks against each file of a recipe, budgets of bits aside."""
+    return {one.name: list(_problems_of(form, one, adapter or {})) for one in requested(export)}
+
+
 def infeasible_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
     """What is wrong with the budgets of bits of an export of this base.
 

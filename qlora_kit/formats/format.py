@@ -32,6 +32,8 @@ class Format(ABC, Generic[Target]):
 
     name: ClassVar[str]
     """As manifests and cards have it."""
+    usual: ClassVar[str] = ""
+    """The option of the recipe group `export` that it is mostly written as; empty where it is no usual choice."""
     group: ClassVar[str]
     """The field of `ExportConfig` that holds its targets."""
     order: ClassVar[int]

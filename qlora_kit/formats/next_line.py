@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_kit.core.errors import KitError
-from qlora_kit.core.shell import override, shell_line
+from qlora_kit.core.shell import hydra_value, override, shell_line
 from qlora_kit.export.manifest import read_manifest
 from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.registry import find_format
@@ -14,8 +14,15 @@ from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.schema.compose import compose_recipe, load_recipe
 
 
-def line_to_export(run: RunDirectory, base_folder: Path) -> str:
-    """The line that exports a run: for llama.cpp where its family and this installation can, else as merged weights."""
+def line_to_export(run: RunDirectory, base_folder: Path, wished: Sequence[str] = ()) -> str:
+    """The line that exports a run: for llama.cpp where its family and this installation can, else as merged weights.
+
+    Args:
+        wished: what its recipe says that it is to become, which was checked before it was trained.
+    """
+    if wished:
+        option = wished[0] if len(wished) == 1 else hydra_value(list(wished))
+        return shell_line(["qlora-kit", "export", override("run", run.path), f"export={option}"])
     words = [override("run", run.path), "export=gguf_q4_k_m"]
     try:
         recipe = compose_recipe("export", words).recipe
@@ -49,7 +56,8 @@ def line_to_export_best(sweep: Path) -> str:
         return ""
     run = RunDirectory(best)
     try:
-        base_folder = locate_base(load_recipe("train", run.recipe).model)
+        recipe = load_recipe("train", run.recipe)
+        base_folder = locate_base(recipe.model)
     except KitError:
         return ""
-    return line_to_export(run, base_folder)
+    return line_to_export(run, base_folder, recipe.exports)

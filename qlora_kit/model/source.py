@@ -90,22 +90,28 @@ def check_source(config: ModelConfig) -> None:
         _is_on_hub(config)
 
 
-def refuse_other_kinds(config: ModelConfig) -> None:
+def refuse_other_kinds(config: ModelConfig) -> Path | None:
     """Refuse a model that is no text decoder by its config.json alone; of a hub repository nothing else is fetched.
+
+    Returns:
+        The folder of that file, where there is one.
 
     Raises:
         RecipeError: it has an encoder, or sizes that no model has.
         DamagedFileError: its config.json is no JSON object.
     """
     if config.source == DEMO:
-        return
+        return None
     folder = typed_path(config.source)
     if not folder.is_dir():
         if _looks_like_a_path(config.source):
-            return  # locate_base says what is wrong with it
+            return None  # locate_base says what is wrong with it
         folder = _fetch(pinned(config), CONFIG_FILES)
-    if (folder / CONFIG).is_file() and (problems := list(kind_problems(config.source, read_config(folder)))):
+    if not (folder / CONFIG).is_file():
+        return None
+    if problems := list(kind_problems(config.source, read_config(folder))):
         raise RecipeError(problems)
+    return folder
 
 
 def locate_tokenizer(config: ModelConfig) -> Path:

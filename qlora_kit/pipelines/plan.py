@@ -21,6 +21,7 @@ from qlora_kit.model.demo import demo_place
 from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
 from qlora_kit.schema.check_data import missing_files
+from qlora_kit.schema.check_wished import EXPORTS, wrong_exports
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
@@ -32,20 +33,30 @@ ROWS_AT_ONCE = 1000
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
 
 
-def known_base(recipe: TrainRecipe) -> KnownBase:
-    """The sizes of the recipe's base, from its config.json or the recipe.
+def known_base(recipe: TrainRecipe, exports_set_in: str = EXPORTS) -> KnownBase:
+    """The sizes of the recipe's base, from its config.json or the recipe, and what is to be told of it.
+
+    Args:
+        exports_set_in: where the recipe's exports were named.
 
     Raises:
         RecipeError: neither is there, or training would refuse this base.
     """
     folder = _base_folder(recipe)
     if (folder / "config.json").is_file():
+        from qlora_kit.formats.wished import outlook
         from qlora_kit.training.reach import reach_of
 
         reach = reach_of(recipe, folder)
-        return replace(KnownBase.in_folder(folder, reach.counted, reach.kept), notes=tuple(reach.lines()))
+        found = outlook(recipe, folder, exports_set_in)
+        notes = (*reach.lines(), *found.lines, *([f"warning: {found.warning}"] if found.warning else []))
+        return replace(KnownBase.in_folder(folder, reach.counted, reach.kept), notes=notes)
+    if issues := list(wrong_exports(recipe)):
+        raise RecipeError([Problem(issue.what, exports_set_in, issue.fix) for issue in issues])
     if recipe.model.shape is not None:
-        return KnownBase.of_shape(recipe.model.shape, recipe)
+        unchecked = f"{EXPORTS} are not checked: the base's files are not at hand" if recipe.exports else ""
+        known = KnownBase.of_shape(recipe.model.shape, recipe)
+        return replace(known, notes=(*known.notes, unchecked)) if unchecked else known
     raise RecipeError(
         f"the sizes of {recipe.model.source} are not at hand",
         "model.source",

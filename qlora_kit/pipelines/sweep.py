@@ -13,12 +13,14 @@ from qlora_kit.core.errors import EXIT_OK, EXIT_RUN_FAILED, Problem, RecipeError
 from qlora_kit.core.files import read_json, write_json, write_text
 from qlora_kit.core.lock import hold
 from qlora_kit.core.overrides import write_overrides
+from qlora_kit.formats.wished import refuse_wishes
 from qlora_kit.model.source import pinned
 from qlora_kit.report.table import print_table
 from qlora_kit.runs.as_written import note_recipe
 from qlora_kit.runs.best_job import SWEEP_RECORD
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.job_process import SweepStop, run_process
+from qlora_kit.schema.check_wished import EXPORTS
 from qlora_kit.schema.compose import compose_recipe, recipe_yaml, sweep_jobs
 from qlora_kit.schema.data import HOLD_OUT
 from qlora_kit.schema.recipe_text import read_recipe_text
@@ -75,7 +77,9 @@ def check_jobs(overrides: list[str]) -> list[TrainRecipe]:
     recipes, problems = [], dict[str, Problem]()
     for job in sweep_jobs(overrides):
         try:
-            recipes.append(check_train(compose_recipe("train", job)))
+            composed = compose_recipe("train", job)
+            recipes.append(check_train(composed))
+            refuse_wishes(recipes[-1], composed.origins[EXPORTS])
         except RecipeError as error:
             problems |= {str(problem): problem for problem in error.problems}
     if problems:

@@ -24,6 +24,7 @@ from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.export.serving.adapter_card import write_adapter_card
 from qlora_kit.formats.next_line import line_to_export
+from qlora_kit.formats.wished import Outlook, outlook
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.model.device import idle_gpus, peak_memory_bytes
 from qlora_kit.model.kind import read_config
@@ -91,10 +92,13 @@ def _train(
     """The result, and the folder of the base."""
     quiet_libraries()
     recipe = replace(recipe, model=pinned(recipe.model))
-    refuse_other_kinds(recipe.model)
+    settings = refuse_other_kinds(recipe.model)
+    if settings is not None and recipe.exports and not any(settings.glob("*.safetensors")):
+        outlook(recipe, settings)  # before the weights are fetched
     base_folder = locate_base(recipe.model)
     refuse_other_base(run, base_folder, is_trained=False)
     reach = reach_of(recipe, base_folder)
+    to_come = outlook(recipe, base_folder)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
     data = rows_of(recipe, run, base_folder, tokenizer)
     packing = packing_of(recipe.data, data)
@@ -122,7 +126,7 @@ def _train(
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):
         with base_fits(recipe, run):
-            model = _adapted_base(recipe, base_folder, reach, len(data.train))
+            model = _adapted_base(recipe, base_folder, reach, to_come, len(data.train))
         callback = MetricsCallback(
             tracker, stop, tokens_before, _last(run.metrics, "seconds"), recipe.trainer.keep_checkpoints
         )
@@ -186,12 +190,14 @@ def planned_memory(
         return None
 
 
-def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, rows: int) -> PeftModel:
+def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, to_come: Outlook, rows: int) -> PeftModel:
     set_seed(recipe.trainer.seed)
     if others := idle_gpus():
         log.info(f"training on the first GPU; {others} more can be seen and stay idle (CUDA_VISIBLE_DEVICES chooses)")
-    for line in reach.lines():
+    for line in (*reach.lines(), *to_come.lines):
         log.info(line)
+    if to_come.warning:
+        log.warning(to_come.warning)
     log.info(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
     base = load_base(base_folder, recipe.quant, recipe.model.attention)
     config = read_config(base_folder)
@@ -249,6 +255,6 @@ def _tell(result: TrainResult, recipe: TrainRecipe, run: RunDirectory, base_fold
     speed = counted(round(result.tokens_per_second), "token/s", "tokens/s")
     log.info(f"{speed}, peak {device} {human_bytes(result.peak_memory_bytes)}")
     log.info(f"done: {run.path}")
-    log.info(f"next: {line_to_export(run, base_folder)}")
+    log.info(f"next: {line_to_export(run, base_folder, recipe.exports)}")
     for warning in result.warnings:
         log.warning(f"{warning}\n  try      {less_learning(recipe, run)}")

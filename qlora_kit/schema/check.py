@@ -12,6 +12,7 @@ from qlora_kit.schema.amount import parse_amount
 from qlora_kit.schema.bounds import out_of_bounds
 from qlora_kit.schema.budget import check_budgets
 from qlora_kit.schema.check_data import check_data
+from qlora_kit.schema.check_wished import wrong_exports
 from qlora_kit.schema.engine import Compute, EngineMode
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.export import ExportConfig
@@ -37,7 +38,7 @@ def check(recipe: Sealed) -> list[Issue]:
     found = list(_bounds(recipe))
     rules: list[Callable[[], Iterator[Issue]]] = []
     if isinstance(recipe, TrainRecipe):
-        parts = (_name, _model, _lora, check_data, _optim, _engine, _device, _tracking)
+        parts = (_name, _model, _lora, check_data, _optim, _engine, _device, _tracking, wrong_exports)
         rules = [lambda rule=rule: rule(recipe) for rule in parts]  # type: ignore[misc]  # mypy cannot infer the default argument
     elif isinstance(recipe, ExportRecipe):
         rules = [lambda: _export(recipe.export)]

@@ -120,6 +120,15 @@ def compose_unchecked(verb: str, overrides: list[str]) -> Sealed:
     return _compose(verb, overrides).recipe
 
 
+def training_unchecked(overrides: list[str]) -> Composed[TrainRecipe]:
+    """The same of a training recipe, with where each value was set.
+
+    Raises:
+        RecipeError: a key, an option or a type is wrong.
+    """
+    return cast("Composed[TrainRecipe]", _compose("train", overrides))
+
+
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     """The override lists of a grid; at most `MOST_SWEEP_JOBS_CHECKED`, without ranges a sweeper has to sample."""
     choices: list[list[str]] = []

@@ -1,13 +1,16 @@
 """What is wrong with a word of the command line that names no field or no option, with the nearest right one."""
 
+from collections.abc import Callable
+
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.terminal import printable
 from qlora_kit.schema import walk
+from qlora_kit.schema.check_wished import EXPORTS, line_of_exports
 from qlora_kit.schema.field import Sealed
 from qlora_kit.schema.folders import groups
 from qlora_kit.schema.hydra_words import hydra_problem
 from qlora_kit.schema.meant import beside, meant, nearest_option
-from qlora_kit.schema.root import RECIPE_OF_VERB
+from qlora_kit.schema.root import RECIPE_OF_VERB, TrainRecipe
 from qlora_kit.schema.trust import unsafe_references
 from qlora_kit.schema.value_problems import GROUPS_OF_SEVERAL, several_values
 from qlora_kit.schema.words import Word
@@ -22,7 +25,7 @@ def override_problem(root: type[Sealed], word: Word) -> Problem | None:
     if key.split(".")[0].split("/")[0] == "hydra":
         return hydra_problem(word)
     if key in groups():
-        return _option_problem(key, word) or (several_values(root, word) if override.is_sweep_override() else None)
+        return _group_problem(root, word)
     if override.is_delete():
         return Problem(
             f"'{printable(word.typed)}' deletes a field; a recipe keeps all of its fields", line, f"{key}=<value>"
@@ -39,6 +42,29 @@ def override_problem(root: type[Sealed], word: Word) -> Problem | None:
     elif not found.name:
         what += f"\n  known    {', '.join(beside(root, key))}"
     return Problem(what, line, found.line or help_line(root))
+
+
+def _group_problem(root: type[Sealed], word: Word) -> Problem | None:
+    key, override = word.override.key_or_group, word.override
+    if key not in walk.fields_of(root) and any(map(_has(key), RECIPE_OF_VERB.values())):
+        return _of_another_verb(root, word)
+    return _option_problem(key, word) or (several_values(root, word) if override.is_sweep_override() else None)
+
+
+def _has(key: str) -> Callable[[type[Sealed]], bool]:
+    return lambda recipe: key in walk.fields_of(recipe)
+
+
+def _of_another_verb(root: type[Sealed], word: Word) -> Problem:
+    """A group that only the recipe of another verb has; what a training is to become has a field of its own."""
+    key, value = word.override.key_or_group, word.override.value()
+    verbs = [verb for verb, recipe in RECIPE_OF_VERB.items() if _has(key)(recipe)]
+    what = f"the {_verb_of(root)} recipe has no {key}; {key} belongs to qlora-kit {' and '.join(verbs)}"
+    if root is not TrainRecipe or "export" not in verbs:
+        return Problem(what, word.where, help_line(root))
+    wished = [str(option) for option in (value if isinstance(value, list) else [value])]
+    what += f"; what a training is to become is {EXPORTS}, and is checked before it begins"
+    return Problem(what, word.where, line_of_exports(wished))
 
 
 def _option_problem(group: str, word: Word) -> Problem | None:

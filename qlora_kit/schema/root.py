@@ -31,6 +31,11 @@ class TrainRecipe(Sealed):
     engine: EngineConfig = setting(EngineConfig(), "How a step is run.")
     tracker: TrackerConfig = setting(TrackerConfig(), "Where metrics go.")
     sweep: SweepConfig = setting(SweepConfig(), "Ranking and placement of multirun jobs.")
+    exports: list[str] = setting(
+        [],
+        "What the run is to become: options of the group export, such as gguf_q4_k_m. Checked against the base before "
+        "training, and what `qlora-kit export` writes unless told otherwise.",
+    )
 
 
 @dataclass

@@ -115,6 +115,8 @@ def first_line(error: Exception) -> str:
 def _example(tree: DictConfig, path: str, declared: Any, given: object) -> str:
     if isinstance(declared, EnumMeta) and (near := nearest(str(given), list(declared.__members__))):
         return f"{path}={near}"
+    if declared == list[str] and isinstance(given, str):
+        return shell_line([f"{path}={hydra_value([given])}"])
     try:
         value = OmegaConf.select(tree, path)
     except VALUE_ERRORS:  # a reference set before to a value that does not fit

@@ -72,6 +72,7 @@ class Adapter(_Alone):
     """peft's form, for Python servers."""
 
     name = "adapter"
+    usual = "adapter_peft"
     form = AdapterFormat.peft
     reader = "peft"
     hub = Hub("peft", "adapter", ("lora",))

@@ -31,6 +31,7 @@ class Awq(Format[AwqTarget]):
     """AWQ in the layout GEMM."""
 
     name = "awq"
+    usual = "awq_4bit"
     group = "awq"
     order = 6
     is_calibrated = True
@@ -108,6 +109,7 @@ class AwqGemv(Awq):
     """AWQ in the layout GEMV, which no server reads."""
 
     name = "awq_gemv"
+    usual = ""
     layout = AwqLayout.gemv
     reader = "transformers with gptqmodel, without a GPU its gemm twin"
     servers = (transformers(*READER_PACKAGES),)

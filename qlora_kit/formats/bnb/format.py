@@ -25,6 +25,7 @@ class Bnb(Format[BnbTarget]):
     """bitsandbytes."""
 
     name = "bnb"
+    usual = "bnb_nf4"
     group = "bnb"
     order = 2
     is_made_by_layer = True

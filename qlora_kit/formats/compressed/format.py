@@ -25,6 +25,7 @@ class Compressed(Format[CompressedTarget]):
     """compressed-tensors."""
 
     name = "compressed"
+    usual = "w8a16"
     group = "compressed"
     order = 4
     is_made_by_layer = maps_names = True

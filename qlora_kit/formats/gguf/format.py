@@ -32,6 +32,7 @@ class Gguf(Format[GgufTarget]):
     """GGUF."""
 
     name = "gguf"
+    usual = "gguf_q4_k_m"
     group = "gguf"
     order = 3
     reader = "llama.cpp"

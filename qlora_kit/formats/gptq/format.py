@@ -33,6 +33,7 @@ class Gptq(Format[GptqTarget]):
     """GPTQ."""
 
     name = "gptq"
+    usual = "gptq_4bit"
     group = "gptq"
     order = 5
     compiles = "the extra gptq compiles a package while it is installed"

@@ -17,6 +17,7 @@ class Merged(Format[MergedTarget]):
     """A safetensors folder in 16 bit."""
 
     name = "merged"
+    usual = "merged_16bit"
     group = "merged"
     order = 1
     reader = "transformers"

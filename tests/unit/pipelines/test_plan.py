@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import OPTConfig
 
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
@@ -229,3 +230,30 @@ def test_auto_is_no_longer_than_the_context_where_rows_are_not_at_hand(tmp_path)
     planned = TrainRecipe(model=ModelConfig(source=str(folder)), data=DataConfig(max_tokens="auto"))
     context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     assert f"of {context:,} tokens" in " ".join(plan(planned, known_base(planned)).split())
+
+
+def test_a_usual_export_that_the_base_cannot_become_is_told_below_the_plan(tmp_path):
+    OPTConfig(
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=64,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        architectures=["OPTForCausalLM"],
+    ).save_pretrained(tmp_path)
+    planned = TrainRecipe(
+        model=ModelConfig(source=str(tmp_path)), data=DataConfig(train_file=None, max_tokens=64), exports=[]
+    )
+    assert known_base(planned).notes[-1].startswith("warning: no adapter of this base can be exported as gguf_q4_k_m (")
+    planned.exports = ["merged_16bit"]
+    assert not [note for note in known_base(planned).notes if "export" in note]
+
+
+def test_wishes_for_a_base_that_is_not_at_hand_are_checked_by_their_names_alone():
+    planned = TrainRecipe(
+        model=ModelConfig(source="owner/name", shape=LLAMA_8B), data=DataConfig(max_tokens=64), exports=["w8a16"]
+    )
+    assert plan(planned, known_base(planned)).endswith("\nexports are not checked: the base's files are not at hand")
+    planned.exports = ["w8a17"]
+    with pytest.raises(RecipeError, match="did you mean 'w8a16'"):
+        known_base(planned, "recipes/experiment/mine.yaml")

@@ -5,14 +5,15 @@ import math
 
 import pytest
 
-from qlora_kit.core.errors import RunError
+from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.pipelines import sweep as module
-from qlora_kit.pipelines.sweep import Job, JobRow, at_noted_commit, conclude, note_commits, ranked, run_job
+from qlora_kit.pipelines.sweep import Job, JobRow, at_noted_commit, check_jobs, conclude, note_commits, ranked, run_job
 from qlora_kit.runs.job_process import STOP, SweepStop
 from qlora_kit.schema.compose import recipe_yaml
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.sweep import Direction, SweepConfig
+from tests.tiny_models import build_tiny_model
 
 
 @pytest.fixture
@@ -154,3 +155,15 @@ def test_the_end_ranks_jobs_by_what_differs_and_fails_with_a_job(sweep, capsys):
         ["2", "1", "1.5000", "n=1"],
         ["-", "2", "failed", "n=2", "no", "rows"],
     ]
+
+
+@pytest.mark.slow
+def test_a_job_whose_wish_its_base_cannot_become_is_found_before_any_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.schema.check.is_present", lambda module: True)
+    base = build_tiny_model("llama", tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    line = [f"model.source={base}", "data=rows", f"data.train_file={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
+    assert len(check_jobs([*line, "exports=[gptq_4bit],[merged_16bit]", "data.eval_rows=1"])) == 2
+    with pytest.raises(RecipeError, match=r"name adapter_gguf, which cannot be written: .*DoRA") as found:
+        check_jobs([*line, "exports=[adapter_gguf],[merged_16bit]", "lora.use_dora=true,false", "data.eval_rows=1"])
+    assert len(found.value.problems) == 1

@@ -14,10 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
+from transformers import OPTConfig
 
 from qlora_kit.core.errors import RecipeError, RunError
+from qlora_kit.core.extras import is_present
+from qlora_kit.core.shell import hydra_text
 from qlora_kit.engine.layer.fast import FastLayer
 from qlora_kit.formats.next_line import line_to_export
+from qlora_kit.model.source import CONFIG_FILES
 from qlora_kit.pipelines.train import _tell, train
 from qlora_kit.runs.directory import RunDirectory
 from qlora_kit.runs.open import open_run
@@ -246,6 +250,25 @@ def test_the_commit_that_was_found_is_what_a_run_stays_at(workshop, tmp_path, mo
     assert set(fetched) == {("owner/name", "1" * 40)}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not is_present("gguf"), reason="the wish needs the extra gguf")
+def test_an_export_that_the_base_cannot_become_is_refused_before_its_weights_are_fetched(
+    workshop, tmp_path, monkeypatch
+):
+    fetched = []
+    config = OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=64, num_attention_heads=4, num_hidden_layers=1)
+    config.architectures = ["OPTForCausalLM"]
+    config.save_pretrained(tmp_path / "settings")
+    monkeypatch.setattr(
+        "qlora_kit.model.source._snapshot", lambda name, revision, files: fetched.append(files) or tmp_path / "settings"
+    )
+    recipe = recipe_for(workshop)
+    recipe.model.source, recipe.model.revision, recipe.exports = "owner/name", "1" * 40, ["gguf_q4_k_m"]
+    with pytest.raises(RecipeError, match="gguf_q4_k_m, which cannot be written"):
+        train(recipe, RunDirectory(tmp_path / "run"), [])
+    assert fetched == [CONFIG_FILES]
+
+
 def command_in(line):
     """The recipe of a printed command line."""
     program, verb, *words = shlex.split(line)
@@ -411,3 +434,9 @@ def test_the_end_names_the_line_that_comes_next(workshop, tmp_path, capsys):
     *_, done, following = capsys.readouterr().err.splitlines()
     assert done == f"done: {run.path}"
     assert following == f"next: {line_to_export(run, workshop / 'base')}"
+    recipe = recipe_for(workshop)
+    recipe.exports = ["merged_16bit", "gptq_4bit"]
+    _tell(result, recipe, run, workshop / "base")
+    following = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    words = [f"run={hydra_text(str(run.path))}", "export=[merged_16bit,gptq_4bit]"]
+    assert following == ["next:", "qlora-kit", "export", *words]

@@ -30,3 +30,12 @@ def test_a_choice_like_no_other_and_a_wrong_type_are_answered_with_the_value_tha
     first, second = problems("data.batching=xyz", "lora.r=many")
     assert first.fix == "data.batching=padded"
     assert (second.fix, second.what) == ("lora.r=16", "lora.r cannot be 'many': it is int")
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [("exports=awq_4bit", "'exports=[awq_4bit]'"), ("lora.targets=attention", "'lora.targets=[attention]'")],
+)
+def test_a_word_where_a_list_stands_is_put_in_brackets(given, fix):
+    (problem,) = problems(given)
+    assert problem.fix == fix
