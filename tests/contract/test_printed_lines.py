@@ -100,6 +100,8 @@ def check_kit(words):
     if verb == "report" or not overrides:
         return "composed", "" if not overrides else f"report takes no {overrides}"
     recipe = RECIPE_OF[verb]
+    if recipe == "export" and not keyed(overrides) & {"base", "export"}:
+        overrides.append("export=gguf_q4_k_m")  # as the recipe of the run names it
     jobs = sweep_jobs(overrides) if "-m" in rest else [overrides]
     try:
         for job in jobs:
