@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter.attach import adapts_experts, peft_config
+from qlora_kit.adapter.attach import peft_config
 from qlora_kit.adapter.expert_lora import short_names
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import typed_path
@@ -155,7 +155,7 @@ def settings_to_come(folder: Path, lora: LoraConfig) -> Mapping[str, Any]:
     """What adapter_config.json will say of an adapter that is trained on the base of a folder."""
     model = skeleton(folder)
     config = peft_config(model, lora, not_adapted(model))
-    stacks = experts_of(model).items() if adapts_experts(lora) else ()
+    stacks = experts_of(model).items() if lora.adapts_experts else ()
     config.target_parameters = short_names(f"{name}.{one}" for name, held in stacks for one in stacked_names(held))
     settings: Mapping[str, Any] = config.to_dict()
     return settings
