@@ -81,8 +81,9 @@ class _Base:
             install = next((one.fix for one in error.problems if one.fix.startswith("pip ")), "")
             return _Refusal(_told(error.problems), install)
         try:
-            refuse_group_sizes(self.folder, export)
             problems = check_form(self.form, export, self.adapter).problems
+            if all(problem.fix != ELSEWHERE for problem in problems):  # else no group size would help
+                refuse_group_sizes(self.folder, export)
             problems = problems or infeasible_budgets(self.folder, export)
         except RecipeError as error:
             problems = list(error.problems)
