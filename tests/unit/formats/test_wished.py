@@ -75,7 +75,7 @@ def mended(wished: TrainRecipe, error: RecipeError) -> TrainRecipe:
 CASES = [
     ("opt", ["gguf_q8_0", "gptq_4bit"], "gguf_q8_0", "no GGUF export for the architecture OPT", ["gptq_4bit"]),
     ("moe", ["bnb_nf4"], "bnb_nf4", "so this family's experts would stay in 16 bit", ["merged_16bit"]),
-    ("moe", ["fp8_block", "w8a16"], "fp8_block", "experts lie in one parameter", ["w8a16"]),
+    ("moe", ["fp8_block", "w8a16"], "fp8_block", "which do not fill", ["w8a16"]),
     ("narrow", ["gptq_4bit"], "gptq_4bit", "group_size=128 does not divide in_features=192", ["gptq_4bit_g64"]),
 ]
 
