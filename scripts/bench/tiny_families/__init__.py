@@ -1,0 +1,1 @@
+"""Tiny random checkpoints of many families, taken through the command line."""
