@@ -44,7 +44,8 @@ def run(name: str, work: Path) -> int:
 
     base = work / "models" / name
     architecture = build(name, base)
-    row = {"architecture": architecture, **row_of(base, work / "rows.jsonl", work / "runs" / name)}
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
+    row = {"architecture": architecture, "model_type": kind, **row_of(base, work / "rows.jsonl", work / "runs" / name)}
     write(work / "rows" / f"{name}.json", row)
     return 0
 

@@ -23,11 +23,12 @@ EXPORTS = (
 TRAININGS = {"train": ["engine=plain"], "fast": ["engine=fast"], "packed": ["data.batching=packed"]}
 REFUSED = 2  # exit code of a line that is refused before a weight is loaded
 _BARE = re.compile(r"^\w*(Error|Exception): ")  # of Python or a library, in front of what the kit did not foresee
+_ENGINE = re.compile(r"^engine: fast|\bruns? plain\b")
 _WISH = re.compile(r"the exports of this run name (\w+), which cannot be written: (.*)")
 
 
 def row_of(base: Path, rows: Path, work: Path) -> dict[str, Any]:
-    """The row of one checkpoint.
+    """The row of one checkpoint: what happened by verb and file, and what the fast engine said of itself.
 
     Args:
         base: folder of the checkpoint.
@@ -49,9 +50,7 @@ def row_of(base: Path, rows: Path, work: Path) -> dict[str, Any]:
         done = kit(["train", *common, *words, *own, f"name={name}"], work / f"{name}.log")
         row[name] = _cell(done)
         if name == "fast" and done.exit == 0:
-            row["engine"] = next(
-                (line.removeprefix("engine: ") for line in done.lines if line.startswith("engine: ")), ""
-            )
+            row["engine"] = [line for line in done.lines if _ENGINE.search(line)]
         if name != "train":
             shutil.rmtree(work / "outputs" / name, ignore_errors=True)
     exports: dict[str, Any] = {name: {"reason": why, "before_training": True} for name, why in refused.items()}
