@@ -30,6 +30,7 @@ class ModelForm:
         stored: names of the tensors that the folder holds; none where it holds no weights.
         filled_in: those of `blocks` that must have a plain weight, or transformers cannot load them.
         is_renamed: whether the folder has other names for its layers than the model.
+        folder: that holds the weights in 16 or 32 bit, and names them as a merged one will; None where there is none.
         is_part: whether the folder holds more than this language model.
         otherwise: layers and experts that the folder holds in a way of its own, so that no quantizer of layers fits.
     """
@@ -46,6 +47,7 @@ class ModelForm:
     filled_in: tuple[str, ...] = ()
     is_renamed: bool = False
     is_part: bool = False
+    folder: Path | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -105,11 +107,13 @@ def model_form(folder: Path) -> ModelForm | None:
         for name, module in named.items()
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != HEAD and not name.startswith(f"{prefix}.")
     }
+    settings = read_json(folder / "config.json")
     fields = {
         **model.config.get_text_config().to_dict(),
-        "architectures": read_json(folder / "config.json").get("architectures"),
+        "architectures": settings.get("architectures"),
     }
     fields.pop("quantization_config", None)
+    has_weights = any(folder.glob("*.safetensors"))
     return ModelForm(
         config=fields,
         blocks=found.shapes,
@@ -118,7 +122,8 @@ def model_form(folder: Path) -> ModelForm | None:
         modules=frozenset(name.rpartition(".")[2] for name in named),
         kinds=frozenset(type(module).__name__ for module in named.values()),
         head=next((name for name, module in named.items() if module is model.get_output_embeddings()), ""),
-        stored=frozenset(read_weights(folder)) if any(folder.glob("*.safetensors")) else frozenset(),
+        stored=frozenset(read_weights(folder)) if has_weights else frozenset(),
+        folder=folder if has_weights and "quantization_config" not in settings else None,
         otherwise=found.otherwise,
         filled_in=found.filled_in,
         is_part=own_names_of(model).is_part,

@@ -9,7 +9,9 @@ from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
 from qlora_kit.formats.gguf.budget import budget_names
+from qlora_kit.formats.gguf.converter.convert import why_not_converted
 from qlora_kit.formats.gguf.converter.package import find_known
+from qlora_kit.formats.gguf.metadata import read_full_config
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix
 from qlora_kit.formats.gguf.roles import is_quantizable
 from qlora_kit.formats.gguf.tensors import PlannedTensor, named_tensors, typed_tensors
@@ -34,6 +36,8 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
         return
     if is_own:
         yield from _of_tensors(path, target, form)
+    elif why := why_not_converted(form.folder, read_full_config(form.folder)) if form.folder else "":
+        yield Problem(f"this family has no GGUF file: llama.cpp's converter cannot have it: {why}", path, ELSEWHERE)
     else:
         yield from _of_types(path, target)
         yield from _of_budget(path, target, form)

@@ -33,7 +33,7 @@ def convert(job: dict[str, str]) -> None:
 
     Args:
         job: `converter`: folder of the package; `model`: the folder; `architecture`: the converter's name of it;
-            `kind`: BF16, F16 or F32; `out`: the file.
+            `kind`: BF16, F16 or F32; `out`: the file, empty where all is only planned, from the heads of the files.
     """
     import gguf
 
@@ -53,8 +53,12 @@ def convert(job: dict[str, str]) -> None:
     writing.model_tensors = {stored_name(name): tensor for name, tensor in writing.model_tensors.items()}
     # The kit writes the vocabulary: the converter refuses tokenizers that it does not know by name.
     writing.set_vocab = partial(_finish, writing)
-    writing.write()
-    _try(Path(job["out"]))
+    if job["out"]:
+        writing.write()
+        _try(Path(job["out"]))
+    else:
+        writing.prepare_tensors()
+        writing.prepare_metadata(vocab_only=False)
 
 
 def _try(file: Path) -> None:

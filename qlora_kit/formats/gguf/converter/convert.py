@@ -10,8 +10,8 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +98,24 @@ class Conversion:
         return out
 
 
+def why_not_converted(folder: Path, config: ConfigFields) -> str:
+    """Why the converter cannot name or order a folder's tensors, or lacks a setting; empty where it can.
+
+    It plans the file from the heads of the safetensors files, in a process of its own, once for a folder; some seconds.
+
+    Raises:
+        RecipeError: the converter is not installed, or does not know the architecture.
+    """
+    return _planned(folder.resolve(), find_known(config).registered, (folder / "config.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _planned(folder: Path, registered: str, _changed: int) -> str:
+    job = {"converter": str(converter_folder()), "model": str(folder), "architecture": registered}
+    with tempfile.TemporaryDirectory() as room:
+        return _ended(Path(room), {**job, "kind": "BF16", "out": ""}, lambda: None)
+
+
 def _tell_further(names: Iterable[str], config: ConfigFields) -> None:
     """Say that layers behind the last one, which predict further tokens, are left out."""
     layers = {**config, **(config.get("text_config") or {})}.get("num_hidden_layers")
@@ -113,6 +131,20 @@ def _is_from(layer: str, layers: object) -> bool:
 
 def _run(folder: Path, job: dict[str, str], expected: int) -> None:
     """Run the child and show how much of the file is there."""
+    out = Path(job["out"])
+    with bar("llama.cpp's converter", expected, BYTES, after=_SHOWN_AFTER) as shown:
+
+        def show() -> None:
+            written = out.stat().st_size if out.is_file() else 0
+            shown.advance(max(0, min(written, expected) - shown.done))
+
+        reason = _ended(folder, job, show)
+    if reason:
+        raise RunError(f"llama.cpp cannot have this model: {reason}", fix=ELSEWHERE)
+
+
+def _ended(folder: Path, job: dict[str, str], show: Callable[[], None]) -> str:
+    """Run the child in a folder of its own, and show how far it is; what it has against the model, if anything."""
     job_file, result_file, log_file = folder / "job.json", folder / "result.json", folder / "log.txt"
     job_file.write_text(json.dumps(job), "utf-8")
     line = [sys.executable, "-m", "qlora_kit.formats.gguf.converter.child", str(job_file), str(result_file)]
@@ -120,21 +152,16 @@ def _run(folder: Path, job: dict[str, str], expected: int) -> None:
     # The converter would look for a gguf of its own beside it, and libraries for files on a hub.
     environment = {**os.environ, "PYTHONPATH": path, "NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
     environment["GGML_NO_BACKTRACE"] = "1"  # else llama.cpp starts a debugger where it ends the process
-    out = Path(job["out"])
-    with log_file.open("wb") as log, bar("llama.cpp's converter", expected, BYTES, after=_SHOWN_AFTER) as shown:
+    with log_file.open("wb") as log:
         child = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             while child.poll() is None:
                 time.sleep(_ASKED_EVERY)
-                written = out.stat().st_size if out.is_file() else 0
-                shown.advance(max(0, min(written, expected) - shown.done))
+                show()
         finally:
             child.kill()
             child.wait()
-    if child.returncode != 0:
-        raise RunError(
-            f"llama.cpp cannot have this model: {_reason(child.returncode, result_file, log_file)}", fix=ELSEWHERE
-        )
+    return _reason(child.returncode, result_file, log_file) if child.returncode else ""
 
 
 def _reason(code: int, result_file: Path, log_file: Path) -> str:

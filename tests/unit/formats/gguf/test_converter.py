@@ -34,6 +34,7 @@ from transformers import (
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.export.uncalibrated import Uncalibrated
+from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
@@ -46,7 +47,7 @@ from qlora_kit.formats.gguf.tensors import paired_order
 from qlora_kit.formats.gguf.vocabulary import read_vocabulary
 from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
-from qlora_kit.schema.export import GgufTarget
+from qlora_kit.schema.export import ExportConfig, GgufTarget
 from tests.tiny_models import CONVERTED, build_tiny_image_text_model, build_tiny_model
 from tests.tiny_tokenizers import TRAINING_TEXT
 
@@ -242,7 +243,11 @@ def test_a_missing_converter_is_named_with_its_line(monkeypatch: pytest.MonkeyPa
     assert "[gguf]" in str(refused.value)
 
 
-def test_why_the_converter_failed_is_said(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_why_the_converter_fails_is_said_before_anything_is_written(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    wanted = ExportConfig(gguf={"a": GgufTarget(), "b": GgufTarget()})
+    assert check_exports(folder_of("granite"), wanted).problems == []
     folder = copy_of(folder_of("granite"), tmp_path / "odd")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.strange.weight"] = torch.zeros(4, 4, dtype=torch.bfloat16)
@@ -252,6 +257,9 @@ def test_why_the_converter_failed_is_said(folder_of: Callable[[str], Path], tmp_
     assert "Can not map tensor 'model.layers.0.mlp.strange.weight'" in str(failed.value)
     assert "fix      export=merged_16bit" in str(failed.value)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+    first, second = check_exports(folder, wanted).problems
+    assert first.what == second.what and first.fix == "export=merged_16bit"
+    assert "converter cannot have it: ValueError: Can not map tensor 'model.layers.0.mlp.strange" in first.what
 
 
 def test_a_disk_without_room_for_the_model_once_more_is_refused(
