@@ -1,5 +1,6 @@
 """Whether a model's attention takes packed rows, found before there are weights: every linear map gives zeros."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.packed import OWN_TOKENS, enable_packed_attention
+from qlora_kit.model.structure import state_carriers
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
 
@@ -45,21 +47,33 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _give_zeros(model: nn.Module) -> None:
-    """Have linear maps, tables and experts give zeros without looking at a weight, and all else have small zeros."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    """Have linear maps, tables and experts give zeros without looking at a weight, and all else have small zeros.
+
+    So do layers that carry a state: they take rows apart by themselves, and would need gigabytes without their kernels.
+    """
+    carriers = set(state_carriers(model))
+    for name, module in model.named_modules():
+        if name in carriers:
+            vars(module)["forward"] = _same_shape
+        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             vars(module)["forward"] = _Zeros(module.out_features)
         elif isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
             vars(module)["forward"] = _Rows(module.embedding_dim)
         elif _holds_experts(module):
             vars(module)["forward"] = _same_shape
         else:
-            for name, parameter in list(module._parameters.items()):
+            for inner, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape), requires_grad=False)
-            for name, buffer in list(module._buffers.items()):
+                    zeros = _zeros(parameter.shape, torch.float32)
+                    module._parameters[inner] = nn.Parameter(zeros, requires_grad=False)
+            for inner, buffer in list(module._buffers.items()):
                 if buffer is not None:
-                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                    module._buffers[inner] = _zeros(buffer.shape, buffer.dtype)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take the memory of one, since tables are large."""
+    return torch.zeros((), dtype=dtype).expand(list(shape))
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -87,5 +101,6 @@ class _Rows:
         return torch.zeros(*ids.shape, self.width)
 
 
-def _same_shape(hidden: Tensor, *_: object, **__: object) -> Tensor:
+def _same_shape(*places: object, **names: object) -> Tensor:
+    hidden = next(one for one in (*places, *names.values()) if isinstance(one, Tensor))
     return torch.zeros_like(hidden)
