@@ -25,6 +25,18 @@ class Weights(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=draw)))
 
 
+def of_gradients(weights: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of every weight, each of which has one."""
+    found = {name: parameter.grad for name, parameter in weights.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def addresses(weights: torch.nn.Module) -> dict[str, int]:
+    """Where the gradient of every weight lies."""
+    return {name: gradient.data_ptr() for name, gradient in of_gradients(weights).items()}
+
+
 def groups(weights):
     """Two groups, as transformers makes them: norms do not decay."""
     named = dict(weights.named_parameters())

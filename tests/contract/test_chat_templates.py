@@ -1,6 +1,8 @@
 """What is trained of a conversation, written out by hand for every template."""
 # ruff: noqa: RUF001  (DeepSeek writes its tokens with full-width bars)
 
+from typing import Any
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -44,7 +46,7 @@ ALTERNATE = Refused(
     "the chat template refuses this row: Conversation roles must alternate user/assistant/user/assistant/..."
 )
 # Each trained text, and after a bar what closes it; then the thoughts that the template leaves out.
-EXPECTED = {
+EXPECTED: dict[str, dict[str, Any]] = {
     "llama3": {
         "single": (["In Norway.|<|eot_id|>"], 0),
         "multi": (["In Norway.|<|eot_id|>", "In Italy.|<|eot_id|>"], 0),

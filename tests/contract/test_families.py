@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -324,7 +325,7 @@ def test_what_the_machine_lacks_is_not_blamed_on_the_model(error, folder_of):
     ids=["first step", "later", "not finite", "ours"],
 )
 def test_what_ends_the_first_step_is_told_as_a_refusal_of_the_model(step, raised, seen, folder_of):
-    trainer = SimpleNamespace(state=SimpleNamespace(global_step=step))
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=step))
     with pytest.raises(seen), first_step_told(trainer, folder_of("llama"), goes_on=False):
         raise raised
 

@@ -140,6 +140,7 @@ def test_an_experiment_says_what_for_how_much_memory_and_how_to_launch(path):
 def test_an_experiment_composes_and_needs_the_memory_it_says(path, tmp_path):
     recipe = _compose(path, tmp_path)
     assert recipe.model.shape is not None
+    assert isinstance(recipe.data.max_tokens, int)
     tokens = recipe.trainer.batch_size * recipe.data.max_tokens
     gigabytes = forecast(recipe, known_base(recipe), tokens).memory.total / 1e9
     stated = re.search(r"# memory: about ([\d.]+) GB", header(path))

@@ -21,7 +21,7 @@ def packaged_text(group, option):
 
 def assert_set(part, stated):
     """What a file states, read by PyYAML alone, is what the composed part of a recipe has."""
-    part = asdict(part) if is_dataclass(part) else part
+    part = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
     for name, value in stated.items():
         if isinstance(value, dict):
             assert_set(part[name], value)
@@ -53,7 +53,9 @@ def test_every_option_sets_what_its_file_states(group, option):
 @pytest.mark.parametrize("option", groups()["export"])
 def test_every_export_is_one_file_of_its_name_with_what_its_own_file_states(option):
     text = packaged_text("export", option)
-    format_, name = re.search(r"@package export\.(\w+)\.(\w+)", text).groups()
+    stated = re.search(r"@package export\.(\w+)\.(\w+)", text)
+    assert stated is not None
+    format_, name = stated.groups()
     export = compose_unchecked("export", [f"export={option}"]).export
     files = {kind: list(made) for kind, made in asdict(export).items() if made and isinstance(made, dict)}
     assert files == {format_: [name]}

@@ -15,7 +15,7 @@ from qlora_kit.report import run_page_read
 from qlora_kit.report.run_page import run_page
 from qlora_kit.report.run_page_read import read_run
 from qlora_kit.runs.directory import RunDirectory
-from qlora_kit.schema.compose import compose_unchecked, recipe_yaml
+from qlora_kit.schema.compose import compose_unchecked, load_recipe, recipe_yaml
 from qlora_kit.tracking.record import read_known
 from qlora_kit.tracking.tracker import read_metrics, rewind_metrics
 from qlora_kit.training.checkpoint import last_complete
@@ -68,7 +68,7 @@ def run(tmp_path_factory):
     words = ["model=demo", "data=messages", "data.train_file=a.jsonl", "data.max_tokens=256", "name=mine"]
     run.recipe.write_text(recipe_yaml(compose_unchecked("train", words)), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:  # the recipe is not damaged here: composing it once is enough
-        patch.setattr(run_page_read, "load_recipe", cache(run_page_read.load_recipe))
+        patch.setattr(run_page_read, "load_recipe", cache(load_recipe))
         yield run
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 8}
 def entry(draw: random.Random) -> object:
     if draw.random() < 0.15:
         return draw.choice(ODD)
-    fields = {"dtype": draw.choice(DTYPES), "shape": [2, 2], "data_offsets": [0, 16]}
+    fields: dict[str, object] = {"dtype": draw.choice(DTYPES), "shape": [2, 2], "data_offsets": [0, 16]}
     for name in fields:
         if draw.random() < 0.3:
             fields[name] = draw.choice(ODD)
@@ -72,7 +73,7 @@ def header(draw: random.Random) -> bytes:
     return whole[: draw.randrange(len(whole) + 1)] if kind == 4 else whole
 
 
-def settings(draw: random.Random, good: dict[str, object]) -> str:
+def settings(draw: random.Random, good: Mapping[str, object]) -> str:
     kind = draw.randrange(5)
     if kind == 0:
         return json.dumps(draw.choice(ODD))

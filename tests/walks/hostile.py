@@ -7,6 +7,7 @@ import lzma
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.tiny_models import build_tiny_model
@@ -305,8 +306,8 @@ def _templates() -> Iterator[Case]:
             _copied_base(folder)
             (folder / "base" / "chat_template.jinja").write_text(text, encoding="utf-8")
 
-        words = ("train", "data=rows", "model.source=base", *TRAIN[1:])
-        yield Case(f"base-template-{name}", words, inside, is_harmless=True)
+        trained = ("train", "data=rows", "model.source=base", *TRAIN[1:])
+        yield Case(f"base-template-{name}", trained, inside, is_harmless=True)
 
 
 def _copied_base(folder: Path) -> None:
@@ -327,7 +328,7 @@ def _archives() -> Iterator[Case]:
         "list": b"[",
         "brackets": b"[" * 100_000,
     }
-    packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    packers: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
     for kind in ("jsonl", "json", "csv"):
         for head, start in heads.items():
             for suffix in tuple(packers) if (head, kind) == ("line", "jsonl") else ("gz",):
@@ -357,8 +358,8 @@ def _archives() -> Iterator[Case]:
         pq.write_table(table, folder / "rows.parquet", compression="zstd", write_statistics=False)
 
     for kind in ("long_value", "dictionary", "nulls"):
-        words = (*INSPECT, "model.source=../base", "data.train_file=rows.parquet", "data.format=text")
-        yield Case(f"archive-parquet-{kind}", words, lambda folder, kind=kind: parquet(folder, kind))
+        of_text = (*INSPECT, "model.source=../base", "data.train_file=rows.parquet", "data.format=text")
+        yield Case(f"archive-parquet-{kind}", of_text, partial(parquet, kind=kind))
 
 
 def _links() -> Iterator[Case]:

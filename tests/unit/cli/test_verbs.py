@@ -30,7 +30,7 @@ def failing(monkeypatch):
                 return error()
             raise error
 
-        module.run = run
+        vars(module)["run"] = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
         return Verb(module.__name__, "fails")
 

@@ -1,6 +1,7 @@
 """What a run ran on."""
 
 from importlib import metadata
+from typing import Any
 
 from qlora_kit.core.environment import capture_environment, package_versions
 from qlora_kit.core.extras import DISTRIBUTION
@@ -27,7 +28,7 @@ def test_a_folder_without_a_distribution_records_what_it_finds(monkeypatch):
 
 
 def test_devices_and_versions_are_captured():
-    found = capture_environment()
+    found: dict[str, Any] = dict(capture_environment())
     assert found["gpus"] == [] or all(isinstance(name, str) for name in found["gpus"])
     assert found["packages"] == package_versions()
     assert found["torch_threads"] >= 1

@@ -14,9 +14,11 @@ NAMES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(4) for name
 def test_an_expression_takes_whole_names_and_peft_s_the_end_from_a_dot_on() -> None:
     whole, end = "model.*[.]q_proj", whole_or_end("q_proj|1.self_attn.v_proj")
     found = matched([whole, "q_proj", end], NAMES)
-    assert found[whole] == {name for name in NAMES if name.endswith("q_proj")}
+    assert found[whole] == frozenset(name for name in NAMES if name.endswith("q_proj"))
     assert found["q_proj"] == frozenset()
-    assert found[end] == {*(name for name in NAMES if name.endswith("q_proj")), "model.layers.1.self_attn.v_proj"}
+    assert found[end] == frozenset(
+        {*(name for name in NAMES if name.endswith("q_proj")), "model.layers.1.self_attn.v_proj"}
+    )
 
 
 @pytest.mark.parametrize("hostile", ["(.*)*zz", "(a*)*(.*)*zz", r"(\w+\.?)+!", whole_or_end("(.*)*zz")])

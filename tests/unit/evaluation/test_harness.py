@@ -43,13 +43,13 @@ def harness(monkeypatch):
         }
     }
     package = types.ModuleType("lm_eval")
-    package.asked = []
-    package.simple_evaluate = lambda **settings: package.asked.append(settings) or {"results": found}
+    asked = []
+    vars(package).update(asked=asked, simple_evaluate=lambda **settings: asked.append(settings) or {"results": found})
     modules = {"lm_eval": package, "lm_eval.models": types.ModuleType("lm_eval.models")}
     modules["lm_eval.models.huggingface"] = types.ModuleType("lm_eval.models.huggingface")
-    modules["lm_eval.models.huggingface"].HFLM = Wrapper
+    vars(modules["lm_eval.models.huggingface"])["HFLM"] = Wrapper
     modules["lm_eval.tasks"] = types.ModuleType("lm_eval.tasks")
-    modules["lm_eval.tasks"].TaskManager = Manager
+    vars(modules["lm_eval.tasks"])["TaskManager"] = Manager
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.data.tokens import TokenRow
 from qlora_kit.evaluation import perplexity
 from qlora_kit.evaluation.perplexity import text_fit, text_windows
 from qlora_kit.evaluation.torch_scorer import TorchScorer
@@ -118,7 +119,7 @@ def test_perplexity_is_that_of_transformers_loss(tmp_path, stride):
     windows = text_windows(tmp_path / "t", tokenizer, None, 48, stride)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
 
-    total = count = done = 0
+    total, count, done = 0.0, 0, 0
     for begin in range(0, len(ids), stride or 48):
         piece = torch.tensor([ids[begin : begin + 48]])
         labels = piece.clone()
@@ -134,6 +135,7 @@ def test_perplexity_is_that_of_transformers_loss(tmp_path, stride):
     fit = text_fit(TorchScorer(model, 0), windows)
     assert (fit.tokens, fit.windows) == (count, len(windows))
     assert fit.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert fit.interval is not None
     assert fit.interval[0] < fit.perplexity < fit.interval[1]
 
 
@@ -143,5 +145,11 @@ def test_one_window_is_scored_at_a_time():
             assert len(rows) == 1 and ids is None and top_tokens == 1
             return type("Scores", (), {"target": torch.full((len(rows[0].input_ids) - 1,), -math.log(7.0))})
 
-    rows = [perplexity.TokenRow((1, 2, 3), (False, True, True), "t", 1)] * 2
+        def answer(self, *_):
+            raise NotImplementedError
+
+        def close(self):
+            raise NotImplementedError
+
+    rows = [TokenRow((1, 2, 3), (False, True, True), "t", 1)] * 2
     assert text_fit(Watched(), rows).perplexity == pytest.approx(7)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -79,7 +80,7 @@ def test_files_hold_what_was_chosen_and_the_record_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ExportConfig(gguf={"a": GgufTarget()}, gptq={"b": GPTQ}, bits_budget=4.5)
-    written = {}
+    written: dict[str, Any] = {}
     for job in export_jobs(config, ExportSource(folder, folder, BaseName("x"), "mine", ROWS)):
         out = tmp_path / job.name
         out.mkdir()

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_kit.evaluation.judge import Baselines
 from qlora_kit.evaluation.reference import Reference
-from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.evaluation.scores import Fidelity, Scores
 from qlora_kit.formats import far_from_rounding as far
 from qlora_kit.formats.job import ExportJob, settings_of
 from qlora_kit.schema.export import (
@@ -22,6 +23,7 @@ from qlora_kit.schema.export import (
     MergedTarget,
 )
 
+NO_SCORES = Scores(*(torch.zeros(0) for _ in range(5)))
 FIT = Fidelity(2.0, 7.4, 4.4, 9.0, 0.15, 100, mean_kl_interval=(4.0, 4.8))
 
 
@@ -64,7 +66,7 @@ def told(monkeypatch):
         monkeypatch.setattr(far, "score_rounded_twin", score)
         kind = "gguf" if isinstance(target, GgufTarget) else "gptq"
         job = ExportJob(kind, kind, ".", settings_of(target or GptqTarget()), lambda _: None)
-        reference = Reference([], Baselines(None))
+        reference = Reference([], Baselines(NO_SCORES))
         found = [list(far.far_from_rounding(job, fidelity, Path("m"), reference, 0)) for _ in range(times)]
         return found[-1], scored
 

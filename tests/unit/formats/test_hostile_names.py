@@ -79,9 +79,11 @@ def test_a_shell_hands_names_over_as_they_are(name: str, kind: str, stubs: Path,
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_card_shows_names_and_obeys_none(facts: Made, base: Path, tmp_path: Path, name: str) -> None:
     made = facts(name=name, base=Base(f"./{name}", base, name), settings={"mix": name}, faults=(name,))
+    assert made.run is not None
     made.run.data.write_text(made.run.data.read_text().replace("rows.jsonl", "rows.jsonl`<b>"))
     write_model_card(tmp_path, made)
-    assert metadata_load(tmp_path / "README.md")["license"] == "other"
+    metadata = metadata_load(tmp_path / "README.md")
+    assert metadata is not None and metadata["license"] == "other"
     body = (tmp_path / "README.md").read_text("utf-8").removeprefix("---\n").partition("\n---\n")[2]
     html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
     assert set(re.findall(r"<(\w+)", html)) <= TAGS

@@ -28,7 +28,7 @@ def test_the_run_and_a_format_that_its_family_has_are_named(base, tmp_path):
     qlora_kit, verb, *words = shlex.split(line_to_export(run, base))
     assert (qlora_kit, verb) == ("qlora-kit", "export")
     assert parse_line(words).value("run") == str(run.path)
-    assert compose_recipe(verb, words).recipe.run == str(run.path)
+    assert compose_recipe("export", words).recipe.run == str(run.path)
     assert words[1] == "export=gguf_q4_k_m"
 
 

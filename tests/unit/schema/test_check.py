@@ -1,6 +1,7 @@
 """Every issue of the cross-checks: the field it names, what it says, and a line that mends it."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_a_good_recipe_has_no_issue(rows):
     assert found(train(rows, optim=OptimConfig(name=OptimizerName.loraplus, loraplus_ratio=4.0))) == {}
 
 
-TRAIN = {
+TRAIN: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "below": ({"lora": LoraConfig(r=0)}, "lora.r", "lora.r must be at least 1, got 0", "lora.r=1"),
     "above": (
         {"lora": LoraConfig(dropout=2.0)},

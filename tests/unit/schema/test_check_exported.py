@@ -1,5 +1,7 @@
 """What a recipe may not say about what it exports or scores."""
 
+from typing import Any
+
 import pytest
 
 from qlora_kit.schema.check_exported import check_evaluated, check_exported
@@ -42,7 +44,7 @@ def test_rows_for_a_base_pass(tmp_path):
     assert found(option="rows", base="folder", data=data) == {}
 
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "both": (
         {"run": "latest", "base": "b"},
         "base",
@@ -117,5 +119,5 @@ def test_a_run_may_be_given_held_out_rows_later(tmp_path):
 def test_the_lines_that_give_rows_later_compose():
     recipe = compose_recipe("eval", ["run=r", "data.eval_file=rows.jsonl", "data.eval_rows=5"]).recipe
     assert recipe.data == LaterRows("rows.jsonl", 5)
-    recipe = compose_recipe("export", ["run=r", "export=merged_16bit", "data.eval_file=rows.jsonl"]).recipe
-    assert recipe.data == DataConfig(max_tokens=AUTO, eval_file="rows.jsonl")
+    export = compose_recipe("export", ["run=r", "export=merged_16bit", "data.eval_file=rows.jsonl"]).recipe
+    assert export.data == DataConfig(max_tokens=AUTO, eval_file="rows.jsonl")

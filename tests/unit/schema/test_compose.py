@@ -55,7 +55,8 @@ def test_a_model_of_ones_own_is_its_source_alone(tmp_path):
     assert recipe.model.source == str(tmp_path)
     assert recipe.model.shape is None and recipe.model.revision is None
     named = compose_unchecked("train", ["model=qwen3_4b", f"model.source={tmp_path}", *DATA])
-    assert named.model.source == str(tmp_path) and named.model.shape.num_layers == 36
+    assert named.model.source == str(tmp_path)
+    assert named.model.shape is not None and named.model.shape.num_layers == 36
 
 
 def test_a_wrong_value_beside_a_model_of_ones_own(tmp_path):

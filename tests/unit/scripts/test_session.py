@@ -43,6 +43,7 @@ def test_commands_are_understood(session, tmp_path, monkeypatch):
     import train_step as package
 
     spec = importlib.util.spec_from_file_location("train_step_script", BENCH / "train_step.py")
+    assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     lines = [job.line for job in session.jobs(chosen(tmp_path)) if job.line[0] == "train_step.py"]

@@ -16,8 +16,8 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import human_bytes
 from qlora_kit.data.packing import pack
 from qlora_kit.engine.layer import fast
-from qlora_kit.engine.layer.fast import FastLayer
-from qlora_kit.engine.linear.fp8 import emulate, weight_for
+from qlora_kit.engine.layer.fast import FastEngine, FastLayer
+from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, weight_for
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
@@ -47,6 +47,18 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return drawn_rows(tmp_path_factory.mktemp("rows") / "train", LENGTHS, 1)
+
+
+def enabled(model, config, tokens) -> FastEngine:
+    engine = enable_engine(model, config, tokens)
+    assert engine is not None
+    return engine
+
+
+def copy_of(group):
+    """The kept copy of a group's weights; None without one."""
+    assert group.concatenated is not None
+    return group.concatenated.kept
 
 
 def trained(base, rows, folder, engine, batching=Batching.padded):
@@ -102,11 +114,11 @@ def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
     assert policies("auto") == [4, 4]
     assert "warning: layers keep" in capsys.readouterr().err
     assert policies("1MB") == [3, 3]
-    made = enable_engine(model, EngineConfig(mode=FAST), 1000)
+    made = enabled(model, EngineConfig(mode=FAST), 1000)
     said = capsys.readouterr().err
     assert "recomputed in the backward pass: 2 whole layers, inputs offloaded to the host, MLP in chunks" in said
     made.undo()
-    enable_engine(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
+    enabled(model, EngineConfig(mode=FAST, recompute="all"), 1000).undo()
     assert "recomputed in the backward pass: 2 whole layers" in capsys.readouterr().err
 
 
@@ -133,10 +145,11 @@ def test_weights_are_kept_dequantized_where_memory_is_left(base, monkeypatch, ca
     def engine(free, **settings):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
         monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
-        made = enable_engine(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
-        weights = [linear.weight for layer in made.layers for linear in layer.parts.linears]
+        made = enabled(model, EngineConfig(mode=FAST, compute=Compute.fp8_backward, **settings), 100)
+        weights = [weight for layer in made.layers for weight in layer.weights]
+        assert all(isinstance(weight, Fp8Weight) for weight in weights)
         said = "engine: weights are kept dequantized too" in capsys.readouterr().err
-        return said, {weight._kept_transposed is not None for weight in weights}
+        return said, {vars(weight)["_kept_transposed"] is not None for weight in weights}
 
     # The GPU's product is emulated: only what is kept matters here.
     monkeypatch.setattr(fast, "weight_for", partial(weight_for, product=emulate))
@@ -153,14 +166,12 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
     losses = []
     for copies in ("none", "all", "0.002GB"):
         trainer = trained(base, rows, tmp_path / copies, EngineConfig(mode=FAST, cached_weights=copies))
-        groups = [group for layer in trainer.engine.layers for group in layer.parts.groups]
-        kept = [group.concatenated.kept is not None for group in groups]
+        groups = [group for layer in trainer.engine.layers for group in layer.groups]
+        copied = [copy_of(group) for group in groups]
+        kept = [copy is not None for copy in copied]
         assert all(kept) == (copies == "all") and any(kept) == (copies != "none")
         assert [group.copies_bytes == 0 for group in groups] == kept
-        assert (
-            sum(group.concatenated.kept.nbytes for group in groups if group.concatenated.kept is not None) <= 2e6
-            or copies == "all"
-        )
+        assert sum(copy.nbytes for copy in copied if copy is not None) <= 2e6 or copies == "all"
         run_training(trainer, None)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
@@ -170,8 +181,8 @@ def test_kept_weights_change_no_number(base, rows, tmp_path):
 @pytest.mark.slow
 def test_kept_weights_are_let_go_of_with_the_engine(base):
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), TrainRecipe().lora)
-    engine = enable_engine(model, EngineConfig(mode=FAST, cached_weights="all"), 100)
-    kept = [weakref.ref(group.concatenated.kept) for layer in engine.layers for group in layer.parts.groups]
+    engine = enabled(model, EngineConfig(mode=FAST, cached_weights="all"), 100)
+    kept = [weakref.ref(copy_of(group)) for layer in engine.layers for group in layer.groups]
     engine.undo()
     gc.collect()
     assert kept and [ref() for ref in kept] == [None] * len(kept)
@@ -180,13 +191,12 @@ def test_kept_weights_are_let_go_of_with_the_engine(base):
 def test_kept_weights_need_no_adapter_in_their_group(base, rows, tmp_path):
     def loss(copies):
         model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora).train()
-        engine = enable_engine(model, EngineConfig(mode=FAST, cached_weights=copies), 100)
+        engine = enabled(model, EngineConfig(mode=FAST, cached_weights=copies), 100)
         ids = torch.arange(12).view(1, 12)
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
         found.backward()
-        assert [group.concatenated.kept is not None for layer in engine.layers for group in layer.parts.groups] == [
-            copies == "all"
-        ] * (4 * len(engine.layers))
+        kept = [copy_of(group) is not None for layer in engine.layers for group in layer.groups]
+        assert kept == [copies == "all"] * (4 * len(engine.layers))
         return found.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
 
     lora = replace(TrainRecipe().lora, targets=["q_proj", "v_proj"])

@@ -36,8 +36,8 @@ def test_a_trained_weight_that_is_not_finite_is_named(value):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     refuse_weights_not_finite(model, 3)
     with torch.no_grad():
-        model[1].bias[1] = value
+        model[1].get_parameter("bias")[1] = value
     with pytest.raises(NotFiniteError, match=r"1 of 4 trained tensors hold values .* such as 1\.bias, after step 3"):
         refuse_weights_not_finite(model, 3)
-    model[1].bias.requires_grad_(False)
+    model[1].get_parameter("bias").requires_grad_(False)
     refuse_weights_not_finite(model, 3)

@@ -72,7 +72,12 @@ def trainer_for(base, recipe, train, held_out, folder):
 @pytest.fixture
 def built(base, rows, tmp_path):
     """A trainer for each way of batching, on the same rows."""
-    return lambda batching=Batching.padded, **loop: trainer_for(base, recipe_for(batching, **loop), *rows, tmp_path)
+    train, held_out = rows
+
+    def build(batching=Batching.padded, **loop):
+        return trainer_for(base, recipe_for(batching, **loop), train, held_out, tmp_path)
+
+    return build
 
 
 @pytest.mark.slow
@@ -99,10 +104,11 @@ def test_trl_prepares_nothing(base, rows, tmp_path, monkeypatch, batching):
         raise AssertionError("TRL prepared the rows")
 
     monkeypatch.setattr(SFTTrainer, "_prepare_dataset", prepare)
-    trainer = trainer_for(base, recipe_for(batching, max_steps=1), *rows, tmp_path)
+    trainer = trainer_for(base, recipe_for(batching, max_steps=1), rows[0], rows[1], tmp_path)
     run_training(trainer, None)
     assert trainer.state.global_step == 1
-    assert 0 < held_out_loss(trainer) < float("inf")
+    loss = held_out_loss(trainer)
+    assert loss is not None and 0 < loss < float("inf")
 
 
 @pytest.mark.parametrize("batching", Batching)
@@ -187,7 +193,7 @@ def test_a_pickled_reader_opens_the_store_anew(rows):
 
 def test_adapters_are_trained_in_fp32(base, rows, tmp_path):
     recipe = replace(recipe_for(), quant=QuantConfig(compute_dtype=ComputeDtype.float32))  # TRL makes NF4's bf16
-    trainer = trainer_for(base, recipe, *rows, tmp_path)
+    trainer = trainer_for(base, recipe, rows[0], rows[1], tmp_path)
     trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32}
     assert adapter_size(trainer.model).modules == 14
@@ -248,14 +254,14 @@ def test_packing_and_the_recipe_must_agree(base, rows, tmp_path):
 def test_attention_that_reads_across_samples_ends_the_run(base, rows, tmp_path):
     recipe = replace(recipe_for(Batching.packed), model=ModelConfig(source="", attention=Attention.eager))
     with pytest.raises(RunError, match="samples cannot be packed with eager"):
-        trainer_for(base, recipe, *rows, tmp_path)
+        trainer_for(base, recipe, rows[0], rows[1], tmp_path)
 
 
 def test_a_leak_ends_the_run(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_kit.training.run.enable_packed_attention", lambda model, attention: lambda: None)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
     with pytest.raises(RunError, match="packed samples read each other with sdpa"):
-        trainer_for(base, recipe_for(Batching.packed), *rows, tmp_path)
+        trainer_for(base, recipe_for(Batching.packed), rows[0], rows[1], tmp_path)
 
 
 def gradients(model):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention import packed as packed_attention
@@ -37,7 +38,7 @@ def test_real_tokens_see_what_they_saw(model, monkeypatch):
     given = batch(model)
     real = given["attention_mask"].bool()
     masks = []
-    attention = row_attention.sdpa_attention_forward
+    attention = sdpa_attention_forward
     monkeypatch.setattr(
         row_attention,
         "sdpa_attention_forward",

@@ -115,7 +115,8 @@ def test_project(parts, is_fused, has_qk_norm, has_rope):
     norms = [norm_of(parts.q_norm), norm_of(parts.k_norm)] if has_qk_norm else []
     projection = Projection(norm_of(parts.norm), group, (HEADS, KV_HEADS, KV_HEADS), HEAD_DIM, *norms)
     h = drawn(ROWS, TOKENS, HIDDEN).requires_grad_()
-    found = project(h, *(angles() if has_rope else (None, None)), projection)
+    cos, sin = angles() if has_rope else (None, None)
+    found = project(h, cos, sin, projection)
     grads = [drawn(*one.shape, seed=seed) for seed, one in enumerate(found)]
     assert_same(parts, found, plain_project(parts, h, is_fused, has_qk_norm, has_rope), grads, [h])
 
@@ -199,7 +200,8 @@ def test_a_layer_with_nothing_trained_below_skips_its_frozen_products(monkeypatc
     parts = made_parts(False)
     h = drawn(ROWS, TOKENS, HIDDEN)
     projection = Projection(norm_of(parts.norm), group_of(parts, *"qkv"), (HEADS, KV_HEADS, KV_HEADS), HEAD_DIM)
-    q, k, v, _ = project(h, *angles(), projection)
+    cos, sin = angles()
+    q, k, v, _ = project(h, cos, sin, projection)
     monkeypatch.setattr(Bf16Weight, "matrix", lambda self: pytest.fail("a frozen weight was multiplied"))
     (q.sum() + k.sum() + v.sum()).backward()
     assert parts.q.lora_A["default"].weight.grad.abs().max() > 0

@@ -37,6 +37,7 @@ def layer_with(mlp):
     model = get_peft_model(AutoModelForCausalLM.from_config(config), settings).train()
     engine = patch_model(model, EngineConfig())
     fast = engine.layers[0]
+    assert fast.parts is not None
     fast.parts = replace(fast.parts, mlp=mlp)
     return engine, fast
 

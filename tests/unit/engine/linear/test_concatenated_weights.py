@@ -30,7 +30,9 @@ def test_rows_are_the_modules(is_kept):
     if is_kept:
         concatenated.keep()
         assert concatenated.copies_bytes == 0
-        concatenated.a_buffer(RANKS, torch.float32).copy_(all_a)
+        buffer = concatenated.a_buffer(RANKS, torch.float32)
+        assert buffer is not None
+        buffer.copy_(all_a)
     assert torch.equal(concatenated.frozen(torch.float32), wanted)
     whole = concatenated.with_a(all_a)
     assert torch.equal(whole[: sum(OUTS)], wanted)

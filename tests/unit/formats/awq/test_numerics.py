@@ -1,5 +1,7 @@
 """AWQ's tensor functions against slow, obvious ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,12 +83,10 @@ def test_channel_scales_lower_the_output_error(weight: Tensor, inputs: Tensor) -
 
 def test_of_a_large_layer_some_outputs_are_judged(weight: Tensor, inputs: Tensor, monkeypatch) -> None:
     moment, magnitude = inputs.T @ inputs, inputs.abs().mean(0)
-    settings = {"bits": 4, "group_size": GROUP, "zero_point": True}
+    judged = partial(channel_scales, bits=4, group_size=GROUP, zero_point=True)
     tall = torch.stack([weight, torch.full_like(weight, float("nan"))], dim=1).flatten(0, 1)
     monkeypatch.setattr(search, "JUDGED", tall.numel() // 2)
-    assert torch.equal(
-        channel_scales([tall], magnitude, moment, **settings), channel_scales([weight], magnitude, moment, **settings)
-    )
+    assert torch.equal(judged([tall], magnitude, moment), judged([weight], magnitude, moment))
 
 
 def test_layers_that_read_one_input_are_rounded_as_each_alone(weight: Tensor, inputs: Tensor) -> None:

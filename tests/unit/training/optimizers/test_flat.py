@@ -11,7 +11,19 @@ from bitsandbytes.optim import GlobalOptimManager
 import qlora_kit.training.optimizers.flat as module
 from qlora_kit.core.errors import RunError
 from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
-from tests.trained_weights import OPTIMIZERS, SHAPES, Weights, assert_equal, flat_pair, give, gradients, groups, train
+from tests.trained_weights import (
+    OPTIMIZERS,
+    SHAPES,
+    Weights,
+    addresses,
+    assert_equal,
+    flat_pair,
+    give,
+    gradients,
+    groups,
+    of_gradients,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -28,7 +40,7 @@ def test_weights_equal_those_of_bitsandbytes_bit_for_bit(kind, by_model):
 
     assert isinstance(optimizer, FlatOptimizer)
     assert_equal(found, expected)
-    assert not torch.equal(found.a, Weights().a)
+    assert not torch.equal(found.get_parameter("a"), Weights().get_parameter("a"))
 
 
 def test_weights_are_views_of_one_buffer_at_whole_blocks():
@@ -53,17 +65,17 @@ def test_one_call_updates_all_tensors_of_a_kind(monkeypatch):
 
 def test_zero_grad_keeps_the_views():
     weights, optimizer = flat_pair()
-    before = {name: parameter.grad.data_ptr() for name, parameter in weights.named_parameters()}
+    before = addresses(weights)
     give(weights, 0)
     assert weights.a.grad.abs().sum() > 0
     optimizer.zero_grad(set_to_none=True)
-    assert {name: parameter.grad.data_ptr() for name, parameter in weights.named_parameters()} == before
-    assert all(not parameter.grad.any() for parameter in weights.parameters())
+    assert addresses(weights) == before
+    assert all(not gradient.any() for gradient in of_gradients(weights).values())
 
     weights.zero_grad()
     assert weights.a.grad is None
     optimizer.zero_grad()
-    assert weights.a.grad.data_ptr() == before["a"]
+    assert addresses(weights)["a"] == before["a"]
 
 
 def test_gradients_from_before_are_kept():
@@ -71,7 +83,7 @@ def test_gradients_from_before_are_kept():
     give(weights, 0)
     optimizer = flat(OPTIMIZERS["AdamW8bit"](groups(weights)), weights)
     assert isinstance(optimizer, FlatOptimizer)
-    assert all(torch.equal(parameter.grad, gradients(0)[name]) for name, parameter in weights.named_parameters())
+    assert all(torch.equal(gradient, gradients(0)[name]) for name, gradient in of_gradients(weights).items())
 
 
 def test_clipping_reaches_the_step():
@@ -175,10 +187,10 @@ def test_a_large_tensor_keeps_its_own_memory(monkeypatch):
     train(expected, plain, range(5), plain.zero_grad)
 
     found = Weights()
-    where = found.b.data_ptr()
+    where = found.get_parameter("b").data_ptr()
     optimizer = flat(OPTIMIZERS["AdamW8bit"](groups(found), lr=1e-2), found)
     train(found, optimizer, range(5), optimizer.zero_grad)
-    assert found.b.data_ptr() == where
+    assert found.get_parameter("b").data_ptr() == where
     assert_equal(found, expected)
 
 
