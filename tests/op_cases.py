@@ -44,6 +44,11 @@ class Case(NamedTuple):
     of_kernel: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
+def _of(make: Callable[..., tuple[Any, ...]], *given: Any) -> Callable[[torch.dtype], tuple[Any, ...]]:
+    """The arguments of a case in a dtype, from what it is given beside that."""
+    return lambda dtype: make(dtype, *given)
+
+
 def outcome(case: Case, run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """Every tensor that an operation returns or writes; sums in parts as the matrices that they stand for."""
     found = run(*arguments)
@@ -57,7 +62,10 @@ def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
 
     def move(part: Any) -> Any:
         if isinstance(part, FourBit):
-            nested = part.nested and type(part.nested)(*(one.to(device) for one in part.nested[:3]), part.nested.size)
+            nested = part.nested
+            if nested is not None:
+                absmax, table, offset = (one.to(device) for one in (nested.absmax, nested.table, nested.offset))
+                nested = nested._replace(absmax=absmax, table=table, offset=offset)
             tensors = {name: getattr(part, name).to(device) for name in ("codes", "table", "absmax")}
             return FourBit(**tensors, nested=nested, rows=part.rows, columns=part.columns, block_size=part.block_size)
         if not isinstance(part, Tensor):
@@ -290,7 +298,9 @@ def _fp8_case(dtype: torch.dtype, rounding: float) -> Case:
 def _unit(name: str, expected: Callable[..., Any], more: int = 0) -> dict[str, Case]:
     """A norm whose weight is a factor, and one whose weight is an offset from one."""
     return {
-        f"{name}: {kind}": Case(lambda dtype, is_offset=is_offset: _norm_arguments(dtype, is_offset, more), expected)
+        f"{name}: {kind}": Case(
+            _of(lambda dtype, is_offset: _norm_arguments(dtype, is_offset, more), is_offset), expected
+        )
         for kind, is_offset in (("factor", False), ("offset", True))
     }
 
@@ -343,9 +353,12 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"rotate_pairs: {'back' if is_back else 'there'}": Case(
-            lambda dtype, is_back=is_back: (
-                _heads(dtype),
-                *(angle[:, : WIDTH // 2].contiguous() for angle in _angles(dtype)),
+            _of(
+                lambda dtype, is_back: (
+                    _heads(dtype),
+                    *(angle[:, : WIDTH // 2].contiguous() for angle in _angles(dtype)),
+                    is_back,
+                ),
                 is_back,
             ),
             _turned_pairs,
@@ -354,7 +367,7 @@ CASES: dict[str, Case] = {
     },
     **{
         f"layer_norm: bias {has_bias}": Case(
-            lambda dtype, has_bias=has_bias: _layer_norm_arguments(dtype, has_bias),
+            _of(lambda dtype, has_bias: _layer_norm_arguments(dtype, has_bias), has_bias),
             lambda x, *rest: _centered(wide(x), *rest),
         )
         for has_bias in (False, True)
@@ -372,13 +385,13 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"activate: {kind}": Case(
-            lambda dtype, kind=kind: (*_columns(dtype, 1), kind), lambda x, kind: _activated(wide(x), kind)
+            _of(lambda dtype, kind: (*_columns(dtype, 1), kind), kind), lambda x, kind: _activated(wide(x), kind)
         )
         for kind in (RELU_SQUARED, GELU, GELU_TANH)
     },
     **{
         f"activate_backward: {kind}": Case(
-            lambda dtype, kind=kind: (*_columns(dtype, 2), kind, torch.zeros(TOKENS, COLUMNS, dtype=dtype)),
+            _of(lambda dtype, kind: (*_columns(dtype, 2), kind, torch.zeros(TOKENS, COLUMNS, dtype=dtype)), kind),
             _activated_backward,
             (3,),
         )
@@ -398,9 +411,13 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"add_n: {count} of them, rank {rank}": Case(
-            lambda dtype, count=count, rank=rank: (
-                [drawn(TOKENS, COLUMNS, dtype=dtype, seed=seed) for seed in range(count)],
-                delta(COLUMNS, rank, dtype, 1),
+            _of(
+                lambda dtype, count, rank: (
+                    [drawn(TOKENS, COLUMNS, dtype=dtype, seed=seed) for seed in range(count)],
+                    delta(COLUMNS, rank, dtype, 1),
+                ),
+                count,
+                rank,
             ),
             lambda parts, more: plus(sum(wide(list(parts))), more),
         )
@@ -408,17 +425,20 @@ CASES: dict[str, Case] = {
     },
     **{
         f"gated_product: {kind.value}": Case(
-            lambda dtype, kind=kind: (*_glu_arguments(dtype, kind, ())[:2], kind is Activation.silu),
+            _of(lambda dtype, kind: (*_glu_arguments(dtype, kind, ())[:2], kind is Activation.silu), kind),
             lambda gate, up, is_silu: _act(wide(gate), is_silu) * wide(up),
         )
         for kind in Activation
     },
     **{
         f"gated_product_backward: {kind.value}": Case(
-            lambda dtype, kind=kind: (
-                *_glu_arguments(dtype, kind, ())[:2],
-                drawn(TOKENS, COLUMNS, dtype=dtype, seed=3),
-                kind is Activation.silu,
+            _of(
+                lambda dtype, kind: (
+                    *_glu_arguments(dtype, kind, ())[:2],
+                    drawn(TOKENS, COLUMNS, dtype=dtype, seed=3),
+                    kind is Activation.silu,
+                ),
+                kind,
             ),
             _product_backward,
         )
@@ -426,23 +446,28 @@ CASES: dict[str, Case] = {
     },
     **{
         f"glu: {kind.value}, ranks {ranks}": Case(
-            lambda dtype, kind=kind, ranks=ranks: _glu_arguments(dtype, kind, ranks), _glu
+            _of(lambda dtype, kind, ranks: _glu_arguments(dtype, kind, ranks), kind, ranks), _glu
         )
         for kind in Activation
         for ranks in ((16, 16), (0, 40))
     },
     **{
         f"glu_backward: {kind.value}, ranks {ranks}": Case(
-            lambda dtype, kind=kind, ranks=ranks: _glu_backward_arguments(dtype, kind, ranks), _glu_backward, (5,)
+            _of(lambda dtype, kind, ranks: _glu_backward_arguments(dtype, kind, ranks), kind, ranks),
+            _glu_backward,
+            (5,),
         )
         for kind in Activation
         for ranks in ((16, 16, 16), (8, 0, 24), (0, 33, 1))
     },
     **{
         f"split_k_matmul: {tokens} tokens": Case(
-            lambda dtype, tokens=tokens: (
-                drawn(tokens, 19, dtype=dtype)[:, 1:17],
-                drawn(tokens, COLUMNS, dtype=dtype, seed=1),
+            _of(
+                lambda dtype, tokens: (
+                    drawn(tokens, 19, dtype=dtype)[:, 1:17],
+                    drawn(tokens, COLUMNS, dtype=dtype, seed=1),
+                ),
+                tokens,
             ),
             lambda left, right: wide(left).t() @ wide(right),
             of_kernel=(torch.bfloat16,),

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,7 +180,8 @@ def trained_run(name, *, finished, exported):
     recipe = compose_unchecked("train", words)
     tokens = [([1, 2, 3], [False, True, True])] * 3
     stored = [stored_rows(run.path / split, tokens) for split in ("train", "held_out")]
-    describe(recipe, run, words, StoredData(*stored))
+    data: Any = StoredData(stored[0], stored[1])
+    describe(recipe, run, words, data)
     run.metrics.write_text('{"step": 1, "loss": 4.0, "tokens": 9.0, "tokens_per_second": 5.0}\n')
     if finished:
         run.result.write_text("{}")
@@ -249,7 +251,7 @@ def test_lines_of_inspections(capsys, content):  # noqa: F811  # the fixture
 
 def test_what_verbs_say_last(capsys):
     counts, wrong = Counter(), []
-    numbers = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)
+    numbers: dict[str, Any] = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)
     numbers |= dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "final_loss"), 1.0)
     result = TrainResult(**numbers, optimizer="adamw", eval_loss=None, warnings=["training diverged"])
     base = build_tiny_model("llama", Path("models/tiny"))
@@ -275,7 +277,7 @@ def test_what_verbs_say_last(capsys):
             "data.max_tokens=64",
         ]
         for more in ([], [override("hydra.sweep.dir", run.path)]):
-            line = line_to_go_on_with_sweep(Line(["-m"], [*words, *more]), run.path)
-            lines.append(Printed(f"after a sweep of {name!r}", line))
+            going_on = line_to_go_on_with_sweep(Line(["-m"], [*words, *more]), run.path)
+            lines.append(Printed(f"after a sweep of {name!r}", going_on))
         wrong += judged(lines, counts, given)
     concluded("lines that verbs say last", counts, wrong, capsys, {"found": 60, "composed": 60})

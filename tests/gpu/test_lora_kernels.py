@@ -56,7 +56,7 @@ def test_gated_products_gradients_and_sums(dtype, ranks):
     most = TOLERANCE[dtype] * (3 if max(ranks) > FUSED_RANK else 1)
     for activation in Activation:
         is_silu = activation is Activation.silu
-        product, *exact_through = gated_product_backward.reference(*exact, is_silu)
+        product, *exact_through = gated_product_backward.reference(exact[0], exact[1], exact[2], is_silu)
         assert error(glu(gate, up, activation, (more[0], more[1]))[0], product) < most
         through = drawn(TOKENS, 2 * COLUMNS + 8, dtype=dtype)[:, : 2 * COLUMNS].chunk(2, dim=1)
         sums = glu_backward(gate, up, grad, activation, tuple(more), through)
@@ -81,7 +81,7 @@ def test_a_thin_product_is_made_on_the_way(dtype, rank, tokens, columns):
     )
     more = factors(tokens, columns, 16, dtype), factors(tokens, columns, 8, dtype)
     product, xa = glu(gate, up, Activation.silu, more, down)
-    exact = gated_product.reference(*(whole(part, one) for part, one in zip((gate, up), more, strict=True)), True)
+    exact = gated_product.reference(whole(gate, more[0]), whole(up, more[1]), True)
     assert error(product, exact) < TOLERANCE[dtype]
     assert (xa is None) == (rank > FUSED_RANK)
     if xa is not None:
@@ -115,8 +115,8 @@ def test_rotated_sums(dtype, head_dim, rotated, rank):
     of_a_row = cos[: TOKENS // 2], sin[: TOKENS // 2]  # of two rows of one length
     twice = rope(x.view(TOKENS, heads, head_dim), *of_a_row, more)
     assert torch.equal(twice[: TOKENS // 2], found[: TOKENS // 2])
-    repeated = (part.repeat(2, 1) for part in of_a_row)
-    assert torch.equal(twice, rope(x.view(TOKENS, heads, head_dim), *repeated, more))
+    repeated = [part.repeat(2, 1) for part in of_a_row]
+    assert torch.equal(twice, rope(x.view(TOKENS, heads, head_dim), repeated[0], repeated[1], more))
     place = torch.full((TOKENS, heads * head_dim + 40), 7.0, dtype=dtype, device="cuda")
     rope_backward(found, cos, sin, place[:, 8 : 8 + heads * head_dim])
     exact = rotate.reference(found.float(), cos.float(), sin.float(), True)

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,10 +174,20 @@ def where(run: Path | None) -> str:
     return "before a checkpoint" if (run / "recipe.yaml").exists() else "before the recipe"
 
 
-def only(folder: Path, pattern: str) -> Path | None:
+def _none_is_held(jobs: list[Path]) -> bool:
+    return not any(holder(job) for job in jobs)
+
+
+def one_or_none(folder: Path, pattern: str) -> Path | None:
     found = list(folder.glob(pattern))
     assert len(found) < 2, found
     return found[0] if found else None
+
+
+def only(folder: Path, pattern: str) -> Path:
+    found = one_or_none(folder, pattern)
+    assert found is not None, pattern
+    return found
 
 
 @pytest.mark.parametrize("batching", BATCHING)
@@ -191,7 +202,7 @@ def test_train(shop, batching):
     for number in range(TRAIN // 2):
         folder = shop.folder(f"{batching}_{number}")
         shop.killed(words, folder, seconds)
-        run = only(folder, "outputs/run/*")
+        run = one_or_none(folder, "outputs/run/*")
         states[state := where(run)] += 1
         if state in ("before the folder", "before the recipe"):
             shop.good(words, folder)
@@ -201,6 +212,7 @@ def test_train(shop, batching):
             if ended.code:
                 faults.append(f"{number} {state}: resume ended {ended.code}: {ended.said[-300:]}")
                 continue
+        assert run is not None
         if state == "at its end" and holder(run) is None:
             (run / LOCK).unlink(missing_ok=True)  # of a killed process: it locks nothing
         if found := differences(run, whole):
@@ -264,10 +276,10 @@ def test_sweep(shop, monkeypatch):
     for number in range(SWEEP):
         folder = shop.folder(f"sweep_{number}")
         shop.killed(words, folder, seconds)
-        sweep = only(folder, "outputs/run/sweep_*")
+        sweep = one_or_none(folder, "outputs/run/sweep_*")
         jobs = [] if sweep is None else sorted(path for path in sweep.iterdir() if path.name in "01")
         # The job is no child of what was killed any more: it ends by itself, with a checkpoint.
-        wait_until(lambda jobs=jobs: not any(holder(job) for job in jobs))
+        wait_until(partial(_none_is_held, jobs))
         time.sleep(0.1)
         states[f"{len(jobs)} of 2 jobs begun"] += 1
         place = [] if sweep is None else [f"hydra.sweep.dir={sweep.relative_to(folder)}"]
@@ -310,7 +322,7 @@ def test_pairs(shop):
                 os._exit(code)
         codes = shop.run(lines[1], other).code, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         runs = list(folder.glob("outputs/run/*"))
-        rates = [float(re.search(r"learning_rate: (\S+)", (run / "recipe.yaml").read_text())[1]) for run in runs]
+        rates = [float(re.findall(r"learning_rate: (\S+)", (run / "recipe.yaml").read_text())[0]) for run in runs]
         found = [] if codes == (0, 0) and sorted(rates) == [1e-3, 1e-2] else [f"ended {codes}, rates {rates}"]
         for run, rate in zip(runs, rates, strict=True):
             found += differences(run, whole[0 if rate == 1e-2 else 1])

@@ -1,13 +1,20 @@
 """Mixes and held-out rows: seeded, repeatable, never on both sides."""
 
 import json
+from typing import Any
 
 import pytest
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.data.prepare import prepare
+from qlora_kit.data.prepare import PreparedData, prepare
+from qlora_kit.data.tokens import TokenRows
 from qlora_kit.schema.data import DataConfig, OnBadRow, SourceConfig, Task
 from tests.prepared_rows import TOKENIZER, refusal, texts, write
+
+
+def held_out_of(data: PreparedData) -> TokenRows:
+    assert data.held_out is not None
+    return data.held_out
 
 
 def test_held_out_rows_are_optional(tmp_path):
@@ -44,22 +51,22 @@ def test_a_share_is_held_out_by_content_and_stays_so_when_rows_come(tmp_path):
     pairs = [(f"question {index}", f"answer {index}") for index in range(200)]
     config = DataConfig(train_file=write(tmp_path / "a.jsonl", *pairs), max_tokens=64, eval_share=0.1)
     data = prepare(config, TOKENIZER)
-    held = {row.line for row in data.held_out}
+    held = {row.line for row in held_out_of(data)}
     assert 8 <= len(held) <= 34  # 20 expected, 4.2 the standard deviation
     assert len(data.train) + len(held) == 200
     assert not held & {row.line for row in data.train}
     more = DataConfig(train_file=write(tmp_path / "b.jsonl", *pairs, ("new", "row")), max_tokens=64, eval_share=0.1)
-    assert held <= {row.line for row in prepare(more, TOKENIZER).held_out}
+    assert held <= {row.line for row in held_out_of(prepare(more, TOKENIZER))}
     other = DataConfig(train_file=config.train_file, max_tokens=64, eval_share=0.1, seed=1)
-    assert held != {row.line for row in prepare(other, TOKENIZER).held_out}
+    assert held != {row.line for row in held_out_of(prepare(other, TOKENIZER))}
 
 
 def test_copies_of_a_held_out_row_are_never_trained_on(tmp_path, capsys):
     pairs = [(str(index % 10), "x") for index in range(30)]
     config = DataConfig(train_file=write(tmp_path / "a.jsonl", *pairs), max_tokens=64, eval_rows=3)
     data = prepare(config, TOKENIZER)
-    assert (len(data.held_out), len(data.train)) == (3, 21)
-    assert not set(texts(data.held_out)) & set(texts(data.train))
+    assert (len(held_out_of(data)), len(data.train)) == (3, 21)
+    assert not set(texts(held_out_of(data))) & set(texts(data.train))
     assert "held out 3 of 30 rows; left out 6 copies of them" in capsys.readouterr().err
 
 
@@ -83,14 +90,14 @@ def test_a_share_holds_out_one_row_at_least_and_as_many_as_allowed_at_most(tmp_p
     pairs = [(f"question {index}", "x") for index in range(rows)]
     file = write(tmp_path / "a.jsonl", *pairs)
     data = prepare(DataConfig(train_file=file, max_tokens=64, eval_share=share, eval_rows=most), TOKENIZER)
-    assert (len(data.held_out), len(data.train)) == (wanted, rows - wanted)
+    assert (len(held_out_of(data)), len(data.train)) == (wanted, rows - wanted)
 
 
 def test_a_file_of_held_out_rows_takes_the_place_of_a_share_and_says_so(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", *[(f"question {index}", "x") for index in range(50)])
     other = write(tmp_path / "b.jsonl", *[(f"other {index}", "x") for index in range(5)])
     data = prepare(DataConfig(train_file=train, max_tokens=64, eval_file=other, eval_share=0.5, eval_rows=4), TOKENIZER)
-    assert (len(data.train), len(data.held_out)) == (50, 4)
+    assert (len(data.train), len(held_out_of(data))) == (50, 4)
     said = capsys.readouterr().err
     assert "held-out rows come from data.eval_file, so data.eval_share=0.5 holds out none" in said
     assert f"held out: the first 4 rows of {other}; data.eval_rows=null takes all of them" in said
@@ -118,7 +125,7 @@ def test_bad_rows_are_skipped_counted_and_said_up_to_a_share(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"prompt": "a", "completion": "b"})
     path.write_text("\n".join([good] * 9 + ["{"]), encoding="utf-8")
-    skip = {"train_file": str(path), "max_tokens": 64, "on_bad_row": OnBadRow.skip}
+    skip: dict[str, Any] = {"train_file": str(path), "max_tokens": 64, "on_bad_row": OnBadRow.skip}
     data = prepare(DataConfig(**skip, max_bad_share=0.1), TOKENIZER)
     assert len(data.train) == 9
     assert data.summary.train.sources[0].bad_rows == 1
@@ -156,5 +163,5 @@ def test_a_share_is_told_to_be_about_that_share(tmp_path, capsys, count, setting
     data = prepare(config, TOKENIZER)
     said = capsys.readouterr().err
     why = "picks rows by their content, so it holds out about that share"
-    assert (f"held out {len(data.held_out)} of {count} rows" in said, why in said) == (True, is_told)
-    assert is_told is (len(data.held_out) not in (max(1, round(settings.get("eval_share", 0) * count)), 5))
+    assert (f"held out {len(held_out_of(data))} of {count} rows" in said, why in said) == (True, is_told)
+    assert is_told is (len(held_out_of(data)) not in (max(1, round(settings.get("eval_share", 0) * count)), 5))

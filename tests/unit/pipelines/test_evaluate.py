@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.core.errors import FidelityError, RecipeError, RunError
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.data.encode import Encoder
 from qlora_kit.data.prepare import prepare
-from qlora_kit.evaluation import eval_plan
 from qlora_kit.evaluation.eval_plan import build_eval_plan
-from qlora_kit.evaluation.scores import Fidelity
+from qlora_kit.evaluation.scores import Fidelity, compare
 from qlora_kit.export.rows import rows_of_eval
 from qlora_kit.formats.gguf.writer import write_gguf
 from qlora_kit.model.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from qlora_kit.schema.data import DataConfig, Task
 from qlora_kit.schema.eval import EvalConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
+from tests.scored_rows import scored
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizers import TRAINING_TEXT
 
@@ -162,7 +163,7 @@ def with_task_none(opened):
 @pytest.mark.parametrize(("prompts", "answered"), [(0, 0), (2, 2)])
 def test_without_a_task_stops_are_measured_where_asked(opened, prompts, answered):
     config = EvalConfig(artifacts=["adapter"], eos_rows=prompts, max_new_tokens=NEW_TOKENS)
-    (row,) = evaluate(with_task_none(opened), config)
+    (row,) = scored(evaluate(with_task_none(opened), config))
     assert (row.answered, row.exact_match, row.exact_match_interval) == (answered, None, None)
     assert row.stops == (0 if answered else None)
     assert row.text_perplexity is None
@@ -180,7 +181,7 @@ def test_the_harness_is_given_models_of_transformers_and_not_others(opened, monk
     monkeypatch.setattr(evaluation, "require_harness", lambda: None)
     monkeypatch.setattr(evaluation, "run_harness", run_harness)
     config = EvalConfig(lm_eval=["arc_easy"], lm_eval_limit=9, batch_size=3)
-    rows = evaluate(with_task_none(opened), config)
+    rows = scored(evaluate(with_task_none(opened), config))
     assert seen == [
         ("PeftModelForCausalLM", ["arc_easy"], 3, 9),
         ("PeftModelForCausalLM", ["arc_easy"], 3, 9),
@@ -214,7 +215,7 @@ def test_what_is_wrong_is_said_before_a_weight_is_loaded(opened, monkeypatch):
 
 def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsys):
     prompts = iter([[], [1, 2], [3], [], [4]])
-    monkeypatch.setattr(eval_plan.Encoder, "prompt_ids", lambda *_: next(prompts))
+    monkeypatch.setattr(Encoder, "prompt_ids", lambda *_: next(prompts))
     rows = rows_of_eval(opened, EvalConfig(), None)
     found = build_eval_plan(opened, rows.scored, rows.conversations, EvalConfig())
     assert found.prompts == [[1, 2], [3], [4]]
@@ -225,7 +226,7 @@ def test_texts_without_a_prompt_are_told_and_left_out(opened, monkeypatch, capsy
 def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkeypatch):
     folder = opened.directory.exports / "merged_16bit"
     before = read_json(folder / "manifest.json")
-    plain = evaluation.compare
+    plain = compare
 
     def broken(reference, other):
         fit = plain(reference, other)
@@ -233,7 +234,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
 
     monkeypatch.setattr(evaluation, "compare", broken)
     config = EvalConfig(artifacts=["adapter", "merged_16bit"], eos_rows=0)
-    adapter, merged = evaluate(with_task_none(opened), config)
+    adapter, merged = scored(evaluate(with_task_none(opened), config))
     assert (adapter.rejected, merged.rejected, merged.verdict) == (False, True, "rejected")
     with pytest.raises(FidelityError, match=r"merged_16bit is rejected: its scores are not finite numbers"):
         raise_failed_scores([adapter, merged], opened.directory.exports)
@@ -243,7 +244,7 @@ def test_scores_that_are_no_numbers_reject_a_file_in_every_record(opened, monkey
         assert "NaN" not in path.read_text(encoding="utf-8")
     monkeypatch.undo()
     # The fault was of that scoring, so the next one is judged by itself.
-    (again,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"]))
+    (again,) = scored(evaluate(with_task_none(opened), EvalConfig(artifacts=["merged_16bit"])))
     assert (again.verdict, read_json(folder / "manifest.json")["faults"]) == ("measured", [])
     raise_failed_scores([again], opened.directory.exports)
     write_json(folder / "manifest.json", before)
@@ -254,7 +255,7 @@ def test_a_bound_of_the_export_counts_when_eval_measures(opened):
     before = read_json(folder / "manifest.json")
     for bound, verdict in ((1.0, "accepted"), (1e-9, "rejected")):
         write_json(folder / "manifest.json", {"format": "gguf", "file": "m.gguf", "max_mean_kl": bound})
-        (row,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"]))
+        (row,) = scored(evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"])))
         assert row.verdict == read_json(folder / "manifest.json")["verdict"] == verdict
     assert "is above export.max_mean_kl=1e-09" in row.faults[0]
     write_json(folder / "manifest.json", before)
@@ -287,7 +288,7 @@ def test_a_damaged_manifest_is_left_out_and_said(opened, capsys):
     broken = opened.directory.exports / "broken"
     broken.mkdir()
     (broken / "manifest.json").write_text("5", encoding="utf-8")
-    (row,) = evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"]))
+    (row,) = scored(evaluate(with_task_none(opened), EvalConfig(artifacts=["gguf_q8_0"])))
     assert row.name == "gguf_q8_0"
     assert (
         f"warning: broken is left out: {broken / 'manifest.json'} does not hold a JSON object"

@@ -22,6 +22,7 @@ from qlora_kit.schema.export import ExportConfig, GgufTarget
 from qlora_kit.schema.model import ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import ExportRecipe, TrainRecipe
+from tests.scored_rows import scored
 from tests.tiny_models import build_tiny_model
 
 
@@ -81,7 +82,8 @@ def test_the_command_is_kept(exported):
 @pytest.mark.slow
 def test_base_and_files_are_in_the_table(exported):
     base, _ = exported()
-    reference, file = evaluate(open_exports("there"), EvalConfig())
+    reference, file = scored(evaluate(open_exports("there"), EvalConfig()))
+    assert reference.fidelity is not None and file.fidelity is not None
     assert (reference.name, file.name) == ("base", "gguf_q8_0")
     assert (reference.fidelity.mean_kl, reference.fidelity.loss_change) == (0, 0)
     assert 0 < file.fidelity.mean_kl < 0.02
@@ -102,7 +104,7 @@ def test_rows_of_data_are_masked_and_its_task_is_judged(exported, tmp_path):
     assert not all(held_out.scored[0].trained)  # the question is not scored
     assert [row.messages[0].content for row in held_out.conversations] == ["beta 0", "beta 1"]
     config = EvalConfig(kl_rows=2, task_rows=2, max_new_tokens=2)
-    assert [(row.answered, row.exact_match) for row in evaluate(subject, config)] == [(2, 0), (2, 0)]
+    assert [(row.answered, row.exact_match) for row in scored(evaluate(subject, config))] == [(2, 0), (2, 0)]
 
 
 def test_rows_that_changed_are_refused(exported, tmp_path):

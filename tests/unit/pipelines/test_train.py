@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import OPTConfig
 
 from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.core.extras import is_present
+from qlora_kit.core.files import write_json
 from qlora_kit.core.shell import hydra_text
 from qlora_kit.engine.layer.fast import FastLayer
 from qlora_kit.formats.next_line import line_to_export
@@ -293,7 +295,7 @@ def typed(workshop):
 @pytest.mark.parametrize("file", ["rng_state.pth", MARK])
 def test_of_a_checkpoint_that_a_full_disk_cut_nothing_is_left(workshop, tmp_path, monkeypatch, file):
     run = RunDirectory(tmp_path / "run")
-    number, save, mark = f"checkpoint-{2 * SAVED - 1}", torch.save, checkpoint_module.write_json
+    number, save, mark = f"checkpoint-{2 * SAVED - 1}", torch.save, write_json
 
     def full(path):
         if Path(path).parent.name == number and Path(path).name == file:
@@ -427,8 +429,8 @@ def test_a_training_that_diverged_says_so(workshop, tmp_path, typed, capsys):
 @pytest.mark.slow
 def test_the_end_names_the_line_that_comes_next(workshop, tmp_path, capsys):
     run = RunDirectory(tmp_path / "it's mine")
-    counts = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)
-    measures = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "final_loss"), 1.0)
+    counts: dict[str, Any] = dict.fromkeys(("steps", "tokens", "trainable_parameters"), 1)
+    measures: dict[str, Any] = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "final_loss"), 1.0)
     result = TrainResult(**counts, **measures, optimizer="adamw", eval_loss=None)
     _tell(result, recipe_for(workshop), run, workshop / "base")
     *_, done, following = capsys.readouterr().err.splitlines()

@@ -36,21 +36,23 @@ def visit_of(
 @pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
 def test_offset_of_a_norm_is_seen(family: str, offset: float, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(build_tiny_model(family, tmp_path / family))
-    norm = decoder_layers(model)[1][0].input_layernorm
-    before = norm.weight.clone()
+    norm = decoder_layers(model)[1][0].get_submodule("input_layernorm")
+    before = norm.get_parameter("weight").clone()
     assert gain_offset(norm, len(before)) == offset
-    assert torch.equal(norm.weight, before)
+    assert torch.equal(norm.get_parameter("weight"), before)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_norm_divides_by_exactly_what_it_says(family: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(build_tiny_model(family, tmp_path / family))
-    norm = decoder_layers(model)[1][0].input_layernorm
-    sample = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0))
+    norm = decoder_layers(model)[1][0].get_submodule("input_layernorm")
+    weight = norm.get_parameter("weight")
+    sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))
     before = norm(sample)
-    factors = divide_norm(norm, torch.linspace(0.3, 3, len(norm.weight)), torch.bfloat16)
-    assert torch.equal(norm.weight, norm.weight.to(torch.bfloat16).float())
+    factors = divide_norm(norm, torch.linspace(0.3, 3, len(weight)), torch.bfloat16)
+    weight = norm.get_parameter("weight")
+    assert torch.equal(weight, weight.to(torch.bfloat16).float())
     torch.testing.assert_close(norm(sample) * factors, before, rtol=1e-5, atol=1e-6)
     assert factors.std() > 0.5
 
@@ -126,7 +128,8 @@ def test_readings_are_the_statistics_of_the_inputs(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(build_tiny_model("llama", tmp_path / "llama"))
     seen: list[Tensor] = []
     layer = decoder_layers(model)[1][1]
-    handle = layer.mlp.up_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
+    reader = layer.get_submodule("mlp.up_proj")
+    handle = reader.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
     for row in ROWS:
         model(torch.tensor([row]))
     handle.remove()

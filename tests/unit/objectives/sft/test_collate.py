@@ -1,5 +1,7 @@
 """Padding, packing and labels follow the mask of the rows."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_samples_of_one_feature_follow_each_other(rows):
 
 
 def test_a_batch_is_padded_on_the_right_by_position(rows):
-    batch = Collator(pad_token_id=2)([feature(rows, [0]), feature(rows, [1])])
+    batch: dict[str, Any] = Collator(pad_token_id=2)([feature(rows, [0]), feature(rows, [1])])
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     # The pad token is also the one that ends an answer: its last place is masked, the answer's own is not.
@@ -40,7 +42,7 @@ def test_a_batch_is_padded_on_the_right_by_position(rows):
 
 
 def test_a_packed_batch_is_one_row_without_padding(rows):
-    batch = PackedCollator()([feature(rows, [2, 1]), feature(rows, [0])])
+    batch: dict[str, Any] = PackedCollator()([feature(rows, [2, 1]), feature(rows, [0])])
     assert batch["input_ids"].tolist() == [[9, 8, 4, 2, 7, 2, 5, 6, 2]]
     # 9 begins a sample, so nothing predicts it, though the row trains it
     assert batch["labels"].tolist() == [[-100, 8, -100, 2, -100, 2, -100, 6, 2]]
@@ -60,32 +62,34 @@ def test_packing_leaves_the_features_as_they_were(rows):
 
 
 def test_a_packed_batch_is_filled_up_by_a_sample_of_its_own(rows):
-    batch = PackedCollator(filled_to=8, filler=3)([feature(rows, [1, 0])])
+    batch: dict[str, Any] = PackedCollator(filled_to=8, filler=3)([feature(rows, [1, 0])])
     assert batch["input_ids"].tolist() == [[7, 2, 5, 6, 2, 3, 3, 3]]
     assert batch["labels"].tolist() == [[-100, 2, -100, 6, 2, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 8]
-    full = PackedCollator(filled_to=5, filler=3)([feature(rows, [1, 0])])
+    full: dict[str, Any] = PackedCollator(filled_to=5, filler=3)([feature(rows, [1, 0])])
     assert full["input_ids"].tolist() == [[7, 2, 5, 6, 2]]
 
 
 def test_an_outline_gives_batches_of_other_samples_one_look(rows):
     collate = PackedCollator(filled_to=14, filler=3, batch_shape=StaticBatchShape(samples=6, longest=4))
-    batch = collate([feature(rows, [1, 0])])
+    batch: dict[str, Any] = collate([feature(rows, [1, 0])])
     assert batch["input_ids"].tolist() == [[7, 2, 5, 6, 2, *[3] * 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 9, 13, 14, 14]
     assert batch["max_length_q"] == 4
-    other = collate([feature(rows, [2]), feature(rows, [2])])
+    other: dict[str, Any] = collate([feature(rows, [2]), feature(rows, [2])])
     assert other["cu_seq_lens_q"].tolist() == [0, 4, 8, 12, 14, 14, 14]
     assert other["labels"][0, 8:].tolist() == [-100] * 6
 
 
 def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
-    many = PackedCollator(filled_to=5, batch_shape=StaticBatchShape(samples=1, longest=4))([feature(rows, [1, 0])])
+    collate = PackedCollator(filled_to=5, batch_shape=StaticBatchShape(samples=1, longest=4))
+    many: dict[str, Any] = collate([feature(rows, [1, 0])])
     assert many["cu_seq_lens_q"].tolist() == [0, 2, 5]
     assert many["max_length_q"] == 3
-    long = PackedCollator(filled_to=4, batch_shape=StaticBatchShape(samples=3, longest=2))([feature(rows, [2])])
+    collate = PackedCollator(filled_to=4, batch_shape=StaticBatchShape(samples=3, longest=2))
+    long: dict[str, Any] = collate([feature(rows, [2])])
     assert long["cu_seq_lens_q"].tolist() == [0, 4]
     assert long["max_length_q"] == 4
 
