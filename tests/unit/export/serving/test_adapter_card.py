@@ -37,3 +37,8 @@ def test_a_local_base_is_named_without_its_path(base: Path, tmp_path: Path) -> N
     card = (tmp_path / "README.md").read_text()
     assert "base_model" not in card and str(base.parent) not in card
     assert "# &lt;b&gt;" in card
+
+
+def test_what_peft_alone_makes_of_it_is_told(base: Path, tmp_path: Path) -> None:
+    write_adapter_card(tmp_path, "my_run", Base("owner/Tiny-1B", base), "peft alone takes gate_proj for experts")
+    assert "\nPeft alone takes gate_proj for experts.\n" in (tmp_path / "README.md").read_text()

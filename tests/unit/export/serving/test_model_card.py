@@ -1,5 +1,6 @@
 """README.md of an artifact: front matter that the hub reads, measured values, counts, commands."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,17 @@ def test_commands_and_license(facts: Made) -> None:
     card = model_card(facts())
     assert "```bash\nllama-server -m ./tiny.Q4_K_M.gguf --alias tiny_q4 --jinja --port 8080\n```" in card
     assert "That of the base: tiny-license. See `LICENSE`, `NOTICE.txt`, `USE_POLICY.md`." in card
+
+
+def test_an_adapter_that_peft_alone_takes_for_another_says_so(facts: Made, base: Path, run: RunDirectory) -> None:
+    (base / "config.json").write_text('{"model_type": "glm4_moe"}')
+    settings = {"r": 16, "target_modules": ["q_proj", "gate_proj"]}
+    (run.adapter / "adapter_config.json").write_text(json.dumps(settings))
+    told = "Peft alone takes gate_proj of this base for its experts and would leave out what was trained"
+    made = {"format": "adapter", "file": ".", "base": Base("owner/Tiny-1B", base)}
+    assert told in model_card(facts(**made))
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    assert told not in model_card(facts(**made))
 
 
 def test_an_adapter_is_served_with_its_largest_rank(facts: Made, base: Path) -> None:
