@@ -258,7 +258,9 @@ def _newest_commit(repository: str) -> str:
         except (errors.GatedRepoError, errors.RepositoryNotFoundError):
             raise
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError):
-            return Path(snapshot_download(repository, allow_patterns=CONFIG_FILES, local_files_only=True)).name
+            cached = Path(snapshot_download(repository, allow_patterns=CONFIG_FILES, local_files_only=True)).name
+            log.warning(f"the hub cannot be reached: of {repository} the newest commit is taken that is in the cache")
+            return cached
     if commit is None:
         raise RecipeError(f"the hub names no commit of {repository}", "model.source", "model.revision=<commit>")
     return commit

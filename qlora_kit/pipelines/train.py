@@ -92,10 +92,7 @@ def _train(
     """The result, and the folder of the base."""
     quiet_libraries()
     recipe = replace(recipe, model=pinned(recipe.model))
-    settings = refuse_other_kinds(recipe.model)
-    if settings is not None and recipe.exports and not any(settings.glob("*.safetensors")):
-        outlook(recipe, settings)  # before the weights are fetched
-    base_folder = locate_base(recipe.model)
+    base_folder = _fetched_base(recipe)
     refuse_other_base(run, base_folder, is_trained=False)
     reach = reach_of(recipe, base_folder)
     to_come = outlook(recipe, base_folder)
@@ -144,12 +141,18 @@ def _train(
             eval_loss = held_out_loss(trainer)
         trainer.restore_model()
         _save_adapter(run, recipe.name, Base.of(recipe.model, base_folder), model, tokenizer)
-        result = replace(
-            _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned),
-            resumed_from=step or None,
-        )
+        made = _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned)
+        result = replace(made, resumed_from=step or None)
         write_json(run.result, result.record())
     return result, base_folder
+
+
+def _fetched_base(recipe: TrainRecipe) -> Path:
+    """The folder of the base; what its settings alone speak against is refused before its weights are fetched."""
+    settings = refuse_other_kinds(recipe.model)
+    if settings is not None and recipe.exports and not any(settings.glob("*.safetensors")):
+        outlook(recipe, settings)
+    return locate_base(recipe.model)
 
 
 def _save_adapter(

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_kit.adapter.attach import adapted_names, attach_lora, meant_names
+from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
@@ -291,7 +292,8 @@ def _kept_by_layers(recipe: TrainRecipe, model: PeftModel) -> float:
         return 0.0
     try:
         return kept_by_fast_layers(model)
-    except Exception:  # code of a model that asks for values: an estimate from sizes is no reason not to train
+    except Exception as error:  # code of a model that asks for values: an estimate from sizes is no reason not to train
+        log.debug(f"what layers keep is estimated from their sizes: {type(error).__name__}: {error}")
         return 0.0
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qlora_kit.export.error_compensation import compensated_codes
 from qlora_kit.export.grid import Grid, decode
 from qlora_kit.export.layer_inputs import ActivationStats
-from qlora_kit.export.layer_walk import Made, Visit
+from qlora_kit.export.quantize_layers import LayerAtWork, QuantizedLayer
 from qlora_kit.formats.awq.folding import (
     CHAINS,
     divide_norm,
@@ -27,22 +27,22 @@ SAME_FUNCTION = 1e-3
 MOST_SEARCHED = 16  # matrices that scales are chosen by; hundreds of experts read one input
 
 
-def quantize_layer(visit: Visit, settings: Settings) -> Made:
+def quantize_layer(at_work: LayerAtWork, settings: Settings) -> QuantizedLayer:
     """Quantize the linear layers of a layer in place, and give the packed tensors."""
-    made = Made()
-    for reading in visit.readings:
-        if not _fold_norm(visit, reading, settings, made):
-            _fold_chain(visit, reading, settings, made)
-    for reading in visit.readings:
-        names = [name for name in reading.linears if _is_quantized(visit, name, settings)]
-        packed = _quantize_linears(_linears(visit.layer, names), reading.moment, settings)
+    made = QuantizedLayer()
+    for reading in at_work.readings:
+        if not _fold_norm(at_work, reading, settings, made):
+            _fold_chain(at_work, reading, settings, made)
+    for reading in at_work.readings:
+        names = [name for name in reading.linears if _is_quantized(at_work, name, settings)]
+        packed = _quantize_linears(_linears(at_work.layer, names), reading.moment, settings)
         made.linears |= dict(zip(names, packed, strict=True))
     return made
 
 
-def _is_quantized(visit: Visit, name: str, settings: Settings) -> bool:
+def _is_quantized(at_work: LayerAtWork, name: str, settings: Settings) -> bool:
     """Whether a layer becomes packed."""
-    return name in visit.linears and settings.takes(*visit.linears[name].shape)
+    return name in at_work.linears and settings.takes(*at_work.linears[name].shape)
 
 
 def _linears(layer: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
@@ -60,32 +60,32 @@ def _search(reading: ActivationStats, weights: Sequence[Tensor], magnitude: Tens
     )
 
 
-def _fold_norm(visit: Visit, reading: ActivationStats, settings: Settings, made: Made) -> bool:
+def _fold_norm(at_work: LayerAtWork, reading: ActivationStats, settings: Settings, made: QuantizedLayer) -> bool:
     """Move scales between a norm and everything that reads it; whether that was done."""
     if reading.norm is None:
         return False
-    norm = visit.layer.get_submodule(reading.norm)
-    readers = _readers(visit.layer, reading)
-    packed = [name for name in readers if _is_quantized(visit, name, settings)]
+    norm = at_work.layer.get_submodule(reading.norm)
+    readers = _readers(at_work.layer, reading)
+    packed = [name for name in readers if _is_quantized(at_work, name, settings)]
     changed = [f"{reading.norm}.{name}" for name, _ in norm.named_parameters()]
     # The others of its readers keep 16 bits, and their weights change with it.
-    changed += [f"{name}.weight" for name in readers if name not in packed and not _is_part(visit, name)]
+    changed += [f"{name}.weight" for name in readers if name not in packed and not _is_part(at_work, name)]
     if not packed or norm.get_parameter("weight").shape != reading.magnitude.shape:
         return False
-    if not all(visit.can_store(name) for name in changed):
+    if not all(at_work.can_store(name) for name in changed):
         return False
     scales = _search(reading, [readers[name].get_parameter("weight") for name in packed], reading.magnitude, settings)
 
     def fold() -> Tensor:
-        factors = divide_norm(norm, scales, visit.stored)
+        factors = divide_norm(norm, scales, at_work.stored)
         multiply_columns(list(readers.values()), factors)
         return factors
 
-    factors = _keep_if_same([norm, *readers.values()], fold, visit.run)
+    factors = _keep_if_same([norm, *readers.values()], fold, at_work.run)
     if factors is None:
         return False
-    made.changed |= {name: visit.layer.get_parameter(name).detach() for name in changed}
-    for other in visit.readings:
+    made.changed |= {name: at_work.layer.get_parameter(name).detach() for name in changed}
+    for other in at_work.readings:
         if other is reading or not readers.keys().isdisjoint(other.linears):
             other.moment = other.moment / factors / factors[:, None]
     return True
@@ -103,16 +103,16 @@ def _readers(layer: nn.Module, reading: ActivationStats) -> dict[str, nn.Module]
     return found
 
 
-def _is_part(visit: Visit, name: str) -> bool:
-    return name in visit.linears and visit.linears[name].part is not None
+def _is_part(at_work: LayerAtWork, name: str) -> bool:
+    return name in at_work.linears and at_work.linears[name].part is not None
 
 
-def _fold_chain(visit: Visit, reading: ActivationStats, settings: Settings, made: Made) -> None:
+def _fold_chain(at_work: LayerAtWork, reading: ActivationStats, settings: Settings, made: QuantizedLayer) -> None:
     """Move scales between a linear layer and the one before it, whose outputs it reads channel by channel."""
-    if (maker_name := _maker(visit, reading, settings)) is None:
+    if (maker_name := _maker(at_work, reading, settings)) is None:
         return
-    maker, linear = _linears(visit.layer, [maker_name, *reading.linears])
-    owner = visit.layer.get_submodule(maker_name.rpartition(".")[0])
+    maker, linear = _linears(at_work.layer, [maker_name, *reading.linears])
+    owner = at_work.layer.get_submodule(maker_name.rpartition(".")[0])
     head_dim = int(getattr(owner, "head_dim", 0) or maker.out_features)
     if linear.in_features % maker.out_features or maker.out_features % head_dim:
         return
@@ -125,26 +125,26 @@ def _fold_chain(visit: Visit, reading: ActivationStats, settings: Settings, made
         multiply_columns([linear], scales)
         return scales
 
-    experts = _experts_of(visit.layer, maker_name)
+    experts = _experts_of(at_work.layer, maker_name)
     if experts is not None and experts.scales_with_up:  # the row that would show it may not reach this expert
         fold()
-    elif experts is not None or _keep_if_same([maker, linear], fold, visit.run) is None:
+    elif experts is not None or _keep_if_same([maker, linear], fold, at_work.run) is None:
         return
     reading.moment = reading.moment / scales / scales[:, None]
-    if maker.bias is not None and not _is_part(visit, maker_name):
+    if maker.bias is not None and not _is_part(at_work, maker_name):
         made.changed[f"{maker_name}.bias"] = maker.bias.detach()
 
 
-def _maker(visit: Visit, reading: ActivationStats, settings: Settings) -> str | None:
+def _maker(at_work: LayerAtWork, reading: ActivationStats, settings: Settings) -> str | None:
     """The quantized layer whose outputs a quantized layer alone reads, if its bias can change too."""
-    if len(reading.linears) != 1 or reading.others or not _is_quantized(visit, reading.linears[0], settings):
+    if len(reading.linears) != 1 or reading.others or not _is_quantized(at_work, reading.linears[0], settings):
         return None
     block, _, name = reading.linears[0].rpartition(".")
     for first, second in CHAINS:
         maker = f"{block}.{first}" if block else first
-        if name == second and _is_quantized(visit, maker, settings):
-            has_bias = visit.layer.get_submodule(maker)._parameters.get("bias") is not None
-            return maker if not has_bias or _is_part(visit, maker) or visit.can_store(f"{maker}.bias") else None
+        if name == second and _is_quantized(at_work, maker, settings):
+            has_bias = at_work.layer.get_submodule(maker)._parameters.get("bias") is not None
+            return maker if not has_bias or _is_part(at_work, maker) or at_work.can_store(f"{maker}.bias") else None
     return None
 
 

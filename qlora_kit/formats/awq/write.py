@@ -37,7 +37,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
 
     with torch.no_grad():
         settings = Settings.of(target)
-        walked = quantized_tensors(model_dir, settings, rows)
+        quantized = quantized_tensors(model_dir, settings, rows)
     quantization = {
         "quant_method": "awq",
         "bits": target.bits,
@@ -45,10 +45,10 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         # The layout always carries zero points; readers take False to mean that it does not.
         "zero_point": True,
         "version": target.layout.value,
-        "modules_to_not_convert": walked.left or None,
+        "modules_to_not_convert": quantized.left or None,
     }
-    rewrite_checkpoint(model_dir, out_dir, walked.replacements, quantization)
-    return walked.uncalibrated
+    rewrite_checkpoint(model_dir, out_dir, quantized.replacements, quantization)
+    return quantized.uncalibrated
 
 
 def _check(target: AwqTarget) -> None:

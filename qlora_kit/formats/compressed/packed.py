@@ -17,7 +17,7 @@ from qlora_kit.schema.export import CompressedScheme, CompressedTarget
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_kit.export.layer_walk import Made, Visit
+    from qlora_kit.export.quantize_layers import LayerAtWork, QuantizedLayer
 
 BITS = {CompressedScheme.W4A16: 4, CompressedScheme.W8A16: 8}
 KINDS = ("weight_packed", "weight_scale", "weight_shape")
@@ -77,7 +77,7 @@ def write_packed(
     """
     import torch
 
-    from qlora_kit.export.layer_walk import walk
+    from qlora_kit.export.quantize_layers import quantize_layers
 
     settings, found = PackedSettings.of(target), folder_linears(model_dir)
     left = settings.left(found.shapes, found.filled_in)
@@ -85,12 +85,12 @@ def write_packed(
     if problem := check_group_size(settings.group_size, widths):
         raise RecipeError([problem])
     with torch.no_grad():
-        walked = walk(
+        quantized = quantize_layers(
             model_dir, rows, partial(_quantize_layer, settings=settings, left=left), title="GPTQ", follows=True
         )
     ignore = [*ignored(found, left), OUTPUT_HEAD]
-    rewrite_checkpoint(model_dir, out_dir, walked.replacements, config_entry(settings.scheme(), FORMAT, ignore))
-    return walked.uncalibrated
+    rewrite_checkpoint(model_dir, out_dir, quantized.replacements, config_entry(settings.scheme(), FORMAT, ignore))
+    return quantized.uncalibrated
 
 
 def unpacked_weight(tensors: "Mapping[str, Tensor]") -> "Tensor":
@@ -117,23 +117,23 @@ def packed_tensors(codes: "Tensor", scale: "Tensor", bits: int) -> "dict[str, Te
     return {"weight_packed": words, "weight_scale": scale.contiguous(), "weight_shape": torch.tensor(codes.shape)}
 
 
-def _quantize_layer(visit: "Visit", settings: PackedSettings, left: Sequence[str]) -> "Made":
+def _quantize_layer(at_work: "LayerAtWork", settings: PackedSettings, left: Sequence[str]) -> "QuantizedLayer":
     from torch import nn
 
     from qlora_kit.export.grid import Grid, around_middle
-    from qlora_kit.export.layer_walk import Made
+    from qlora_kit.export.quantize_layers import QuantizedLayer
     from qlora_kit.export.solver import solve
 
     def grid_of(weight: "Tensor", shrink: float) -> Grid:
         width = inputs_of_group(settings.group_size, weight.shape[1])
         return around_middle(weight, width, bits=settings.bits, shrink=shrink)
 
-    made = Made()
-    for reading in visit.readings:
-        found = {name: visit.linears[name] for name in reading.linears if name in visit.linears}
+    made = QuantizedLayer()
+    for reading in at_work.readings:
+        found = {name: at_work.linears[name] for name in reading.linears if name in at_work.linears}
         names = [name for name, one in found.items() if settings.fits(*one.shape) and one.name not in left]
         if names:
-            linears = [module for name in names if isinstance(module := visit.layer.get_submodule(name), nn.Linear)]
+            linears = [module for name in names if isinstance(module := at_work.layer.get_submodule(name), nn.Linear)]
             for name, one in zip(names, solve(linears, reading.moment, grid_of), strict=True):
-                made.linears[name] = packed_tensors(one.codes, one.grid.scale.to(visit.stored), settings.bits)
+                made.linears[name] = packed_tensors(one.codes, one.grid.scale.to(at_work.stored), settings.bits)
     return made

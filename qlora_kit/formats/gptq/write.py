@@ -39,7 +39,7 @@ def write_gptq(
         raise RecipeError("GPTQ needs calibration rows and got none")
     import torch
 
-    from qlora_kit.export.layer_walk import walk
+    from qlora_kit.export.quantize_layers import quantize_layers
     from qlora_kit.formats.gptq.solve import quantize_layer
 
     found = folder_linears(model_dir)
@@ -47,7 +47,7 @@ def write_gptq(
     check_shapes(found.shapes, plan)
     quantize = partial(quantize_layer, plan=plan, target=target)
     with torch.no_grad():
-        walked = walk(model_dir, rows, quantize, title="GPTQ", follows=True)
-    settings = gptq_settings(target, plan, walked.found, "qlora-kit")
-    rewrite_checkpoint(model_dir, out_dir, walked.replacements, settings)
-    return walked.uncalibrated
+        quantized = quantize_layers(model_dir, rows, quantize, title="GPTQ", follows=True)
+    settings = gptq_settings(target, plan, quantized.found, "qlora-kit")
+    rewrite_checkpoint(model_dir, out_dir, quantized.replacements, settings)
+    return quantized.uncalibrated

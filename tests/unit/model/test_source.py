@@ -152,9 +152,10 @@ def test_a_commit_that_is_left_open_is_found_once_and_then_kept(hub, folder, cap
     assert f"owner/name at {'1' * 40}: its newest commit" in capsys.readouterr().err
 
 
-def test_a_commit_that_is_left_open_is_what_the_cache_has_where_the_hub_cannot_be_reached(hub):
+def test_a_commit_that_is_left_open_is_what_the_cache_has_where_the_hub_cannot_be_reached(hub, capsys):
     hub += [""] * 9
     assert pinned(ModelConfig(source="owner/name")).revision == "c" * 40
+    assert "of owner/name the newest commit is taken that is in the cache" in capsys.readouterr().err
 
 
 def test_a_commit_that_is_left_open_is_found_for_a_tokenizer_too(hub, folder):

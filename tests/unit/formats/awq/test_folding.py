@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.export.layer_inputs import ActivationStats, decoder_layers, first_inputs, layer_stats, run_layer
-from qlora_kit.export.layer_walk import Visit
+from qlora_kit.export.quantize_layers import LayerAtWork
 from qlora_kit.export.stored_linears import StoredLinear
 from qlora_kit.formats.awq.folding import divide_norm, gain_offset, shared_over_heads, spread_over_heads
 from qlora_kit.formats.awq.layer import quantize_layer
@@ -23,14 +23,14 @@ CPU = torch.device("cpu")
 
 def visit_of(
     layer: nn.Module, readings: list[ActivationStats], run: Callable[[], Tensor], stored: torch.dtype
-) -> Visit:
+) -> LayerAtWork:
     """A layer all of whose parameters lie in a folder under their own names."""
     linears = {
         name: StoredLinear(name, name, (module.out_features, module.in_features), f"{name}.weight")
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }
-    return Visit("", layer, linears, readings, run, lambda _: True, stored)
+    return LayerAtWork("", layer, linears, readings, run, lambda _: True, stored)
 
 
 @pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
@@ -78,8 +78,8 @@ def test_every_fold_is_made_and_kept(family: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         "qlora_kit.formats.awq.layer._quantize_linears", lambda linears, moment, settings: [{}] * len(linears)
     )
-    visit = visit_of(layer, readings, lambda: run_layer(layer, calls[0], 0), torch.bfloat16)
-    found = quantize_layer(visit, Settings(4, 64, True))
+    at_work = visit_of(layer, readings, lambda: run_layer(layer, calls[0], 0), torch.bfloat16)
+    found = quantize_layer(at_work, Settings(4, 64, True))
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / family).get_submodule(decoder_layers(model)[0])[0]
     moved = {name for name, value in fresh.state_dict().items() if not torch.equal(value, layer.state_dict()[name])}
     before_mlp = "pre_feedforward_layernorm" if family == "gemma3" else "post_attention_layernorm"

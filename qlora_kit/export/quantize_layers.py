@@ -1,4 +1,4 @@
-"""The walk of a calibrating quantizer: one layer of a model at a time, widened, observed, quantized and let go of."""
+"""The layers of a model, one at a time: widened, observed, quantized and let go of, for a quantizer that calibrates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from qlora_kit.weights.headers import read_headers
 
 
 @dataclass(frozen=True)
-class Visit:
+class LayerAtWork:
     """A layer at hand.
 
     Attributes:
@@ -42,7 +42,7 @@ class Visit:
 
 
 @dataclass
-class Made:
+class QuantizedLayer:
     """A layer's new tensors, named within the layer: those of linears by kind, and other weights that changed."""
 
     linears: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -50,8 +50,8 @@ class Made:
 
 
 @dataclass
-class Walked:
-    """What a walk made of a folder.
+class QuantizedModel:
+    """What was made of a folder.
 
     Attributes:
         found: the folder's layers.
@@ -71,14 +71,14 @@ class Walked:
         return Uncalibrated(len(self.unseen), sum(one.is_expert for one in self.found.linears))
 
 
-def walk(
+def quantize_layers(
     model_dir: Path,
     calibration: Sequence[Sequence[int]],
-    quantize: Callable[[Visit], Made],
+    quantize: Callable[[LayerAtWork], QuantizedLayer],
     *,
     title: str,
     follows: bool,
-) -> Walked:
+) -> QuantizedModel:
     """Quantize a merged 16-bit folder layer by layer, on a GPU where there is one.
 
     Args:
@@ -92,7 +92,7 @@ def walk(
     found = stored_linears(model, stored_names(model_dir, read_headers(model_dir)))
     prefix, layers = decoder_layers(model)
     calls = first_inputs(model, calibration, device)
-    done = Walked(found, left=[*found.otherwise, *found.kept, *found.towers])
+    done = QuantizedModel(found, left=[*found.otherwise, *found.kept, *found.towers])
     for index in each(range(len(layers)), title, "layer"):
         # Widened where it lies then: in one step, torch would widen it on the CPU and carry twice the bytes.
         name, layer = f"{prefix}.{index}", layers[index].to(device).to(torch.float32)
@@ -100,7 +100,7 @@ def walk(
         readings, outputs = layer_stats(layer, calls, index)
         linears = found.inside(name)
         unseen = _unseen_experts(layer, linears, readings)
-        visit = Visit(
+        at_work = LayerAtWork(
             name=name,
             layer=layer,
             linears=linears,
@@ -109,7 +109,7 @@ def walk(
             can_store=partial(_has_place, found, name),
             stored=stored,
         )
-        _add(done, visit, quantize(visit))
+        _add(done, at_work, quantize(at_work))
         done.unseen += [linears[inner].name for reading in unseen for inner in reading.linears]
         for call, output in zip(calls, outputs, strict=True):
             call.hidden = run_layer(layer, call, index) if follows else output
@@ -139,20 +139,20 @@ def _unseen_experts(
     return found
 
 
-def _add(done: Walked, visit: Visit, made: Made) -> None:
-    for inner, linear in visit.linears.items():
+def _add(done: QuantizedModel, at_work: LayerAtWork, made: QuantizedLayer) -> None:
+    for inner, linear in at_work.linears.items():
         tensors = {f"{linear.name}.{kind}": tensor for kind, tensor in made.linears.get(inner, {}).items()}
         done.left += [] if tensors else [linear.name]
         if linear.part is not None:
             # Its neighbors leave the tensor that held them all, so it needs a place of its own either way.
-            module = visit.layer.get_submodule(inner)
+            module = at_work.layer.get_submodule(inner)
             assert isinstance(module, nn.Linear)
-            tensors = tensors or {f"{linear.name}.weight": module.weight.detach().to("cpu", visit.stored)}
+            tensors = tensors or {f"{linear.name}.weight": module.weight.detach().to("cpu", at_work.stored)}
             if module.bias is not None:
-                bias = {f"{linear.name}.bias": module.bias.detach().to("cpu", visit.stored)}
+                bias = {f"{linear.name}.bias": module.bias.detach().to("cpu", at_work.stored)}
                 done.replacements.setdefault(linear.bias, {}).update(bias)
         if tensors:
             done.replacements.setdefault(linear.weight, {}).update(tensors)
     for inner, tensor in made.changed.items():
-        name = done.found.names[f"{visit.name}.{inner}"]
-        done.replacements[name] = {name: tensor.detach().to("cpu", visit.stored)}
+        name = done.found.names[f"{at_work.name}.{inner}"]
+        done.replacements[name] = {name: tensor.detach().to("cpu", at_work.stored)}
