@@ -8,6 +8,7 @@ What is kept for the backward is its input, gate and up, and the products x A^T 
 are recomputed, and frozen weights are dequantized again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,19 @@ class Mlp(Protocol):
         ...
 
 
+def by_policy(run: Callable[[Tensor, bool], Tensor], h: Tensor, policy: int) -> Tensor:
+    """An MLP of h `[rows, tokens, hidden]`, some tokens at a time where its policy says so.
+
+    Args:
+        run: of h or a part of it, and whether its backward pass computes the wide values again.
+        policy: a `CheckpointPolicy`.
+    """
+    if policy != CheckpointPolicy.chunked_mlp:
+        return run(h, policy == CheckpointPolicy.recompute_gate_up)
+    pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
+    return torch.cat([run(piece, True) for piece in pieces], dim=1).view_as(h)
+
+
 @dataclass(frozen=True)
 class DenseMlp:
     """The gated MLP; `group` is gate and up, or one module with the two side by side."""
@@ -57,10 +71,7 @@ class DenseMlp:
 
     def forward(self, h: Tensor, policy: int) -> Tensor:
         """See `Mlp`."""
-        if policy != CheckpointPolicy.chunked_mlp:
-            return gated_mlp(h, self, recompute_gate_up=policy == CheckpointPolicy.recompute_gate_up)
-        pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
-        return torch.cat([gated_mlp(piece, self, recompute_gate_up=True) for piece in pieces], dim=1).view_as(h)
+        return by_policy(lambda part, again: gated_mlp(part, self, recompute_gate_up=again), h, policy)
 
     def gate_and_up(self, x: Tensor, xa: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """gate and up `[T, width]` without what adapters add, and xa."""

@@ -6,11 +6,10 @@ What is kept for the backward is its input, what the first module gives, and the
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from qlora_kit.engine.layer.checkpoint_policy import PIECE, CheckpointPolicy
+from qlora_kit.engine.layer.mlp import by_policy
 from qlora_kit.engine.layer.norm import After, Norm, add_to_residual
 from qlora_kit.engine.linear.linear_group import Gradients, LinearGroup
 from qlora_kit.engine.ops.activation import activate, activate_backward
@@ -33,10 +32,7 @@ class UngatedMlp:
 
     def forward(self, h: Tensor, policy: int) -> Tensor:
         """See `mlp.Mlp`."""
-        if policy != CheckpointPolicy.chunked_mlp:
-            return _ungated(h, self, recompute_up=policy == CheckpointPolicy.recompute_gate_up)
-        pieces = torch.split(h.flatten(0, 1)[None], PIECE, dim=1)
-        return torch.cat([_ungated(piece, self, recompute_up=True) for piece in pieces], dim=1).view_as(h)
+        return by_policy(lambda part, again: _ungated(part, self, recompute_up=again), h, policy)
 
 
 def _ungated(h: Tensor, parts: UngatedMlp, *, recompute_up: bool) -> Tensor:

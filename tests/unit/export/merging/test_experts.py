@@ -1,6 +1,8 @@
 """Adapters of experts are merged into the tensors that the checkpoint holds, whatever form those have."""
 
 import json
+import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -114,10 +116,7 @@ def test_peft_reads_the_adapter_as_it_is(kind, pairs):
 
 def test_an_expert_that_learned_nothing_stays_as_it_was_and_is_no_error(pairs, tmp_path):
     pair = pairs("qwen3_moe", NOT_ROUNDED)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for path in pair.adapter.iterdir():
-        (adapter / path.name).write_bytes(path.read_bytes())
+    adapter = Path(shutil.copytree(pair.adapter, tmp_path / "adapter"))
 
     def unlearned(tensors):
         for name, value in tensors.items():
@@ -136,10 +135,7 @@ def test_an_expert_that_learned_nothing_stays_as_it_was_and_is_no_error(pairs, t
 
 def test_factors_of_another_number_of_experts_are_refused(pairs, tmp_path):
     pair = pairs("qwen3_moe", NOT_ROUNDED)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for path in pair.adapter.iterdir():
-        (adapter / path.name).write_bytes(path.read_bytes())
+    adapter = Path(shutil.copytree(pair.adapter, tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", r=3)
     with pytest.raises(RunError, match="rank 3, its factors have 4"):
         merge_pair(Pair(pair.base, adapter), tmp_path / "out")
