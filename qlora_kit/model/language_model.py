@@ -8,7 +8,8 @@ is, without its towers.
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qlora_kit.core.errors import DamagedFileError, Problem, RecipeError
 from qlora_kit.core.terminal import printable
 from qlora_kit.core.units import counted
 from qlora_kit.model.conversion import own_name_of_stored
+from qlora_kit.model.kind import CONFIG
 from qlora_kit.model.microscaled import is_microscaled, unpacks
 from qlora_kit.model.unfused_experts import joined_experts
 from qlora_kit.schema.model import Attention
@@ -60,11 +62,18 @@ class LanguageModel:
 
 
 def language_model(folder: Path) -> LanguageModel:
-    """Find the class of a folder's language model.
+    """Find the class of a folder's language model; found once, until its config.json changes.
 
     Raises:
         RecipeError: transformers has none.
     """
+    file = folder / CONFIG
+    found = _found(folder, file.read_bytes() if file.is_file() else b"")
+    return replace(found, config=deepcopy(found.config))  # which transformers and this module write into
+
+
+@lru_cache(maxsize=4)
+def _found(folder: Path, _config: bytes) -> LanguageModel:
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
     classes = reversed(_OWN_CLASSES) if text is config else _OWN_CLASSES

@@ -156,3 +156,16 @@ def test_scores_that_are_capped_are_computed_with_the_cap(tmp_path):
         assert model.config._attn_implementation == ("eager" if cap else "sdpa")
         logits[cap] = model(TOKENS).logits
     assert not torch.allclose(logits[None], logits[1e-3], atol=1e-3)
+
+
+def test_a_class_is_found_once_until_its_config_changes(tmp_path):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    first = language_model(folder)
+    vars(first.config)["quantization_config"] = {"quant_method": "written by a caller"}
+    again = language_model(folder)
+    assert again.own is first.own
+    assert not hasattr(again.config, "quantization_config")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert language_model(folder).config.num_hidden_layers == 1
+    assert len(language_model(folder).own.model.layers) == 1
