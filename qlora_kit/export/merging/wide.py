@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlora_kit.export.merging.rounded import weight_beside
-from qlora_kit.weights.headers import StoredTensor
+from qlora_kit.weights.headers import FLOATS, StoredTensor
 
 if TYPE_CHECKING:
     from qlora_kit.model.stored_names import StoredNames
@@ -19,7 +19,8 @@ def wide_tensors(base: Mapping[str, StoredTensor], names: "StoredNames") -> froz
     differs by less than bf16 can tell apart, and decays of a state add up over a row. Of a base that is wholly in fp32
     the model's own class says what is computed with in fp32.
     """
-    weights = [one for name, one in base.items() if name not in names.outside and weight_beside(name) not in base]
+    own = (one for name, one in base.items() if name not in names.outside and weight_beside(name) not in base)
+    weights = [one for one in own if one.dtype in FLOATS]  # packed ones tell nothing of those beside them
     wide = [one for one in weights if one.dtype == WIDE and one.name not in _tables_and_stacks(names)]
     is_mixed = 2 * sum(one.rows * one.width for one in weights if one.dtype == WIDE) < sum(
         one.rows * one.width for one in weights
