@@ -129,7 +129,7 @@ def _train(
         )
         with told_plainly(base_folder, read_config(base_folder), "train"):
             trainer = build_trainer(
-                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, callback, packing
+                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, callback, packing, reach.needs
             )
         with stop.at_a_step(), first_step_told(trainer, base_folder, goes_on=checkpoint is not None):
             progress = run_training(trainer, checkpoint)
@@ -173,7 +173,7 @@ def _save_adapter(
 def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
     """The base's sizes and counted weights; None where it has sizes that no plan knows."""
     try:
-        return KnownBase.in_folder(folder, reach.counted, reach.kept)
+        return KnownBase.in_folder(folder, reach.counted, reach.needs)
     except RecipeError:
         return None
 

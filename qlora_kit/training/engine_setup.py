@@ -23,16 +23,19 @@ from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.free import free_host_bytes, free_memory_bytes
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.schema.engine import EngineConfig, EngineMode
-from qlora_kit.training.step_memory import MLP, StepMemory, again
+from qlora_kit.training.step_memory import MLP, TRAINED_BYTES, StepMemory, StepNeeds, again, as_found
 
 ACTIVATION_BYTES = 2
 
 
-def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEngine | None:
+def enable_engine(
+    model: PeftModel, config: EngineConfig, tokens: int, found: StepNeeds | None = None
+) -> FastEngine | None:
     """Make a model's decoder layers fast, as the recipe says; None where they stay plain.
 
     Args:
         tokens: of one forward pass on one device, padding included.
+        found: before there were weights.
 
     Raises:
         RecipeError: the recipe asks for fp8, and this machine has none.
@@ -45,7 +48,7 @@ def enable_engine(model: PeftModel, config: EngineConfig, tokens: int) -> FastEn
         log.info(line)
     if not engine.layers:
         return None
-    memory = step_memory_of(model, tokens, engine)
+    memory = step_memory_of(model, tokens, engine, found)
     policies = _policies(memory, config.recompute)
     engine.set_policies(policies)
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
@@ -63,12 +66,15 @@ def layer_policies(model: PeftModel, config: EngineConfig, tokens: int) -> list[
     return _policies(step_memory_of(model, tokens), config.recompute)
 
 
-def step_memory_of(model: PeftModel, tokens: int, engine: FastEngine | None = None) -> StepMemory:
+def step_memory_of(
+    model: PeftModel, tokens: int, engine: FastEngine | None = None, found: StepNeeds | None = None
+) -> StepMemory:
     """What a step needs, from a model with its adapter.
 
     Args:
         tokens: of one forward pass on one device, padding included.
-        engine: in the model; what its layers keep is measured where their sizes do not tell it.
+        engine: in the model; what its layers keep is measured where neither their sizes nor `found` tell it.
+        found: before there were weights.
     """
     base: Any = model.get_base_model()
     shape = shape_of_config(base.config.to_dict())
@@ -80,14 +86,16 @@ def step_memory_of(model: PeftModel, tokens: int, engine: FastEngine | None = No
         if "lora_A" in name and not name.startswith(of_experts)  # which keep nothing of their products
     }
     family = FAMILIES.get(base.config.get_text_config().model_type)
+    needs = None if found is None else found.layers
     extras = LayerExtras(
         ranks=sum(ranks.values()) // shape.num_layers,
         qk_norm=family is not None and family.qk_norm,
         post_norms=family is not None and family.post_norms,
         beside=beside_gate_and_up([rank for name, rank in ranks.items() if any(part in name for part in MLP)]),
-        measured=0.0 if engine is None or engine.keeps_as_told else _measured(base, engine),
+        measured=0.0 if needs is not None or engine is None or engine.keeps_as_told else _measured(base, engine),
     )
-    return StepMemory(shape, tokens, extras, trained)
+    trained_bytes = TRAINED_BYTES if found is None else found.trained_bytes
+    return StepMemory(shape, tokens, as_found(extras, needs, tokens), trained, trained_bytes)
 
 
 def _measured(base: Any, engine: FastEngine) -> float:

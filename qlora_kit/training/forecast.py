@@ -6,16 +6,17 @@ from pathlib import Path
 
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.families.registry import FAMILIES
 from qlora_kit.memory.estimate import MemoryEstimate, estimate
 from qlora_kit.memory.shapes import shape_of_config
-from qlora_kit.memory.trainable import trainable_parameters
+from qlora_kit.memory.trainable import TABLES, trainable_parameters
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig
 from qlora_kit.schema.model import ModelShape
 from qlora_kit.schema.quant import ComputeDtype, QuantKind
 from qlora_kit.schema.root import TrainRecipe
-from qlora_kit.training.step_memory import StepMemory, again, extras_of_recipe, fast_estimate
+from qlora_kit.training.step_memory import StepMemory, again, as_found, extras_of_recipe, fast_estimate, head_bytes
 
 PROCESS_BYTES = 0.8e9  # that a training process takes with its libraries alone: 0.78 GB of Linux with torch 2.13
 
@@ -42,18 +43,20 @@ class KnownBase:
     Attributes:
         kind: `model_type` of its config.json; empty where only the sizes are known.
         counted: its weights, where they were counted.
-        kept: bytes of a token that a fast layer was found to keep; 0 where its sizes tell that.
+        needs: what its layers were found to need; None where their sizes tell that.
         notes: what the user is to read beside a plan.
     """
 
     shape: ModelShape
     kind: str = ""
     counted: CountedWeights | None = None
-    kept: float = 0.0
+    needs: LayerNeeds | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def in_folder(cls, folder: Path, counted: CountedWeights | None = None, kept: float = 0.0) -> "KnownBase":
+    def in_folder(
+        cls, folder: Path, counted: CountedWeights | None = None, needs: LayerNeeds | None = None
+    ) -> "KnownBase":
         """From the config.json in a folder.
 
         Raises:
@@ -62,7 +65,7 @@ class KnownBase:
         config = read_json(folder / "config.json")
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
-        return cls(shape_of_config(config), str(text.get("model_type", "")), counted, kept)
+        return cls(shape_of_config(config), str(text.get("model_type", "")), counted, needs)
 
     @classmethod
     def of_shape(cls, shape: ModelShape, recipe: TrainRecipe) -> "KnownBase":
@@ -113,15 +116,32 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
     plain = estimate(base.shape, recipe.quant, lora, recipe.optim, recipe.trainer, tokens)
     if base.counted is not None:
         plain = _as_counted(plain, base.counted, recipe)
+    if base.needs is not None:
+        plain = replace(plain, adapter=plain.adapter + base.needs.copies)
     if recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0:
         family = FAMILIES.get(base.kind)
         if family is not None or not base.kind:
-            extras = replace(extras_of_recipe(base.shape, recipe.lora, family), measured=base.kept)
-            step = StepMemory(base.shape, tokens, extras, plain.trainable)
+            extras = as_found(extras_of_recipe(base.shape, recipe.lora, family), base.needs, tokens)
+            trained_bytes = (plain.gradients + plain.optimizer) / max(1, plain.trainable)
+            step = StepMemory(base.shape, tokens, extras, plain.trainable, trained_bytes)
             memory, policies = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
             return Forecast(memory, tokens, again(policies))
     recomputed = recipe.trainer.gradient_checkpointing
+    if base.needs is not None:
+        plain = _as_found(plain, base.needs, base.shape, tokens, recipe)
     return Forecast(plain, tokens, "recomputed in the backward pass" if recomputed else "kept for the backward pass")
+
+
+def _as_found(
+    plain: MemoryEstimate, needs: LayerNeeds, shape: ModelShape, tokens: int, recipe: TrainRecipe
+) -> MemoryEstimate:
+    """An estimate with what layers were found to need; the output head is done when their backward pass begins."""
+    wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
+    kept, at_work = shape.num_layers * needs.kept(tokens), needs.beside(tokens)
+    if recipe.trainer.gradient_checkpointing:
+        kept, at_work = float(shape.num_layers * wide * shape.hidden_size * tokens), needs.at_work(tokens)
+    head = plain.loss if TABLES[1] in recipe.lora.modules_to_save else head_bytes(shape, tokens)
+    return replace(plain, activations=kept, loss=head, workspace=max(0.0, at_work - head))
 
 
 def _of_known_sizes(lora: LoraConfig) -> LoraConfig:

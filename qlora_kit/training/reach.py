@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.engine.attention.without_weights import no_packed_rows
-from qlora_kit.engine.layer.without_weights import kept_by_fast_layers
+from qlora_kit.engine.layer.layer_needs import LayerNeeds
+from qlora_kit.engine.layer.without_weights import AsTrained, needs_of_layers
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.language_model import build_language_model
-from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names
+from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names, torch_dtype
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.skeleton import attention_for, skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
@@ -51,6 +52,7 @@ _KINDS = {
 }
 _USUAL = ("embedding", "head", "small")
 
+USUAL_ROW = 2048  # tokens of a row, where the free memory decides
 LOUD_SHARE = 0.01  # of the weights: more than that in 16 bit beside tables and norms is worth a warning
 
 
@@ -106,7 +108,7 @@ class Reach:
     trained: int
     wide: int
     towers: Mapping[str, int] = field(default_factory=dict)
-    kept: float = 0.0
+    needs: LayerNeeds | None = None
     spared: Mapping[str, str] = field(default_factory=dict)
     attention: Attention = Attention.sdpa
     wanted_attention: Attention = Attention.sdpa
@@ -281,20 +283,26 @@ def _reach_in(
     if recipe.lora.use_dora:  # a magnitude for each output row, which needs weights to be made
         trained += sum(part.shape[0] for part in weights if part.name in promised)
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
-    kept = _kept_by_layers(recipe, adapted_model)
+    needs = _needs_of_layers(recipe, adapted_model, rounded)
     rounds, reaches, towers = frozenset(rounded), frozenset(promised), checkpoint.left_out
-    return Reach(layers, weights, rounds, reaches, trained, wide, towers, kept, spared)
+    return Reach(layers, weights, rounds, reaches, trained, wide, towers, needs, spared)
 
 
-def _kept_by_layers(recipe: TrainRecipe, model: PeftModel) -> float:
-    """Bytes of a token that a fast layer keeps, where its sizes do not tell it; experts are reckoned from theirs."""
-    if recipe.engine.mode is not EngineMode.fast or recipe.lora.dropout > 0 or experts_of(model):
-        return 0.0
+def _needs_of_layers(recipe: TrainRecipe, model: PeftModel, rounded: Collection[str]) -> LayerNeeds | None:
+    """What the layers need in a step; None where their sizes tell it, or where it cannot be found without values."""
+    longest, data = recipe.data.max_tokens, recipe.data
+    run = AsTrained(
+        fast=recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0,
+        rounded=rounded,
+        dtype=torch_dtype(recipe.quant.compute_dtype),
+        is_packed=data.batching is Batching.packed,
+        row_tokens=longest if isinstance(longest, int) else USUAL_ROW,
+    )
     try:
-        return kept_by_fast_layers(model)
+        return needs_of_layers(model, run)
     except Exception as error:  # code of a model that asks for values: an estimate from sizes is no reason not to train
-        log.debug(f"what layers keep is estimated from their sizes: {type(error).__name__}: {error}")
-        return 0.0
+        log.debug(f"what layers need is estimated from their sizes: {type(error).__name__}: {error}")
+        return None
 
 
 def check_reached(model: PeftModel, reach: Reach) -> None:

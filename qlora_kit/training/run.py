@@ -20,6 +20,7 @@ from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
 from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.layer.fast import FastEngine
+from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.model.source import hub_name
 from qlora_kit.objectives.objective import Objective
 from qlora_kit.objectives.registry import OBJECTIVES
@@ -33,7 +34,10 @@ from qlora_kit.training.checkpoint import step_of
 from qlora_kit.training.engine_setup import enable_engine
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.optimizers.groups import groups_of
+from qlora_kit.training.step_memory import StepNeeds
 from qlora_kit.training.trainer import KitTrainer
+
+GRADIENT_BYTES = 4  # of a trained weight
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class RunProgress:
         return self.step >= self.last_step
 
 
-def build_trainer(
+def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
     model: PeftModel,
     tokenizer: Any,
     recipe: TrainRecipe,
@@ -58,6 +62,7 @@ def build_trainer(
     checkpoints: Path,
     callback: MetricsCallback,
     packing: Packing | None = None,
+    layers: LayerNeeds | None = None,
 ) -> KitTrainer:
     """A trainer over prepared rows whose own preparation is off.
 
@@ -65,6 +70,7 @@ def build_trainer(
         model: base with an adapter attached.
         checkpoints: folder for checkpoints; nothing is written elsewhere.
         packing: of the training rows, if `data.batching` is packed. Held-out rows are then packed too.
+        layers: what they were found to need before there were weights.
     Raises:
         RunError: the rows are packed, and this model's attention would not keep them apart.
     """
@@ -75,7 +81,8 @@ def build_trainer(
         log.info(line)
     processes = world_size()
     at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
-    undo, engine = _prepare_model(model, recipe, packing, at_once)
+    found = StepNeeds(layers, GRADIENT_BYTES + optimizer.value.state_bytes)
+    undo, engine = _prepare_model(model, recipe, packing, at_once, found)
     objective = OBJECTIVES["sft"]
     dataset = objective.dataset(train, packing)
     batch_shape = _batch_shape(recipe, train, packing, engine)
@@ -112,13 +119,13 @@ def build_trainer(
 
 
 def _prepare_model(
-    model: PeftModel, recipe: TrainRecipe, packing: Packing | None, at_once: int
+    model: PeftModel, recipe: TrainRecipe, packing: Packing | None, at_once: int, found: StepNeeds
 ) -> tuple[list[Callable[[], None]], FastEngine | None]:
     """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(enable_packed_attention(model.get_base_model(), recipe.model.attention))
-    engine = enable_engine(model, recipe.engine, at_once)
+    engine = enable_engine(model, recipe.engine, at_once, found)
     if engine is not None:
         undo.append(engine.undo)
         if (back := enable_row_attention(model.get_base_model())) is not None:

@@ -15,12 +15,12 @@ from qlora_kit.engine.layer.checkpoint_policy import (
     auto_budget,
     beside_gate_and_up,
     kept_bytes,
+    made_bytes,
     parse_amount,
     peak_bytes,
     plan_policies,
-    temporary_bytes,
-    unpacked_bytes,
 )
+from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.engine.ops.limits import LOGITS_TILE_BYTES
 from qlora_kit.families.family import Family
 from qlora_kit.memory.estimate import MemoryEstimate
@@ -51,35 +51,48 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 
 
 @dataclass(frozen=True)
+class StepNeeds:
+    """What is known of a step before its model is loaded.
+
+    Attributes:
+        layers: what they were found to need; None where their sizes tell that.
+        trained_bytes: of each trained weight, for its gradient and the optimizer's state.
+    """
+
+    layers: LayerNeeds | None
+    trained_bytes: float = TRAINED_BYTES
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """What a training step of a model needs beside its weights.
 
     Attributes:
         tokens: of one forward pass on one device, padding included.
         trained: weights.
+        trained_bytes: of each, for its gradient and the optimizer's state.
     """
 
     shape: ModelShape
     tokens: int
     extras: LayerExtras
     trained: int
+    trained_bytes: float = TRAINED_BYTES
 
     @property
     def head(self) -> float:
         """Bytes of the output head and its gradient."""
-        return 2.0 * LOGITS_TILE_BYTES + HEAD_BYTES * self.tokens * self.shape.hidden_size
+        return head_bytes(self.shape, self.tokens)
 
     def budget(self, free_bytes: float, *, in_pieces: bool = False) -> float:
         """Bytes that layers may keep, from what is free once model and adapter are loaded."""
-        workspace = Workspace(logits=self.head, trained=float(TRAINED_BYTES * self.trained))
-        beside = self.extras.beside
-        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, beside=beside)
+        workspace = Workspace(logits=self.head, trained=self.trained_bytes * self.trained)
+        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, extras=self.extras)
 
     def backward(self, policies: Sequence[int]) -> float:
         """Bytes of the layers' backward pass, with what they keep."""
         in_pieces = CheckpointPolicy.chunked_mlp in policies
-        made = temporary_bytes(self.shape, self.tokens, in_pieces=in_pieces, beside=self.extras.beside)
-        return self.needed(policies) + unpacked_bytes(self.shape) + made
+        return self.needed(policies) + made_bytes(self.shape, self.tokens, in_pieces=in_pieces, extras=self.extras)
 
     def needed(self, policies: Sequence[int]) -> float:
         """Bytes that layers keep at these policies, and make again, at the most at once."""
@@ -108,6 +121,20 @@ class StepMemory:
         if wanted.amount is Amount.auto and self.needed(policies) > budget:
             return [CheckpointPolicy.chunked_mlp] * self.shape.num_layers, self.budget(free_bytes, in_pieces=True)
         return policies, budget
+
+
+def head_bytes(shape: ModelShape, tokens: int) -> float:
+    """Bytes of the output head and its gradient, where logits exist a tile at a time."""
+    tile = min(LOGITS_TILE_BYTES, 2 * tokens * shape.vocab_size)
+    return 2.0 * tile + HEAD_BYTES * tokens * shape.hidden_size
+
+
+def as_found(extras: LayerExtras, needs: LayerNeeds | None, tokens: int) -> LayerExtras:
+    """What a layer keeps and makes as it was found, where that is known."""
+    if needs is None:
+        return extras
+    kept, made, at_work = (found(tokens) / tokens for found in (needs.kept, needs.beside, needs.at_work))
+    return replace(extras, measured=kept, made=made, at_work=at_work)
 
 
 def fast_estimate(

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.carried_state import keep_states_apart
 from qlora_kit.model.device import this_device
+from qlora_kit.model.live_memory import counts_as_on_gpu
 from qlora_kit.model.structure import has_attention
 from qlora_kit.objectives.sft.collate import PackedCollator
 from qlora_kit.schema.model import Attention
@@ -258,13 +259,18 @@ def _whole_rows(
 def _has_flash(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     width = query.shape[-1]
     return (
-        query.is_cuda
-        and _format(query) in (torch.bfloat16, torch.float16)
+        _format(query) in (torch.bfloat16, torch.float16)
         and dropout == 0
         and width == value.shape[-1] <= LARGEST_FLASH_HEAD
         and width % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_new_enough(query)
     )
+
+
+def _is_new_enough(query: torch.Tensor) -> bool:
+    if counts_as_on_gpu():
+        return True
+    return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _format(tensor: torch.Tensor) -> torch.dtype:

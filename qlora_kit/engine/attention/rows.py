@@ -29,14 +29,14 @@ def enable_row_attention(model: PreTrainedModel) -> Callable[[], None] | None:
     if before not in ("sdpa", SDPA_PACKED) or model.config.get_text_config().model_type not in FAMILIES:
         return None
     # transformers makes no mask for an implementation that registers none.
-    AttentionInterface.register(SDPA_ROWS, _attention)
+    AttentionInterface.register(SDPA_ROWS, attend_rows)
     model.set_attn_implementation(SDPA_ROWS)
     if model.config._attn_implementation != SDPA_ROWS:
         return None
     return lambda: model.set_attn_implementation(before)
 
 
-def _attention(  # noqa: PLR0913, PLR0917  # transformers passes each by itself
+def attend_rows(  # noqa: PLR0913, PLR0917  # transformers passes each by itself
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from qlora_kit.engine.ops.limits import FUSED_RANK
@@ -48,8 +48,10 @@ class LayerExtras:
         qk_norm: q and k are kept as they were before their norms too.
         post_norms: outputs of attention and MLP are kept as they were before their norms too.
         beside: tensors of the MLP's width that its backward makes beside gate and up: see `beside_gate_and_up`.
-        measured: bytes of each token that were found kept where nothing is recomputed, if more than all of this tells;
-            for layers that run plain in part, and for wirings of their own.
+        measured: bytes of each token that were found kept where nothing is recomputed, instead of what all of this
+            tells; for layers that run plain, if only in part, and for wirings of their own.
+        made: with it, those that the backward pass of a layer was found to take beside; 0 where sizes tell that.
+        at_work: with it, those that a layer was found to take whose values are made again from its input.
     """
 
     ranks: int = 0
@@ -57,6 +59,8 @@ class LayerExtras:
     post_norms: bool = False
     beside: int = 3
     measured: float = 0.0
+    made: float = 0.0
+    at_work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ def kept_bytes(shape: ModelShape, policy: int, wide: int = 2, extras: LayerExtra
         values += shape.hidden_size + 3 * shape.shared_size
         more_told += shape.routing_bytes
     told = wide * (values + of_mlp) + more_told
-    more = max(0, math.ceil(extras.measured) - told)
-    return told + more - (0 if policy == CheckpointPolicy.keep_all else wide * of_mlp)
+    kept = math.ceil(extras.measured) if extras.made else max(told, math.ceil(extras.measured))
+    return kept - (0 if policy == CheckpointPolicy.keep_all else wide * of_mlp)
 
 
 def peak_bytes(
@@ -120,12 +124,15 @@ def peak_bytes(
     While a layer computes again what it did not keep, later layers have already let go of theirs.
     """
     whole = kept_bytes(shape, CheckpointPolicy.keep_all, wide, extras)
+    of_layer = max(0, math.ceil(extras.at_work - extras.made)) if extras is not None and extras.made else whole
     without_gate_up = kept_bytes(shape, CheckpointPolicy.recompute_gate_up, wide, extras)
     peak = below = 0
     for policy in policies:
         below += kept_bytes(shape, policy, wide, extras)
-        at_work = without_gate_up if policy == CheckpointPolicy.chunked_mlp else whole
-        again = 0 if policy == CheckpointPolicy.keep_all else at_work - kept_bytes(shape, policy, wide, extras)
+        at_work = whole if policy == CheckpointPolicy.recompute_gate_up else of_layer
+        if policy == CheckpointPolicy.chunked_mlp:
+            at_work -= whole - without_gate_up
+        again = 0 if policy == CheckpointPolicy.keep_all else max(0, at_work - kept_bytes(shape, policy, wide, extras))
         peak = max(peak, below + again)
     return peak * tokens
 
@@ -158,7 +165,7 @@ def auto_budget(
     wide: int = 2,
     *,
     in_pieces: bool = False,
-    beside: int = 3,
+    extras: LayerExtras | None = None,
 ) -> float:
     """Bytes for activations, once the workspace of a step is set aside from what is free after loading.
 
@@ -166,13 +173,23 @@ def auto_budget(
         free_bytes: on the device, with the model and its adapter loaded.
         tokens: of one forward pass.
         in_pieces: whether the MLPs of all layers are chunked.
-        beside: see `LayerExtras`.
     """
-    workspace = workspace or Workspace()
+    workspace, extras = workspace or Workspace(), extras or LayerExtras()
     spared = free_bytes / _SPARED_PARTS
-    made = max(beside, _SPARED_BESIDE)
-    needed = unpacked_bytes(shape, wide) + temporary_bytes(shape, tokens, wide, in_pieces=in_pieces, beside=made)
+    extras = replace(extras, beside=max(extras.beside, _SPARED_BESIDE))
+    needed = made_bytes(shape, tokens, wide, in_pieces=in_pieces, extras=extras)
     return max(0.0, free_bytes - spared - needed - workspace.logits - workspace.trained)
+
+
+def made_bytes(
+    shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False, extras: LayerExtras | None = None
+) -> float:
+    """Bytes that the backward pass of one layer takes beside what was kept for it, unpacked weights included."""
+    extras = extras or LayerExtras()
+    if extras.made:
+        return extras.made * tokens
+    made = temporary_bytes(shape, tokens, wide, in_pieces=in_pieces, beside=extras.beside)
+    return unpacked_bytes(shape, wide) + made
 
 
 def unpacked_bytes(shape: ModelShape, wide: int = 2) -> int:

@@ -186,7 +186,7 @@ class FastEngine:
         for _, group in self._groups:
             group.is_cast_with_others = True
         if layers:
-            layers[0].begin = self._cast_adapters
+            layers[0].begin = self.cast_adapters
 
     @property
     def fast_layers(self) -> int:
@@ -229,7 +229,8 @@ class FastEngine:
                 group.keep_copies()
         return taken
 
-    def _cast_adapters(self) -> None:
+    def cast_adapters(self) -> None:
+        """Bring adapters, as they are now, into the format of activations."""
         for dtype in {dtype for dtype, _ in self._groups}:
             cast_adapters([group for other, group in self._groups if other is dtype], dtype)
 

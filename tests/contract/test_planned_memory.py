@@ -1,0 +1,78 @@
+"""What `plan` says of mixtures of experts and of hybrids is what a training step then takes, within 5%."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3_5TextConfig, Qwen3MoeConfig
+
+from qlora_kit.schema.data import DataConfig
+from qlora_kit.schema.engine import EngineConfig, EngineMode
+from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.optim import OptimConfig
+from qlora_kit.schema.optimizers import OptimizerName
+from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training.forecast import KnownBase, forecast
+from qlora_kit.training.reach import reach_of
+from tests.tiny_models import qwen_tokenizer
+from tests.tracked_step import model_as_trained, peak_of_step
+
+ROWS, TOKENS, LAYERS = 2, 256, 4
+WIDTHS = {
+    "hidden_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 640,
+}
+
+
+def mixture() -> PretrainedConfig:
+    """In the proportions of Qwen3-30B-A3B, with fewer experts."""
+    return Qwen3MoeConfig(
+        **WIDTHS, intermediate_size=768, moe_intermediate_size=96, num_experts=16, num_experts_per_tok=4
+    )
+
+
+def hybrid() -> PretrainedConfig:
+    """Three layers of linear attention, and one of attention."""
+    linear = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32}
+    return Qwen3_5TextConfig(**WIDTHS, **linear, intermediate_size=768, linear_value_head_dim=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "mode", "recomputes"),
+    [
+        (mixture(), EngineMode.fast, True),
+        (mixture(), EngineMode.fast, False),
+        (mixture(), EngineMode.plain, True),
+        (hybrid(), EngineMode.plain, True),
+        (hybrid(), EngineMode.plain, False),
+    ],
+    ids=[
+        "experts, fast, recomputed",
+        "experts, fast, kept",
+        "experts, recomputed",
+        "hybrid, recomputed",
+        "hybrid, kept",
+    ],
+)
+def test_the_plan_is_what_a_step_takes(config, mode, recomputes, tmp_path: Path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    qwen_tokenizer().save_pretrained(tmp_path)
+    recipe = TrainRecipe(
+        model=ModelConfig(source=str(tmp_path)),
+        data=DataConfig(max_tokens=TOKENS),
+        engine=EngineConfig(mode=mode, recompute="all" if recomputes else "none", cached_weights="none"),
+        trainer=TrainerConfig(gradient_checkpointing=recomputes),
+        optim=OptimConfig(name=OptimizerName.adamw),
+    )
+    reach = reach_of(recipe, tmp_path)
+    assert reach.needs is not None
+    planned = forecast(recipe, KnownBase.in_folder(tmp_path, reach.counted, reach.needs), ROWS * TOKENS, 1e12).memory
+    taken = peak_of_step(model_as_trained(recipe, tmp_path), ROWS, TOKENS)
+    assert planned.total == pytest.approx(taken, rel=0.05)
