@@ -50,7 +50,7 @@ def known_base(recipe: TrainRecipe, exports_set_in: str = EXPORTS) -> KnownBase:
         reach = reach_of(recipe, folder)
         found = outlook(recipe, folder, exports_set_in)
         notes = (*reach.lines(), *found.lines, *([f"warning: {found.warning}"] if found.warning else []))
-        return replace(KnownBase.in_folder(folder, reach.counted, reach.needs), notes=notes)
+        return replace(reach.base_in(folder), notes=notes)
     if issues := list(wrong_exports(recipe)):
         raise RecipeError([Problem(issue.what, exports_set_in, issue.fix) for issue in issues])
     if recipe.model.shape is not None:

@@ -173,7 +173,7 @@ def _save_adapter(
 def _known_base(folder: Path, reach: Reach) -> KnownBase | None:
     """The base's sizes and counted weights; None where it has sizes that no plan knows."""
     try:
-        return KnownBase.in_folder(folder, reach.counted, reach.needs)
+        return reach.base_in(folder)
     except RecipeError:
         return None
 

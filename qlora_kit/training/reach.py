@@ -34,7 +34,8 @@ from qlora_kit.schema.model import Attention
 from qlora_kit.schema.quant import ComputeDtype
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.base_problems import ATTENTION_ONLY, base_problems, few, saved_twice, unmatched_patterns
-from qlora_kit.training.forecast import CountedWeights
+from qlora_kit.training.forecast import CountedWeights, KnownBase
+from qlora_kit.training.true_sizes import true_sizes
 from qlora_kit.weights.headers import StoredTensor
 from qlora_kit.weights.microscaled import read_weights
 from qlora_kit.weights.own_names import OwnNames, own_names_of
@@ -137,6 +138,15 @@ class Reach:
         """The numbers that memory is reckoned from."""
         rounded = sum(part.count for part in self.weights if part.name in self.rounded)
         return CountedWeights(rounded, self.total - rounded, self.trained)
+
+    def base_in(self, folder: Path) -> KnownBase:
+        """What is known of the base in a folder, its weights counted.
+
+        Raises:
+            RecipeError: a size is not in its config.json.
+        """
+        known = KnownBase.in_folder(folder, self.counted, self.needs)
+        return replace(known, shape=true_sizes(known.shape, self.weights))
 
     def lines(self) -> list[str]:
         """What the user reads before training."""

@@ -13,9 +13,9 @@ from qlora_kit.schema.optim import OptimConfig
 from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
-from qlora_kit.training.forecast import KnownBase, forecast
+from qlora_kit.training.forecast import forecast
 from qlora_kit.training.reach import reach_of
-from tests.tiny_models import qwen_tokenizer
+from tests.tiny_tokenizers import qwen_tokenizer
 from tests.tracked_step import model_as_trained, peak_of_step
 
 ROWS, TOKENS, LAYERS = 2, 256, 4
@@ -73,6 +73,6 @@ def test_the_plan_is_what_a_step_takes(config, mode, recomputes, tmp_path: Path)
     )
     reach = reach_of(recipe, tmp_path)
     assert reach.needs is not None
-    planned = forecast(recipe, KnownBase.in_folder(tmp_path, reach.counted, reach.needs), ROWS * TOKENS, 1e12).memory
+    planned = forecast(recipe, reach.base_in(tmp_path), ROWS * TOKENS, 1e12).memory
     taken = peak_of_step(model_as_trained(recipe, tmp_path), ROWS, TOKENS)
     assert planned.total == pytest.approx(taken, rel=0.05)

@@ -133,7 +133,10 @@ def test_a_window_is_cut_to_all_its_tokens_alone():
 
 @pytest.mark.parametrize(
     ("attend", "rows", "problem"),
-    [(row_attention.attend_rows, 2, "came in several rows"), (packed_attention._attention, 1, "with a mask or a cache")],
+    [
+        (row_attention.attend_rows, 2, "came in several rows"),
+        (packed_attention._attention, 1, "with a mask or a cache"),
+    ],
 )
 def test_what_is_no_packed_row_is_refused(attend, rows, problem):
     parts = [torch.zeros(rows, 2, 4, 8) for _ in range(3)]
