@@ -1,4 +1,4 @@
-"""`qlora-kit recipes`: list, show, validate, compare and copy recipes."""
+"""`qlora-kit recipes`: list, show, validate, compare and copy recipes, and what each family can become."""
 
 import argparse
 import difflib
@@ -30,6 +30,10 @@ def run(arguments: list[str]) -> int:
     copy = actions.add_parser("copy", help="copy a packaged recipe into ./recipes to change it")
     copy.add_argument("option", help="group/option, such as experiment/llama3_1_8b_chat_24gb")
     copy.add_argument("name", nargs="?", help="new name; the same by default")
+    families = actions.add_parser("families", help="which families train and export as what, on tiny checkpoints")
+    families.add_argument(
+        "family", nargs="?", help="a name, a model_type, an architecture or a model folder: all reasons"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.action == "list":
         return _list(chosen.group)
@@ -37,6 +41,8 @@ def run(arguments: list[str]) -> int:
         return _diff(chosen.left, chosen.right)
     if chosen.action == "copy":
         return _copy(chosen.option, chosen.name)
+    if chosen.action == "families":
+        return _families(chosen.family)
     return _show(chosen.verb, chosen.overrides, shows=chosen.action == "show")
 
 
@@ -79,6 +85,18 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
         else:
             compose_recipe(verb, overrides)
         show("valid")
+    return EXIT_OK
+
+
+def _families(name: str | None) -> int:
+    from qlora_kit.families.support import lines_of_family, lines_of_table, meant_families, supported
+
+    lines = (
+        lines_of_table(supported())
+        if name is None
+        else [line for row in meant_families(name) for line in lines_of_family(row)]
+    )
+    show("\n".join(lines))
     return EXIT_OK
 
 

@@ -45,7 +45,9 @@ VERBS = {
     "inspect": Verb("qlora_kit.cli.inspect", "Show rendered rows with the loss tokens marked."),
     "report": Verb("qlora_kit.cli.report", "Write the page of a run or base: curves, rows, how good each file is."),
     "chat": Verb("qlora_kit.cli.chat", "Talk to a run's adapter or to any export."),
-    "recipes": Verb("qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes."),
+    "recipes": Verb(
+        "qlora_kit.cli.recipes", "List, show, validate, compare and copy recipes; families and their exports."
+    ),
     "doctor": Verb("qlora_kit.cli.doctor", "Check Python, packages, devices and write access."),
 }
 

@@ -3,8 +3,9 @@
     python scripts/bench/families.py --work /tmp/families --jobs 2
     python scripts/bench/families.py --work /tmp/families --families qwen3_moe,vl_gemma3
 
-Writes results/<device>/families-<date>.json where all families were run. One that is finished in the work folder is not
-run again. Exit code 1 where a cell is neither done nor refused with a reason.
+Writes results/<device>/families-<date>.json where all families were run, and scripts/families_page.py makes the page of
+it. One that is finished in the work folder is not run again. Exit code 1 where a cell is neither done nor refused with
+a reason.
 """
 
 import argparse
