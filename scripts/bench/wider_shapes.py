@@ -16,7 +16,8 @@ _TABLES = ("embed_tokens", "lm_head", "embed_out")
 _LAST_NORM = r"(^|language_model\.|model\.)norm\.weight$"
 _LAST = ("o_proj", "out_proj", "down_proj", "output_linear", "per_layer_projection")  # what adds to the residual
 
-LAST_GAIN = 0.3
+LAST_GAIN = 0.3  # of these maps in calm models
+
 Numbers = Mapping[str, Any]
 _COMMON: Numbers = {
     "vocab_size": VOCABULARY,
@@ -261,6 +262,9 @@ def _draw_calm(model: Any, is_gemma: bool) -> None:
         norm = getattr(module, "q_norm", None)
         if norm is not None and getattr(module, "scaling", None) == 1:
             norm.weight.mul_(module.head_dim**-0.5)
+        # A router that divides what it reads by the root of the width, which leaves its experts nearly equal
+        if hasattr(module, "scalar_root_size"):
+            module.scale.div_(module.scalar_root_size)
 
 
 def _inputs(name: str, weight: torch.Tensor, model: Any) -> int:
