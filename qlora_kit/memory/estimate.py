@@ -83,7 +83,7 @@ def estimate(
         optimizer=float(optim.name.value.state_bytes * trainable),
         activations=_activations(shape, lora, trainer, tokens, wide),
         loss=objective.loss_bytes(shape, tokens, wide),
-        workspace=_workspace(stored, quant, wide, shape),
+        workspace=0.0 if shape.expert_layers else _workspace(stored, quant, wide),
         trainable=trainable,
         frozen=sum(linear.weights for linear in linears) + other_parameters(shape),
     )
@@ -128,18 +128,18 @@ def _kept_for_experts(shape: ModelShape, wide: int) -> int:
 
 def _activations(shape: ModelShape, lora: LoraConfig, trainer: TrainerConfig, tokens: int, wide: int) -> float:
     layer = layer_bytes_per_token(shape, lora, wide) * tokens
-    made = float(wide * shape.expert_values * tokens) if shape.expert_layers else 0.0
+    made = float(wide * shape.experts_made(tokens)) if shape.expert_layers else 0.0  # with their unpacked weights
     if trainer.gradient_checkpointing:
         return shape.num_layers * wide * shape.hidden_size * tokens + layer + made
     return shape.num_layers * layer + made
 
 
-def _workspace(stored: list[Linear], quant: QuantConfig, wide: int, shape: ModelShape) -> float:
-    """A 4-bit weight is unpacked into 16 bit for its matrix product, one layer at a time; of experts both are."""
+def _workspace(stored: list[Linear], quant: QuantConfig, wide: int) -> float:
+    """A 4-bit weight is unpacked into 16 bit for its matrix product, one layer at a time."""
     if not quant.kind.is_4bit or not stored:
         return 0.0
     largest = max(linear.weights // linear.count for linear in stored)
-    return float(wide * max(largest, shape.experts_unpacked if shape.expert_layers else 0))
+    return float(wide * largest)
 
 
 def _state_bytes(linear: Linear, quant: QuantConfig) -> float:

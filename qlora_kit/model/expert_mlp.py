@@ -195,7 +195,7 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         hidden, shares, a1, b1, a2, b2, *rest, (mlp, held) = given
         routing = _Routing(*rest)
-        groups = Groups(routing.ends, hidden)
+        groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
         middle, delta, _ = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
@@ -213,7 +213,7 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, shares, a1, b1, a2, b2, *rest = ctx.held.saved_tensors
         routing, mlp = _Routing(*rest), ctx.mlp
-        groups = Groups(routing.ends, hidden)
+        groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
         middle, delta, inner1 = _product(groups, hidden[routing.tokens], mlp, mlp.first, (a1, b1), routing.experts)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.model.live_memory import counts_as_on_gpu
 
@@ -40,11 +41,17 @@ class Groups:
     On a GPU one grouped product serves all experts, in bfloat16; elsewhere they take turns.
     """
 
-    def __init__(self, ends: Tensor, rows: Tensor) -> None:
-        """Args: ends: int32 [experts], where the rows of each expert end; rows: any of them, for device and dtype."""
-        self._ends = ends
-        on_gpu = rows.is_cuda or counts_as_on_gpu()
-        self._is_grouped = on_gpu and rows.dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")
+    def __init__(self, ends: Tensor, rows: int, like: Tensor) -> None:
+        """See above.
+
+        Args:
+            ends: int32 [experts], where the rows of each expert end.
+            rows: of all experts together.
+            like: a tensor of their device and dtype.
+        """
+        self._ends, self._rows = ends, rows
+        on_gpu = like.is_cuda or counts_as_on_gpu()
+        self._is_grouped = on_gpu and like.dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")
 
     def multiply(self, rows: Tensor, weights: Tensor) -> Tensor:
         """[rows, n] times [experts, n, m] for each expert's own rows: [rows, m]."""
@@ -86,7 +93,12 @@ class Groups:
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """(expert, first row, next row) of each expert that has rows."""
-        spans = enumerate(pairwise([0, *self._ends.tolist()]))
+        if isinstance(self._ends, FakeTensor):  # without values all have as many
+            share, last = self._rows // len(self._ends), len(self._ends) - 1
+            ends = [*(share * (expert + 1) for expert in range(last)), self._rows]
+        else:
+            ends = self._ends.tolist()
+        spans = enumerate(pairwise([0, *ends]))
         return [(expert, start, stop) for expert, (start, stop) in spans if stop > start]
 
     @cached_property

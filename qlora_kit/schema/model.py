@@ -66,19 +66,18 @@ class ModelShape(Sealed):
         """
         return 8 * self.num_experts + 40 * self.experts_per_token
 
-    @property
-    def experts_unpacked(self) -> int:
-        """Weights of a layer's experts, which are unpacked at once."""
-        return 3 * self.num_experts * self.hidden_size * self.expert_size
+    def experts_made(self, tokens: int) -> int:
+        """Numbers that a layer's experts make in their backward pass, at the most at once, weights included.
 
-    @property
-    def expert_values(self) -> int:
-        """Numbers for each token that a layer's experts make in their backward pass, at the most at once.
-
-        For each choice: the input, the gradient of the output, gate and up, and five of the expert's own width; see
-        `model/expert_mlp.py`.
+        For each choice of a token: while gate and up are unpacked, the gradients on both of their sides; while the
+        activation goes back, the gradient of the output and nine of the expert's own width; at the end three rows of
+        the hidden width beside the gradient of gate and up. See `model/expert_mlp.py`.
         """
-        return self.experts_per_token * (2 * self.hidden_size + 6 * self.expert_size)
+        hidden, own, choices = self.hidden_size, self.expert_size, tokens * self.experts_per_token
+        unpacked = 2 * self.num_experts * hidden * own
+        return max(
+            unpacked + choices * (hidden + 2 * own), choices * (hidden + 9 * own), choices * (3 * hidden + 2 * own)
+        )
 
 
 @dataclass

@@ -193,10 +193,10 @@ def made_bytes(
 
 
 def unpacked_bytes(shape: ModelShape, wide: int = 2) -> int:
-    """Bytes of the largest frozen weight that is unpacked at a time: gate and up, or the experts of a layer."""
+    """Bytes of the largest frozen weight that is unpacked at a time: gate and up; experts count with what they make."""
     middle = shape.shared_size if shape.expert_layers else shape.intermediate_size
     widest = max(2 * middle, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
-    return wide * max(shape.hidden_size * widest, shape.experts_unpacked)
+    return 0 if shape.expert_layers else wide * shape.hidden_size * widest
 
 
 def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces: bool = False, beside: int = 3) -> int:
@@ -207,5 +207,6 @@ def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces:
     """
     at_once = min(tokens, PIECE) if in_pieces else tokens
     if shape.expert_layers:
-        return wide * tokens * (shape.expert_values + beside * shape.shared_size + 4 * shape.hidden_size)
+        beside_experts = tokens * (beside * shape.shared_size + shape.hidden_size)  # the gradient of the output
+        return wide * (shape.experts_made(tokens) + beside_experts)
     return wide * (at_once * beside * shape.intermediate_size + tokens * 4 * shape.hidden_size)
