@@ -35,7 +35,7 @@ def newest_record() -> Path:
 
 def packaged(record: Mapping[str, Any]) -> str:
     """The part of a record that comes with the package, a family in a line."""
-    about = {key: record[key] for key in ("commit", "versions")}
+    about = {key: record[key] for key in ("commit", "versions", "note") if key in record}
     kept = ("architecture", "model_type", *TRAININGS, "engine", "exports")
     lines = (
         f"  {json.dumps(name)}: {json.dumps({key: row[key] for key in kept if key in row})}"
@@ -55,7 +55,8 @@ def page(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     table = "\n".join(lines)
     told = "\n".join(_told(reasons))
-    return f"{HEAD}\n{table}\n\n## Reasons\n\n{told}\n\nMeasured at {record['commit']} with {versions}.\n"
+    note = f"Of this record: {record['note']}.\n\n" if record.get("note") else ""
+    return f"{HEAD}\n{note}{table}\n\n## Reasons\n\n{told}\n\nMeasured at {record['commit']} with {versions}.\n"
 
 
 def _shown(cell: Cell, reasons: dict[str, int]) -> str:

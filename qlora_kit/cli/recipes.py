@@ -89,10 +89,10 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
 
 
 def _families(name: str | None) -> int:
-    from qlora_kit.families.support import lines_of_family, lines_of_table, meant_families, supported
+    from qlora_kit.families.support import lines_of_family, lines_of_table, meant_families, packaged_record, supported
 
     lines = (
-        lines_of_table(supported())
+        lines_of_table(supported(), packaged_record().get("note", ""))
         if name is None
         else [line for row in meant_families(name) for line in lines_of_family(row)]
     )

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ _COLUMNS = {
     "peft": ("adapter_peft",),
     "lora": ("adapter_gguf",),
 }
+_WIDTH = 80  # columns of a terminal as it opens
 _LEGEND = """
 tiny checkpoints with random weights, through the command line
 pack: packed rows; fp8: FP8 blocks; peft, lora: the adapter (for llama.cpp)
@@ -79,10 +81,16 @@ def kl_text(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
+def packaged_record() -> dict[str, Any]:
+    """The record that came with the package."""
+    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record
+
+
 @cache
 def supported() -> tuple[FamilySupport, ...]:
     """The rows of every family that was tried, sorted by name."""
-    return tuple(rows_of(json.loads(RECORD.read_text(encoding="utf-8"))))
+    return tuple(rows_of(packaged_record()))
 
 
 def rows_of(record: Mapping[str, Any]) -> Iterator[FamilySupport]:
@@ -150,8 +158,12 @@ def _refused(cell: Any) -> Cell:
     return Cell(NO, reason=cell["reason"], before_training=cell["before_training"])
 
 
-def lines_of_table(rows: Sequence[FamilySupport]) -> Iterator[str]:
-    """A line for each family, at most 80 columns wide."""
+def lines_of_table(rows: Sequence[FamilySupport], note: str = "") -> Iterator[str]:
+    """A line for each family, at most 80 columns wide.
+
+    Args:
+        note: what is to be known of the record.
+    """
     width = max(len(row.name) for row in rows)
     yield " ".join([f"{'family':<{width}}", *_COLUMNS])
     for row in rows:
@@ -159,6 +171,7 @@ def lines_of_table(rows: Sequence[FamilySupport]) -> Iterator[str]:
         told = (f"{word:<{len(head)}}" for head, word in zip(_COLUMNS, words, strict=True))
         yield " ".join([f"{row.name:<{width}}", *told]).rstrip()
     yield from _LEGEND.rstrip().splitlines()
+    yield from textwrap.wrap(note, _WIDTH)
 
 
 def lines_of_family(row: FamilySupport) -> Iterator[str]:

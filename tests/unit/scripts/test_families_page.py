@@ -84,6 +84,9 @@ def test_a_page_has_a_row_for_each_family_and_each_reason_once() -> None:
     assert "\n2. packed rows need &lt;another> attention\n3. llama.cpp refuses it (told after training)\n" in text
     assert text.count("its experts would stay in 16 bit") == 1
     assert "say nothing of real ones" in text
+    assert "Of this record: packed rows were not tried.\n\n| family" in page(
+        {**MADE, "note": "packed rows were not tried"}
+    )
 
 
 def test_the_terminal_has_one_word_a_cell() -> None:
@@ -92,6 +95,7 @@ def test_the_terminal_has_one_word_a_cell() -> None:
     assert moe.split() == ["moe", "yes", "part", "no", "yes", "no", "-", "-", "-", "no", "-", "-", "-"]
     assert state.split()[:6] == ["state", "yes", "plain", "FAULT", "yes", "-"]
     assert "qlora-kit recipes families NAME" in "\n".join(legend)
+    assert list(lines_of_table(list(rows_of(MADE)), "packed rows were not tried"))[-1] == "packed rows were not tried"
 
 
 def test_a_family_is_told_with_every_reason_in_full() -> None:
