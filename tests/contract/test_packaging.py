@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_package_every_recipe_and_nothing_else(tmp_path):
     names = set(zipfile.ZipFile(build("wheel", tmp_path)).namelist())
     recipes = {f"qlora_kit/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qlora_kit").rglob("*.py")}
-    kinds = ("*.css", "*.jinja", "*.txt")
+    kinds = ("*.css", "*.jinja", "*.json", "*.txt")
     files = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "qlora_kit").rglob(kind)}
     assert len(files) >= 7
     metadata = {name for name in names if ".dist-info/" in name}
