@@ -58,7 +58,9 @@ def peak_of_step(model: PeftModel, rows: int, tokens: int) -> int:
             found = model(**batch, use_cache=False, fused_lm_head=True)
             loss = -found.log_probs.sum() / ids.numel()
         del found
+        torch.set_autocast_enabled("cuda", True)  # as a layer that is computed again finds it on a GPU
         loss.backward()
+        torch.set_autocast_enabled("cuda", False)
 
     step()
     optimizer.step()
