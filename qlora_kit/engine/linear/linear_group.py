@@ -117,7 +117,9 @@ class LinearGroup:
     def gradient_buffers(self, like: Tensor) -> Gradients:
         """Where gradients for as many tokens as `like [T, ..]` has may be written, to be multiplied in one go."""
         line = -(-self._rows_with_a // LINE) * LINE
-        whole = like.new_empty(len(like), line)[:, : self._rows_with_a]
+        # On CPUs with AMX, products in bf16 read beyond the last column, and multiply what is there by zero.
+        made = like.new_empty(len(like), line) if like.is_cuda else like.new_zeros(len(like), line)
+        whole = made[:, : self._rows_with_a]
         return Gradients(whole[:, : self.out_features], whole)
 
     def backward(
