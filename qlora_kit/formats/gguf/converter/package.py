@@ -75,7 +75,7 @@ def find_known(config: ConfigFields) -> Known:
     known = {name.lower(): (name, kind) for name, kind in known_architectures(folder).items()}
     known |= {name.lower(): named for name, named in CONVERTER_NAMES.items()}
     text = config.get("text_config") or {}
-    stated = [*(config.get("architectures") or []), *(text.get("architectures") or [])]
+    stated = [*(config.get("architectures") or []), *(text.get("architectures") or []), *_class_of({**config, **text})]
     registered, kind = next((known[name.lower()] for name in stated if name.lower() in known), ("", ""))
     written = gguf.MODEL_ARCH_NAMES.get(getattr(gguf.MODEL_ARCH, kind, None)) if kind else None
     if not registered:
@@ -90,6 +90,14 @@ def find_known(config: ConfigFields) -> Known:
     for field, expected in converted_fixed(written, config):
         raise fixed_otherwise(field, expected)
     return Known(registered, str(written))
+
+
+def _class_of(text: ConfigFields) -> list[str]:
+    """transformers' class of a text model by its type, which is all that a section of a config.json names."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(text.get("model_type")))
+    return [] if name is None else [name]
 
 
 def _unknown(stated: Sequence[str], why: str) -> RecipeError:

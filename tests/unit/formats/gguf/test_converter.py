@@ -217,6 +217,14 @@ def test_hybrids_whose_states_or_dense_layers_need_no_rotation_are_taken() -> No
     assert find_known({**hybrid, "layer_types": ["full_attention"], "num_local_experts": 0})
 
 
+@pytest.mark.parametrize("section", [{"model_type": "cohere2"}, {"text_config": {"model_type": "cohere2"}}])
+def test_a_model_around_a_text_model_is_known_by_its_type(section: dict[str, Any]) -> None:
+    """As config.json has it, and as it is read with the text's fields at the top."""
+    assert find_known({"architectures": ["SeesForConditionalGeneration"], **section}).registered == "Cohere2ForCausalLM"
+    with pytest.raises(RecipeError, match="the architecture SeesForConditionalGeneration"):
+        find_known({"architectures": ["SeesForConditionalGeneration"], "model_type": "sees"})
+
+
 def test_names_differ_in_letter_case_alone() -> None:
     assert find_known({"architectures": ["Exaone4ForCausalLM".upper()]}).registered == "Exaone4ForCausalLM"
     with pytest.raises(RecipeError, match="weighs its two experts by a softmax, and the model by a threshold"):
