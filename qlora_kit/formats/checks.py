@@ -74,11 +74,14 @@ def _is_about(problem: Problem, path: str) -> bool:
 def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
     """Refuse what a base cannot be written as: group sizes by config.json alone, then all by its layers.
 
-    Beside files that are possible, those that no setting makes possible are not told: see `possible_files`.
+    Beside files that are possible, those that no setting makes possible are not told: see `possible_files`. A file by
+    itself is asked for its group size at once, before a library is loaded.
 
     Raises:
         RecipeError: with everything that cannot be written, and the lines that mend it.
     """
+    if len(list(requested(export))) == 1:
+        refuse_group_sizes(base, export)
     export, _ = possible_files(base, export, adapter)
     found = check_exports(base, export, adapter)
     if all(problem.fix != ELSEWHERE for problem in found.problems):  # else no group size would help
