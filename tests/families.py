@@ -69,6 +69,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "llama": lambda: T.LlamaConfig(**_WIDTHS),
     "gemma3_text": _gemma3_text,
     "phi3": lambda: T.Phi3Config(**{**_WIDTHS, "sliding_window": None}),
+    "biogpt": lambda: T.BioGptConfig(**_WIDTHS),
     "opt": lambda: T.OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **_WIDTHS),
     "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**{**_WIDTHS, **_LINEAR_HEADS}, **_HEAD),
     "gpt2": lambda: T.GPT2Config(vocab_size=EMBEDDING_ROWS, n_embd=64, n_layer=2, n_head=4, n_positions=128, **_IDS),

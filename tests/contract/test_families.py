@@ -34,7 +34,7 @@ from tests.tiny_models import build_tiny_model
 pytestmark = [pytest.mark.slow, pytest.mark.libraries]
 
 EXPERTS = ("qwen3_moe", "qwen2_moe", "glm4_moe")
-DENSE = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
+DENSE = ("llama", "gemma3_text", "phi3", "biogpt", "opt", "gpt2")
 HYBRID = ("qwen3_5_text", "mamba2", "falcon_h1", "lfm2")
 TRAINED = (*DENSE, *HYBRID, "gemma3", "qwen3_vl", "gpt_oss", *EXPERTS)
 STACKS = ("gate_up_proj", "down_proj")
@@ -412,7 +412,7 @@ def test_what_cannot_be_merged_into_maps_that_lie_the_other_way_around_is_refuse
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("opt", "packed samples came with a mask or a cache"),
+        ("biogpt", "packed samples came with a mask or a cache"),
         ("llama", ""),
         ("qwen3_moe", ""),
         ("qwen3_5_text", ""),

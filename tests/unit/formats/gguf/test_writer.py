@@ -126,7 +126,7 @@ def test_an_untied_head_that_is_missing_is_refused(llama: Path, tmp_path: Path) 
 
 def test_unknown_architecture_names_what_else_there_is(llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path / "other")
-    edit_config(folder, architectures=["OPTForCausalLM"])
+    edit_config(folder, architectures=["OPTForCausalLM"], model_type="opt")
     with pytest.raises(RecipeError, match="OPTForCausalLM") as raised:
         write_gguf(folder, tmp_path / "model.gguf", "F16")
     assert raised.value.problems[0].fix == "export=merged_16bit"
