@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qlora_kit.model.expert_products import Groups, Stack
+from qlora_kit.model.expert_products import ALIGNED, Groups, Stack
 
 
 class ExpertUpdate(NamedTuple):
@@ -43,11 +44,14 @@ class ExpertLinear:
     update: ExpertUpdate | None
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """A and B in the dtype of the products."""
+        """A and B in the dtype of the products, their rank filled up with zeros to what one product for all takes."""
         if self.update is None:
             return None, None
+        a, b = self.update.a.to(dtype), self.update.b.to(dtype)
+        if more := -a.shape[1] % (ALIGNED // a.element_size()):
+            a, b = pad(a, (0, 0, 0, more)), pad(b, (0, more))
         # B lies [outputs, rank * experts] in an adapter, and one product for all experts asks for whole rows.
-        return self.update.a.to(dtype).contiguous(), self.update.b.to(dtype).contiguous()
+        return a.contiguous(), b.contiguous()
 
     @property
     def scaling(self) -> float:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.model.live_memory import counts_as_on_gpu
 
-_ALIGNED = 16  # bytes; what the grouped product asks of a row's length
+ALIGNED = 16  # bytes; what the grouped product asks of a row's length
 
 
 class Stack(Protocol):
@@ -55,7 +55,7 @@ class Groups:
 
     def multiply(self, rows: Tensor, weights: Tensor) -> Tensor:
         """[rows, n] times [experts, n, m] for each expert's own rows: [rows, m]."""
-        if self._is_grouped and _is_aligned(rows, weights):
+        if self._is_grouped and is_aligned(rows, weights):
             made: Tensor = torch.nn.functional.grouped_mm(rows, weights, offs=self._ends)
             return made
         made = rows.new_empty(len(rows), weights.shape[2])
@@ -82,7 +82,7 @@ class Groups:
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """[rows, n]^T times [rows, m] for each expert's own rows: [experts, n, m], zero for an expert without rows."""
-        if self._is_grouped and _is_aligned(left, right):
+        if self._is_grouped and is_aligned(left, right):
             made: Tensor = torch.nn.functional.grouped_mm(left.t(), right, offs=self._ends)
             return made.masked_fill_(self._are_idle, 0)  # which the kernel need not write
         made = left.new_zeros(len(self._ends), left.shape[1], right.shape[1])
@@ -108,6 +108,6 @@ class Groups:
         return (self._ends == starts).view(-1, 1, 1)
 
 
-def _is_aligned(*tensors: Tensor) -> bool:
+def is_aligned(*tensors: Tensor) -> bool:
     """Whether the grouped product takes tensors of these widths; a weight is read either way around."""
-    return all(size * one.element_size() % _ALIGNED == 0 for one in tensors for size in one.shape[1:])
+    return all(size * one.element_size() % ALIGNED == 0 for one in tensors for size in one.shape[1:])

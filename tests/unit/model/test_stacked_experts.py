@@ -11,7 +11,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts
-from qlora_kit.model.expert_mlp import TorchOps
+from qlora_kit.model.expert_mlp import ExpertLinear, ExpertUpdate, TorchOps
+from qlora_kit.model.expert_products import is_aligned
 from qlora_kit.model.live_memory import LiveMemory
 from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.stacked_experts import StackedExperts, experts_of, stacked_names
@@ -104,8 +105,9 @@ def dense(module, stacked, given, updates):
     return torch.func.functional_call(module, {**weights, **others}, tuple(given))
 
 
+@pytest.mark.parametrize("rank", [4, 3])
 @pytest.mark.parametrize("name", CLASSES)
-def test_packed_experts_learn_as_whole_ones(name):
+def test_packed_experts_learn_as_whole_ones(name, rank):
     """The gradients of LoRA, of the input, and of the shares, which lead on to the router's input."""
     module = original(name)
     stacked = packed(module)
@@ -117,7 +119,7 @@ def test_packed_experts_learn_as_whole_ones(name):
     updates = {}
     for stack in stacked.stacks:
         inputs, outputs = stacked.widths(stack)
-        updates[stack] = (leaf(EXPERTS, 4, inputs), leaf(EXPERTS, outputs, 4), 0.5)
+        updates[stack] = (leaf(EXPERTS, rank, inputs), leaf(EXPERTS, outputs, rank), 0.5)
     given = [one.requires_grad_() if one.is_floating_point() else one for one in arguments(name)]
     leaves = [*(one for one in given if one.requires_grad), *(one for a, b, _ in updates.values() for one in (a, b))]
     found = torch.autograd.grad(stacked(*given, updates=updates).square().sum(), leaves)
@@ -125,6 +127,15 @@ def test_packed_experts_learn_as_whole_ones(name):
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
         assert other.abs().max() > 0
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12, 16])
+def test_every_rank_goes_through_one_product_for_all_experts(rank):
+    update = ExpertUpdate(torch.randn(EXPERTS, rank, WIDTH), torch.randn(EXPERTS, MIDDLE, rank), 1.0)
+    a, b = ExpertLinear(packed(original("gated")).stack("gate_up_proj"), None, update).factors(torch.bfloat16)
+    assert a is not None and b is not None and is_aligned(a, b)
+    assert torch.allclose(b @ a, update.b.bfloat16() @ update.a.bfloat16(), atol=0.1)
+    assert a.shape[1] - rank < 8
 
 
 def test_without_lora_the_input_alone_gets_a_gradient():
