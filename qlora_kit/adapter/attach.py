@@ -212,7 +212,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
-    linears, named = split_parameters(getattr(config, "target_parameters", None))
+    linears, named = split_parameters(config.target_parameters, config.r, read_header(folder / WEIGHTS))
     config.target_modules, names = {*(config.target_modules or ()), *linears}, own_names_of(model)
     if names.is_part and config.exclude_modules and not isinstance(config.exclude_modules, str):
         trained = [names.trained(name) for name in config.exclude_modules]

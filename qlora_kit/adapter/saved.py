@@ -1,10 +1,11 @@
 """An adapter's folder as peft saved it, made fit to be handed on."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.core.files import read_json, write_json
+from qlora_kit.weights.headers import StoredTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -31,7 +32,18 @@ def name_base(folder: Path, base: BaseName) -> None:
     write_json(folder / CONFIG, {**read_json(folder / CONFIG), **named})
 
 
-def split_parameters(named: Collection[str] | None) -> tuple[set[str], list[str]]:
-    """Of a saved adapter's `target_parameters` the linear modules, by the last parts of their names, and the rest."""
-    linear = {name for name in named or () if name.endswith(PARAMETER)}
-    return {name.removesuffix(PARAMETER).rpartition(".")[2] for name in linear}, sorted(set(named or ()) - linear)
+def split_parameters(
+    named: Collection[str] | None, rank: object, tensors: Iterable[StoredTensor]
+) -> tuple[set[str], list[str]]:
+    """Of a saved adapter's `target_parameters` the linear modules, by the last parts of their names, and the rest.
+
+    A stack of experts may be called `weight` too, but its first factor has as many rows as the rank for each expert.
+
+    Args:
+        rank: the adapter's own.
+        tensors: of the adapter.
+    """
+    of_rank = {tensor.name.partition(".lora_A")[0] for tensor in tensors if tensor.rows == rank}
+    whole = {name: name.removesuffix(PARAMETER) for name in named or () if name.endswith(PARAMETER)}
+    linear = {name: module for name, module in whole.items() if any(one.endswith(f".{module}") for one in of_rank)}
+    return {module.rpartition(".")[2] for module in linear.values()}, sorted(set(named or ()) - linear.keys())

@@ -6,7 +6,7 @@ DoRA gives each row of the sum a trained length (Liu et al. 2024).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +137,9 @@ def read_adapter(folder: Path, *, merges: bool = True) -> Adapter:
     parts: dict[str, dict[str, StoredTensor]] = {}
     stacked: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
-    holders = _stack_holders(config)
-    for tensor in read_header(folder / WEIGHTS):
+    tensors = read_header(folder / WEIGHTS)
+    holders = _stack_holders(config, tensors)
+    for tensor in tensors:
         nested = tensor.name.removeprefix(PREFIX)
         name = nested.replace(".base_layer.", ".")
         if (match := _FACTOR.fullmatch(nested)) and _ends_in(match[1].replace(".base_layer", ""), holders):
@@ -194,9 +195,9 @@ def _low_rank(module: str, found: Mapping[str, StoredTensor], config: Mapping[st
     return LowRank(module, a, b, scaling, magnitude, embedding, init if init in SUBTRACTED_INITS else "")
 
 
-def _stack_holders(config: Mapping[str, Any]) -> set[str]:
+def _stack_holders(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> set[str]:
     """The ends of the names of the modules whose experts carry factors."""
-    _, stacks = split_parameters([str(name) for name in config.get("target_parameters") or []])
+    _, stacks = split_parameters([str(name) for name in config.get("target_parameters") or []], config["r"], tensors)
     return {name.rpartition(".")[0] for name in stacks}
 
 

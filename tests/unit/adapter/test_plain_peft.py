@@ -10,17 +10,18 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, JetMoeConfig
 
 from qlora_kit.adapter.attach import attach_lora, load_adapter
 from qlora_kit.adapter.plain_peft import taken_for_experts, told_of_plain_peft
 from qlora_kit.adapter.save import save_adapter
-from qlora_kit.adapter.saved import split_parameters
+from qlora_kit.adapter.saved import PREFIX, split_parameters
 from qlora_kit.adapter.updates import read_adapter
 from qlora_kit.model.load import load_base
 from qlora_kit.model.structure import not_adapted
 from qlora_kit.schema.lora import LoraConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.weights.headers import StoredTensor
 from tests.families import build
 
 IDS = torch.arange(12)[None]
@@ -82,6 +83,29 @@ def test_targets_are_taken_for_experts_by_the_kind_of_the_base() -> None:
     config = PeftLoraConfig(target_modules=["q_proj", "gate_proj"])
     assert taken_for_experts(KIND, config) == {"gate_proj"}
     assert taken_for_experts("llama", config) == set()
-    named = ["mlp.gate_proj.weight", "mlp.experts.down_proj"]
-    assert split_parameters(named) == ({"gate_proj"}, ["mlp.experts.down_proj"])
-    assert split_parameters(None) == (set(), [])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_stacks_of_experts_that_are_called_weight_are_no_linear_modules(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+    config = JetMoeConfig(**sizes, num_key_value_heads=2, kv_channels=16, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    _, expected = saved(base, out, LoraConfig(r=4))
+    ours = load_adapter(load_base(base, NOT_ROUNDED, compute_dtype=torch.float32), out)
+    torch.testing.assert_close(ours.eval()(input_ids=IDS).logits, expected)
+    read = read_adapter(out)
+    assert len(read.stacks) == 4 and set(read.updates) == {"model.layers.0.self_attention.kv_proj"}
+
+
+def test_a_saved_adapter_names_linear_modules_and_stacks_alike() -> None:
+    shapes = {"mlp.gate_proj": (4, 64), "mlp.experts": (32, 64), "mlp.input_linear": (32, 64)}
+    tensors = [
+        StoredTensor(f"{PREFIX}model.layers.0.{name}.lora_A.weight", Path(), 0, "F32", shape)
+        for name, shape in shapes.items()
+    ]
+    named = ["mlp.gate_proj.weight", "mlp.experts.down_proj", "mlp.input_linear.weight"]
+    stacks = ["mlp.experts.down_proj", "mlp.input_linear.weight"]
+    assert split_parameters(named, 4, tensors) == ({"gate_proj"}, stacks)
+    assert split_parameters(None, 4, tensors) == (set(), [])
