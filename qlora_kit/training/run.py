@@ -128,8 +128,10 @@ def _prepare_model(
     engine = enable_engine(model, recipe.engine, at_once, found)
     if engine is not None:
         undo.append(engine.undo)
-        if (back := enable_row_attention(model.get_base_model())) is not None:
-            undo.append(back)
+    if engine is not None and not engine.layers:
+        engine = None
+    if engine is not None and (back := enable_row_attention(model.get_base_model())) is not None:
+        undo.append(back)
     if packing is not None:
         check_isolation(model, recipe.model.attention)
     return undo, engine

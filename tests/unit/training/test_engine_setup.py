@@ -19,6 +19,7 @@ from qlora_kit.engine.layer import fast
 from qlora_kit.engine.layer.fast import FastEngine, FastLayer
 from qlora_kit.engine.linear.fp8 import Fp8Weight, emulate, weight_for
 from qlora_kit.model.load import load_base
+from qlora_kit.model.stacked_experts import StackedExperts
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.engine import Compute, EngineConfig, EngineMode
@@ -33,6 +34,7 @@ from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.engine_setup import enable_engine, layer_policies, step_memory_of
 from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
+from tests.families import build
 from tests.tiny_models import build_tiny_model
 
 LENGTHS = [9, 40, 3, 21, 33, 14]
@@ -95,6 +97,16 @@ def test_the_fast_engine_trains_as_the_plain_one(base, rows, tmp_path, batching,
     np.testing.assert_allclose(losses(fast), losses(plain), rtol=1e-5)  # 1e-7 to 1e-6 measured
     fast.restore_model()
     assert not [m for m in fast.model.modules() if isinstance(vars(m).get("forward"), FastLayer)]
+
+
+def test_experts_of_a_family_that_the_engine_does_not_know_are_sped_up_and_put_back(rows, tmp_path):
+    base = build("qwen2_moe", tmp_path / "base")
+    trainer = trained(base, rows, tmp_path / "run", EngineConfig(mode=FAST))
+    experts = [one for one in trainer.model.modules() if isinstance(one, StackedExperts)]
+    assert trainer.engine is None and trainer.args.gradient_checkpointing
+    assert experts and all(one.ops is not None for one in experts)
+    trainer.restore_model()
+    assert all(one.ops is None for one in experts)
 
 
 def test_the_recipe_says_what_is_computed_again(base, monkeypatch, capsys):
@@ -211,7 +223,7 @@ def test_an_adapter_with_dropout_trains_plain_and_says_so(base, capsys):
     lora = TrainRecipe().lora
     lora.dropout = 0.1
     model = attach_lora(load_base(base, QuantConfig(compute_dtype=ComputeDtype.float32)), lora)
-    assert enable_engine(model, EngineConfig(mode=FAST), 100) is None
+    assert enabled(model, EngineConfig(mode=FAST), 100).layers == []
     assert "2 of 2 layers run plain, because lora.dropout is above 0" in capsys.readouterr().err
 
 
