@@ -37,7 +37,7 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
     if is_own:
         yield from _of_tensors(path, target, form)
     elif why := why_not_converted(form.folder, read_full_config(form.folder)) if form.folder else "":
-        yield Problem(f"this family has no GGUF file: llama.cpp's converter cannot have it: {why}", path, ELSEWHERE)
+        yield Problem(f"this family has no GGUF file: llama.cpp cannot have it: {why}", path, ELSEWHERE)
     else:
         yield from _of_types(path, target)
         yield from _of_budget(path, target, form)

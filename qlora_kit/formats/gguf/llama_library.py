@@ -1,14 +1,16 @@
 """llama.cpp's C interface, reached through the library inside the xllamacpp wheel.
 
 The wheel's extension module exports the functions of `llama.h`; calling them gives the whole vocabulary of every
-position in one pass, where the wheel's own server writes each probability as JSON (150 times slower, measured). Two
-structures of `llama.h` are touched beyond opaque use, and both are checked when a model is opened: the first four
-fields of the context parameters must hold their documented defaults, and a fresh batch must have the pointers it
-should. Where a check fails, `LibraryUnusable` tells the caller to take the server instead.
+position in one pass, where the wheel's own server writes each probability as JSON (150 times slower, measured). Three
+structures of `llama.h` are touched beyond opaque use, and each is checked when it is: the first four fields of the
+context parameters must hold their documented defaults, a fresh batch must have the pointers it should, and parameters
+of a model must hold the defaults of a known layout. Where a check fails, `LibraryUnusable` tells the caller to take
+another way.
 """
 
 import ctypes
 import importlib.util
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 _TOKENS_PER_PASS = 256  # bounds the logits held by llama.cpp: 256 x 150,000 x 4 bytes = 150 MB
 _CONTEXT_STEP = 512
 _CONTEXT_DEFAULTS = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
+# n_gpu_layers, split_mode, load_mode (auto), lazy_mode (auto), main_gpu; behind pointers the flags vocab_only,
+# check_tensors, use_extra_bufts, no_host, no_alloc
+_MODEL_DEFAULTS = {16: struct.pack("<5i", -1, 1, -1, 1, 0), 72: bytes((0, 0, 1, 0, 0))}
+_NO_VALUES = {24: bytes(8), 76: b"\1"}  # into no memory, by none of the ways of a file
 
 _int32_p = ctypes.POINTER(ctypes.c_int32)
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -114,12 +120,24 @@ def _check_layouts(library: ctypes.CDLL) -> None:
     library.llama_batch_free(batch)
 
 
+def _without_values(library: ctypes.CDLL) -> ctypes.Structure:
+    """Parameters by which a model is made of the head of its file, and no value is read."""
+    parameters: ctypes.Structure = library.llama_model_default_params()
+    found = bytes(parameters)
+    if any(found[place : place + len(values)] != values for place, values in _MODEL_DEFAULTS.items()):
+        raise LibraryUnusable("struct llama_model_params is laid out differently")
+    for place, values in _NO_VALUES.items():
+        ctypes.memmove(ctypes.addressof(parameters) + place, values, len(values))
+    return parameters
+
+
 class LibraryEngine:
     """One model opened through the C interface.
 
     Args:
         adjust: changes the parameters of a context before it is made.
         quiet: leave out what llama.cpp tells on stderr.
+        has_values: whether the file holds more than its head; without, nothing can be computed.
 
     Raises:
         LibraryUnusable: the wheel's library is not the one this was written for.
@@ -133,6 +151,7 @@ class LibraryEngine:
         *,
         adjust: "Callable[[ctypes.Structure], None] | None" = None,
         quiet: bool = True,
+        has_values: bool = True,
     ) -> None:
         self._lib = library()
         # A C function that does nothing with a number stands in for a silent log: one written in Python would wait for
@@ -143,9 +162,8 @@ class LibraryEngine:
         self._threads = threads
         self._context: int | None = None
         self._capacity = 0
-        self._model = self._lib.llama_model_load_from_file(
-            str(gguf_file).encode(), self._lib.llama_model_default_params()
-        )
+        parameters = self._lib.llama_model_default_params() if has_values else _without_values(self._lib)
+        self._model = self._lib.llama_model_load_from_file(str(gguf_file).encode(), parameters)
         if not self._model:
             raise RunError(f"llama.cpp cannot load {gguf_file}")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
@@ -175,6 +193,10 @@ class LibraryEngine:
             places = range(start, start + len(piece))
             # positions that nothing is asked of are left out of the last layer
             self._decode(piece, places, set(places))
+
+    def prepare(self, tokens: int) -> None:
+        """Lay out what a text of so many tokens is computed by, without computing it."""
+        self._open_context(tokens)
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
         """The greedy continuation without its stop token, and the seconds spent on it after the prompt."""

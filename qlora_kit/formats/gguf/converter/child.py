@@ -33,7 +33,8 @@ def convert(job: dict[str, str]) -> None:
 
     Args:
         job: `converter`: folder of the package; `model`: the folder; `architecture`: the converter's name of it;
-            `kind`: BF16, F16 or F32; `out`: the file, empty where all is only planned, from the heads of the files.
+            `kind`: BF16, F16 or F32; `out`: the file; `values`: empty where all is only planned, from the heads of the
+            files, and the file gets a head alone.
     """
     import gguf
 
@@ -53,26 +54,42 @@ def convert(job: dict[str, str]) -> None:
     writing.model_tensors = {stored_name(name): tensor for name, tensor in writing.model_tensors.items()}
     # The kit writes the vocabulary: the converter refuses tokenizers that it does not know by name.
     writing.set_vocab = partial(_finish, writing)
-    if job["out"]:
+    if job["values"]:
         writing.write()
-        _try(Path(job["out"]))
+        _try(Path(job["out"]), has_values=True)
     else:
         writing.prepare_tensors()
         writing.prepare_metadata(vocab_only=False)
+        _write_head(writing.gguf_writer, Path(job["out"]))
+        _try(Path(job["out"]), has_values=False)
 
 
-def _try(file: Path) -> None:
-    """Have llama.cpp compute a few tokens.
+def _write_head(writer: Any, out: Path) -> None:
+    """Write what stands in front of the values; behind it is a hole of their size, which takes no room on a disk."""
+    writer.write_header_to_file(path=out)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    sizes = [out.stat().st_size, *(tensor.nbytes for tensor in writer.tensors[0].values())]
+    with out.open("r+b") as stream:
+        stream.truncate(sum(writer.ggml_pad(size, writer.data_alignment) for size in sizes))
+
+
+def _try(file: Path, *, has_values: bool) -> None:
+    """Have llama.cpp compute a few tokens, or lay out what it would compute.
 
     Where it refuses a model its reason is in the log, and where it ends the process, that is this one.
     """
     if not is_present("xllamacpp"):
         return
     try:
-        engine = LibraryEngine(file, 1, quiet=False)
+        engine = LibraryEngine(file, 1, quiet=False, has_values=has_values)
     except LibraryUnusable:
         return
-    engine.run(range(_TRIED_TOKENS))
+    if has_values:
+        engine.run(range(_TRIED_TOKENS))
+    else:
+        engine.prepare(_TRIED_TOKENS)
     engine.close()
 
 

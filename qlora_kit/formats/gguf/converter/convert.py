@@ -89,6 +89,7 @@ class Conversion:
             "architecture": known.registered,
             "kind": kind,
             "out": str(out),
+            "values": "yes",
         }
         try:
             _run(folder, job, expected)
@@ -99,9 +100,10 @@ class Conversion:
 
 
 def why_not_converted(folder: Path, config: ConfigFields) -> str:
-    """Why the converter cannot name or order a folder's tensors, or lacks a setting; empty where it can.
+    """Why the converter cannot name or order a folder's tensors, or llama.cpp would not load them; empty if both can.
 
-    It plans the file from the heads of the safetensors files, in a process of its own, once for a folder; some seconds.
+    The file is planned from the heads of the safetensors files, and llama.cpp shown its head, in a process of its own,
+    once for a folder; some seconds.
 
     Raises:
         RecipeError: the converter is not installed, or does not know the architecture.
@@ -113,7 +115,8 @@ def why_not_converted(folder: Path, config: ConfigFields) -> str:
 def _planned(folder: Path, registered: str, _changed: int) -> str:
     job = {"converter": str(converter_folder()), "model": str(folder), "architecture": registered}
     with tempfile.TemporaryDirectory() as room:
-        return _ended(Path(room), {**job, "kind": "BF16", "out": ""}, lambda: None)
+        place = {"kind": "BF16", "out": str(Path(room) / "head.gguf"), "values": ""}
+        return _ended(Path(room), {**job, **place}, lambda: None)
 
 
 def _tell_further(names: Iterable[str], config: ConfigFields) -> None:

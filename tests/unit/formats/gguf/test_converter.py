@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     DeepseekV3Config,
+    Dots1Config,
     FalconConfig,
     Gemma3Config,
     GPT2Config,
@@ -35,6 +36,7 @@ from qlora_kit.core.errors import RecipeError, RunError
 from qlora_kit.export.stored_linears import linear_shapes
 from qlora_kit.export.uncalibrated import Uncalibrated
 from qlora_kit.formats.checks import check_exports
+from qlora_kit.formats.gguf import llama_library
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
 from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
@@ -43,13 +45,14 @@ from qlora_kit.formats.gguf.converter.settings import completed, stored_name
 from qlora_kit.formats.gguf.converter.weights import _ordered
 from qlora_kit.formats.gguf.imatrix import ImportanceMatrix
 from qlora_kit.formats.gguf.llama_cpp import LlamaCppModel
+from qlora_kit.formats.gguf.llama_library import LibraryUnusable
 from qlora_kit.formats.gguf.tensors import paired_order
 from qlora_kit.formats.gguf.vocabulary import read_vocabulary
 from qlora_kit.formats.gguf.weights import gguf_weights
 from qlora_kit.formats.gguf.writer import GgufChoices, planned_files, write_gguf
 from qlora_kit.schema.export import ExportConfig, GgufTarget
 from tests.tiny_models import CONVERTED, build_tiny_image_text_model, build_tiny_model
-from tests.tiny_tokenizers import TRAINING_TEXT
+from tests.tiny_tokenizers import TRAINING_TEXT, smollm_tokenizer
 
 F16_KL = 2e-5  # measured 1e-6 to 7e-6
 Q4_K_M_KL = 0.5  # measured 0.05 to 0.2; a random router gives some tokens to other experts
@@ -267,7 +270,7 @@ def test_why_the_converter_fails_is_said_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
     first, second = check_exports(folder, wanted).problems
     assert first.what == second.what and first.fix == "export=merged_16bit"
-    assert "converter cannot have it: ValueError: Can not map tensor 'model.layers.0.mlp.strange" in first.what
+    assert "llama.cpp cannot have it: ValueError: Can not map tensor 'model.layers.0.mlp.strange" in first.what
 
 
 def test_a_disk_without_room_for_the_model_once_more_is_refused(
@@ -289,6 +292,40 @@ def test_why_llama_cpp_refused_is_said(folder_of: Callable[[str], Path], tmp_pat
     )
     with pytest.raises(RunError, match=r"llama.cpp cannot have this model: .*'blk.1.ffn_up.weight' not found"):
         write_gguf(folder, tmp_path / "m.gguf", "F16")
+
+
+@pytest.mark.slow
+def test_what_llama_cpp_will_refuse_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    """The converter plans these files to the end: it is llama.cpp that takes this family for one of a key a head."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = Dots1Config(vocab_size=640, hidden_size=64, num_hidden_layers=2, bos_token_id=1, **heads, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    smollm_tokenizer().save_pretrained(tmp_path)
+    (problem,) = check_exports(tmp_path, ExportConfig(gguf={"a": GgufTarget()})).problems
+    assert "llama.cpp cannot have it: " in problem.what
+    assert "tensor 'blk.0.attn_k.weight' has wrong shape" in problem.what
+    assert problem.fix == "export=merged_16bit"
+
+
+def test_the_head_of_a_file_takes_no_room_for_its_values(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(None, "llama")
+    for name, width in {"a": 1000, "b": 7}.items():  # the second ends in the middle of an alignment
+        writer.add_tensor(name, np.zeros((1024, width), np.float32))
+    child._write_head(writer, tmp_path / "m.gguf")
+    assert {one.name: list(one.shape) for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors} == {
+        "a": [1000, 1024],
+        "b": [7, 1024],
+    }
+    found = (tmp_path / "m.gguf").stat()
+    assert found.st_size > 1007 * 1024 * 4 > 10 * 512 * found.st_blocks
+
+
+def test_where_llama_cpp_has_other_parameters_no_model_is_made_without_values() -> None:
+    other = SimpleNamespace(llama_model_default_params=llama_library._Parameters)
+    with pytest.raises(LibraryUnusable, match="llama_model_params is laid out differently"):
+        llama_library._without_values(other)  # type: ignore[arg-type]  # stands for the library
+    llama_library._without_values(llama_library.library())
 
 
 @pytest.mark.slow
