@@ -68,6 +68,11 @@ def install_line(extra: str) -> str:
     return install_from(extra, _checkout(Path(__file__).resolve().parents[2]), _origin())
 
 
+def is_install_line(fix: str) -> bool:
+    """Whether what mends a problem is such a line."""
+    return fix.startswith("pip install ")
+
+
 def install_from(extra: str, checkout: Path | None, origin: Mapping[str, Any]) -> str:
     """The pip line that adds an extra to what was installed from a place.
 

@@ -42,53 +42,74 @@ def check_exports(base: Path, export: ExportConfig, adapter: Mapping[str, Any] |
     form = model_form(base)
     if form is None:
         return Checked()
-    fit = check_form(form, export, adapter)
-    if not fit.problems:
-        fit.problems.extend(infeasible_budgets(base, export))
-    return fit
+    return _with_budgets(check_form(form, export, adapter), base, export)
 
 
-def possible_files(
-    base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None
-) -> tuple[ExportConfig, dict[str, str]]:
-    """The files of a recipe without those that the base's family has in no form, and why it has not, by name.
+@dataclass(frozen=True)
+class Fit:
+    """What of a recipe can be written of a base.
 
-    A file that another setting would mend counts as possible; so do all where none would be left.
+    Attributes:
+        export: the recipe, without the files that the base's family has in no form.
+        impossible: why it has not, by the name of the file.
+        unquantized: layers that a format will leave in 16 bit, by the name of the file.
     """
-    problems = check_exports(base, export, adapter).problems
-    none: dict[str, str] = {}
-    for one in requested(export):
-        own = [problem for problem in problems if _is_about(problem, one.path)]
-        if own and all(problem.fix == ELSEWHERE for problem in own):
-            none[one.name] = "; ".join(problem.what for problem in own)
-    if len(none) == len(list(requested(export))):
-        return export, {}
-    return export.without(none), none
+
+    export: ExportConfig
+    impossible: Mapping[str, str]
+    unquantized: Mapping[str, Unquantized]
 
 
-def _is_about(problem: Problem, path: str) -> bool:
-    """Whether it is told of a target, one of its fields, or a place that its check read."""
-    return problem.where == path or problem.where.startswith((f"{path}.", f"{path} "))
+def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Fit:
+    """Refuse what a base cannot be written as; beside files that are possible, impossible ones are left out instead.
 
-
-def refuse_unfit(base: Path, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
-    """Refuse what a base cannot be written as: group sizes by config.json alone, then all by its layers.
-
-    Beside files that are possible, those that no setting makes possible are not told: see `possible_files`. A file by
-    itself is asked for its group size at once, before a library is loaded.
+    A file by itself is asked for its group size at once, before a library is loaded.
 
     Raises:
         RecipeError: with everything that cannot be written, and the lines that mend it.
     """
-    if len(list(requested(export))) == 1:
-        refuse_group_sizes(base, export)
-    export, _ = possible_files(base, export, adapter)
-    found = check_exports(base, export, adapter)
-    if all(problem.fix != ELSEWHERE for problem in found.problems):  # else no group size would help
-        refuse_group_sizes(base, export)
+    files = len(list(requested(export)))
+    if files == 1 and (problems := group_size_problems(base, export)):
+        raise RecipeError(problems)
+    form = model_form(base)
+    if form is None:
+        if problems := group_size_problems(base, export):
+            raise RecipeError(problems)
+        return Fit(export, {}, {})
+    impossible = impossible_files(form, export, adapter)
+    if len(impossible) == files:
+        impossible = {}
+    export = export.without(impossible)
+    found = check_at(base, form, export, adapter)
     if found.problems:
         raise RecipeError(found.problems)
+    told = {name: "; ".join(problem.what for problem in problems) for name, problems in impossible.items()}
+    return Fit(export, told, found.unquantized)
+
+
+def impossible_files(
+    form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None
+) -> dict[str, list[Problem]]:
+    """The files of a recipe that no setting and no package makes possible, and why, by name."""
+    found = {one.name: list(_problems_of(form, one, adapter or {})) for one in requested(export)}
+    return {
+        name: problems
+        for name, problems in found.items()
+        if problems and all(problem.fix == ELSEWHERE for problem in problems)
+    }
+
+
+def check_at(base: Path, form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
+    """Hold what a recipe exports against a folder and its form; where group sizes do not fit, they alone are told."""
+    found = check_form(form, export, adapter)
+    if all(problem.fix != ELSEWHERE for problem in found.problems):  # else no group size would help
+        sizes = group_size_problems(base, export)
+        return Checked(sizes) if sizes else _with_budgets(found, base, export)
     return found
+
+
+def _with_budgets(found: Checked, base: Path, export: ExportConfig) -> Checked:
+    return found if found.problems else Checked(infeasible_budgets(base, export), found.unquantized)
 
 
 def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None) -> Checked:
@@ -99,13 +120,6 @@ def check_form(form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any]
         problems += _problems_of(form, one, adapter or {})
     unquantized = {} if problems else {one.name: one.format.unquantized(one.target, form) for one in files}
     return Checked(problems, {name: found for name, found in unquantized.items() if found is not None})
-
-
-def problems_by_name(
-    form: ModelForm, export: ExportConfig, adapter: Mapping[str, Any] | None = None
-) -> dict[str, list[Problem]]:
-    """What speaks against each file of a recipe, budgets of bits aside."""
-    return {one.name: list(_problems_of(form, one, adapter or {})) for one in requested(export)}
 
 
 def infeasible_budgets(base_folder: Path, export: ExportConfig) -> list[Problem]:
@@ -135,12 +149,8 @@ def unmeasured(found: StoredLinears) -> str:
     return f"its files call '{renamed.module}' '{renamed.name}'" if renamed else ""
 
 
-def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
-    """Refuse group sizes that do not divide the layers' inputs, by config.json alone.
-
-    Raises:
-        RecipeError: with the size to set instead.
-    """
+def group_size_problems(base_folder: Path, export: ExportConfig) -> list[Problem]:
+    """Group sizes that do not divide the layers' inputs, by config.json alone, with the size to set instead."""
     widths = linear_input_widths(read_json(base_folder / "config.json"))
     problems = []
     for one in requested(export):
@@ -149,8 +159,7 @@ def refuse_group_sizes(base_folder: Path, export: ExportConfig) -> None:
             fitting = [fit for fit in dividing_group_sizes(widths.values()) if 0 < fit <= LARGEST_USUAL]
             what = f"{problem.what}; {', '.join(map(str, fitting))} do"
             problems += [Problem(what, path, f"{path}={fitting[-1]}")] if fitting else []
-    if problems:
-        raise RecipeError(problems)
+    return problems
 
 
 def _problems_of(form: ModelForm, one: Requested, adapter: Mapping[str, Any]) -> Iterator[Problem]:

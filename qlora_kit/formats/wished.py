@@ -10,11 +10,12 @@ from typing import Any
 from qlora_kit.adapter.attach import peft_config
 from qlora_kit.adapter.expert_lora import short_names
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.extras import is_install_line
 from qlora_kit.core.files import typed_path
 from qlora_kit.core.shell import hydra_value
-from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
+from qlora_kit.export.checks.fault import Unquantized
 from qlora_kit.export.checks.form import ModelForm, model_form
-from qlora_kit.formats.checks import check_form, infeasible_budgets, problems_by_name, refuse_group_sizes
+from qlora_kit.formats.checks import check_at, check_form, impossible_files
 from qlora_kit.formats.registry import FORMATS
 from qlora_kit.model.demo import demo_place
 from qlora_kit.model.kind import CONFIG
@@ -78,21 +79,16 @@ class _Base:
         try:
             export = _composed(option)
         except RecipeError as error:
-            install = next((one.fix for one in error.problems if one.fix.startswith("pip ")), "")
-            return _Refusal(_told(error.problems), install)
+            return _Refusal(_told(error.problems), _install(error.problems))
         try:
-            problems = check_form(self.form, export, self.adapter).problems
-            if all(problem.fix != ELSEWHERE for problem in problems):  # else no group size would help
-                refuse_group_sizes(self.folder, export)
-            problems = problems or infeasible_budgets(self.folder, export)
+            problems = check_at(self.folder, self.form, export, self.adapter).problems
         except RecipeError as error:
             problems = list(error.problems)
         if not problems:
             return None
-        install = next((one.fix for one in problems if one.fix.startswith("pip ")), "")
         settings = " ".join(dict.fromkeys(one.fix for one in problems))
         is_mended = all(one.fix.startswith("export.") for one in problems)
-        return _Refusal(_told(problems), install, settings if is_mended else "")
+        return _Refusal(_told(problems), _install(problems), settings if is_mended else "")
 
     def left_in_16_bit(self, option: str) -> Mapping[str, Unquantized]:
         """Layers that a format will leave in 16 bit, by the name of the file."""
@@ -101,12 +97,7 @@ class _Base:
     def impossible(self) -> dict[str, str]:
         """The usual options that no setting and no package makes possible, and why."""
         export = compose_unchecked("export", [f"export={hydra_value(usual_options())}"]).export
-        found = problems_by_name(self.form, export, self.adapter)
-        return {
-            name: _told(problems)
-            for name, problems in found.items()
-            if problems and all(problem.fix == ELSEWHERE for problem in problems)
-        }
+        return {name: _told(problems) for name, problems in impossible_files(self.form, export, self.adapter).items()}
 
 
 def usual_options() -> list[str]:
@@ -168,6 +159,11 @@ def _composed(option: str) -> ExportConfig:
 
 def _told(problems: Sequence[Problem]) -> str:
     return "; ".join(problem.what.splitlines()[0] for problem in problems)
+
+
+def _install(problems: Sequence[Problem]) -> str:
+    """The line that installs what is missing; empty where nothing is."""
+    return next((problem.fix for problem in problems if is_install_line(problem.fix)), "")
 
 
 def _warning(impossible: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ from qlora_kit.export.manifest import record_bases
 from qlora_kit.export.merge import MergeReport
 from qlora_kit.export.rows import rows_of_export
 from qlora_kit.export.sixteen_bit import write_sixteen_bit
-from qlora_kit.formats.checks import possible_files, refuse_unfit
+from qlora_kit.formats.checks import refuse_unfit
 from qlora_kit.formats.exported import raise_what_went_wrong
 from qlora_kit.formats.finish import TOP_TOKENS, Finished, finish
 from qlora_kit.formats.job import ExportJob, ExportSource, Written
@@ -75,9 +75,11 @@ def _tell_next(run: Run, done: Sequence[Exported]) -> None:
 
 
 def _exported(run: Run, config: ExportConfig) -> list[Exported]:
-    config, impossible = possible_files(run.base.folder, config, _adapter_settings(run))
-    left = _unquantized(run, config)
-    for name, why in impossible.items():
+    fit = refuse_unfit(run.base.folder, config, _adapter_settings(run))
+    config = fit.export
+    for name, left in fit.unquantized.items():
+        log.info(f"{name}: {left}")
+    for name, why in fit.impossible.items():
         log.info(f"{name}: failed: {why}")
     rows = rows_of_export(run, config)
     with _alone(run), ExitStack() as folders:
@@ -88,8 +90,10 @@ def _exported(run: Run, config: ExportConfig) -> list[Exported]:
         bases = merge_bases(run, config)
         _clear_other_merges(run, bases)
         merges = [folders.enter_context(_sixteen_bit(run, base)) for base in bases]
-        jobs = [list(_jobs(config, _source(run, folder, rows.calibration), left)) for folder, _ in merges]
-        not_begun = [Exported(name, run.directory.exports / name, 0.0, error=why) for name, why in impossible.items()]
+        jobs = [list(_jobs(config, _source(run, folder, rows.calibration), fit.unquantized)) for folder, _ in merges]
+        not_begun = [
+            Exported(name, run.directory.exports / name, 0.0, error=why) for name, why in fit.impossible.items()
+        ]
         return not_begun + [
             _write(run, config, list(zip(same, merges, strict=True)), reference) for same in zip(*jobs, strict=True)
         ]
@@ -112,14 +116,6 @@ def refuse_unmeasurable(run: Run, config: ExportConfig) -> None:
         problems.append(Problem(what, "export.merge_base", EVAL_FILE))
     if problems:
         raise RecipeError(problems)
-
-
-def _unquantized(run: Run, config: ExportConfig) -> Mapping[str, Unquantized]:
-    """Refuse what the base cannot be written as, and say which layers will stay in 16 bit, by the file's name."""
-    fit = refuse_unfit(run.base.folder, config, _adapter_settings(run))
-    for name, left in fit.unquantized.items():
-        log.info(f"{name}: {left}")
-    return fit.unquantized
 
 
 def _adapter_settings(run: Run) -> Mapping[str, Any] | None:

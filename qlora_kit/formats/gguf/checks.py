@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.core.errors import Problem, RecipeError
+from qlora_kit.core.extras import is_install_line
 from qlora_kit.export.checks.fault import ELSEWHERE, Unquantized
 from qlora_kit.export.checks.form import ModelForm
 from qlora_kit.formats.gguf.architectures import find_architecture, has_own_rules
 from qlora_kit.formats.gguf.budget import budget_names
 from qlora_kit.formats.gguf.converter.convert import why_not_converted
-from qlora_kit.formats.gguf.converter.package import find_known
+from qlora_kit.formats.gguf.converter.package import UnknownArchitectureError, find_known
 from qlora_kit.formats.gguf.metadata import read_full_config
 from qlora_kit.formats.gguf.mixes import BLOCK_SIZES, find_mix
 from qlora_kit.formats.gguf.roles import is_quantizable
@@ -31,8 +32,11 @@ def gguf_problems(path: str, target: GgufTarget, form: ModelForm) -> Iterator[Pr
             find_architecture(form.config)
         else:
             find_known(form.config)
+    except UnknownArchitectureError as error:
+        yield from (Problem(f"this family has {problem.what}", path, ELSEWHERE) for problem in error.problems)
+        return
     except RecipeError as error:
-        yield from (_of_family(path, problem) for problem in error.problems)
+        yield from (_of_settings(path, problem) for problem in error.problems)
         return
     if is_own:
         yield from _of_tensors(path, target, form)
@@ -113,11 +117,7 @@ def _tensors(form: ModelForm) -> Mapping[str, FloatRows]:
     return {name: FloatRows(Path(), 0, "BF16", shape) for name, shape in form.parameters.items()}
 
 
-def _of_family(path: str, problem: Problem) -> Problem:
-    if "no GGUF export" in problem.what:
-        return Problem(f"this family has {problem.what}", path, ELSEWHERE)
-    # what is missing is installed by the line that the problem has; nothing else mends the rest
-    is_mended = problem.fix.startswith("pip ")
-    return Problem(
-        problem.what, f"{path} ({problem.where})" if problem.where else path, problem.fix if is_mended else ELSEWHERE
-    )
+def _of_settings(path: str, problem: Problem) -> Problem:
+    """What is missing is installed by the line that the problem has; nothing else mends the rest."""
+    where = f"{path} ({problem.where})" if problem.where else path
+    return Problem(problem.what, where, problem.fix if is_install_line(problem.fix) else ELSEWHERE)

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from packaging.requirements import Requirement
 
-from qlora_kit.core.extras import install_from, install_line, missing_extra
+from qlora_kit.core.extras import install_from, install_line, is_install_line, missing_extra
 
 
 @pytest.fixture
@@ -56,3 +56,4 @@ def test_what_came_from_an_index_comes_from_there_again():
 def test_errors_hold_the_line():
     assert missing_extra("xllamacpp", "this", "gguf").problems[0].fix == install_line("gguf")
     assert "[gguf]" in install_line("gguf")
+    assert is_install_line(install_line("gguf")) and not is_install_line("export=merged_16bit")

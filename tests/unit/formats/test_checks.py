@@ -14,7 +14,7 @@ from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.extras import is_present
 from qlora_kit.export.checks.fault import ELSEWHERE
 from qlora_kit.export.checks.form import ModelForm, model_form
-from qlora_kit.formats.checks import Checked, check_exports, check_form, possible_files, refuse_unfit
+from qlora_kit.formats.checks import Checked, check_exports, check_form, refuse_unfit
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.export import ExportConfig
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -267,12 +267,10 @@ def test_files_that_a_family_has_in_no_form_keep_the_others_from_nothing(tmp_pat
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     form_of(tmp_path, Qwen3MoeConfig(hidden_size=256, vocab_size=640, **IDS, **moe))
     asked = export_of(["export=[merged_16bit,bnb_nf4,awq_4bit_g64]"])
-    left, none = possible_files(tmp_path, asked)
-    assert [one.name for one in left.targets()] == ["awq_4bit_g64", "merged_16bit"]
-    assert list(none) == ["bnb_nf4"] and "experts would stay in 16 bit" in none["bnb_nf4"]
-    assert refuse_unfit(tmp_path, asked).problems == []
+    found = refuse_unfit(tmp_path, asked)
+    assert [one.name for one in found.export.targets()] == ["awq_4bit_g64", "merged_16bit"]
+    assert list(found.impossible) == ["bnb_nf4"] and "experts would stay in 16 bit" in found.impossible["bnb_nf4"]
     # alone it is refused, and what another setting would mend is refused beside others too
-    assert possible_files(tmp_path, export_of(["export=bnb_nf4"])) == (export_of(["export=bnb_nf4"]), {})
     with pytest.raises(RecipeError, match="experts would stay in 16 bit"):
         refuse_unfit(tmp_path, export_of(["export=bnb_nf4"]))
     with pytest.raises(RecipeError, match="group_size") as raised:
@@ -287,7 +285,7 @@ def test_a_group_size_of_an_impossible_file_is_no_reason_to_refuse_anything(tmp_
     file = base / "model.safetensors"
     moved = {name.replace("model.layers", "model.text.layers"): value for name, value in load_file(file).items()}
     save_file(moved, file)
-    assert refuse_unfit(base, export_of(["export=[merged_16bit,awq_4bit]"])).problems == []
+    assert list(refuse_unfit(base, export_of(["export=[merged_16bit,awq_4bit]"])).impossible) == ["awq_4bit"]
     alone = ["export=awq_4bit", "export.awq.awq_4bit.group_size=64"]
     with pytest.raises(RecipeError, match="this family has no awq export"):
         refuse_unfit(base, export_of(alone))

@@ -20,6 +20,10 @@ _INSIDE = Path("export", "export_to_gguf", "conversion")
 _NEEDED_FOR = "writing a GGUF file of this architecture"
 
 
+class UnknownArchitectureError(RecipeError):
+    """No GGUF file can be made of an architecture, whatever its settings are."""
+
+
 def find_converter() -> Path | None:
     """Folder of the converter's package `conversion`; None where it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)  # of a top-level package: it is not imported
@@ -67,9 +71,10 @@ def find_known(config: ConfigFields) -> Known:
     transformers writes some class names in other letter case than the checkpoints that the converter was made for.
 
     Raises:
-        RecipeError: the converter is not installed, it does not know the architecture, it knows one that the installed
-            packages gguf or xllamacpp have not, llama.cpp computes it otherwise or has fixed a setting that config.json
-            says otherwise, or the weights are quantized already.
+        UnknownArchitectureError: the converter does not know the architecture, it knows one that the installed packages
+            gguf or xllamacpp have not, or llama.cpp computes it otherwise.
+        RecipeError: the converter is not installed, llama.cpp has fixed a setting that config.json says otherwise, or
+            the weights are quantized already.
     """
     folder, gguf = converter_folder(), require("gguf", _NEEDED_FOR, EXTRA)
     known = {name.lower(): (name, kind) for name, kind in known_architectures(folder).items()}
@@ -100,9 +105,9 @@ def _class_of(text: ConfigFields) -> list[str]:
     return [] if name is None else [name]
 
 
-def _unknown(stated: Sequence[str], why: str) -> RecipeError:
+def _unknown(stated: Sequence[str], why: str) -> UnknownArchitectureError:
     what = f"no GGUF export for the architecture {stated[0] if stated else '(none)'}: {why}"
-    return RecipeError(what, where="config.json, architectures", fix=ELSEWHERE)
+    return UnknownArchitectureError(what, where="config.json, architectures", fix=ELSEWHERE)
 
 
 def _text_models(tree: ast.Module) -> dict[str, str]:
