@@ -122,7 +122,8 @@ def meant_families(word: str) -> list[FamilySupport]:
         what = (
             f"{word} is a model of type '{config.get('model_type')}', which is not among the families that were tried"
         )
-        raise RecipeError(what, fix=shell_line(["qlora-kit", "plan", override("model.source", word)]))
+        line = ["qlora-kit", "plan", override("model.source", word), "data=rows", "data.max_tokens=auto"]
+        raise RecipeError(what, fix=shell_line(line))
     if found := _named(word):
         return found
     known = sorted({name for row in supported() for name in (row.name, row.model_type, row.architecture)})

@@ -1,6 +1,7 @@
 """The table of families: the record, the page and what comes with the package say the same."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qlora_kit.families.support import (
     rows_of,
     supported,
 )
+from qlora_kit.schema.compose import training_unchecked
 from qlora_kit.schema.folders import groups
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -146,8 +148,10 @@ def test_a_name_of_none_is_answered_with_the_nearest(word: str, fix: str, capsys
     assert main(fix.split()[1:]) == 0
 
 
-def test_a_folder_of_another_family_is_answered_with_a_plan(tmp_path: Path) -> None:
+def test_a_folder_of_another_family_is_answered_with_a_plan_that_can_be_pasted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nobody_s", "architectures": ["NobodyS"]}', encoding="utf-8")
     with pytest.raises(RecipeError, match="'nobody_s', which is not among the families that were tried") as found:
         meant_families(str(tmp_path))
-    assert found.value.problems[0].fix == f"qlora-kit plan model.source={tmp_path}"
+    kit, verb, *words = shlex.split(found.value.problems[0].fix)
+    assert (kit, verb) == ("qlora-kit", "plan")
+    assert training_unchecked(words).recipe.model.source == str(tmp_path)
