@@ -30,14 +30,14 @@ from qlora_kit.training.step_memory import WHATEVER_IS_FREE
 
 def model_as_trained(recipe: TrainRecipe, folder: Path) -> PeftModel:
     """The base of a folder with its adapter, engine and head, as a recipe has them; `engine.recompute` all or none."""
-    base = load_base(folder, recipe.quant)
+    base = load_base(folder, recipe.quant, recipe.model.attention)
     model = attach_lora(base, recipe.lora, not_adapted(base)).train()
     train_in_fp32(model)
-    if recipe.engine.mode is EngineMode.fast:
-        engine = patch_model(model, recipe.engine, is_tried=False)
+    engine = patch_model(model, recipe.engine, is_tried=False) if recipe.engine.mode is EngineMode.fast else None
+    if engine is not None and engine.layers:
         policy = WHATEVER_IS_FREE[parse_amount(recipe.engine.recompute).amount]
         engine.set_policies([policy] * len(engine.layers))
-        assert enable_row_attention(model.get_base_model()) is not None
+        enable_row_attention(model.get_base_model())
     elif recipe.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert enable_fused_head(model.get_base_model()) is not None

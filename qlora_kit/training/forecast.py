@@ -136,10 +136,9 @@ def _as_found(
     plain: MemoryEstimate, needs: LayerNeeds, shape: ModelShape, tokens: int, recipe: TrainRecipe
 ) -> MemoryEstimate:
     """An estimate with what layers were found to need; the output head is done when their backward pass begins."""
-    wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
-    kept, at_work = shape.num_layers * needs.kept(tokens), needs.beside(tokens)
+    kept, at_work = needs.layers * needs.kept(tokens), needs.beside(tokens)
     if recipe.trainer.gradient_checkpointing:
-        kept, at_work = float(shape.num_layers * wide * shape.hidden_size * tokens), needs.at_work(tokens)
+        kept, at_work = needs.layers * needs.given(tokens), needs.at_work(tokens)
     head = plain.loss if TABLES[1] in recipe.lora.modules_to_save else head_bytes(shape, tokens)
     return replace(plain, activations=kept, loss=head, workspace=max(0.0, at_work - head))
 

@@ -96,7 +96,7 @@ class Reach:
         trained: weights of the adapter.
         wide: bytes of a weight that is not rounded.
         towers: weights of the checkpoint that are no part of the language model, by the part that holds them.
-        kept: bytes of a token that a fast layer keeps for its backward pass; 0 where its sizes tell that.
+        needs: what the layers need in a step; None where their sizes tell that.
         spared: linear modules that carry no LoRA whatever the targets say, with the reason.
         attention: that the model is given.
         wanted_attention: the recipe's.
@@ -239,6 +239,8 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         given = attention_for(model, recipe.model.attention)
     except RecipeError as error:
         attention, given = error.problems, recipe.model.attention
+    if given is Attention.eager:  # the others take the memory of sdpa
+        model.set_attn_implementation(given.value)
     if given is not recipe.model.attention and recipe.data.batching is Batching.packed and has_attention(model):
         what = (
             "packed rows need an attention that keeps samples apart, and transformers computes this model right with "
@@ -302,7 +304,7 @@ def _needs_of_layers(recipe: TrainRecipe, model: PeftModel, rounded: Collection[
     """What the layers need in a step; None where their sizes tell it, or where it cannot be found without values."""
     longest, data = recipe.data.max_tokens, recipe.data
     run = AsTrained(
-        fast=recipe.engine.mode is EngineMode.fast and recipe.lora.dropout == 0,
+        fast=recipe.engine.mode is EngineMode.fast,
         rounded=rounded,
         dtype=torch_dtype(recipe.quant.compute_dtype),
         is_packed=data.batching is Batching.packed,

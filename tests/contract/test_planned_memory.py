@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3_5TextConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+)
 
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.engine import EngineConfig, EngineMode
-from qlora_kit.schema.model import ModelConfig
+from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.optim import OptimConfig
 from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
@@ -42,30 +50,50 @@ def hybrid() -> PretrainedConfig:
     return Qwen3_5TextConfig(**WIDTHS, **linear, intermediate_size=768, linear_value_head_dim=32)
 
 
+def foreign_mixture() -> PretrainedConfig:
+    """Of a family that the engine does not know, whose experts it speeds up all the same."""
+    return MixtralConfig(**WIDTHS, intermediate_size=192, num_local_experts=8, num_experts_per_tok=2)
+
+
+def capped() -> PretrainedConfig:
+    """Its scores have a cap, so attention is computed by the model's own code."""
+    return Gemma2Config(**WIDTHS, intermediate_size=768, query_pre_attn_scalar=64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "mode", "recomputes"),
+    ("config", "mode", "recomputes", "attention"),
     [
-        (mixture(), EngineMode.fast, True),
-        (mixture(), EngineMode.fast, False),
-        (mixture(), EngineMode.plain, True),
-        (hybrid(), EngineMode.plain, True),
-        (hybrid(), EngineMode.plain, False),
+        (mixture(), EngineMode.fast, True, Attention.sdpa),
+        (mixture(), EngineMode.fast, False, Attention.sdpa),
+        (mixture(), EngineMode.plain, True, Attention.sdpa),
+        (foreign_mixture(), EngineMode.fast, True, Attention.sdpa),
+        (hybrid(), EngineMode.plain, True, Attention.sdpa),
+        (hybrid(), EngineMode.plain, False, Attention.sdpa),
+        (capped(), EngineMode.fast, True, Attention.sdpa),
+        (capped(), EngineMode.fast, False, Attention.sdpa),
+        (LlamaConfig(**WIDTHS, intermediate_size=768), EngineMode.fast, True, Attention.eager),
+        (LlamaConfig(**WIDTHS, intermediate_size=768), EngineMode.plain, True, Attention.eager),
     ],
     ids=[
         "experts, fast, recomputed",
         "experts, fast, kept",
         "experts, recomputed",
+        "foreign experts, fast, recomputed",
         "hybrid, recomputed",
         "hybrid, kept",
+        "capped scores, fast, recomputed",
+        "capped scores, fast, kept",
+        "eager, fast, recomputed",
+        "eager, recomputed",
     ],
 )
-def test_the_plan_is_what_a_step_takes(config, mode, recomputes, tmp_path: Path):
+def test_the_plan_is_what_a_step_takes(config, mode, recomputes, attention, tmp_path: Path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
     qwen_tokenizer().save_pretrained(tmp_path)
     recipe = TrainRecipe(
-        model=ModelConfig(source=str(tmp_path)),
+        model=ModelConfig(source=str(tmp_path), attention=attention),
         data=DataConfig(max_tokens=TOKENS),
         engine=EngineConfig(mode=mode, recompute="all" if recomputes else "none", cached_weights="none"),
         trainer=TrainerConfig(gradient_checkpointing=recomputes),

@@ -28,11 +28,13 @@ class KindNeeds:
 
     Attributes:
         layers: how many they are.
+        given: their input alone.
         kept: what one keeps for its backward pass where nothing is recomputed, its result included.
         at_work: the most at once while its gradients are made, with all that it kept.
     """
 
     layers: int
+    given: Line
     kept: Line
     at_work: Line
 
@@ -48,10 +50,18 @@ class LayerNeeds:
     kinds: Sequence[KindNeeds]
     copies: float = 0.0
 
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return sum(kind.layers for kind in self.kinds)
+
+    def given(self, tokens: int) -> float:
+        """Bytes of a layer's input on average."""
+        return sum(kind.layers * kind.given.at(tokens) for kind in self.kinds) / self.layers
+
     def kept(self, tokens: int) -> float:
         """Bytes that a layer keeps on average."""
-        layers = sum(kind.layers for kind in self.kinds)
-        return sum(kind.layers * kind.kept.at(tokens) for kind in self.kinds) / layers
+        return sum(kind.layers * kind.kept.at(tokens) for kind in self.kinds) / self.layers
 
     def beside(self, tokens: int) -> float:
         """Bytes that the backward pass of a layer takes beside what it kept, at the most."""

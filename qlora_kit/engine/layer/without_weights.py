@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from qlora_kit.model.live_memory import LiveMemory
 from qlora_kit.model.stacked_experts import StackedExperts
 from qlora_kit.model.structure import layers_of
 from qlora_kit.schema.engine import EngineConfig
+from qlora_kit.schema.model import Attention
 
 ROUNDED = torch.float8_e4m3fn  # stands for weights in few bits: any other format than that of products
 OF_ONE = {"training", "layer_idx"}  # attributes that set no kinds of layers apart
@@ -40,7 +42,7 @@ class AsTrained:
     """How layers will run.
 
     Attributes:
-        fast: by the fast engine, where it knows them.
+        fast: with the fast engine, which speeds experts up where it knows no layers.
         rounded: full names of the modules whose weights are in few bits.
         dtype: of activations.
         is_packed: rows hold several samples.
@@ -65,21 +67,21 @@ def needs_of_layers(model: PeftModel, run: AsTrained) -> LayerNeeds | None:
     base: Any = model.train().get_base_model()
     with FakeTensorMode(), _autocast(run):
         _fake(base, run)
-        run = replace(run, row_tokens=min(run.row_tokens, LONGEST))
-        if run.fast and enable_row_attention(base) is None:
-            run = replace(run, fast=False)
+        if base.config._attn_implementation != Attention.eager.value:  # whose scores grow with the square of a row
+            run = replace(run, row_tokens=min(run.row_tokens, LONGEST))
         live = LiveMemory(as_on_gpu=run.as_on_gpu)
         engine = _engine(model, live) if run.fast else None
-        if engine is not None and engine.layers and engine.keeps_as_told:
+        layers = [] if engine is None else [fast.layer for fast in engine.layers]
+        goes_in_rows = bool(layers) and enable_row_attention(base) is not None
+        if engine is not None and goes_in_rows and engine.keeps_as_told:
             return None
         copies = live.now
-        layers = [fast.layer for fast in engine.layers] if engine is not None and engine.layers else _plain(base)
-        trials = _trials(layers, live)
+        trials = _trials(layers or _plain(base), live)
         takes_bounds = run.is_packed and _attends_without_mask(base)
         for rows in (1, 2):
             with as_written(), live:
                 base.base_model(use_cache=False, **_batch(rows, run.row_tokens, takes_bounds=takes_bounds))
-    return LayerNeeds([trial.needs() for trial in trials], copies)
+    return LayerNeeds([trial.needs(run.row_tokens) for trial in trials], copies)
 
 
 @contextmanager
@@ -129,14 +131,15 @@ class _Trial:
 
     Attributes:
         count: how many are of its kind.
-        has_trained_input: all but the first layer have: nothing below that is trained.
+        has_trained_input: an earlier layer is trained.
+        found: of one row and of two: bytes of the input, kept, and at work.
     """
 
     layer: Any
     count: int
     live: LiveMemory
     has_trained_input: bool
-    found: list[tuple[int, int, int]] = field(default_factory=list)  # tokens, kept, at work
+    found: list[tuple[int, int, int]] = field(default_factory=list)
     result: Any = None
 
     def __post_init__(self) -> None:
@@ -156,8 +159,9 @@ class _Trial:
         result = self.forward(start, *given[1:], **settings)
         after = result[0] if isinstance(result, tuple) else result
         kept = live.now - before
-        torch.autograd.backward([after], [torch.empty_like(after)])
-        self.found.append((hidden.shape[:-1].numel(), kept, live.peak - before))
+        if after.requires_grad:
+            torch.autograd.backward([after], [torch.empty_like(after)])
+        self.found.append((hidden.nbytes, kept, live.peak - before))
         self.result = tree_map(_apart, result)
         return self.result
 
@@ -166,21 +170,23 @@ class _Trial:
         hidden = given[0] if given else settings["hidden_states"]
         return (hidden, *self.result[1:]) if isinstance(self.result, tuple) else hidden
 
-    def needs(self) -> KindNeeds:
-        """As lines through what was found."""
-        (few, *of_few), (many, *of_many) = self.found
-        kept, at_work = (Line.through((few, one), (many, other)) for one, other in zip(of_few, of_many, strict=True))
-        return KindNeeds(self.count, kept, at_work)
+    def needs(self, tokens: int) -> KindNeeds:
+        """As lines through what was found for rows of a number of tokens."""
+        one_row, two_rows = self.found
+        lines = (Line.through((tokens, one), (2 * tokens, two)) for one, two in zip(one_row, two_rows, strict=True))
+        return KindNeeds(self.count, *lines)
 
 
 def _trials(layers: Sequence[Any], live: LiveMemory) -> list[_Trial]:
     """Put a trial into the first layer of each kind, and have the others hand on what they are given."""
     by_kind: dict[tuple[object, ...], list[Any]] = {}
-    for place, layer in enumerate(layers):
-        by_kind.setdefault((place == 0, *_kind(layer)), []).append(layer)
+    below_is_trained = False
+    for layer in layers:
+        by_kind.setdefault((below_is_trained, *_kind(layer)), []).append(layer)
+        below_is_trained |= any(parameter.requires_grad for parameter in layer.parameters())
     trials = []
-    for (is_first, *_), same in by_kind.items():
-        trials.append(trial := _Trial(same[0], len(same), live, has_trained_input=not is_first))
+    for (has_trained_input, *_), same in by_kind.items():
+        trials.append(trial := _Trial(same[0], len(same), live, bool(has_trained_input)))
         same[0].forward = trial
         for layer in same[1:]:
             layer.forward = trial.hand_on
@@ -248,7 +254,7 @@ def _fake(model: nn.Module, run: AsTrained) -> None:
         if isinstance(module, LoraLayer) and is_rounded:
             # As peft's layers over bitsandbytes' have it where autocast is on, which a model without weights lacks.
             vars(module)["_cast_input_dtype"] = _as_given
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        if isinstance(module, Linear4bit):  # which unpacks nothing that has no values
             vars(module)["compute_dtype"] = run.dtype
             vars(module)["forward"] = partial(_linear, module=module, dtype=run.dtype)
 
