@@ -28,13 +28,13 @@ from qlora_kit.engine.linear.frozen_weight import FrozenWeight
 from qlora_kit.engine.ops.compiled import as_written
 from qlora_kit.model.live_memory import LiveMemory
 from qlora_kit.model.stacked_experts import StackedExperts
-from qlora_kit.model.structure import layers_of
+from qlora_kit.model.structure import layers_of, state_carriers
 from qlora_kit.schema.engine import EngineConfig
 from qlora_kit.schema.model import Attention
 
 ROUNDED = torch.float8_e4m3fn  # stands for weights in few bits: any other format than that of products
 OF_ONE = {"training", "layer_idx"}  # attributes that set no kinds of layers apart
-LONGEST = 4096  # tokens of a row that is run; what layers that carry a state need is in proportion to tokens
+LONGEST = 4096  # tokens of a row that is run where layers carry a state: what these need is in proportion to tokens
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def needs_of_layers(model: PeftModel, run: AsTrained) -> LayerNeeds | None:
     base: Any = model.train().get_base_model()
     with FakeTensorMode(), _autocast(run):
         _fake(base, run)
-        if base.config._attn_implementation != Attention.eager.value:  # whose scores grow with the square of a row
+        is_eager = base.config._attn_implementation == Attention.eager.value  # scores grow with the square of a row
+        if state_carriers(base) and not is_eager:
             run = replace(run, row_tokens=min(run.row_tokens, LONGEST))
         live = LiveMemory(as_on_gpu=run.as_on_gpu)
         engine = _engine(model, live) if run.fast else None
         layers = [] if engine is None else [fast.layer for fast in engine.layers]
         goes_in_rows = bool(layers) and enable_row_attention(base) is not None
-        if engine is not None and goes_in_rows and engine.keeps_as_told:
+        if engine is not None and goes_in_rows and engine.keeps_as_told and not _makes_masks(base, run):
             return None
         copies = live.now
         trials = _trials(layers or _plain(base), live)
@@ -106,6 +107,12 @@ def _engine(model: PeftModel, live: LiveMemory) -> FastEngine:
 def _plain(model: nn.Module) -> list[nn.Module]:
     where, _ = layers_of(model)
     return list(model.get_submodule(where).children())
+
+
+def _makes_masks(model: Any, run: AsTrained) -> bool:
+    """Whether rows are longer than a window of the model, whose mask holds every token against every other."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return not run.is_packed and window is not None and run.row_tokens > window
 
 
 def _attends_without_mask(model: Any) -> bool:

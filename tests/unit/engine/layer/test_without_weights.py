@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma3nTextConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import Gemma3nTextConfig, Gemma3TextConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, Qwen3MoeConfig
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.engine.attention.rows import enable_row_attention
@@ -87,6 +87,14 @@ def test_scores_of_eager_attention_grow_with_the_square_of_a_row(tmp_path):
     short, long = (found_in(config, tmp_path, attention="eager", tokens=rows) for rows in (LONGEST, 2 * LONGEST))
     assert found_in(config, tmp_path) is None
     assert long.at_work(2 * LONGEST) > 3.5 * short.at_work(LONGEST)
+
+
+def test_windows_that_rows_are_longer_than_are_masks(tmp_path):
+    config = Gemma3TextConfig(**SMALL, sliding_window=TOKENS, architectures=["Gemma3ForCausalLM"])
+    assert found_in(config, tmp_path) is None
+    short, long = (found_in(config, tmp_path, tokens=rows) for rows in (TOKENS + 1, 8 * TOKENS))
+    values = short.kept(TOKENS + 1) - (TOKENS + 1) ** 2
+    assert long.kept(8 * TOKENS) > values * 8 + (8 * TOKENS) ** 2
 
 
 def test_routers_that_are_linear_modules_keep_their_own_way(tmp_path):
