@@ -126,7 +126,7 @@ def first_inputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], device
     """Run embeddings, masks and positions for token-id rows, without computing a layer."""
     try:
         return _first_inputs(model, rows, device, in_tuple=False)
-    except (ValueError, TypeError):  # one value for each row cannot be taken for two
+    except (ValueError, TypeError):  # a tensor cannot be taken for two values, or its row was taken for the first
         return _first_inputs(model, rows, device, in_tuple=True)
 
 
@@ -146,7 +146,9 @@ def _first_inputs(
         base = model.get_decoder().to(device=device, dtype=torch.float32)
         for row in rows:
             calls.append(Call(torch.empty(0), in_tuple=in_tuple))
-            base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+            made = base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+            if made.last_hidden_state.ndim < calls[-1].hidden.ndim:
+                raise TypeError("the model takes the first of what a layer gives it")
     return calls
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BambaConfig, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BambaConfig, FalconH1Config, LlamaConfig
 
-from qlora_kit.export.layer_inputs import decoder_layers, first_inputs, run_layer, tensor_cores
+from qlora_kit.export.layer_inputs import Call, decoder_layers, first_inputs, layers_answered, run_layer, tensor_cores
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -30,8 +31,12 @@ def test_products_are_less_fine_on_a_gpu_only_and_only_within(device: str, withi
 
 @pytest.mark.parametrize(
     "config",
-    [LlamaConfig(**_SIZES), BambaConfig(**_SIZES, **_STATES, attn_layer_indices=[1])],
-    ids=["a tensor", "a tensor and weights of the attention"],
+    [
+        LlamaConfig(**_SIZES),
+        BambaConfig(**_SIZES, **_STATES, attn_layer_indices=[1]),
+        FalconH1Config(**_SIZES, **_STATES, mamba_d_ssm=64),
+    ],
+    ids=["a tensor", "a tensor and weights of the attention", "a tuple of which the model takes the first"],
 )
 @torch.no_grad()
 def test_layers_run_one_by_one_give_what_the_model_gives(config: Any) -> None:
@@ -44,6 +49,13 @@ def test_layers_run_one_by_one_give_what_the_model_gives(config: Any) -> None:
     for index, layer in enumerate(layers):
         for call in calls:
             call.hidden = run_layer(layer, call, index)
-    norm = next(module for name, module in model.model.named_children() if name in ("norm", "final_layernorm"))
-    for call, logits in zip(calls, expected, strict=True):
-        torch.testing.assert_close(model.lm_head(norm(call.hidden)), logits)
+    for row, call, logits in zip(rows, calls, expected, strict=True):
+        torch.testing.assert_close(_logits_behind_layers(model, row, call), logits)
+
+
+def _logits_behind_layers(model: Any, row: list[int], call: Call) -> Tensor:
+    """What the model makes of hidden states that leave its last layer."""
+    _, layers = decoder_layers(model)
+    with layers_answered(layers, lambda _, __: call.hidden, in_tuple=call.in_tuple):
+        logits: Tensor = model(torch.tensor([row])).logits
+    return logits
