@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class _Base:
 
     def _refusal(self, option: str) -> _Refusal | None:
         try:
-            export = _composed(option)
+            export = _composed([option])
         except RecipeError as error:
             return _Refusal(_told(error.problems), _install(error.problems))
         try:
@@ -90,9 +91,9 @@ class _Base:
         is_mended = all(one.fix.startswith("export.") for one in problems)
         return _Refusal(_told(problems), _install(problems), settings if is_mended else "")
 
-    def left_in_16_bit(self, option: str) -> Mapping[str, Unquantized]:
-        """Layers that a format will leave in 16 bit, by the name of the file."""
-        return check_form(self.form, _composed(option), self.adapter).unquantized
+    def left_in_16_bit(self, export: ExportConfig) -> Mapping[str, Unquantized]:
+        """Layers that formats will leave in 16 bit, by the name of the file."""
+        return check_form(self.form, export, self.adapter).unquantized
 
     def impossible(self) -> dict[str, str]:
         """The usual options that no setting and no package makes possible, and why."""
@@ -126,7 +127,7 @@ def outlook(recipe: TrainRecipe, folder: Path, where: str = EXPORTS) -> Outlook:
     refused = {name: found for name in recipe.exports if (found := base.refusal(name))}
     if refused:
         raise RecipeError(_problems(recipe.exports, refused, base, where))
-    left = {name: found for option in recipe.exports for name, found in base.left_in_16_bit(option).items()}
+    left = base.left_in_16_bit(_together(recipe.exports, where))
     return Outlook(tuple(f"{name}: {found}" for name, found in left.items()))
 
 
@@ -153,8 +154,31 @@ def settings_to_come(folder: Path, lora: LoraConfig) -> Mapping[str, Any]:
     return settings
 
 
-def _composed(option: str) -> ExportConfig:
-    return compose_recipe("export", [f"export=[{option}]"]).recipe.export
+def _composed(options: Sequence[str]) -> ExportConfig:
+    return compose_recipe("export", [f"export={hydra_value(list(options))}"]).recipe.export
+
+
+def _together(wished: Sequence[str], where: str) -> ExportConfig:
+    """All of them in one export, each of which could be written.
+
+    Raises:
+        RecipeError: two of them cannot stand beside each other, as of one name; with those that can.
+    """
+    try:
+        return _composed(wished)
+    except RecipeError as error:
+        what = f"the exports of this run cannot be written together: {_told(error.problems)}"
+        raise RecipeError(what, where, line_of_exports(_compatible(wished))) from error
+
+
+def _compatible(wished: Sequence[str]) -> list[str]:
+    """The first, and each other that can be written beside those before it."""
+    kept: list[str] = []
+    for name in wished:
+        with suppress(RecipeError):
+            _composed([*kept, name])
+            kept.append(name)
+    return kept
 
 
 def _told(problems: Sequence[Problem]) -> str:

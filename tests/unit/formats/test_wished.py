@@ -107,6 +107,22 @@ def test_every_impossible_wish_is_told_at_once(base: Path) -> None:
     assert {problem.fix for problem in error.problems} == {"'exports=[w8a16]'"}
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_wishes_that_cannot_stand_beside_each_other_are_refused_with_those_that_can(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base)
+    (base / "recipes" / "export").mkdir(parents=True)
+    (base / "recipes" / "export" / "mine.yaml").write_text("# @package export.awq.gguf_q4_k_m\nbits: 4\n", "utf-8")
+    asked = recipe("gguf_q4_k_m", "mine", "w8a16")
+    error = refusal(asked, base)
+    (problem,) = error.problems
+    assert "cannot be written together: two exports are named gguf_q4_k_m" in problem.what
+    pasted = mended(asked, error)
+    assert pasted.exports == ["gguf_q4_k_m", "w8a16"]
+    outlook(pasted, base)
+
+
 @pytest.mark.parametrize("base", ["narrow"], indirect=True)
 def test_the_setting_that_export_would_take_is_named(base: Path) -> None:
     what = refusal(recipe("gptq_4bit"), base).problems[0].what
