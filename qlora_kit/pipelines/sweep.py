@@ -74,12 +74,17 @@ def check_jobs(overrides: list[str]) -> list[TrainRecipe]:
     Raises:
         RecipeError: a job could not be trained, or its objective could not be measured.
     """
-    recipes, problems = [], dict[str, Problem]()
+    recipes, problems = list[TrainRecipe](), dict[str, Problem]()
+    held: list[object] = []
     for job in sweep_jobs(overrides):
         try:
             composed = compose_recipe("train", job)
-            recipes.append(check_train(composed))
-            refuse_wishes(recipes[-1], composed.origins[EXPORTS])
+            recipe = check_train(composed)
+            recipes.append(recipe)
+            wish = (recipe.model, recipe.lora, recipe.exports)  # all that the answer depends on
+            if wish not in held:
+                held.append(wish)
+                refuse_wishes(recipe, composed.origins[EXPORTS])
         except RecipeError as error:
             problems |= {str(problem): problem for problem in error.problems}
     if problems:

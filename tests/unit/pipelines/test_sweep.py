@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +168,16 @@ def test_a_job_whose_wish_its_base_cannot_become_is_found_before_any_is_begun(tm
     with pytest.raises(RecipeError, match=r"name adapter_gguf, which cannot be written: .*DoRA") as found:
         check_jobs([*line, "exports=[adapter_gguf],[merged_16bit]", "lora.use_dora=true,false", "data.eval_rows=1"])
     assert len(found.value.problems) == 1
+
+
+@pytest.mark.slow
+def test_a_wish_is_held_once_against_each_base_and_adapter_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    monkeypatch.setattr("qlora_kit.pipelines.sweep.refuse_wishes", lambda recipe, _: asked.append(recipe.lora.r))
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    line = ["model.source=owner/name", "data=rows", f"data.train_file={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
+    line += ["exports=[merged_16bit]", "data.eval_rows=1", "optim.learning_rate=1e-4,2e-4", "lora.r=8,16"]
+    assert len(check_jobs(line)) == 4
+    assert asked == [8, 16]
