@@ -8,8 +8,10 @@ import enum
 import importlib.util
 import json
 import logging
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable
 from functools import partial
@@ -60,8 +62,12 @@ def convert(job: dict[str, str]) -> None:
     else:
         writing.prepare_tensors()
         writing.prepare_metadata(vocab_only=False)
-        _write_head(writing.gguf_writer, Path(job["out"]))
-        _try(Path(job["out"]), has_values=False)
+        head = Path(job["out"])
+        _write_head(writing.gguf_writer, head)
+        try:
+            _try(head, has_values=False)
+        finally:
+            head.unlink()
 
 
 def _write_head(writer: Any, out: Path) -> None:
@@ -187,8 +193,16 @@ def _mentioned(enumeration: str, texts: Iterable[str]) -> set[str]:
     return {found for text in texts for found in pattern.findall(text)}
 
 
+def _end_with_parent() -> None:
+    """End with the process that began this one, whose pipe is this one's input: nobody would take what comes of it."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(job_file: str, result_file: str) -> int:
     """Run a job; the result holds the error, if there is one."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING)
     job: dict[str, str] = json.loads(Path(job_file).read_text("utf-8"))
     result: dict[str, Any] = {}

@@ -155,15 +155,17 @@ def _ended(folder: Path, job: dict[str, str], show: Callable[[], None]) -> str:
     # The converter would look for a gguf of its own beside it, and libraries for files on a hub.
     environment = {**os.environ, "PYTHONPATH": path, "NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
     environment["GGML_NO_BACKTRACE"] = "1"  # else llama.cpp starts a debugger where it ends the process
-    with log_file.open("wb") as log:
-        child = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    with (
+        log_file.open("wb") as log,
+        # it ends with its input, which ends with this process
+        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as child,
+    ):
         try:
             while child.poll() is None:
                 time.sleep(_ASKED_EVERY)
                 show()
         finally:
             child.kill()
-            child.wait()
     return _reason(child.returncode, result_file, log_file) if child.returncode else ""
 
 

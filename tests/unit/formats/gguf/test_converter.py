@@ -2,7 +2,9 @@
 
 import gc
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -271,6 +273,37 @@ def test_why_the_converter_fails_is_said_before_anything_is_written(
     first, second = check_exports(folder, wanted).problems
     assert first.what == second.what and first.fix == "export=merged_16bit"
     assert "llama.cpp cannot have it: ValueError: Can not map tensor 'model.layers.0.mlp.strange" in first.what
+
+
+@pytest.mark.slow
+def test_the_converter_ends_with_the_process_that_began_it(tmp_path: Path) -> None:
+    """One that was killed cleans up nothing, and a conversion would fill the disk behind it."""
+    (tmp_path / "__init__.py").write_text(f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(os.getpid()))
+time.sleep(600)
+""")
+    begin = f"""
+from pathlib import Path
+from qlora_kit.formats.gguf.converter.convert import _ended
+_ended(Path({str(tmp_path)!r}), {{"converter": {str(tmp_path)!r}, "model": "", "out": ""}}, lambda: None)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", begin])
+    try:
+        _wait_until(lambda: (tmp_path / "child").is_file() and bool((tmp_path / "child").read_text()))
+        status = Path(f"/proc/{(tmp_path / 'child').read_text()}/status")
+        assert "State:\tS" in status.read_text()
+    finally:
+        parent.kill()
+        parent.wait()
+    _wait_until(lambda: not status.is_file() or "State:\tZ" in status.read_text())
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 def test_a_disk_without_room_for_the_model_once_more_is_refused(
