@@ -5,7 +5,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.families.support import NO, PARTLY, PLAIN, RECORD, TRAININGS, YES, Cell, kl_text, options_of, rows_of
+from qlora_kit.families.support import (
+    NO,
+    PARTLY,
+    PLAIN,
+    RECORD,
+    REJECTED,
+    TRAININGS,
+    Cell,
+    kl_text,
+    options_of,
+    rows_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "families.md"
@@ -23,7 +34,7 @@ before a weight is loaded.
 redundant, and which experts a random router chooses flips by a hair. They show that a file is whole, and is read by
 what will serve it. A number in brackets leads to the reason below the table; each was told before a weight was loaded,
 unless it says otherwise. *part*: the fast engine computes a part of the layers, and the rest is plain. *plain*: it
-trains, and no layer is fast.
+trains, and no layer is fast. *rejected*: a file that was scored, and marked so for what was found.
 """
 
 
@@ -60,9 +71,9 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def _shown(cell: Cell, reasons: dict[str, int]) -> str:
-    said = {PARTLY: "*part*", PLAIN: "*plain*"}.get(cell.word, cell.word)
-    if cell.word == YES and cell.mean_kl is not None:
-        return f"yes {kl_text(cell.mean_kl)}"
+    said = {PARTLY: "*part*", PLAIN: "*plain*", REJECTED: "*rejected*"}.get(cell.word, cell.word)
+    if cell.mean_kl is not None:
+        return f"{said} {kl_text(cell.mean_kl)}"
     if not cell.reason:
         return said
     told = f"{cell.reason}{'' if cell.before_training or cell.word != NO else ' (told after training)'}"

@@ -35,10 +35,11 @@ _LEGEND = """
 tiny checkpoints with random weights, through the command line
 pack: packed rows; fp8: FP8 blocks; peft, lora: the adapter (for llama.cpp)
 part: fast in part; plain: trains, no layer is fast; no: refused; -: not tried
+rej.: written and scored, and rejected for what was found
 every cell with its reason: qlora-kit recipes families NAME
 other families: qlora-kit plan says what a base cannot become
 """
-YES, PARTLY, PLAIN, NO, FAULT, UNTRIED = "yes", "part", "plain", "no", "FAULT", "-"
+YES, PARTLY, PLAIN, REJECTED, NO, FAULT, UNTRIED = "yes", "part", "plain", "rej.", "no", "FAULT", "-"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Cell:
     """What became of one way.
 
     Attributes:
-        word: yes, part (fast in part), plain (no fast layer), no, FAULT, or - where it was not tried.
+        word: yes, part (fast in part), plain (no fast layer), rej. (a rejected file), no, FAULT, or - where it was not
+            tried.
         mean_kl: of a file that was scored.
         reason: why not, or what runs plain.
         before_training: whether it is refused before a weight is loaded.
@@ -59,6 +61,7 @@ class Cell:
 
     def __str__(self) -> str:
         words = {PARTLY: "yes, in part", PLAIN: "yes, plain", UNTRIED: "not tried", FAULT: "fails"}
+        words |= {REJECTED: "rejected"}
         said = words.get(self.word, self.word)
         if self.word == NO:
             said = "refused before training" if self.before_training else "refused after training"
@@ -148,7 +151,9 @@ def _of_training(cell: Any, engine: list[str]) -> Cell:
 
 
 def _of_export(cell: Mapping[str, Any]) -> Cell:
-    return Cell(YES, mean_kl=cell["mean_kl"]) if "mean_kl" in cell else _refused(cell)
+    if "mean_kl" in cell:
+        return Cell(REJECTED if cell["rejected"] else YES, mean_kl=cell["mean_kl"])
+    return _refused(cell)
 
 
 def _refused(cell: Any) -> Cell:
@@ -183,5 +188,5 @@ def lines_of_family(row: FamilySupport) -> Iterator[str]:
 
 
 def _worst(cells: Sequence[Cell]) -> str:
-    order = (FAULT, NO, UNTRIED, PLAIN, PARTLY, YES)
+    order = (FAULT, NO, REJECTED, UNTRIED, PLAIN, PARTLY, YES)
     return min((cell.word for cell in cells), key=order.index)

@@ -51,7 +51,7 @@ MADE: dict[str, Any] = {
             "fast": 0,
             "packed": {"exit": 1, "fault": "KeyError: 'x'"},
             "engine": ["engine.mode=fast has no state layers: they run plain, on transformers and peft"],
-            "exports": {"merged_16bit": {"mean_kl": 0.5, "rejected": False}, "bnb_nf4": REFUSED},
+            "exports": {"merged_16bit": {"mean_kl": 0.5, "rejected": True}, "bnb_nf4": REFUSED},
         },
     },
 }
@@ -82,7 +82,7 @@ def test_a_page_has_a_row_for_each_family_and_each_reason_once() -> None:
 
     text = page(MADE)
     assert "| moe | yes | *part* (1) | no (2) | yes 0.0002 | yes 0.0123 | no (3) | no (4) |" in text
-    assert "| state | yes | *plain* (5) | FAULT (6) | yes 0.50 | - | - | no (4) |" in text
+    assert "| state | yes | *plain* (5) | FAULT (6) | *rejected* 0.50 | - | - | no (4) |" in text
     assert "\n2. packed rows need &lt;another> attention\n3. llama.cpp refuses it (told after training)\n" in text
     assert text.count("its experts would stay in 16 bit") == 1
     assert "say nothing of real ones" in text
@@ -95,7 +95,7 @@ def test_the_terminal_has_one_word_a_cell() -> None:
     head, moe, state, *legend = lines_of_table(list(rows_of(MADE)))
     assert head.split()[:6] == ["family", "train", "fast", "pack", "16bit", "gguf"]
     assert moe.split() == ["moe", "yes", "part", "no", "yes", "no", "-", "-", "-", "no", "-", "-", "-"]
-    assert state.split()[:6] == ["state", "yes", "plain", "FAULT", "yes", "-"]
+    assert state.split()[:6] == ["state", "yes", "plain", "FAULT", "rej.", "-"]
     assert "qlora-kit recipes families NAME" in "\n".join(legend)
     assert list(lines_of_table(list(rows_of(MADE)), "packed rows were not tried"))[-1] == "packed rows were not tried"
 
@@ -113,6 +113,7 @@ def test_a_family_is_told_with_every_reason_in_full() -> None:
         ["bnb_nf4", "refused before training: its experts would stay in 16 bit"],
     ]
     assert "  packed        fails: KeyError: 'x'" in list(lines_of_family(state))
+    assert "  merged_16bit  rejected, mean KL 0.50" in list(lines_of_family(state))
     assert (kl_text(0.00012), kl_text(1.234)) == ("0.0001", "1.23")
 
 
