@@ -11,6 +11,7 @@ needed, tokens/s of real tokens, or the error. Losses are in the file:
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -152,8 +153,7 @@ def main() -> None:
 
 def run(case: Case, work: Path, limit: float, _: Path | None) -> Line:
     """One case of ours in a child process."""
-    folder = work / "runs" / case.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _empty_folder(case, work)
     words = ["train", *case.words, f"model.source={work / case.model}", f"data.train_file={rows_of(case, work)}"]
     line, met = _timed(case, [sys.executable, "-m", "qlora_kit", *words], folder, limit, [REPOSITORY], work)
     if met:
@@ -169,8 +169,7 @@ def run(case: Case, work: Path, limit: float, _: Path | None) -> Line:
 def run_peer(case: Case, work: Path, limit: float, peers: Path | None) -> Line:
     """One case of a peer's, by its own loader and trainer."""
     assert peers is not None  # cases of peers are left out without
-    folder = work / "runs" / case.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _empty_folder(case, work)
     out = folder / "result.json"
     words = ["--base", str(work / case.model), "--rows", str(rows_of(case, work)), "--out", str(out), *case.words]
     command = [sys.executable, str(BENCH / f"user_line_{case.peer}.py"), *words]
@@ -182,6 +181,14 @@ def run_peer(case: Case, work: Path, limit: float, peers: Path | None) -> Line:
             line.result.pop(f"{which}_step_seconds") for which in ("first", "last")
         )
     return line
+
+
+def _empty_folder(case: Case, work: Path) -> Path:
+    """Of its run; what an earlier one left there would be taken for its result."""
+    folder = work / "runs" / case.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def rows_of(case: Case, work: Path) -> Path:

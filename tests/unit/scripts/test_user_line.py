@@ -92,9 +92,13 @@ def test_a_line_is_run_as_typed_and_its_steps_are_timed(bench, words_folder, tmp
 
 
 @pytest.mark.slow
-def test_a_line_that_fails_keeps_its_error(bench, tmp_path):
+def test_a_line_that_fails_keeps_its_error_and_no_earlier_result(bench, tmp_path):
+    earlier = tmp_path / "runs/broken/outputs/run/earlier/result.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"tokens": 1}')
     line = bench.run(bench.Case("broken", "nowhere", ("data=rows", "data.max_tokens=64")), tmp_path, 120, None)
     assert line.exit_code != 0 and "no such file" in line.error
+    assert line.result == {}
 
 
 def test_every_case_has_its_model_and_its_peer_a_script(bench):
