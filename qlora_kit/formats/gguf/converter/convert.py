@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _ASKED_EVERY = 0.2  # seconds
 _SHOWN_AFTER = 5.0  # seconds, which a small model takes
 _SHOWN_LINES = 3
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # by somebody else; llama.cpp ends itself by others
 _TOLD = re.compile(r"error loading model|GGML_ASSERT")  # lines of llama.cpp that say why
 _FURTHER = re.compile(r"^mtp\.|\.mtp\.|^model\.(?:language_model\.)?layers\.(\d+)\.")
 _ROOT = Path(__file__).resolve().parents[4]  # where the package qlora_kit lies
@@ -107,6 +109,7 @@ def why_not_converted(folder: Path, config: ConfigFields) -> str:
 
     Raises:
         RecipeError: the converter is not installed, or does not know the architecture.
+        RunError: its process was killed.
     """
     return _planned(folder.resolve(), find_known(config).registered, (folder / "config.json").stat().st_mtime_ns)
 
@@ -147,7 +150,11 @@ def _run(folder: Path, job: dict[str, str], expected: int) -> None:
 
 
 def _ended(folder: Path, job: dict[str, str], show: Callable[[], None]) -> str:
-    """Run the child in a folder of its own, and show how far it is; what it has against the model, if anything."""
+    """Run the child in a folder of its own, and show how far it is; what it has against the model, if anything.
+
+    Raises:
+        RunError: somebody killed it, which says nothing of the model.
+    """
     job_file, result_file, log_file = folder / "job.json", folder / "result.json", folder / "log.txt"
     job_file.write_text(json.dumps(job), "utf-8")
     line = [sys.executable, "-m", "qlora_kit.formats.gguf.converter.child", str(job_file), str(result_file)]
@@ -166,6 +173,9 @@ def _ended(folder: Path, job: dict[str, str], show: Callable[[], None]) -> str:
                 show()
         finally:
             child.kill()
+    if child.returncode in _KILLED:
+        what = f"llama.cpp's converter was killed by signal {-child.returncode}"
+        raise RunError(what, fix="free some main memory, for want of which systems kill")
     return _reason(child.returncode, result_file, log_file) if child.returncode else ""
 
 

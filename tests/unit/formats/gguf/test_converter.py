@@ -41,7 +41,7 @@ from qlora_kit.formats.checks import check_exports
 from qlora_kit.formats.gguf import llama_library
 from qlora_kit.formats.gguf.budget import allocate_gguf
 from qlora_kit.formats.gguf.converter import child, package
-from qlora_kit.formats.gguf.converter.convert import Conversion, _tell_further
+from qlora_kit.formats.gguf.converter.convert import Conversion, _ended, _tell_further
 from qlora_kit.formats.gguf.converter.package import converter_folder, find_known, known_architectures
 from qlora_kit.formats.gguf.converter.settings import completed, stored_name
 from qlora_kit.formats.gguf.converter.weights import _ordered
@@ -297,6 +297,14 @@ _ended(Path({str(tmp_path)!r}), {{"converter": {str(tmp_path)!r}, "model": "", "
         parent.kill()
         parent.wait()
     _wait_until(lambda: not status.is_file() or "State:\tZ" in status.read_text())
+
+
+@pytest.mark.slow
+def test_a_converter_that_was_killed_says_nothing_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(RunError, match="converter was killed by signal 9") as killed:
+        _ended(tmp_path, {"converter": str(tmp_path), "model": "", "out": ""}, lambda: None)
+    assert "free some main memory" in str(killed.value) and "cannot have" not in str(killed.value)
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
