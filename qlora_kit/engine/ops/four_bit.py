@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import SAME_BITS, jit, tl, triton
-from qlora_kit.engine.ops.op import Op
+from qlora_kit.engine.ops.op import Op, runs_kernels
 
 BLOCKS_EACH = 128  # of 64 values; one program unpacks 8,192 values
 ROWS_EACH = 128
@@ -151,7 +150,7 @@ def _unpack_kernel(weight: FourBit, inverse: Tensor | None, out: Tensor) -> None
 
 
 def _unpack_supported(weight: FourBit, inverse: Tensor | None, out: Tensor) -> bool:
-    return runs_triton(weight.codes)
+    return runs_kernels(weight.codes)
 
 
 unpack = Op("unpack", _unpack, _unpack_kernel, _unpack_supported)
@@ -173,7 +172,7 @@ def _unpack_transposed_kernel(weight: FourBit, inverse: Tensor, out: Tensor) -> 
 
 
 def _unpack_transposed_supported(weight: FourBit, inverse: Tensor, out: Tensor) -> bool:
-    return runs_triton(weight.codes)
+    return runs_kernels(weight.codes)
 
 
 unpack_transposed = Op("unpack_transposed", _unpack_transposed, _unpack_transposed_kernel, _unpack_transposed_supported)

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import SAME_BITS, jit, tl, triton
-from qlora_kit.engine.ops.op import Op
+from qlora_kit.engine.ops.op import Op, runs_kernels
 
 E4M3_LARGEST = 448.0
 FLOOR = 1e-30  # largest magnitude that a row of zeros is taken to have; gradients of single tokens are small
@@ -53,7 +52,7 @@ def _quantize_rows_kernel(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -
 
 
 def _quantize_rows_supported(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> bool:
-    return runs_triton(x)
+    return runs_kernels(x)
 
 
 quantize_rows = Op("quantize_rows", _quantize_rows, _quantize_rows_kernel, _quantize_rows_supported)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import jit, libdevice, tl
 from qlora_kit.engine.ops.limits import LOGITS_TILE_BYTES
-from qlora_kit.engine.ops.op import Op, compiled
+from qlora_kit.engine.ops.op import Op, compiled, runs_kernels
 
 TILE, WARPS = 8192, 16
 LOWEST = -3.0e38  # stands for no value yet; minus infinity less minus infinity would be no number
@@ -168,7 +168,7 @@ def _fold_kernel(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor,
 
 
 def _fold_supported(logits: Tensor, targets: Tensor, wanted: bool) -> bool:
-    return runs_triton(logits)
+    return runs_kernels(logits)
 
 
 fold = Op("fused_linear_cross_entropy", _fold, _fold_kernel, _fold_supported)

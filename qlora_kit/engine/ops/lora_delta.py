@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import jit, tl, triton
 from qlora_kit.engine.ops.limits import LARGEST_RANK
-from qlora_kit.engine.ops.op import Op
+from qlora_kit.engine.ops.op import Op, runs_kernels
 
 TILE = (16, 128)  # tokens, columns: the fastest of eleven that were tried on an H100
 WARPS = 4
@@ -41,7 +40,7 @@ def add_delta(x: Tensor, delta: LoraDelta | None) -> Tensor:
 def takes_ranks(x: Tensor, *deltas: LoraDelta | None, most: int = LARGEST_RANK) -> bool:
     """Whether there is something to be added on the way, on a GPU, of ranks up to `most`."""
     ranks = [one.left.shape[1] for one in deltas if one is not None]
-    return runs_triton(x) and any(ranks) and max(ranks) <= most
+    return runs_kernels(x) and any(ranks) and max(ranks) <= most
 
 
 def _add_n(parts: Sequence[Tensor], delta: LoraDelta | None) -> Tensor:

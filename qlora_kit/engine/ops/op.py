@@ -7,6 +7,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.compiled import run_compiled
 from qlora_kit.model.live_memory import as_one_kernel, counts_as_on_gpu
 
@@ -32,16 +33,20 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The operation, by its kernel where that takes these arguments."""
-        if counts_as_on_gpu():
-            return as_one_kernel(self.reference, *args, **kwargs)
-        run = self.kernel if self.supported(*args, **kwargs) else self.reference
-        return run(*args, **kwargs)
+        if not self.supported(*args, **kwargs):
+            return self.reference(*args, **kwargs)
+        return as_one_kernel(self.reference, *args, **kwargs) if counts_as_on_gpu() else self.kernel(*args, **kwargs)
+
+
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether kernels of triton can work on a tensor, or memory is counted as if they did."""
+    return counts_as_on_gpu() or runs_triton(tensor)
 
 
 def compiled(function: Callable[P, R]) -> Op[P, R]:
     """An operation whose kernel torch compiles from the reference, at its first use on a GPU."""
 
     def is_on_gpu(*args: P.args, **_: P.kwargs) -> bool:
-        return isinstance(args[0], Tensor) and args[0].is_cuda
+        return isinstance(args[0], Tensor) and (args[0].is_cuda or counts_as_on_gpu())
 
     return Op(function.__name__.lstrip("_"), function, partial(run_compiled, function), is_on_gpu)

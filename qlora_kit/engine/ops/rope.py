@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import jit, tl, triton
 from qlora_kit.engine.ops.lora_delta import WARPS, LoraDelta, add_n, delta_tile, described, takes_ranks
-from qlora_kit.engine.ops.op import Op, compiled
+from qlora_kit.engine.ops.op import Op, compiled, runs_kernels
 
 TOKENS = 64  # of a head to a program
 
@@ -90,7 +89,7 @@ def _rope_backward_kernel(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -
 
 
 def _rope_backward_supported(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bool:
-    return runs_triton(grad) and _turns_whole(grad, cos)
+    return runs_kernels(grad) and _turns_whole(grad, cos)
 
 
 rope_backward = Op("rope_backward", _rope_backward, _rope_backward_kernel, _rope_backward_supported)

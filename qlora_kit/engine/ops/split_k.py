@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_kit.core.device import runs_triton
 from qlora_kit.engine.ops.jit import jit, tl, triton
-from qlora_kit.engine.ops.op import Op
+from qlora_kit.engine.ops.op import Op, runs_kernels
 
 PARTS = (8, 4, 2)  # that the tokens of a long sum are cut into
 MOST_PARTS = PARTS[0]  # that the kernel adds up
@@ -62,7 +62,7 @@ def _split_k_matmul_kernel(left: Tensor, right: Tensor) -> PartialSum:
 
 
 def _split_k_matmul_supported(left: Tensor, right: Tensor) -> bool:
-    return left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)
+    return runs_kernels(left) and left.dtype in (torch.bfloat16, torch.float16)
 
 
 split_k_matmul = Op("split_k_matmul", _split_k_matmul, _split_k_matmul_kernel, _split_k_matmul_supported)

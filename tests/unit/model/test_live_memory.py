@@ -1,8 +1,9 @@
 """Bytes are counted as tensors come and go."""
 
+import pytest
 import torch
 
-from qlora_kit.engine.ops.op import compiled
+from qlora_kit.engine.ops.op import Op, compiled
 from qlora_kit.model.live_memory import LiveMemory
 
 MEGABYTE = 2**20
@@ -57,3 +58,17 @@ def test_an_operation_that_is_one_kernel_on_a_gpu_counts_by_its_results():
             assert live.now == MEGABYTE
             assert live.peak == most
         assert torch.equal(found, x.sum(0) + 8.0)
+
+
+@pytest.mark.parametrize(("takes", "most"), [(True, MEGABYTE), (False, 5 * MEGABYTE)])
+def test_an_operation_whose_kernel_does_not_take_its_arguments_counts_step_by_step(takes, most):
+    def in_two_steps(rows):
+        return (rows + 1.0).sum(0)
+
+    def supported(_rows):
+        return takes
+
+    operation, x = Op("in_two_steps", in_two_steps, in_two_steps, supported), of_megabytes(4)
+    with LiveMemory(as_on_gpu=True) as live:
+        operation(x)
+        assert live.peak == most

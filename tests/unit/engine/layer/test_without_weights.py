@@ -11,6 +11,7 @@ from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.engine.layer.kept_memory import TOKENS, kept_per_token
 from qlora_kit.engine.layer.layer_needs import KindNeeds, LayerNeeds, Line
 from qlora_kit.engine.layer.without_weights import LONGEST, AsTrained, needs_of_layers
+from qlora_kit.engine.ops.limits import FUSED_RANK
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.model.load import load_base, put_4bit_linears, rounded_names
 from qlora_kit.model.packed_loading import stack_experts
@@ -74,7 +75,7 @@ def found_in(config, folder, *, attention="sdpa", tokens=TOKENS, **lora):
     rounded = rounded_names(model, QuantConfig())
     put_4bit_linears(model)
     stack_experts(model)
-    adapted = attach_lora(model, LoraConfig(r=4, **lora), not_adapted(model))
+    adapted = attach_lora(model, LoraConfig(**{"r": 4, **lora}), not_adapted(model))
     return needs_of_layers(adapted, AsTrained(fast=True, rounded=rounded, row_tokens=tokens))
 
 
@@ -110,6 +111,13 @@ def test_layers_below_the_first_that_is_trained_keep_nothing(tmp_path):
     assert [kind.layers for kind in found.kinds] == [2, 1, 1]
     assert lowest.kept.at(TOKENS) == lowest.given.at(TOKENS)  # its result alone
     assert min(trained.kept.at(TOKENS), highest.kept.at(TOKENS)) > 3 * lowest.kept.at(TOKENS)
+
+
+def test_ranks_that_no_kernel_of_the_mlp_takes_make_more(tmp_path):
+    kinds = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+    config = Lfm2Config(**SMALL, **kinds, architectures=["Lfm2ForCausalLM"])
+    fused, larger = (found_in(config, tmp_path, r=rank).beside(TOKENS) for rank in (FUSED_RANK, FUSED_RANK + 8))
+    assert larger - fused > 2 * TOKENS * SMALL["intermediate_size"] * 2
 
 
 def test_inputs_of_layers_are_as_wide_as_they_are(tmp_path):
