@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.isolation import as_before, draw_alike, go_offline, refuse_network
+from tests.isolation import as_before, draw_alike, go_offline, refuse_network, set_libraries_aside
 
 
 def pytest_configure() -> None:
     go_offline()  # before a library reads it
     sys.addaudithook(refuse_network)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    set_libraries_aside()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What keeps a test apart from the tests around it: its draws, its environment, its folder, and no network."""
 
+import gc
 import ipaddress
 import os
 import random
@@ -20,6 +21,7 @@ OFFLINE = {
     "DO_NOT_TRACK": "true",
     "WANDB_ERROR_REPORTING": "false",
 }
+MORE_MODULES = 200  # since libraries were set aside the last time
 KEYS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -40,6 +42,18 @@ def draw_alike() -> None:
     numpy.random.seed(SEED)  # libraries draw from this one
     if torch := sys.modules.get("torch"):
         torch.manual_seed(SEED)
+
+
+class _SetAside:
+    modules = 0
+
+
+def set_libraries_aside() -> None:
+    """Have full collections go over what tests make alone: over a library's million objects one takes half a second."""
+    if len(sys.modules) >= _SetAside.modules + MORE_MODULES:
+        _SetAside.modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @contextmanager
