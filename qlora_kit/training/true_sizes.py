@@ -7,7 +7,7 @@ from dataclasses import replace
 from qlora_kit.model.structure import Weights
 from qlora_kit.schema.model import ModelShape
 
-_MLPS = ("mlp", "feed_forward")
+_MLPS = ("mlp", "feed_forward", "shared_expert")
 _PAIR = 2
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, Lfm2Config
+from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, Lfm2Config, NemotronHConfig
 
 from qlora_kit.memory.shapes import shape_of_config
 from qlora_kit.model.structure import weights_of
@@ -35,6 +35,13 @@ def test_heads_of_latent_projections_and_layers_without_experts():
 def test_the_dense_mlp_beside_experts():
     told, true = sizes(PUBLISHED_CONFIGS["gemma4_26b_a4b"]())
     assert (told.shared_size, true.shared_size) == (0, 2112)
+
+
+def test_shared_experts_of_a_layer_that_calls_its_mixture_a_mixer():
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 96}
+    kinds = {"layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 16, "mamba_head_dim": 32}
+    told, true = sizes(NemotronHConfig(hidden_size=256, num_attention_heads=4, vocab_size=640, **experts, **kinds))
+    assert (told.shared_size, true.shared_size, true.dense_layers) == (96, 96, 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen3_moe", "gemma3", "olmo2"])
