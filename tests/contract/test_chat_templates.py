@@ -297,13 +297,13 @@ def test_a_turn_after_the_tools_and_thoughts_that_are_left_out_of_it(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["single", "multi", "system", "inside"])
-def test_the_demo_bases_own_template_has_the_form_that_the_tests_use(case):
+def test_the_demo_bases_own_template_has_the_form_that_the_tests_use():
     tokenizer = AutoTokenizer.from_pretrained(demo_base())
     published = ChatTemplate(tokenizer.chat_template, {})
     of_form = FAMILIES["default_system"].template
-    rendering = published.render(CONVERSATIONS[case], answer_follows=True)
     default = published.render(CONVERSATIONS["single"]).partition("<|im_start|>user")[0]
     ours = of_form.render(CONVERSATIONS["single"]).partition("<|im_start|>user")[0]
     assert default != ours
-    assert rendering == of_form.render(CONVERSATIONS[case], answer_follows=True).replace(ours, default)
+    for case in ("single", "multi", "system", "inside"):
+        rendering = published.render(CONVERSATIONS[case], answer_follows=True)
+        assert rendering == of_form.render(CONVERSATIONS[case], answer_follows=True).replace(ours, default)
