@@ -313,7 +313,8 @@ def _needs_of_layers(recipe: TrainRecipe, model: PeftModel, rounded: Collection[
     try:
         return needs_of_layers(model, run)
     except Exception as error:  # code of a model that asks for values: an estimate from sizes is no reason not to train
-        log.debug(f"what layers need is estimated from their sizes: {type(error).__name__}: {error}")
+        log.debug(f"layers could not be run without values: {type(error).__name__}: {error}")
+        log.info("memory: what layers need is estimated from their sizes, as these do not run without values")
         return None
 
 

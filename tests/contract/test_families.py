@@ -358,6 +358,13 @@ def test_a_plan_counts_every_weight(kind, folder_of):
     assert lines[start : start + len(told)] == told
 
 
+@pytest.mark.parametrize(("kind", "is_estimated"), [("biogpt", True), ("qwen3_moe", False)])
+def test_it_is_said_where_what_layers_need_is_no_more_than_an_estimate(kind, is_estimated, folder_of, capsys):
+    reach = reach_of(recipe_for(folder_of(kind)), folder_of(kind))
+    assert (reach.needs is None) is is_estimated
+    assert ("estimated from their sizes, as these do not run without values" in capsys.readouterr().err) is is_estimated
+
+
 def test_the_magnitudes_of_dora_are_counted(folder_of):
     recipe = recipe_for(folder_of("llama"), use_dora=True)
     adapted = loaded(recipe, folder_of("llama"))
