@@ -137,8 +137,10 @@ def _first_inputs(
     _, layers = decoder_layers(model)
 
     def keep(hidden: Tensor, arguments: Arguments) -> Tensor:
-        if not calls[-1].arguments:  # of a tensor where it expects a tuple, a model may hand on a part
+        if not calls[-1].arguments:
             calls[-1].hidden = hidden
+        elif hidden.ndim < calls[-1].hidden.ndim:
+            raise TypeError("the model takes the first of what a layer gives it")
         calls[-1].arguments.append(arguments)
         return hidden
 
@@ -146,9 +148,7 @@ def _first_inputs(
         base = model.get_decoder().to(device=device, dtype=torch.float32)
         for row in rows:
             calls.append(Call(torch.empty(0), in_tuple=in_tuple))
-            made = base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
-            if made.last_hidden_state.ndim < calls[-1].hidden.ndim:
-                raise TypeError("the model takes the first of what a layer gives it")
+            base(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
     return calls
 
 

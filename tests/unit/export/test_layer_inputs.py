@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BambaConfig, FalconH1Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    Gemma3nTextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+)
 
 from qlora_kit.export.layer_inputs import Call, decoder_layers, first_inputs, layers_answered, run_layer, tensor_cores
 
@@ -17,6 +24,8 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
+_STREAMS: dict[str, Any] = {"head_dim": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+_STREAMS |= {"num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0]}
 _STATES = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
 
@@ -35,8 +44,16 @@ def test_products_are_less_fine_on_a_gpu_only_and_only_within(device: str, withi
         LlamaConfig(**_SIZES),
         BambaConfig(**_SIZES, **_STATES, attn_layer_indices=[1]),
         FalconH1Config(**_SIZES, **_STATES, mamba_d_ssm=64),
+        Gemma3nTextConfig(**_SIZES, **_STREAMS),
+        Llama4TextConfig(**_SIZES, head_dim=16, intermediate_size_mlp=48, num_local_experts=2),
     ],
-    ids=["a tensor", "a tensor and weights of the attention", "a tuple of which the model takes the first"],
+    ids=[
+        "a tensor",
+        "a tensor and weights of the attention",
+        "a tuple of which the model takes the first",
+        "a tensor of more axes than the result",
+        "a tensor, and logits instead of hidden states at the end",
+    ],
 )
 @torch.no_grad()
 def test_layers_run_one_by_one_give_what_the_model_gives(config: Any) -> None:
