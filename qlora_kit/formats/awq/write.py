@@ -6,6 +6,7 @@ from pathlib import Path
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.export.rewrite import rewrite_checkpoint
 from qlora_kit.export.uncalibrated import Uncalibrated
+from qlora_kit.formats.awq.activation_scales import with_activation_scales
 from qlora_kit.formats.awq.settings import BITS, Settings
 from qlora_kit.schema.export import AWQ_GROUP_SIZES, AwqTarget
 
@@ -47,7 +48,8 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         "version": target.layout.value,
         "modules_to_not_convert": quantized.left or None,
     }
-    rewrite_checkpoint(model_dir, out_dir, quantized.replacements, quantization)
+    replacements = with_activation_scales(model_dir, quantized.replacements)
+    rewrite_checkpoint(model_dir, out_dir, replacements, quantization)
     return quantized.uncalibrated
 
 

@@ -57,13 +57,13 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "starcoder2"])
 def test_reader_computes_what_the_file_says(family: str, tmp_path: Path) -> None:
     source = source_folder(family, tmp_path)
     out = export(source, tmp_path / "out")
     wanted = dequantized_logits(source, out, 64)
     model = load_awq(out)
-    assert "Awq" in type(model.get_submodule("model.layers.0.mlp.down_proj")).__name__
+    assert len([module for module in model.model.layers.modules() if "Awq" in type(module).__name__]) >= 12
     # The kernel multiplies in bfloat16.
     assert apart(model(SAMPLE).logits.float(), wanted) < 0.03
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(SAMPLE).logits
