@@ -64,7 +64,7 @@ class FastOps:
         """See `ExpertOps`."""
         if self.activation is None:
             return self.plain.weigh(middle, delta, shares)
-        made: Tensor = weighed_glu(middle, delta, shares, self.activation is Activation.silu)
+        made: Tensor = weighed_glu(middle, delta, shares.unsqueeze(1), self.activation is Activation.silu)
         return made
 
     def weigh_backward(
@@ -74,8 +74,10 @@ class FastOps:
         if self.activation is None:
             return self.plain.weigh_backward(middle, delta, shares, grad, grad_delta)
         is_silu = self.activation is Activation.silu
-        made: tuple[Tensor, Tensor, Tensor] = weighed_glu_backward(middle, delta, shares, grad, grad_delta, is_silu)
-        return made
+        found: tuple[Tensor, Tensor, Tensor] = weighed_glu_backward(
+            middle, delta, shares.unsqueeze(1), grad, grad_delta, is_silu
+        )
+        return found
 
     def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
         """See `ExpertOps`."""
@@ -108,9 +110,12 @@ def _act(gate: Tensor, is_silu: bool) -> Tensor:
 
 
 def _weighed_glu(middle: Tensor, delta: Tensor | None, shares: Tensor, is_silu: bool) -> Tensor:
-    """`activation(gate) * up`, times the share of its row; gate and up are the halves of `middle + delta`."""
+    """`activation(gate) * up`, times the share of its row; gate and up are the halves of `middle + delta`.
+
+    Shares are [rows, 1]: a vector's length is a constant to the compiler, and the choices of a step are no constant.
+    """
     gate, up = _wide(middle, delta).chunk(2, dim=-1)
-    return (_act(gate, is_silu) * up * shares.float().unsqueeze(1)).to(middle.dtype)
+    return (_act(gate, is_silu) * up * shares.float()).to(middle.dtype)
 
 
 def _weighed_glu_backward(
@@ -118,7 +123,7 @@ def _weighed_glu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same again, and the gradients of `middle` and of the shares."""
     gate, up = _wide(middle, delta).chunk(2, dim=-1)
-    wide, share = _wide(grad, grad_delta), shares.float().unsqueeze(1)
+    wide, share = _wide(grad, grad_delta), shares.float()
     acted, slope = _act(gate, is_silu), silu_slope(gate) if is_silu else gelu_tanh_slope(gate)
     product = acted * up
     to_share = (wide * product).sum(1)

@@ -85,10 +85,10 @@ class FastLayer:
         settings = {name: given for name, given in settings.items() if name not in parts.ignores}
         if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
             return self._fast(hidden_states, settings)
-        trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
-        if parts.is_by_hand:
-            layer = CapturableLayer(self._fast, trained, parts.set_grad_targets)
+        if parts.records_whole:
+            layer = CapturableLayer(self._fast, parts.trained, parts.set_grad_targets)
             return self.graphs.run(self.place, layer, hidden_states, settings)
+        trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._attention, trained, parts.set_grad_targets)
         between = self.graphs.run(self.place, layer, hidden_states, settings)
         return self._checkpointed(partial(parts.forward_mlp, policy=self.policy), between, {})

@@ -51,7 +51,23 @@ class LayerParts:
     def records(self) -> bool:
         """Whether it can be recorded as a CUDA graph, or its attention alone in front of an MLP that runs plain."""
         of_attention = not (self.is_parallel or self.tail or isinstance(self.attention, PlainPart))
-        return self.is_by_hand or (of_attention and isinstance(self.mlp, PlainPart) and not self.mlp.draws_random)
+        can_stand_apart = of_attention and isinstance(self.mlp, PlainPart) and not self.mlp.draws_random
+        return self.records_whole or can_stand_apart
+
+    @property
+    def records_whole(self) -> bool:
+        """Whether it can be recorded as a whole, from its input to its output."""
+        plain = [part for part in (self.attention, self.mlp) if isinstance(part, PlainPart)]
+        return self.is_by_hand or (self.tail is None and all(part.never_waits for part in plain))
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """What it trains: A and B in the order of `linears`, then what parts that run plain hold."""
+        found = [part for linear in self.linears for part in (linear.a, linear.b) if part is not None]
+        for part in (self.attention, self.mlp):
+            if isinstance(part, PlainPart):
+                found += [one for one in part.module.parameters() if one.requires_grad]
+        return found
 
     @property
     def takes(self) -> set[str]:

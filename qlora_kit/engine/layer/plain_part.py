@@ -32,10 +32,19 @@ class PlainPart:
     def draws_random(self) -> bool:
         """It may, but for experts without dropout, and routers without noise; asked for in every pass of a layer."""
         parts = list(self.module.modules())
-        mixes = any(isinstance(part, StackedExperts) for part in parts)
+        mixes = bool(self._experts)
         drops = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in parts)
         noise = any("jitter" in name and value for part in parts for name, value in vars(part).items())
         return not mixes or drops or noise
+
+    @cached_property
+    def never_waits(self) -> bool:
+        """Whether no pass needs a number from the device: a mixture whose experts go through one product together."""
+        return bool(self._experts) and all(one.gate is not None for one in self._experts) and not self.draws_random
+
+    @cached_property
+    def _experts(self) -> list[StackedExperts]:
+        return [part for part in self.module.modules() if isinstance(part, StackedExperts)]
 
     @property
     def is_usual(self) -> bool:

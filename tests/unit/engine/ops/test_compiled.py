@@ -1,13 +1,33 @@
 """What torch compiles is compiled once, and runs as written where it cannot be."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from qlora_kit.engine.layer import experts
 from qlora_kit.engine.ops import compiled as module
 from qlora_kit.engine.ops.compiled import as_written, run_compiled
 from qlora_kit.engine.ops.glu import gated_product, gated_product_backward
+from qlora_kit.engine.ops.registry import OPS
 from qlora_kit.engine.ops.rms_norm import rms_norm_backward
 from tests.drawn_tensors import close, drawn
+from tests.op_cases import CASES, TOKENS
+
+COMPILED = [
+    name
+    for name in CASES
+    if (op := OPS.get(name.split(":")[0])) is not None and getattr(op.kernel, "func", None) is run_compiled
+]
+SHARES = torch.rand(TOKENS)
+OF_EXPERTS = {  # as the experts of a mixture call them, with adapters and without
+    "weigh": lambda ops, x, more, back: ops.weigh(x, more, SHARES[: len(x)]),
+    "weigh_backward": lambda ops, x, more, back: ops.weigh_backward(
+        x, more, SHARES[: len(x)], x[:, :32], None if more is None else more[:, :32]
+    ),
+    "add_up": lambda ops, x, more, back: ops.add_up(x, more, back),
+}
 
 
 def test_a_function_that_does_not_compile_runs_as_written_and_says_so_once(monkeypatch, capsys):
@@ -67,3 +87,44 @@ def test_compiled_forms_are_compiled_once_for_any_number_of_tokens():
             close(found, expected)
     assert not module._UNCOMPILED
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def narrowed(part, tokens):
+    """An argument as it is for fewer tokens."""
+    if not isinstance(part, torch.Tensor):
+        return part
+    for axis, size in enumerate(part.shape):
+        part = part.narrow(axis, 0, tokens) if size == TOKENS else part
+    return part.contiguous()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts compilations, which do nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(module, "_compiled", lambda function: torch.compile(function, dynamic=False, backend=counter))
+    monkeypatch.setattr(module, "_UNCOMPILED", set())
+    yield counter
+    assert not module._UNCOMPILED
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_another_number_of_tokens_compiles_nothing_anew(name, counted):
+    reference = OPS[name.split(":")[0]].reference
+    arguments = CASES[name].arguments(torch.float32)
+    for tokens in (TOKENS, TOKENS - 1, TOKENS - 7):
+        run_compiled(reference, *(narrowed(part, tokens) for part in arguments))
+    assert counted.frame_count == 1
+
+
+@pytest.mark.parametrize("has_adapters", [True, False])
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_another_number_of_choices_compiles_nothing_of_experts_anew(name, has_adapters, counted, monkeypatch):
+    for op in ("weighed_glu", "weighed_glu_backward", "added_up"):
+        monkeypatch.setattr(experts, op, partial(run_compiled, getattr(experts, op).reference))
+    ops = experts.FastOps(None, experts.Activation.silu)
+    for tokens in (TOKENS, TOKENS - 1, TOKENS - 7):
+        x, back = drawn(tokens, 64), torch.arange(tokens - tokens % 2).view(-1, 2)
+        OF_EXPERTS[name](ops, x, x if has_adapters else None, back)
+    assert counted.frame_count == 1
