@@ -64,12 +64,14 @@ class Objective(Protocol):
         pad_token_id: int,
         *,
         is_packed: bool,
+        widest: int | None = None,
         filled_to: int | None = None,
         batch_shape: "StaticBatchShape | None" = None,
     ) -> "CountingCollator":
         """Items -> the tensors of one forward pass.
 
         Args:
+            widest: tokens of the longest row, where padded batches are to have few widths; None for no padding more.
             filled_to: tokens that every packed batch is filled up to; None fills nothing.
             batch_shape: that packed batches get too.
         """

@@ -105,6 +105,7 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         collator=objective.collator(
             tokenizer.pad_token_id,
             is_packed=packing is not None,
+            widest=int(max(train.lengths)) if engine is not None and engine.graphs is not None else None,
             filled_to=_filled_to(recipe, packing, batch_shape),
             batch_shape=batch_shape,
         ),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
+WIDTHS_BITS = 6  # between one power of two and the next there are 32 widths
 
 Feature = Mapping[str, Ints]
 
@@ -28,19 +29,25 @@ def feature(rows: TokenRows, indices: Sequence[int] | Ints) -> Feature:
 
 
 class Collator:
-    """Pads a batch on the right to its longest row."""
+    """Pads a batch on the right to its longest row.
 
-    def __init__(self, pad_token_id: int) -> None:
+    Args:
+        widest: tokens of the longest row of all, where batches are to have few widths, so that layers that are recorded
+            for one meet it again: each is padded by up to a 32nd more, but not beyond this.
+    """
+
+    def __init__(self, pad_token_id: int, widest: int | None = None) -> None:
         self.pad_token_id = pad_token_id
+        self.widest = widest
 
     def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor]":
-        """Batch of `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row).
+        """Batch of `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row or wider).
 
         Padding is told from its position, so the pad token may be one that also ends an answer.
         """
         import torch
 
-        shape = len(features), max(len(one["input_ids"]) for one in features)
+        shape = len(features), self._width(max(len(one["input_ids"]) for one in features))
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)
@@ -51,6 +58,12 @@ class Collator:
             attention_mask[row, :length] = 1
         arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _width(self, longest: int) -> int:
+        if self.widest is None:
+            return longest
+        step = 1 << max(0, (longest - 1).bit_length() - WIDTHS_BITS)
+        return max(longest, min(-(-longest // step) * step, self.widest))
 
 
 class StaticBatchShape(NamedTuple):

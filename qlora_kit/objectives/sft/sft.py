@@ -34,12 +34,13 @@ class Sft:
         pad_token_id: int,
         *,
         is_packed: bool,
+        widest: int | None = None,
         filled_to: int | None = None,
         batch_shape: StaticBatchShape | None = None,
     ) -> CountingCollator:
         """Rows side by side, or packed ones one after another."""
         if not is_packed:
-            return CountingCollator(Collator(pad_token_id))
+            return CountingCollator(Collator(pad_token_id, widest))
         return CountingCollator(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, batch_shape))
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any], trained: "torch.Tensor | int | None") -> BatchLoss:

@@ -41,6 +41,32 @@ def test_a_batch_is_padded_on_the_right_by_position(rows):
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.parametrize(
+    ("longest", "widest", "width"),
+    [
+        (2037, 2048, 2048),
+        (2037, 2040, 2040),  # not beyond the longest row
+        (2037, None, 2037),
+        (1025, 4096, 1056),
+        (33, 4096, 33),
+        (65, 4096, 66),
+        (2048, 2000, 2048),  # rows are never cut
+    ],
+)
+def test_batches_are_padded_to_few_widths_where_that_is_asked_for(longest, widest, width):
+    tokens = np.arange(longest)
+    batch: Any = Collator(0, widest)([{"input_ids": tokens, "labels": tokens, "lengths": np.array([longest])}])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (1, width)
+    assert batch["attention_mask"].sum() == longest
+    assert (batch["labels"][0, longest:] == -100).all()
+
+
+def test_no_width_is_more_than_a_32nd_wider_than_its_rows():
+    widths = {Collator(0, 10**6)._width(longest) for longest in range(1024, 2048)}
+    assert len(widths) == 33
+    assert all(Collator(0, 10**6)._width(longest) <= longest * (1 + 1 / 32) + 1 for longest in range(1, 5000))
+
+
 def test_a_packed_batch_is_one_row_without_padding(rows):
     batch: dict[str, Any] = PackedCollator()([feature(rows, [2, 1]), feature(rows, [0])])
     assert batch["input_ids"].tolist() == [[9, 8, 4, 2, 7, 2, 5, 6, 2]]
