@@ -139,6 +139,29 @@ def test_gradients_add_up_over_micro_batches_and_weights_may_change(llama, rows)
     same(moved, gradients(model, batches[1]))
 
 
+def test_gradients_that_stay_from_step_to_step_are_added_to_in_place(folder, rows):
+    model = load(folder)
+    batches = [padded(rows, indices) for indices in BATCHES]
+    engine = engine_of(model, cuda_graphs=False)
+    expected = sum(gradients(model, batch) for batch in batches[1:3])
+    engine.undo()
+    engine = engine_of(model)
+    places = {part: torch.zeros_like(part) for part in model.parameters() if part.requires_grad}
+
+    def accumulated(some):
+        for part, place in places.items():
+            part.grad = place.zero_()
+        for batch in some:
+            loss_of(model, batch).backward()
+        assert all(part.grad is place for part, place in places.items())
+        return torch.cat([place.flatten() for place in places.values()])
+
+    for _ in range(REPEATS + 1):
+        accumulated(batches[:1])
+    assert len(engine.graphs.captured) == len(engine.layers)
+    same(accumulated(batches[1:3]), expected)
+
+
 def test_another_shape_and_evaluation_give_the_memory_back(llama, rows):
     model = load(llama)
     engine = engine_of(model)

@@ -65,6 +65,8 @@ class CapturedLayer:
         output: hidden states after the layer.
         parameters: that the layer trains.
         gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
+        adds_up: whether the backward pass adds to `gradients`, which are the parameters' own where these have some that
+            stay from step to step; else it writes them.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class CapturedLayer:
     ) -> None:
         self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
         self.needs_input = start.requires_grad
+        kept = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.adds_up = len(kept) == len(parameters) > 0 and not _are_several()
         # Beside the pool, where layers whose backward pass comes later would write over them.
-        self.gradients = [torch.empty_like(parameter) for parameter in parameters]
+        self.gradients = kept if self.adds_up else [torch.empty_like(parameter) for parameter in parameters]
         self._kept: list[Tensor] = []
         self.parameters = list(parameters)
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
@@ -101,7 +105,7 @@ class CapturedLayer:
                 result = compute(self.start)
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
-            set_grad_targets(self.gradient, self.gradients)
+            set_grad_targets(self.gradient, () if self.adds_up else self.gradients)
             try:
                 with _capture(self.backward_graph, memory):
                     self._capture_backward(result)
@@ -116,15 +120,26 @@ class CapturedLayer:
             found = torch.autograd.grad(result, self._wanted, self.gradient)
         if self.needs_input and found[0].data_ptr() != self.gradient.data_ptr():
             self.gradient.copy_(found[0])
-        pairs = zip(self.gradients, found[len(found) - len(self.gradients) :], strict=True)
+        made = found[len(found) - len(self.gradients) :]
+        if self.adds_up:
+            torch._foreach_add_(self.gradients, list(made))
+            return
+        pairs = zip(self.gradients, made, strict=True)
         if elsewhere := [pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()]:
             torch._foreach_copy_([place for place, _ in elsewhere], [made for _, made in elsewhere])
 
     def keep_gradients(self) -> None:
-        """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch."""
+        """Copy gradients that were handed over and are still in use, such as those of an earlier micro-batch.
+
+        Where the pass adds to them, they are brought to where it does.
+        """
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            if parameter.grad is gradient:
-                parameter.grad = gradient.clone()
+            if not self.adds_up:
+                if parameter.grad is gradient:
+                    parameter.grad = gradient.clone()
+            elif parameter.grad is not gradient:
+                gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
+                parameter.grad = gradient
 
     def hand_over(self) -> list[Tensor | None]:
         """Make the recorded gradients those of the parameters; the result is what is left for autograd to add.
@@ -132,7 +147,9 @@ class CapturedLayer:
         Autograd would copy each, which is 448 short kernels a step for 32 layers. Several processes need it to, since
         they learn from it that a gradient is there.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.adds_up:
+            return [None] * len(self.gradients)
+        if _are_several():
             return list(self.gradients)
         added = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
@@ -147,3 +164,8 @@ class CapturedLayer:
     def _keep(self, saved: Tensor) -> Tensor:
         self._kept.append(saved.detach())
         return saved
+
+
+def _are_several() -> bool:
+    """Whether gradients are shared with other processes, which learn from autograd that there are some."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

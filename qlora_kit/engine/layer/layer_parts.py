@@ -63,7 +63,7 @@ class LayerParts:
     @property
     def trained(self) -> list[Tensor]:
         """What it trains: A and B in the order of `linears`, then what parts that run plain hold."""
-        found = [part for linear in self.linears for part in (linear.a, linear.b) if part is not None]
+        found: list[Tensor] = [one for linear in self.linears for one in (linear.a, linear.b) if one is not None]
         for part in (self.attention, self.mlp):
             if isinstance(part, PlainPart):
                 found += [one for one in part.module.parameters() if one.requires_grad]

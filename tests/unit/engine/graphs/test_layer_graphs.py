@@ -208,3 +208,47 @@ def test_a_backward_pass_is_recorded_as_a_step_runs_it_without_autocast(cuda):
     with torch.autocast("cpu", torch.bfloat16):
         assert captured(cuda, Layer.apply).gradient.tolist() == [2, 2, 2]
     assert seen == [False]
+
+
+def captured_weight(cuda, gradient):
+    """A layer that doubles a weight, recorded while that has a gradient or none."""
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = gradient
+    layer = CapturedLayer("a shape", {}, torch.zeros(3, requires_grad=True), [weight], torch.zeros(3))
+    memory = GraphMemory("a pool", cuda.stream)
+    layer.capture(lambda h: h + 2 * weight, memory, lambda of_input, of_parameters: None)
+    return weight, layer
+
+
+def test_gradients_that_stay_are_added_to_where_they_are(cuda):
+    own = torch.zeros(3)
+    weight, layer = captured_weight(cuda, own)
+    assert layer.gradients[0] is own  # no second memory of its size
+    own.fill_(1)
+    layer.keep_gradients()
+    assert weight.grad is own
+    assert own.tolist() == [1, 1, 1]
+    weight.grad = torch.full((3,), 4.0)
+    layer.keep_gradients()
+    assert weight.grad is own
+    assert own.tolist() == [4, 4, 4]
+    weight.grad = None
+    layer.keep_gradients()
+    assert weight.grad is own
+    assert own.tolist() == [0, 0, 0]
+    assert layer.hand_over() == [None]
+
+
+def test_gradients_of_a_parameter_that_has_none_are_handed_over(cuda):
+    weight, layer = captured_weight(cuda, None)
+    assert layer.hand_over() == [None]
+    assert weight.grad is layer.gradients[0]
+    layer.keep_gradients()  # those of a micro-batch before this one
+    assert weight.grad is not layer.gradients[0]
+
+
+def test_several_processes_are_given_the_gradients(cuda, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    _, layer = captured_weight(cuda, torch.zeros(3))
+    (given,) = layer.hand_over()
+    assert given is layer.gradients[0]
