@@ -5,6 +5,7 @@ the kernels' tiles. What is expected is computed in float64 from the arguments t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn.functional import rms_norm as torch_rms_norm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qlora_kit.engine.ops.activation import GELU, GELU_TANH, RELU_SQUARED
-from qlora_kit.engine.ops.four_bit import FourBit
+from qlora_kit.engine.ops.four_bit import FourBit, Taken
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.engine.ops.lora_delta import LoraDelta
 from qlora_kit.engine.ops.split_k import PartialSum
@@ -67,7 +68,14 @@ def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
                 absmax, table, offset = (one.to(device) for one in (nested.absmax, nested.table, nested.offset))
                 nested = nested._replace(absmax=absmax, table=table, offset=offset)
             tensors = {name: getattr(part, name).to(device) for name in ("codes", "table", "absmax")}
-            return FourBit(**tensors, nested=nested, rows=part.rows, columns=part.columns, block_size=part.block_size)
+            return FourBit(
+                **tensors,
+                nested=nested,
+                rows=part.rows,
+                columns=part.columns,
+                block_size=part.block_size,
+                taken=part.taken,
+            )
         if not isinstance(part, Tensor):
             return part
         return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=device).copy_(part)
@@ -277,6 +285,26 @@ def _unpack_case(kind: str, is_nested: bool, is_scaled: bool) -> Case:
     return Case(arguments, expected, (2,), E4M3_ROUNDING if is_scaled else 0.0)
 
 
+HALVES = {  # of the columns of each row, and of the rows of two experts
+    "the second half of each row": (lambda whole: whole[:, 128:], (96, 128), Taken(2, 4, 2)),
+    "the first half of each expert's rows": (
+        lambda whole: whole.view(2, 2, 24, 256)[:, 0],
+        (48, 256),
+        Taken(96, 192, 0),
+    ),
+}
+
+
+def _part_case(name: str) -> Case:
+    take, (rows, columns), taken = HALVES[name]
+    weight = 0.02 * drawn(96, 256, dtype=torch.float32, seed=8)
+    codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    whole = FourBit.of(SimpleNamespace(weight=SimpleNamespace(data=codes, quant_state=state)))
+    part = replace(whole, rows=rows, columns=columns, taken=taken)
+    expected = take(wide(dequantize_4bit(codes, state))).reshape(rows, columns)
+    return Case(lambda dtype: (part, None, torch.zeros(rows, columns, dtype=dtype)), lambda *_: expected, (2,))
+
+
 def _transposed(dtype: torch.dtype) -> tuple[Any, ...]:
     return _packed("nf4", True)[0], torch.linspace(100, 110, 5), torch.zeros(320, 96, dtype=torch.float8_e4m3fn)
 
@@ -483,6 +511,7 @@ CASES: dict[str, Case] = {
         for is_nested in (False, True)
         for is_scaled in (False, True)
     },
+    **{f"unpack: {name}": _part_case(name) for name in HALVES},
     "unpack_transposed": Case(
         _transposed,
         lambda weight, inverse, out: (wide(_packed("nf4", True)[1]) * inverse.repeat_interleave(64)).t(),

@@ -5,7 +5,7 @@ made again, each weight is unpacked for each product and let go, and no weight g
 not made again: its share in the gradient of a choice's weight, <dy, W p>, is <W^T dy, p>.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -59,24 +59,30 @@ class ExpertLinear:
         return 1.0 if self.update is None else self.update.scaling
 
 
-class ExpertOps(Protocol):
-    """What is done to the rows of all experts between the products; `delta`, if any, is added to what stands before."""
+Pieces = Sequence[Tensor]
 
-    def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
-        """The weights of all experts, [experts, ...]."""
+
+class ExpertOps(Protocol):
+    """What is done to the rows of all experts between the products; `delta`, if any, is added to what stands before.
+
+    What a product gives is a tensor in pieces that lie side by side.
+    """
+
+    def unpack(self, stack: Stack, dtype: torch.dtype, *, by_rows: bool) -> Iterator[Tensor]:
+        """See `expert_products.Unpack`."""
         ...
 
-    def weigh(self, middle: Tensor, delta: Tensor | None, shares: Tensor) -> Tensor:
+    def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """The activation of `middle`, times each row's share [rows]."""
         ...
 
     def weigh_backward(
-        self, middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None
+        self, middle: Pieces, delta: Tensor | None, shares: Tensor, grad: Pieces, grad_delta: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`weigh` again, and from its gradient that of `middle`, and that of the shares in float32."""
         ...
 
-    def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
+    def add_up(self, rows: Pieces, delta: Tensor | None, back: Tensor) -> Tensor:
         """The rows of each token's choices `back` [tokens, choices], added up: [tokens, width]."""
         ...
 
@@ -91,33 +97,39 @@ class TorchOps:
 
     activation: Callable[[Tensor], Tensor]
 
-    def unpack(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+    def unpack(self, stack: Stack, dtype: torch.dtype, *, by_rows: bool) -> Iterator[Tensor]:  # noqa: ARG002  # whole
         """See `ExpertOps`."""
-        return stack.unpack(dtype)
+        yield stack.unpack(dtype)
 
-    def weigh(self, middle: Tensor, delta: Tensor | None, shares: Tensor) -> Tensor:
+    def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """See `ExpertOps`."""
         return self.activation(_plus(middle, delta)) * shares.unsqueeze(1)
 
     def weigh_backward(
-        self, middle: Tensor, delta: Tensor | None, shares: Tensor, grad: Tensor, grad_delta: Tensor | None
+        self, middle: Pieces, delta: Tensor | None, shares: Tensor, grad: Pieces, grad_delta: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ExpertOps`."""
-        grad = _plus(grad, grad_delta)
+        whole = _plus(grad, grad_delta)
         with torch.enable_grad():
-            middle = _plus(middle, delta).detach().requires_grad_()
-            activated = self.activation(middle)
-        to_shares = (grad * activated.detach()).sum(1, dtype=torch.float32)
-        (to_middle,) = torch.autograd.grad(activated, middle, grad * shares.unsqueeze(1))
+            start = _plus(middle, delta).detach().requires_grad_()
+            activated = self.activation(start)
+        to_shares = (whole * activated.detach()).sum(1, dtype=torch.float32)
+        (to_middle,) = torch.autograd.grad(activated, start, whole * shares.unsqueeze(1))
         return activated.detach() * shares.unsqueeze(1), to_middle, to_shares
 
-    def add_up(self, rows: Tensor, delta: Tensor | None, back: Tensor) -> Tensor:
+    def add_up(self, rows: Pieces, delta: Tensor | None, back: Tensor) -> Tensor:
         """See `ExpertOps`."""
         return _plus(rows, delta)[back.reshape(-1)].view(*back.shape, -1).sum(dim=1)
 
 
-def _plus(rows: Tensor, delta: Tensor | None) -> Tensor:
-    return rows if delta is None else rows + delta
+def side_by_side(pieces: Pieces) -> Tensor:
+    """One tensor of all."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
+
+
+def _plus(rows: Pieces, delta: Tensor | None) -> Tensor:
+    whole = side_by_side(rows)
+    return whole if delta is None else whole + delta
 
 
 @dataclass(frozen=True)
@@ -208,7 +220,8 @@ class _ExpertMlp(torch.autograd.Function):
         del middle, delta
         y, delta, _ = _product(groups, weighed, mlp, mlp.second, (a2, b2), None)
         if mlp.second.bias is not None:
-            y += mlp.second.bias.to(y.dtype)[routing.experts] * of_rows.unsqueeze(1)
+            y = [side_by_side(y)]
+            y[0] += mlp.second.bias.to(y[0].dtype)[routing.experts] * of_rows.unsqueeze(1)
         ctx.mlp, ctx.held = mlp, held
         made: Tensor = mlp.ops.add_up(y, delta, routing.back)
         return made
@@ -250,12 +263,13 @@ def _product(
     linear: ExpertLinear,
     factors: Factors,
     experts: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """x W^T with the bias, where the rows' experts are given; what LoRA adds, s (x A^T) B^T; and x A^T."""
     a, b = factors
     y = groups.multiply_stack(x, linear.stack, mlp.ops.unpack, transpose=not linear.stack.transposed)
     if linear.bias is not None and experts is not None:
-        y += linear.bias.to(y.dtype)[experts]
+        y = [side_by_side(y)]
+        y[0] += linear.bias.to(y[0].dtype)[experts]
     if a is None or b is None:
         return y, None, None
     inner = groups.multiply(x, a.transpose(1, 2))
@@ -268,7 +282,7 @@ def _into(
     mlp: ExpertMlp,
     linear: ExpertLinear,
     factors: Factors,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """dy W; s dy B, which belongs to the gradient of A; and what LoRA adds to the gradient of the input."""
     a, b = factors
     dx = groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)

@@ -1,6 +1,6 @@
 """Products of the rows of each expert with its own matrix, the rows sorted by expert."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -35,6 +35,14 @@ class Stack(Protocol):
         ...
 
 
+class Unpack(Protocol):
+    """The weights of all experts of a stack, a piece after another."""
+
+    def __call__(self, stack: Stack, dtype: torch.dtype, *, by_rows: bool) -> Iterator[Tensor]:
+        """Pieces [experts, ...] that lie one below the other, or side by side."""
+        ...
+
+
 class Groups:
     """The rows of each expert, and the products over them.
 
@@ -63,22 +71,23 @@ class Groups:
             torch.mm(rows[start:stop], weights[expert], out=made[start:stop])
         return made
 
-    def multiply_stack(
-        self, rows: Tensor, stack: Stack, unpack: Callable[[Stack, torch.dtype], Tensor], *, transpose: bool
-    ) -> Tensor:
-        """[rows, n] times the weight of each expert, or its transpose.
+    def multiply_stack(self, rows: Tensor, stack: Stack, unpack: Unpack, *, transpose: bool) -> list[Tensor]:
+        """[rows, n] times the weight of each expert, or its transpose: pieces that lie side by side.
 
         Args:
-            unpack: all weights of a stack, where one product takes them; else they are unpacked one by one.
+            unpack: the weights of all experts, where one product takes them; else they are unpacked one by one.
         """
         if self._is_grouped:
-            weights = unpack(stack, rows.dtype)
-            return self.multiply(rows, weights.transpose(1, 2) if transpose else weights)
+            made = []
+            for weights in unpack(stack, rows.dtype, by_rows=transpose):
+                made.append(self.multiply(rows, weights.transpose(1, 2) if transpose else weights))
+                del weights  # before the next ones are unpacked
+            return made
         parts = []
         unpacked = stack.unpack_each([expert for expert, _, _ in self.spans], rows.dtype)
         for (_, start, stop), weight in zip(self.spans, unpacked, strict=True):
             parts.append(rows[start:stop] @ (weight.t() if transpose else weight))
-        return torch.cat(parts)
+        return [torch.cat(parts)]
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """[rows, n]^T times [rows, m] for each expert's own rows: [experts, n, m], zero for an expert without rows."""

@@ -32,6 +32,14 @@ class Nested(NamedTuple):
     size: int
 
 
+class Taken(NamedTuple):
+    """Blocks of a weight that a part of it is made of: `run` of each `period`, from `begin` on."""
+
+    run: int
+    period: int
+    begin: int
+
+
 @dataclass(frozen=True, eq=False)
 class FourBit:
     """A packed weight `[rows, columns]`, sharing memory with the layer that holds it.
@@ -40,6 +48,7 @@ class FourBit:
         codes: uint8 `[rows * columns / 2]`.
         table: float32 `[16]`.
         absmax: `[rows * columns / block_size]`, float32, or uint8 where it is nested.
+        taken: where this is a part of a weight: codes and absmax are of the whole, rows and columns of the part.
     """
 
     codes: Tensor
@@ -49,6 +58,7 @@ class FourBit:
     rows: int
     columns: int
     block_size: int
+    taken: Taken | None = None
 
     @classmethod
     def of(cls, linear: Any) -> FourBit:
@@ -75,7 +85,7 @@ class FourBit:
         if self.nested is not None:
             coarse = self.nested.absmax.repeat_interleave(self.nested.size)[: len(absmax)]
             absmax = self.nested.table[absmax.int()] * coarse + self.nested.offset
-        return absmax.reshape(self.rows, -1)
+        return (absmax if self.taken is None else absmax[self._blocks()]).reshape(self.rows, -1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight `[rows, columns]`, bit for bit as bitsandbytes dequantizes it."""
@@ -102,7 +112,8 @@ class FourBit:
     def values(self, steps: Tensor) -> Tensor:
         """Table entries times `steps [rows, columns / block_size]`, in float32 `[rows, columns]`."""
         pairs = torch.stack((self.table.repeat_interleave(16), self.table.repeat(16)), dim=1)
-        values = pairs.index_select(0, self.codes.int()).reshape(*steps.shape, self.block_size)
+        codes = self.codes if self.taken is None else self.codes.view(-1, self.block_size // 2)[self._blocks()].view(-1)
+        values = pairs.index_select(0, codes.int()).reshape(*steps.shape, self.block_size)
         return values.mul_(steps[:, :, None]).reshape(self.rows, self.columns)
 
     def described(self) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
@@ -112,6 +123,12 @@ class FourBit:
             self.block_size,
             self.nested.size if self.nested else 0,
         )
+
+    def _blocks(self) -> Tensor:
+        """Where its blocks lie among those of the whole."""
+        assert self.taken is not None  # the callers' condition
+        place = torch.arange(self.rows * self.columns // self.block_size, device=self.codes.device)
+        return place // self.taken.run * self.taken.period + self.taken.begin + place % self.taken.run
 
     def _unpacked(self, inverse: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.codes.device)
@@ -135,6 +152,7 @@ def _unpack(weight: FourBit, inverse: Tensor | None, out: Tensor) -> None:
 def _unpack_kernel(weight: FourBit, inverse: Tensor | None, out: Tensor) -> None:
     parts, sizes = weight.described()
     blocks, factors = out.numel() // sizes[0], weight.table if inverse is None else inverse
+    taken = weight.taken or Taken(1, 1, 0)
     with torch.cuda.device(out.get_device()):
         _unpack_blocks[(triton.cdiv(blocks, BLOCKS_EACH),)](
             *parts,
@@ -142,8 +160,10 @@ def _unpack_kernel(weight: FourBit, inverse: Tensor | None, out: Tensor) -> None
             out,
             blocks,
             out.shape[1] // sizes[0],
+            *taken,
             *sizes,
             inverse is not None,
+            weight.taken is not None,
             BLOCKS_EACH,
             **SAME_BITS,
         )
@@ -208,24 +228,35 @@ def _unpack_blocks(
     out: tl.tensor,
     blocks: tl.tensor,
     blocks_per_row: tl.tensor,
+    run: tl.tensor,
+    period: tl.tensor,
+    begin: tl.tensor,
     block_size: tl.constexpr,
     nested_size: tl.constexpr,
     is_scaled: tl.constexpr,
+    is_part: tl.constexpr,
     blocks_each: tl.constexpr,
 ) -> None:
-    """Blocks `[blocks, block_size]` that follow one another in `out [N, K]`; `inverse [N]` holds one factor per row."""
+    """Blocks `[blocks, block_size]` that follow one another in `out [N, K]`; `inverse [N]` holds one factor per row.
+
+    Of a part, `run` blocks of each `period` are taken, from `begin` on.
+    """
     half: tl.constexpr = block_size // 2
-    block = tl.program_id(0) * blocks_each + tl.arange(0, blocks_each)
-    inside = block < blocks
+    place = tl.program_id(0) * blocks_each + tl.arange(0, blocks_each)
+    inside = place < blocks
+    block = place
+    if is_part:
+        block = place // run * period + begin + place % run
     step = _block_step(absmax, nested, nested_table, offset, block, inside, nested_size)
     if is_scaled:
-        step = step * tl.load(inverse + block // blocks_per_row, mask=inside, other=0.0)
+        step = step * tl.load(inverse + place // blocks_per_row, mask=inside, other=0.0)
     wide = block.to(tl.int64)[:, None]
     pair = tl.load(codes + wide * half + tl.arange(0, half)[None, :], mask=inside[:, None], other=0).to(tl.int32)
     first = tl.load(table + (pair >> 4)) * step[:, None]
     second = tl.load(table + (pair & 15)) * step[:, None]
     values = tl.interleave(first, second).to(out.dtype.element_ty)
-    tl.store(out + wide * block_size + tl.arange(0, block_size)[None, :], values, mask=inside[:, None])
+    to = out + place.to(tl.int64)[:, None] * block_size + tl.arange(0, block_size)[None, :]
+    tl.store(to, values, mask=inside[:, None])
 
 
 @jit

@@ -9,9 +9,10 @@ from torch._dynamo.testing import CompileCounter
 from qlora_kit.engine.layer import experts
 from qlora_kit.engine.ops import compiled as module
 from qlora_kit.engine.ops.compiled import as_written, run_compiled
-from qlora_kit.engine.ops.glu import gated_product, gated_product_backward
+from qlora_kit.engine.ops.glu import Activation, gated_product, gated_product_backward
 from qlora_kit.engine.ops.registry import OPS
 from qlora_kit.engine.ops.rms_norm import rms_norm_backward
+from qlora_kit.model.expert_mlp import TorchOps
 from tests.drawn_tensors import close, drawn
 from tests.op_cases import CASES, TOKENS
 
@@ -22,11 +23,11 @@ COMPILED = [
 ]
 SHARES = torch.rand(TOKENS)
 OF_EXPERTS = {  # as the experts of a mixture call them, with adapters and without
-    "weigh": lambda ops, x, more, back: ops.weigh(x, more, SHARES[: len(x)]),
+    "weigh": lambda ops, x, more, back: ops.weigh([x], more, SHARES[: len(x)]),
     "weigh_backward": lambda ops, x, more, back: ops.weigh_backward(
-        x, more, SHARES[: len(x)], x[:, :32], None if more is None else more[:, :32]
+        [x], more, SHARES[: len(x)], [x[:, :32]], None if more is None else more[:, :32]
     ),
-    "add_up": lambda ops, x, more, back: ops.add_up(x, more, back),
+    "add_up": lambda ops, x, more, back: ops.add_up([x], more, back),
 }
 
 
@@ -123,7 +124,7 @@ def test_another_number_of_tokens_compiles_nothing_anew(name, counted):
 def test_another_number_of_choices_compiles_nothing_of_experts_anew(name, has_adapters, counted, monkeypatch):
     for op in ("weighed_glu", "weighed_glu_backward", "added_up"):
         monkeypatch.setattr(experts, op, partial(run_compiled, getattr(experts, op).reference))
-    ops = experts.FastOps(None, experts.Activation.silu)
+    ops = experts.FastOps(TorchOps(torch.nn.functional.silu), Activation.silu)
     for tokens in (TOKENS, TOKENS - 1, TOKENS - 7):
         x, back = drawn(tokens, 64), torch.arange(tokens - tokens % 2).view(-1, 2)
         OF_EXPERTS[name](ops, x, x if has_adapters else None, back)
