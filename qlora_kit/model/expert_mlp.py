@@ -214,11 +214,14 @@ class _ExpertMlp(torch.autograd.Function):
         groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
         x = hidden[routing.tokens]
-        middle, delta, _ = _product(groups, x, mlp, mlp.first, (a1, b1), routing.experts)
+        middle, inner = _product(groups, x, mlp, mlp.first, a1, routing.experts)
         del x
+        delta = _delta(groups, inner, mlp.first, b1)
         weighed = mlp.ops.weigh(middle, delta, of_rows)
         del middle, delta
-        y, delta, _ = _product(groups, weighed, mlp, mlp.second, (a2, b2), None)
+        y, inner = _product(groups, weighed, mlp, mlp.second, a2, None)
+        del weighed
+        delta = _delta(groups, inner, mlp.second, b2)
         if mlp.second.bias is not None:
             y = [side_by_side(y)]
             y[0] += mlp.second.bias.to(y[0].dtype)[routing.experts] * of_rows.unsqueeze(1)
@@ -232,28 +235,30 @@ class _ExpertMlp(torch.autograd.Function):
         routing, mlp = _Routing(*rest), ctx.mlp
         groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
-        middle, delta, inner1 = _product(groups, hidden[routing.tokens], mlp, mlp.first, (a1, b1), routing.experts)
+        middle, inner1 = _product(groups, hidden[routing.tokens], mlp, mlp.first, a1, routing.experts)
 
-        dy = grads[0].to(hidden.dtype)[routing.tokens]
-        to_weighed, of_b2, more = _into(groups, dy, mlp, mlp.second, (a2, b2))
+        # Rows of all choices are gathered again rather than held while other large ones are there.
+        dy = grads[0].to(hidden.dtype)
+        to_weighed, of_b2 = _into(groups, dy[routing.tokens], mlp, mlp.second, b2)
+        delta, more = _delta(groups, inner1, mlp.first, b1), _more(groups, of_b2, a2)
         weighed, to_middle, to_shares = mlp.ops.weigh_backward(middle, delta, of_rows, to_weighed, more)
         del middle, delta, to_weighed, more
-        to_a2, to_b2 = _of_factors(groups, dy, weighed, None, mlp.second, a2, of_b2)
+        to_a2, to_b2, to_a1, to_b1 = None, None, None, None
+        if of_b2 is not None:
+            to_a2, to_b2 = _of_factors(groups, dy[routing.tokens], weighed, None, mlp.second, a2, of_b2)
         if mlp.second.bias is not None:
-            to_shares += (dy * mlp.second.bias.to(dy.dtype)[routing.experts]).sum(1, dtype=torch.float32)
-        del dy, weighed
+            of_bias = mlp.second.bias.to(dy.dtype)[routing.experts]
+            to_shares += (dy[routing.tokens] * of_bias).sum(1, dtype=torch.float32)
+        del dy, weighed, of_b2
 
-        dx, of_b1, more = _into(groups, to_middle, mlp, mlp.first, (a1, b1))
-        to_a1, to_b1 = None, None
-        if of_b1 is not None:  # the rows are gathered once more rather than held while the weights are unpacked
+        of_b1 = _of_b(groups, to_middle, mlp.first, b1)
+        if of_b1 is not None:
             to_a1, to_b1 = _of_factors(groups, to_middle, hidden[routing.tokens], inner1, mlp.first, a1, of_b1)
-        del to_middle, of_b1
-        to_hidden = mlp.ops.add_up(dx, more, routing.back)
+        dx, _ = _into(groups, to_middle, mlp, mlp.first, None)
+        del to_middle
+        to_hidden = mlp.ops.add_up(dx, _more(groups, of_b1, a1), routing.back)
         learned = to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2
         return *learned, *(None for _ in (*rest, mlp))
-
-
-Factors = tuple[Tensor | None, Tensor | None]
 
 
 def _product(
@@ -261,35 +266,40 @@ def _product(
     x: Tensor,
     mlp: ExpertMlp,
     linear: ExpertLinear,
-    factors: Factors,
+    a: Tensor | None,
     experts: Tensor | None,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """x W^T with the bias, where the rows' experts are given; what LoRA adds, s (x A^T) B^T; and x A^T."""
-    a, b = factors
+) -> tuple[list[Tensor], Tensor | None]:
+    """x W^T with the bias, where the rows' experts are given; and x A^T."""
     y = groups.multiply_stack(x, linear.stack, mlp.ops.unpack, transpose=not linear.stack.transposed)
     if linear.bias is not None and experts is not None:
         y = [side_by_side(y)]
         y[0] += linear.bias.to(y[0].dtype)[experts]
-    if a is None or b is None:
-        return y, None, None
-    inner = groups.multiply(x, a.transpose(1, 2))
-    return y, groups.multiply(inner * linear.scaling, b.transpose(1, 2)), inner
+    return y, None if a is None else groups.multiply(x, a.transpose(1, 2))
+
+
+def _delta(groups: Groups, inner: Tensor | None, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
+    """What LoRA adds, s (x A^T) B^T, from x A^T."""
+    if inner is None or b is None:
+        return None
+    return groups.multiply(inner * linear.scaling, b.transpose(1, 2))
 
 
 def _into(
-    groups: Groups,
-    dy: Tensor,
-    mlp: ExpertMlp,
-    linear: ExpertLinear,
-    factors: Factors,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """dy W; s dy B, which belongs to the gradient of A; and what LoRA adds to the gradient of the input."""
-    a, b = factors
+    groups: Groups, dy: Tensor, mlp: ExpertMlp, linear: ExpertLinear, b: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """dy W; and s dy B, which belongs to the gradient of A."""
     dx = groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)
-    if a is None or b is None:
-        return dx, None, None
-    of_b = groups.multiply(dy, b).mul_(linear.scaling)
-    return dx, of_b, groups.multiply(of_b, a)
+    return dx, _of_b(groups, dy, linear, b)
+
+
+def _of_b(groups: Groups, dy: Tensor, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
+    """The product s dy B, which belongs to the gradient of A."""
+    return None if b is None else groups.multiply(dy, b).mul_(linear.scaling)
+
+
+def _more(groups: Groups, of_b: Tensor | None, a: Tensor | None) -> Tensor | None:
+    """What LoRA adds to the gradient of the input."""
+    return None if of_b is None or a is None else groups.multiply(of_b, a)
 
 
 def _of_factors(
@@ -300,7 +310,7 @@ def _of_factors(
     linear: ExpertLinear,
     a: Tensor | None,
     of_b: Tensor | None,
-) -> Factors:
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of A and B."""
     if a is None or of_b is None:
         return None, None

@@ -1,5 +1,6 @@
 """Recipe group `model`: which base, from where, and how its attention is computed."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -66,18 +67,21 @@ class ModelShape(Sealed):
         """
         return 8 * self.num_experts + 40 * self.experts_per_token
 
-    def experts_made(self, tokens: int) -> int:
+    def experts_made(self, tokens: int, whole: float = math.inf) -> int:
         """Numbers that a layer's experts make in their backward pass, at the most at once, weights included.
 
-        For each choice of a token: while gate and up are unpacked, the gradients on both of their sides; while the
-        activation goes back, the gradient of the output and nine of the expert's own width; at the end three rows of
-        the hidden width beside the gradient of gate and up. See `model/expert_mlp.py`.
+        For each choice of a token: while gate and up are unpacked, the gradients on both of their sides; while down is,
+        those on both of its sides beside gate and up; while the activation goes back, nine of the expert's own width;
+        at the end two rows of the hidden width. See `model/expert_mlp.py`.
+
+        Args:
+            whole: of a stack with more numbers one half is unpacked at a time.
         """
         hidden, own, choices = self.hidden_size, self.expert_size, tokens * self.experts_per_token
-        unpacked = 2 * self.num_experts * hidden * own
-        return max(
-            unpacked + choices * (hidden + 2 * own), choices * (hidden + 9 * own), choices * (3 * hidden + 2 * own)
-        )
+        of_down = self.num_experts * hidden * own
+        down, both = (size / 2 if size > whole else size for size in (of_down, 2 * of_down))
+        while_unpacked = max(both + choices * (hidden + 2 * own), down + choices * (hidden + 3 * own))
+        return int(max(while_unpacked, choices * 9 * own, choices * 2 * hidden))
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from qlora_kit.engine.ops.limits import FUSED_RANK
+from qlora_kit.engine.ops.limits import FUSED_RANK, WHOLE_BYTES
 from qlora_kit.schema.amount import Amount as Amount
 from qlora_kit.schema.amount import Asked as Asked
 from qlora_kit.schema.amount import parse_amount as parse_amount
@@ -208,5 +208,5 @@ def temporary_bytes(shape: ModelShape, tokens: int, wide: int = 2, *, in_pieces:
     at_once = min(tokens, PIECE) if in_pieces else tokens
     if shape.expert_layers:
         beside_experts = tokens * (beside * shape.shared_size + shape.hidden_size)  # the gradient of the output
-        return wide * (shape.experts_made(tokens) + beside_experts)
+        return wide * (shape.experts_made(tokens, WHOLE_BYTES // wide) + beside_experts)
     return wide * (at_once * beside * shape.intermediate_size + tokens * 4 * shape.hidden_size)

@@ -16,13 +16,13 @@ from qlora_kit.engine.layer.activations import OF_GATES
 from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
 from qlora_kit.engine.ops.four_bit import FourBit, Nested, Taken
 from qlora_kit.engine.ops.glu import Activation
+from qlora_kit.engine.ops.limits import WHOLE_BYTES
 from qlora_kit.engine.ops.op import compiled
 from qlora_kit.model.expert_mlp import Pieces, TorchOps, side_by_side
 from qlora_kit.model.expert_products import Stack
 from qlora_kit.model.stacked_experts import StackedExperts, WeightStack
 
 HALVES = 2
-WHOLE_BYTES = 512 << 20  # of unpacked weights; of a larger stack one half is unpacked at a time
 
 
 def speed_up_experts(model: nn.Module) -> Callable[[], None]:
