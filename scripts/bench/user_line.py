@@ -36,6 +36,7 @@ time.sleep(1e5)
 """
 MIXED = ("data=rows", "data.max_tokens=2048", "trainer.batch_size=4", "trainer.max_steps=30")
 FULL = ("data=rows", "data.max_tokens=2048", "trainer.batch_size=4", "trainer.max_steps=20")
+RANK_8 = ("lora.r=8", "lora.alpha=16")
 WATCH_SECONDS = 0.1
 
 
@@ -82,10 +83,11 @@ CASES = (
     Case("mixed-fast", "llama_8b", (*MIXED, "engine=fast")),
     Case("packed", "llama_8b", ("data=packed", *MIXED[1:])),
     Case("packed-fast", "llama_8b", ("data=packed", *MIXED[1:], "engine=fast")),
+    Case("30b_a3b_4x2048-24gb-r8", "30b_a3b", (*FULL, "engine=fast", *RANK_8), 24.7, "full"),
+    _unsloth("30b_a3b_4x2048-r8-unsloth", "30b_a3b", "full", "--rank", "8", steps=12),
     Case("30b_a3b_4x2048", "30b_a3b", (*FULL, "engine=fast"), rows="full"),
-    Case("30b_a3b_4x2048-24gb", "30b_a3b", (*FULL, "engine=fast"), 23.9, "full"),
-    Case("30b_a3b_4x2048-24gb-r8", "30b_a3b", (*FULL, "engine=fast", "lora.r=8", "lora.alpha=16"), 23.9, "full"),
     _unsloth("30b_a3b_4x2048-unsloth", "30b_a3b", "full", steps=12),
+    Case("30b_a3b_packed-24gb-r8", "30b_a3b", ("data=packed", *MIXED[1:], "engine=fast", *RANK_8), 24.7),
     Case("30b_a3b_12_layers-fast", "30b_a3b_12_layers", (*FULL, "engine=fast"), rows="full"),
     Case("30b_a3b_12_layers-fast-12gb", "30b_a3b_12_layers", (*FULL, "engine=fast"), 11.9, "full"),
     Case("30b_a3b_12_layers-plain", "30b_a3b_12_layers", FULL, rows="full"),
