@@ -5,6 +5,7 @@ import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.engine.attention.packed import enable_packed_attention
+from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.graphs.captured_layer import GraphMemory, _capture, _keep_random_state
 from qlora_kit.engine.graphs.layer_graphs import REPEATS
 from qlora_kit.engine.layer.fast import patch_model
@@ -203,6 +204,7 @@ def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
     expected = [gradients(model, batch) for batch in plain]
     engine.undo()
     engine = engine_of(model)
+    enable_row_attention(model.get_base_model())
     record(model, engine, same_shape[0])
     for batch, wanted in zip(same_shape, expected, strict=True):
         found = gradients(model, batch)

@@ -66,7 +66,7 @@ class LayerParts:
         found: list[Tensor] = [one for linear in self.linears for one in (linear.a, linear.b) if one is not None]
         for part in (self.attention, self.mlp):
             if isinstance(part, PlainPart):
-                found += [one for one in part.module.parameters() if one.requires_grad]
+                found += part.learned
         return found
 
     @property

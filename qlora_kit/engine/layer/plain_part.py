@@ -43,6 +43,11 @@ class PlainPart:
         return bool(self._experts) and all(one.gate is not None for one in self._experts) and not self.draws_random
 
     @cached_property
+    def learned(self) -> list[Tensor]:
+        """What it trains."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @cached_property
     def _experts(self) -> list[StackedExperts]:
         return [part for part in self.module.modules() if isinstance(part, StackedExperts)]
 

@@ -56,6 +56,34 @@ def test_real_tokens_see_what_they_saw(model, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_batch_of_another_shape_is_attended_to_without_plans(tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(
+        build_tiny_model("llama", tmp_path / "base"), attn_implementation="sdpa"
+    )
+    backends = []
+    attention = sdpa_attention_forward
+    monkeypatch.setattr(
+        row_attention,
+        "sdpa_attention_forward",
+        lambda *parts, **rest: backends.append(torch.backends.cuda.cudnn_sdp_enabled()) or attention(*parts, **rest),
+    )
+    undo = enable_row_attention(model)
+    assert undo is not None
+    layers, was_on = model.config.num_hidden_layers, torch.backends.cuda.cudnn_sdp_enabled()
+    assert was_on
+
+    def seen(tokens):
+        backends.clear()
+        model(torch.full((2, tokens), 5), use_cache=False)
+        return backends
+
+    for tokens, plans in ((7, False), (7, True), (7, True), (8, False), (8, True), (7, False)):
+        assert seen(tokens) == [plans] * layers
+    undo()
+    assert not model._forward_pre_hooks
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_windows_hold(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         build_tiny_model("mistral", tmp_path / "base", dtype=torch.float32),
