@@ -48,7 +48,7 @@ class FastLayer:
     Attributes:
         parts: of the layer; None where it runs as transformers and peft have it, and only recomputation is ours.
         policy: a `CheckpointPolicy`.
-        graphs: of all layers; None where every kernel is started by itself.
+        graphs: of all layers that are recorded; None where every kernel of this one is started by itself.
         place: among the layers that have graphs.
         begin: what is to be done before a forward pass; None but for the first layer.
     """
@@ -83,7 +83,7 @@ class FastLayer:
         if parts is None or not self._is_as_read(parts, settings):
             return self._checkpointed(self.plain, hidden_states, settings)
         settings = {name: given for name, given in settings.items() if name not in parts.ignores}
-        if self.graphs is None or self.policy >= CheckpointPolicy.offload_input or self._has_dropout():
+        if self.graphs is None or self._has_dropout():
             return self._fast(hidden_states, settings)
         if parts.records_whole:
             layer = CapturableLayer(self._fast, parts.trained, parts.set_grad_targets)
@@ -179,9 +179,7 @@ class FastEngine:
         self.messages = messages
         self.graphs = graphs
         self._undo_experts = undo_experts
-        recordable = [layer for layer in layers if layer.parts is not None and layer.parts.records]
-        for place, layer in enumerate(recordable):
-            layer.graphs, layer.place = graphs, place
+        self._tell_places()
         self._groups = [(layer.dtype, group) for layer in layers for group in layer.groups]
         for _, group in self._groups:
             group.is_cast_with_others = True
@@ -214,6 +212,7 @@ class FastEngine:
         self._release()
         for layer, policy in zip(self.layers, policies, strict=True):
             layer.policy = policy
+        self._tell_places()
 
     def keep_copies(self, room: float) -> int:
         """Keep weights in the format that they are multiplied in as well, as many as fit into so many bytes.
@@ -241,6 +240,15 @@ class FastEngine:
         for layer in self.layers:
             layer.restore()
         self.layers, self._groups = [], []
+
+    def _tell_places(self) -> None:
+        """Number the layers that are recorded: those that keep nothing on the host."""
+        place = 0
+        for layer in self.layers:
+            stays = layer.policy < CheckpointPolicy.offload_input
+            records = stays and layer.parts is not None and layer.parts.records
+            layer.graphs, layer.place = self.graphs if records else None, place
+            place += records
 
     def _release(self) -> None:
         if self.graphs is not None:
