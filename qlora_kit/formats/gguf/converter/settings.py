@@ -72,9 +72,9 @@ def _rotary(fields: Fields) -> Iterator[tuple[str, Any]]:
     if (local := rope.get("sliding_attention")) and local.get("rope_theta") is not None:
         yield "rope_local_base_freq", local["rope_theta"]
     share = full.get("partial_rotary_factor")
-    if share is not None:
-        yield "partial_rotary_factor", share
     share = 1.0 if share is None else share
+    if full:  # or the converter takes a half where its checkpoints have that, and transformers turns the whole
+        yield "partial_rotary_factor", share
     yield "rotary_pct", share
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
     if width := fields.get("head_dim") or (width // heads if heads and width else 0):

@@ -488,6 +488,7 @@ def test_settings_are_those_of_published_checkpoints(tmp_path: Path) -> None:
         found[name] = completed(tmp_path / name, config.to_dict())
     assert (found["neox"]["rotary_pct"], found["neox"]["rope_theta"]) == (0.25, 5e4)
     assert (found["partial"]["rotary_dim"], found["partial"]["moe_intermediate_size"]) == (64, 1536)
+    assert (found["softmax"]["partial_rotary_factor"], "partial_rotary_factor" in found["gpt2"]) == (1.0, False)
     assert (found["gpt2"]["n_ctx"], found["gpt2"]["hidden_size"]) == (128, 768)
     assert found["sigmoid"]["scoring_func"] == "sigmoid"
     assert "scoring_func" not in found["softmax"]
