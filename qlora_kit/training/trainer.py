@@ -27,7 +27,7 @@ from qlora_kit.training.callbacks import MetricsCallback
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
-from qlora_kit.training.optimizers.flat import flat
+from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 from qlora_kit.training.optimizers.groups import Groups
 from qlora_kit.training.same_loss import refuse_another_loss
 
@@ -180,6 +180,9 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         transformers puts every module into training mode before every batch, and the GPU waits for that: 5 ms for the
         3,000 modules of an 8B model. Here that is done where a module is found in the other mode.
         """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, FlatOptimizer) and self.accelerator.num_processes == 1:
+            optimizer.lay_gradients()
         if num_items_in_batch is None or self.args.n_gpu > 1 or self._is_not_plain:
             done: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             self._log_what_waits()

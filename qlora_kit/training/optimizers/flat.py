@@ -142,8 +142,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     hold in 32 bits (fewer than 4,096 weights, or an embedding) goes to a buffer of 32-bit state. One thing differs: a
     tensor without a gradient, among others that have one, counts as one whose gradient is zero.
 
-    Gradients are views of one row, and `zero_grad` keeps them so. Gradients made elsewhere, after `model.zero_grad()`
-    or by DDP, are copied into the row at each step.
+    Gradients are views of one row, and `zero_grad` keeps them so; after `model.zero_grad()` call `lay_gradients`.
+    Gradients made elsewhere, as by DDP, are copied into the row at each step.
 
     Attributes:
         is_paged: whether the state may move to ordinary memory.
@@ -201,6 +201,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Zero the gradients in place; the argument is there for callers that know other optimizers."""
         for buffer in self._buffers:
             buffer.zero_gradients()
+
+    def lay_gradients(self) -> None:
+        """Have backward add to the rows again after `model.zero_grad()`, which leaves parameters without gradients.
+
+        Gradients made elsewhere take as much memory once more, and layers that are recorded would keep theirs beside.
+        """
+        for buffer in self._buffers:
+            if not buffer.lone and all(parameter.grad is None for parameter in buffer.parameters):
+                buffer.zero_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """State by buffer, with the names and shapes that it belongs to."""

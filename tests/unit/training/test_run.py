@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -31,6 +32,7 @@ from qlora_kit.training.arguments import sft_config
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete
 from qlora_kit.training.finite import NotFiniteError
+from qlora_kit.training.optimizers.flat import FlatOptimizer
 from qlora_kit.training.run import build_trainer, held_out_loss, run_training
 from tests.drawn_rows import drawn_rows
 from tests.stored_rows import stored_rows
@@ -145,6 +147,20 @@ def test_the_loss_is_that_of_the_kits_mask(built, rows):
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)  # measured: 2e-7
+
+
+def test_gradients_of_every_step_lie_in_the_rows_of_a_flat_optimizer(built, rows):
+    trainer = built()
+    trained = {name: part for name, part in trainer.model.named_parameters() if part.requires_grad}
+    trainer.optimizer = FlatOptimizer(AdamW8bit(trained.values()), trained.items())
+    places = {name: part.grad.data_ptr() for name, part in trained.items()}
+    batch = Collator(0)([feature(rows[0], [1]), feature(rows[0], [3])])
+    for _ in range(2):
+        trainer.model.zero_grad()  # as transformers does between steps
+        assert all(part.grad is None for part in trained.values())
+        trainer.training_step(trainer.model, dict(batch), torch.tensor(20))
+        assert {name: part.grad.data_ptr() for name, part in trained.items()} == places
+    assert any(part.grad.any() for part in trained.values())
 
 
 @pytest.mark.parametrize("batching", Batching)

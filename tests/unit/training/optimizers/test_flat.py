@@ -78,6 +78,18 @@ def test_zero_grad_keeps_the_views():
     assert addresses(weights)["a"] == before["a"]
 
 
+def test_gradients_are_laid_in_rows_again_after_the_model_dropped_them():
+    weights, optimizer = flat_pair()
+    before = addresses(weights)
+    give(weights, 0)
+    optimizer.lay_gradients()  # of a step that goes on, none is lost
+    assert weights.a.grad.abs().sum() > 0
+    weights.zero_grad()
+    optimizer.lay_gradients()
+    assert addresses(weights) == before
+    assert all(not gradient.any() for gradient in of_gradients(weights).values())
+
+
 def test_gradients_from_before_are_kept():
     weights = Weights()
     give(weights, 0)
