@@ -1,9 +1,5 @@
 """When layers are recorded, and what a recording depends on."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-from unittest.mock import Mock
-
 import pytest
 import torch
 
@@ -16,6 +12,12 @@ from qlora_kit.engine.graphs.layer_graphs import (
     LayerGraphs,
     shape_of,
 )
+from tests.unrecorded_graphs import stand_in_for_cuda
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return stand_in_for_cuda(monkeypatch)
 
 
 def due(turns, shape, times):
@@ -76,52 +78,6 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
 
 
 DOUBLE = CapturableLayer(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """What stands in for CUDA, which records nothing and has a GB free."""
-    device = SimpleNamespace(graphs=[], generator=Mock(), stream=Mock())
-
-    def graph():
-        device.graphs.append(FakeGraph())
-        return device.graphs[-1]
-
-    stand_ins = {
-        "CUDAGraph": graph,
-        "Stream": lambda: device.stream,
-        "current_device": lambda: 0,
-        "current_stream": Mock,
-        "default_generators": [device.generator],
-        "empty_cache": lambda: None,
-        "graph_pool_handle": lambda: "a pool",
-        "max_memory_allocated": lambda: 0,
-        "mem_get_info": lambda: (10**9, 10**9),
-        "memory_allocated": lambda: 0,
-        "stream": lambda stream: nullcontext(),
-        "synchronize": lambda: None,
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    return device
-
-
-class FakeGraph:
-    """Ends as CUDA does: with an error of its own once something has failed."""
-
-    def __init__(self):
-        self.calls = []
-
-    def replay(self):
-        pass
-
-    def capture_begin(self, **settings):
-        self.calls.append(f"begin in {settings['pool']}")
-
-    def capture_end(self):
-        self.calls.append("end")
-        if "failed" in self.calls:
-            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda, capsys):
