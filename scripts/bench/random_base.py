@@ -2,9 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
+TEMPLATE = "first"
 SPREAD = 0.02  # standard deviation of a matrix
 
 
@@ -64,14 +67,16 @@ def shapes() -> dict[str, Shape]:
     }
 
 
-def write_base(shape: Shape, tokenizer: Path, place: Path) -> None:
+def write_base(shape: Shape, tokenizer: Path, place: Path, jobs: int = 1) -> None:
     """Write a random checkpoint in bf16 with the tokenizer, unless it is there.
 
     One period of layers is built and saved by transformers, so that names are as a hub's, and stands for all the
     others with other values: a mixture of 30 billion weights would not fit beside its own copy.
+
+    Args:
+        jobs: processes that write files side by side.
     """
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if (place / INDEX).exists():
@@ -86,39 +91,59 @@ def write_base(shape: Shape, tokenizer: Path, place: Path) -> None:
             words.eos_token_id,
             words.pad_token_id,
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(_device()):
         model = AutoModelForCausalLM.from_config(first, dtype=torch.bfloat16)
-    template = place / "first"
-    model.save_pretrained(template, max_shard_size="100GB")
+    model.save_pretrained(place / TEMPLATE, max_shard_size="100GB")
     architectures = list(model.config.architectures or [])
     del model
-    tensors = load_file(template / "model.safetensors")
-    weight_map: dict[str, str] = {}
     files = -(-shape.layers // shape.period)
-    for number in range(files):
-        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
-        found = {}
-        for name, tensor in tensors.items():
-            other = renumbered(name, number * shape.period, shape.layers)
-            if other is None or (other == name and number):
-                continue
-            drawn = tensor.to(device)
-            if drawn.ndim > 1 and number:
-                drawn = torch.empty_like(drawn).normal_(std=SPREAD)
-            found[other] = drawn.cpu().contiguous()
-        save_file(found, place / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(found, file)
-    shutil.rmtree(template)
+    parts = [range(job, files, jobs) for job in range(min(jobs, files))]
+    write = partial(_write_files, place, shape.layers, shape.period)
+    if jobs == 1:
+        written = [write(part) for part in parts]
+    else:
+        with ProcessPoolExecutor(len(parts), get_context("spawn")) as pool:
+            written = list(pool.map(write, parts))
+    weight_map = {name: file for part in written for name, file in part.items()}
+    shutil.rmtree(place / TEMPLATE)
     config.architectures = architectures
     config.save_pretrained(place)
     words.save_pretrained(place)
     size = sum((place / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (place / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    if device == "cuda":
+    if _device() == "cuda":
         torch.cuda.empty_cache()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _write_files(place: Path, layers: int, period: int, numbers: Sequence[int]) -> dict[str, str]:
+    """Write some of the files from the template; the file of each tensor's name."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(place / TEMPLATE / "model.safetensors", _device())
+    weight_map: dict[str, str] = {}
+    files = -(-layers // period)
+    for number in numbers:
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        torch.manual_seed(number)
+        found = {}
+        for name, tensor in tensors.items():
+            other = renumbered(name, number * period, layers)
+            if other is None or (other == name and number):
+                continue
+            drawn = torch.empty_like(tensor).normal_(std=SPREAD) if tensor.ndim > 1 and number else tensor
+            found[other] = drawn.cpu().contiguous()
+        save_file(found, place / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(found, file)
+    return weight_map
 
 
 def renumbered(name: str, further: int, layers: int) -> str | None:

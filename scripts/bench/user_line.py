@@ -85,7 +85,7 @@ CASES = (
     Case("packed-fast", "llama_8b", ("data=packed", *MIXED[1:], "engine=fast")),
     Case("30b_a3b_4x2048-24gb-r8", "30b_a3b", (*FULL, "engine=fast", *RANK_8), 24.7, "full"),
     _unsloth("30b_a3b_4x2048-r8-unsloth", "30b_a3b", "full", "--rank", "8", steps=12),
-    Case("30b_a3b_4x2048", "30b_a3b", (*FULL, "engine=fast"), rows="full"),
+    Case("30b_a3b_4x2048-whole", "30b_a3b", (*FULL, "engine=fast"), rows="full"),
     _unsloth("30b_a3b_4x2048-unsloth", "30b_a3b", "full", steps=12),
     Case("30b_a3b_packed-24gb-r8", "30b_a3b", ("data=packed", *MIXED[1:], "engine=fast", *RANK_8), 24.7),
     Case("30b_a3b_12_layers-fast", "30b_a3b_12_layers", (*FULL, "engine=fast"), rows="full"),
@@ -137,7 +137,7 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     known = shapes()
     for model in dict.fromkeys(case.model for case in cases):
-        write_base(known[model], asked.tokenizer, asked.work / model)
+        write_base(known[model], asked.tokenizer, asked.work / model, jobs=max(1, (os.cpu_count() or 1) // 4))
         print(f"{model}: written after {time.monotonic() - began:.0f} s", flush=True)
     write_mixed(asked.tokenizer, asked.work / "mixed.jsonl")
     write_full(asked.tokenizer, asked.work / "full.jsonl", 2048)
@@ -240,7 +240,7 @@ def shown(line: Line) -> str:
 
 
 def write(lines: list[Line], results: Path) -> None:
-    """Keep what was measured, with the device and the versions."""
+    """Keep what was measured, with the device and the versions; beside other cases of the same day and versions."""
     import torch
 
     from qlora_kit.core.environment import capture_environment
@@ -248,8 +248,11 @@ def write(lines: list[Line], results: Path) -> None:
     device = torch.cuda.get_device_name().lower().replace(" ", "_")
     place = results / device / f"user_line-{time.strftime('%Y-%m-%d')}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": capture_environment(), "lines": [asdict(line) for line in lines]}
-    place.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    environment, ran = capture_environment(), {line.case for line in lines}
+    before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    kept = before.get("lines", []) if before.get("environment") == environment else []
+    found = [line for line in kept if line["case"] not in ran] + [asdict(line) for line in lines]
+    place.write_text(json.dumps({"environment": environment, "lines": found}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

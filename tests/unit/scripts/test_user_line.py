@@ -54,6 +54,40 @@ def test_one_period_of_layers_stands_for_all(bench, words_folder, tmp_path, cls,
     assert shared and not any(torch.equal(first[name], last[name]) for name in shared)
 
 
+@pytest.mark.slow
+def test_several_processes_write_the_files_that_one_writes(bench, words_folder, tmp_path):
+    from random_base import Shape, write_base
+
+    shape = Shape(partial(made, T.LlamaConfig, {}), 5)
+    for jobs in (1, 2):
+        write_base(shape, words_folder, tmp_path / str(jobs), jobs)
+    one, two = (sorted((tmp_path / jobs).glob("*.safetensors")) for jobs in ("1", "2"))
+    assert [file.name for file in one] == [file.name for file in two] and len(one) == 5
+    assert all(file.read_bytes() == other.read_bytes() for file, other in zip(one, two, strict=True))
+    indexes = [json.loads((tmp_path / jobs / "model.safetensors.index.json").read_text("utf-8")) for jobs in ("1", "2")]
+    assert indexes[0] == indexes[1]
+
+
+def test_cases_of_one_day_are_kept_beside_each_other(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    versions = {"torch": "1"}
+    monkeypatch.setattr("qlora_kit.core.environment.capture_environment", lambda: versions)
+
+    def line(case, seconds):
+        return bench.Line(case, "qlora_kit", [], 0.0, 0, seconds)
+
+    def kept():
+        (file,) = (tmp_path / "a_card").glob("user_line-*.json")
+        return [(one["case"], one["seconds"]) for one in json.loads(file.read_text("utf-8"))["lines"]]
+
+    bench.write([line("a", 1.0), line("b", 1.0)], tmp_path)
+    bench.write([line("b", 2.0)], tmp_path)
+    assert kept() == [("a", 1.0), ("b", 2.0)]
+    versions = {"torch": "2"}
+    bench.write([line("b", 3.0)], tmp_path)
+    assert kept() == [("b", 3.0)]  # others are not of these versions
+
+
 def test_names_beyond_the_last_layer_are_none(bench):
     from random_base import renumbered
 
