@@ -42,8 +42,8 @@ def run(arguments: list[str]) -> int:
 def _let_segments_grow() -> None:
     """Have torch's memory on a GPU grow page by page, unless the user says how; it is told so before it is imported.
 
-    What is freed while weights are quantized, and between steps of other shapes, can then be used for anything: of a
-    mixture of 30 billion weights 1.6 GB more are free once it is loaded (H200).
+    What is freed while weights are quantized, and between steps of other shapes, can then be used for anything: in
+    24.7 GB of an H200, 40 of the 48 layers of a mixture of 30 billion weights kept their inputs, where none did before.
     """
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
