@@ -37,11 +37,13 @@ class CapturableLayer(NamedTuple):
     Attributes:
         parameters: that it trains.
         set_grad_targets: tells `compute` where to write gradients.
+        has_plain_part: whether it holds what the engine does not know, which may not let itself be recorded.
     """
 
     compute: LayerForward
     parameters: Sequence[Tensor]
     set_grad_targets: SetGradTargets
+    has_plain_part: bool = False
 
 
 class CaptureSchedule:
@@ -89,10 +91,12 @@ class LayerGraphs:
 
     Attributes:
         turn: counts forward passes.
+        in_part: whether layers with a plain part are recorded without it from now on.
     """
 
     def __init__(self) -> None:
         self.turn = 0
+        self.in_part = False
         self.captured: dict[int, CapturedLayer] = {}
         self.gradient: Tensor | None = None
         self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
@@ -183,7 +187,12 @@ class LayerGraphs:
             captured.capture(partial(layer.compute, settings=given), self._memory, layer.set_grad_targets)
             self.captured[place] = captured
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
-            self._fall_back(next(iter(str(error).splitlines()), type(error).__name__))
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            if not layer.has_plain_part:
+                self._fall_back(why)
+                return
+            log.info(f"layers are recorded as CUDA graphs without the part that runs plain: {why}")
+            self.in_part = self._is_stale = True
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""

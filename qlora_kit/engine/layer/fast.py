@@ -83,14 +83,16 @@ class FastLayer:
         if parts is None or not self._is_as_read(parts, settings):
             return self._checkpointed(self.plain, hidden_states, settings)
         settings = {name: given for name, given in settings.items() if name not in parts.ignores}
-        if self.graphs is None or self._has_dropout():
+        graphs = self.graphs
+        whole = parts.is_by_hand or (parts.records_whole and graphs is not None and not graphs.in_part)
+        if graphs is None or self._has_dropout() or not (whole or parts.records_attention):
             return self._fast(hidden_states, settings)
-        if parts.records_whole:
-            layer = CapturableLayer(self._fast, parts.trained, parts.set_grad_targets)
-            return self.graphs.run(self.place, layer, hidden_states, settings)
+        if whole:
+            layer = CapturableLayer(self._fast, parts.trained, parts.set_grad_targets, not parts.is_by_hand)
+            return graphs.run(self.place, layer, hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._attention, trained, parts.set_grad_targets)
-        between = self.graphs.run(self.place, layer, hidden_states, settings)
+        between = graphs.run(self.place, layer, hidden_states, settings)
         return self._checkpointed(partial(parts.forward_mlp, policy=self.policy), between, {})
 
     @property

@@ -50,9 +50,13 @@ class LayerParts:
     @property
     def records(self) -> bool:
         """Whether it can be recorded as a CUDA graph, or its attention alone in front of an MLP that runs plain."""
+        return self.records_whole or self.records_attention
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether its attention can be recorded alone."""
         of_attention = not (self.is_parallel or self.tail or isinstance(self.attention, PlainPart))
-        can_stand_apart = of_attention and isinstance(self.mlp, PlainPart) and not self.mlp.draws_random
-        return self.records_whole or can_stand_apart
+        return of_attention and isinstance(self.mlp, PlainPart) and not self.mlp.draws_random
 
     @property
     def records_whole(self) -> bool:

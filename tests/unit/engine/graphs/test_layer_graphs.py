@@ -101,6 +101,23 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda,
     cuda.generator.graphsafe_set_state.assert_called_once_with(cuda.generator.clone_state())
 
 
+def test_a_layer_with_a_plain_part_is_recorded_without_it_where_that_cannot_be(cuda, capsys):
+    def whole(hidden, settings):
+        if cuda.graphs and cuda.graphs[-2].calls == ["begin in a pool"]:
+            cuda.graphs[-2].calls.append("failed")
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return hidden * 2
+
+    made, h = LayerGraphs(), torch.ones(1, 2, 3, requires_grad=True)
+    for _ in range(2 * REPEATS + 2):
+        for place in (0, 1):
+            layer = DOUBLE if made.in_part else DOUBLE._replace(compute=whole, has_plain_part=True)
+            made.run(place, layer, h, {})
+    assert made.in_part
+    assert len(made.captured) == 2
+    assert capsys.readouterr().err.count("without the part that runs plain: operation not permitted") == 1
+
+
 def test_layers_that_never_fit_their_recordings_are_left_alone(cuda, capsys):
     two = torch.tensor(2.0, requires_grad=True)
     layer = CapturableLayer(lambda hidden, settings: hidden * two, [two], lambda of_input, of_parameters: None)

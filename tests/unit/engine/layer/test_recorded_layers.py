@@ -22,6 +22,7 @@ class Recordings:
 
     def __init__(self):
         self.asked = []
+        self.in_part = False
         self.trained = {}
 
     def run(self, place, layer, h, settings):
@@ -39,9 +40,10 @@ def model(request, tmp_path):
     return attach_lora(load_base(folder, QuantConfig()), LoraConfig(r=8)).train()
 
 
-def recorded(model, policies):
+def recorded(model, policies, *, in_part=False):
     engine = patch_model(model, EngineConfig(mode=EngineMode.fast))
     graphs: Any = Recordings()
+    graphs.in_part = in_part
     engine.graphs = graphs
     engine.set_policies(policies)
     with torch.autocast("cpu", torch.bfloat16):
@@ -68,3 +70,12 @@ def test_a_recording_trains_all_that_its_layer_trains(model):
     for layer in engine.layers:
         own = {id(part) for part in layer.layer.parameters() if part.requires_grad}
         assert {id(part) for part in engine.graphs.trained[layer.place]} == own
+
+
+def test_of_a_layer_whose_experts_cannot_be_recorded_attention_is(model):
+    engine = recorded(model, [ALL] * 4, in_part=True)
+    assert engine.graphs.asked == [0, 1, 2, 3]
+    for layer in engine.layers:
+        trained = {id(part) for part in engine.graphs.trained[layer.place]}
+        of_mlp = {id(part) for part in layer.layer.mlp.parameters() if part.requires_grad}
+        assert bool(trained & of_mlp) == layer.parts.is_by_hand
