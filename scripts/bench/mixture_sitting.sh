@@ -2,7 +2,7 @@
 # Mixtures and hybrids on two GPUs of one host in one sitting, ours and the peer's side by side (about 20 minutes, 61 GB
 # of checkpoints). Results lie below RESULTS/0 and RESULTS/1 for the first GPU and the second, logs beside them.
 #   scripts/bench/mixture_sitting.sh TOKENIZER WORK PEERS RESULTS
-# WORK is best a folder in memory. PEERS: see user_line.py. Without bash's job control a stop leaves no process behind.
+# WORK is best a folder in memory. PEERS: see user_line.py.
 set -euo pipefail
 tokenizer=$1 work=$2 peers=$3 results=$4
 bench=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
