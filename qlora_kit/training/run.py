@@ -105,7 +105,7 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         collator=objective.collator(
             tokenizer.pad_token_id,
             is_packed=packing is not None,
-            widest=int(max(train.lengths)) if engine is not None and engine.graphs is not None else None,
+            widest=_widest(train, packing, engine),
             filled_to=_filled_to(recipe, packing, batch_shape),
             batch_shape=batch_shape,
         ),
@@ -136,6 +136,13 @@ def _prepare_model(
     if packing is not None:
         check_isolation(model, recipe.model.attention)
     return undo, engine
+
+
+def _widest(rows: TokenRows, packing: Packing | None, engine: FastEngine | None) -> int | None:
+    """Tokens of the longest row, for layers that are recorded for one width of padded batches; None where none are."""
+    if packing is not None or engine is None or engine.graphs is None:
+        return None
+    return int(np.asarray(rows.lengths).max())
 
 
 def _filled_to(recipe: TrainRecipe, packing: Packing | None, batch_shape: StaticBatchShape | None) -> int | None:

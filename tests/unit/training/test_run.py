@@ -17,6 +17,8 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.packing import pack
 from qlora_kit.data.tokens import TokenRows, TokenStore
 from qlora_kit.engine.attention.packed import SDPA_PACKED
+from qlora_kit.engine.graphs.layer_graphs import LayerGraphs
+from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.objectives.sft.collate import Collator, feature
@@ -33,7 +35,7 @@ from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete
 from qlora_kit.training.finite import NotFiniteError
 from qlora_kit.training.optimizers.flat import FlatOptimizer
-from qlora_kit.training.run import build_trainer, held_out_loss, run_training
+from qlora_kit.training.run import _widest, build_trainer, held_out_loss, run_training
 from tests.drawn_rows import drawn_rows
 from tests.stored_rows import stored_rows
 from tests.tiny_models import build_tiny_model
@@ -323,3 +325,12 @@ def test_a_weight_that_the_last_update_broke_is_not_saved(built, tmp_path):
         run_training(trainer, None)
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_padded_batches_have_few_widths_where_layers_are_recorded_alone(rows):
+    recorded, by_kernel = (FastEngine([], [], lambda: None, graphs) for graphs in (LayerGraphs(), None))
+    longest = int(rows[0].lengths.max())
+    assert _widest(rows[0], None, recorded) == longest
+    assert _widest(rows[0], pack(rows[0].lengths, longest), recorded) is None
+    assert _widest(rows[0], None, by_kernel) is None
+    assert _widest(rows[0], None, None) is None

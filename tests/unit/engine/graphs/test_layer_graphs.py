@@ -80,14 +80,20 @@ def test_a_cache_or_a_trained_setting_cannot_be_recorded():
 DOUBLE = CapturableLayer(lambda hidden, settings: hidden * 2, [], lambda of_input, of_parameters: None)
 
 
-def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda, capsys):
+def not_recordable(cuda):
+    """Doubles, and fails while it is being recorded."""
+
     def compute(hidden, settings):
         if cuda.graphs and cuda.graphs[-2].calls == ["begin in a pool"]:
             cuda.graphs[-2].calls.append("failed")
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return hidden * 2
 
-    layer = DOUBLE._replace(compute=compute)
+    return compute
+
+
+def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda, capsys):
+    layer = DOUBLE._replace(compute=not_recordable(cuda))
     made, h = LayerGraphs(), torch.ones(1, 2, 3)
     for _ in range(2 * REPEATS + 2):
         for place in (0, 1):
@@ -102,16 +108,10 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda,
 
 
 def test_a_layer_with_a_plain_part_is_recorded_without_it_where_that_cannot_be(cuda, capsys):
-    def whole(hidden, settings):
-        if cuda.graphs and cuda.graphs[-2].calls == ["begin in a pool"]:
-            cuda.graphs[-2].calls.append("failed")
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return hidden * 2
-
     made, h = LayerGraphs(), torch.ones(1, 2, 3, requires_grad=True)
     for _ in range(2 * REPEATS + 2):
         for place in (0, 1):
-            layer = DOUBLE if made.in_part else DOUBLE._replace(compute=whole, has_plain_part=True)
+            layer = DOUBLE if made.in_part else DOUBLE._replace(compute=not_recordable(cuda), has_plain_part=True)
             made.run(place, layer, h, {})
     assert made.in_part
     assert len(made.captured) == 2
