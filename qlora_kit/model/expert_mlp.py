@@ -239,7 +239,9 @@ class _ExpertMlp(torch.autograd.Function):
 
         # Rows of all choices are gathered again rather than held while other large ones are there.
         dy = grads[0].to(hidden.dtype)
-        to_weighed, of_b2 = _into(groups, dy[routing.tokens], mlp, mlp.second, b2)
+        rows = dy[routing.tokens]
+        to_weighed, of_b2 = _into(groups, rows, mlp, mlp.second), _of_b(groups, rows, mlp.second, b2)
+        del rows
         delta, more = _delta(groups, inner1, mlp.first, b1), _more(groups, of_b2, a2)
         weighed, to_middle, to_shares = mlp.ops.weigh_backward(middle, delta, of_rows, to_weighed, more)
         del middle, delta, to_weighed, more
@@ -254,7 +256,7 @@ class _ExpertMlp(torch.autograd.Function):
         of_b1 = _of_b(groups, to_middle, mlp.first, b1)
         if of_b1 is not None:
             to_a1, to_b1 = _of_factors(groups, to_middle, hidden[routing.tokens], inner1, mlp.first, a1, of_b1)
-        dx, _ = _into(groups, to_middle, mlp, mlp.first, None)
+        dx = _into(groups, to_middle, mlp, mlp.first)
         del to_middle
         to_hidden = mlp.ops.add_up(dx, _more(groups, of_b1, a1), routing.back)
         learned = to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2
@@ -284,12 +286,9 @@ def _delta(groups: Groups, inner: Tensor | None, linear: ExpertLinear, b: Tensor
     return groups.multiply(inner * linear.scaling, b.transpose(1, 2))
 
 
-def _into(
-    groups: Groups, dy: Tensor, mlp: ExpertMlp, linear: ExpertLinear, b: Tensor | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """dy W; and s dy B, which belongs to the gradient of A."""
-    dx = groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)
-    return dx, _of_b(groups, dy, linear, b)
+def _into(groups: Groups, dy: Tensor, mlp: ExpertMlp, linear: ExpertLinear) -> list[Tensor]:
+    """The product dy W."""
+    return groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)
 
 
 def _of_b(groups: Groups, dy: Tensor, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
