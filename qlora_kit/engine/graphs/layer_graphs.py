@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.console.lines import log
-from qlora_kit.core.units import human_bytes
+from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
@@ -105,6 +105,7 @@ class LayerGraphs:
         self._is_off = False
         self._is_stale = False
         self._misfits = 0
+        self._told = 0
         self._statics: dict[Hashable, Tensor] = {}
         self._memory: GraphMemory | None = None
 
@@ -135,6 +136,7 @@ class LayerGraphs:
 
     def _begin(self, shape: Hashable, h: Tensor) -> None:
         self.turn += 1
+        self._tell()
         self._fed.clear()
         self._statics.clear()
         self._misfits += self._is_stale
@@ -146,6 +148,13 @@ class LayerGraphs:
         if due and not self.captured:
             due = self._open(h)
         self._replays, self._is_stale = due, False
+
+    def _tell(self) -> None:
+        """How many layers a pass has recorded, the first time and when they became more or fewer."""
+        count = len(self.captured)
+        if count and count != self._told:
+            log.info(f"{counted(count, 'layer is', 'layers are')} started as CUDA graphs")
+            self._told = count
 
     def _open(self, h: Tensor) -> bool:
         """Prepare to record; False if the recordings could take more memory than there is."""

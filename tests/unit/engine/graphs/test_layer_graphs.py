@@ -132,6 +132,16 @@ def test_layers_that_never_fit_their_recordings_are_left_alone(cuda, capsys):
     assert capsys.readouterr().err.count("called with other settings from step to step") == 1
 
 
+def test_how_many_layers_are_recorded_is_told_once(cuda, capsys):
+    layers, h = LayerGraphs(), torch.ones(1, 2, 3, requires_grad=True)
+    for _ in range(2):  # an evaluation between, after which all are recorded anew
+        for _ in range(REPEATS + 3):
+            for place in (0, 1):
+                layers.run(place, DOUBLE, h, {})
+        layers.release()
+    assert capsys.readouterr().err.count("2 layers are started as CUDA graphs") == 1
+
+
 def test_a_recording_is_fed_an_input_that_is_trained_and_is_no_recordings_result(cuda):
     """As behind an embedding that is trained too."""
     layers = LayerGraphs()
