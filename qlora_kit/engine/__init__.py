@@ -62,11 +62,12 @@ The order to read it in:
       extract.py activations.py                                 found in a layer of transformers, by its family
       trial.py                                                  held against what the layer itself gives
       fast.py                                                   put in the place of the layer's own forward
-      checkpoint_policy.py kept_memory.py host_memory.py        what is kept, how much, and where
+      checkpoint_policy.py kept_memory.py                       what is kept, and how much
       layer_needs.py without_weights.py                         how much, before there are weights
     attention/     packed.py rows.py                            samples in one row, rows padded on the right: no mask
                    carried_state.py                            and in linear attention: states that begin anew
                    without_weights.py                          whether a model can be packed, before there are weights
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs
+                   host_memory.py                              what is kept on the host meanwhile
     head.py        the output head at trained positions alone
 """

@@ -1,6 +1,7 @@
 """The recipe's engine on a model that is about to be trained, and what its memory allows each layer to keep."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.engine.graphs.layer_graphs import Beside
 from qlora_kit.engine.layer.checkpoint_policy import (
     CheckpointPolicy,
     LayerExtras,
@@ -50,9 +52,11 @@ def enable_engine(
         log.info(line)
     if not engine.layers:
         return engine
-    memory = step_memory_of(model, tokens, engine, found)
+    memory = replace(step_memory_of(model, tokens, engine, found), recorded=config.cuda_graphs)
     policies = _policies(memory, config.recompute)
     engine.set_policies(policies)
+    if engine.graphs is not None:
+        engine.graphs.beside = Beside(memory.head, memory.layer)
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
         back = "engine.cached_weights=none gives it back"
         log.info(f"engine: weights are kept dequantized too, {human_bytes(copies)} ({back})")
@@ -65,7 +69,7 @@ def enable_engine(
 
 def layer_policies(model: PeftModel, config: EngineConfig, tokens: int) -> list[int]:
     """What each decoder layer computes again: see `engine/layer/checkpoint_policy.py`."""
-    return _policies(step_memory_of(model, tokens), config.recompute)
+    return _policies(replace(step_memory_of(model, tokens), recorded=config.cuda_graphs), config.recompute)
 
 
 def step_memory_of(

@@ -123,7 +123,8 @@ def forecast(recipe: TrainRecipe, base: KnownBase, tokens: int, free_bytes: floa
         if family is not None or not base.kind:
             extras = as_found(extras_of_recipe(base.shape, recipe.lora, family), base.needs, tokens)
             trained_bytes = (plain.gradients + plain.optimizer) / max(1, plain.trainable)
-            step = StepMemory(base.shape, tokens, extras, plain.trainable, trained_bytes)
+            records = recipe.engine.cuda_graphs
+            step = StepMemory(base.shape, tokens, extras, plain.trainable, trained_bytes, records)
             memory, policies = fast_estimate(plain, recipe.engine, recipe.lora, step, free_bytes)
             return Forecast(memory, tokens, again(policies))
     recomputed = recipe.trainer.gradient_checkpointing

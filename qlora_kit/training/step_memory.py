@@ -71,6 +71,7 @@ class StepMemory:
         tokens: of one forward pass on one device, padding included.
         trained: weights.
         trained_bytes: of each, for its gradient and the optimizer's state.
+        recorded: whether layers are to be launched as CUDA graphs.
     """
 
     shape: ModelShape
@@ -78,6 +79,7 @@ class StepMemory:
     extras: LayerExtras
     trained: int
     trained_bytes: float = TRAINED_BYTES
+    recorded: bool = False
 
     @property
     def head(self) -> float:
@@ -87,7 +89,15 @@ class StepMemory:
     def budget(self, free_bytes: float, *, in_pieces: bool = False) -> float:
         """Bytes that layers may keep, from what is free once model and adapter are loaded."""
         workspace = Workspace(logits=self.head, trained=self.trained_bytes * self.trained)
-        return auto_budget(self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, extras=self.extras)
+        recorded = self.recorded and not in_pieces
+        return auto_budget(
+            self.shape, free_bytes, self.tokens, workspace, in_pieces=in_pieces, recorded=recorded, extras=self.extras
+        )
+
+    @property
+    def layer(self) -> float:
+        """Bytes that a layer takes at work whose values are made again."""
+        return self.backward([CheckpointPolicy.recompute_layer])
 
     def backward(self, policies: Sequence[int]) -> float:
         """Bytes of the layers' backward pass, with what they keep."""

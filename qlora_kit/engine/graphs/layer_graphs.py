@@ -18,11 +18,11 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import counted, human_bytes
-from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
+from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, Passage, SetGradTargets
+from qlora_kit.engine.ops.limits import RECORDED_SPARE
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
-SPARE = 1.1  # memory that has to be free, for what a step was seen to take: pools do not share their gaps
 
 
 class LayerForward(Protocol):
@@ -38,12 +38,27 @@ class CapturableLayer(NamedTuple):
         parameters: that it trains.
         set_grad_targets: tells `compute` where to write gradients.
         has_plain_part: whether it holds what the engine does not know, which may not let itself be recorded.
+        from_host: where its input lies on the host between its passes: the layer without that, which makes everything
+            again from its input. The recording brings the input there and back.
     """
 
     compute: LayerForward
     parameters: Sequence[Tensor]
     set_grad_targets: SetGradTargets
     has_plain_part: bool = False
+    from_host: LayerForward | None = None
+
+
+class Beside(NamedTuple):
+    """Bytes that a step takes beside recordings, which share their memory with nothing else.
+
+    Attributes:
+        head: of the output head.
+        layer: of a layer that is started kernel by kernel, in full or in part.
+    """
+
+    head: float = 0.0
+    layer: float = 0.0
 
 
 class CaptureSchedule:
@@ -92,11 +107,15 @@ class LayerGraphs:
     Attributes:
         turn: counts forward passes.
         in_part: whether layers with a plain part are recorded without it from now on.
+        records_all: whether no layer of the model is started kernel by kernel.
+        beside: what the rest of a step takes.
     """
 
     def __init__(self) -> None:
         self.turn = 0
         self.in_part = False
+        self.records_all = True
+        self.beside = Beside()
         self.captured: dict[int, CapturedLayer] = {}
         self.gradient: Tensor | None = None
         self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
@@ -107,6 +126,7 @@ class LayerGraphs:
         self._misfits = 0
         self._told = 0
         self._statics: dict[Hashable, Tensor] = {}
+        self._passage: Passage | None = None
         self._memory: GraphMemory | None = None
 
     def run(self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -161,8 +181,10 @@ class LayerGraphs:
         torch.cuda.empty_cache()
         needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
-        if free < SPARE * needed:
-            self._fall_back(f"a step takes {human_bytes(needed)}, and {human_bytes(free)} are free")
+        beside = self.beside.head if self.records_all and not self.in_part else max(self.beside)
+        if free < RECORDED_SPARE * needed + beside:
+            taken = f"a step takes {human_bytes(needed)}, what is not recorded {human_bytes(beside)}"
+            self._fall_back(f"{taken}, and {human_bytes(free)} are free")
             return False
         self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.gradient = torch.empty_like(h)
@@ -176,7 +198,7 @@ class LayerGraphs:
         if self._memory is None:
             return
         torch.cuda.synchronize()
-        self.captured, self.gradient, self._memory, self._replays = {}, None, None, False
+        self.captured, self.gradient, self._passage, self._memory, self._replays = {}, None, None, None, False
         self._fed.clear()
         self._statics.clear()
         torch.cuda.empty_cache()
@@ -188,12 +210,17 @@ class LayerGraphs:
         chained = before is not None and before.output.data_ptr() == h.data_ptr()
         fixed = {name: self._static(value) for name, value in _leaves(settings) if isinstance(value, Tensor)}
         try:
-            start = before.output if before is not None and chained else torch.empty_like(h)
+            if layer.from_host is None:
+                compute, passage = layer.compute, None
+                start = before.output if before is not None and chained else torch.empty_like(h)
+            else:
+                compute, passage = layer.from_host, self._passage_for(h)
+                start = passage.start
             assert self.gradient is not None and self._memory is not None
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient)
-            captured.capture(partial(layer.compute, settings=given), self._memory, layer.set_grad_targets)
+            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient, passage)
+            captured.capture(partial(compute, settings=given), self._memory, layer.set_grad_targets)
             self.captured[place] = captured
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -202,6 +229,13 @@ class LayerGraphs:
                 return
             log.info(f"layers are recorded as CUDA graphs without the part that runs plain: {why}")
             self.in_part = self._is_stale = True
+
+    def _passage_for(self, h: Tensor) -> Passage:
+        """Of all layers whose inputs lie on the host."""
+        if self._passage is None or self._passage.start.shape != h.shape or self._passage.start.dtype != h.dtype:
+            dense = torch.contiguous_format  # as copies on the host are
+            self._passage = Passage(*(torch.empty_like(h, memory_format=dense) for _ in Passage._fields))
+        return self._passage
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""
@@ -232,8 +266,7 @@ class Replay(Function):
     def forward(ctx: Any, _h: Tensor, known: CapturedLayer, owner: LayerGraphs, *_: Tensor) -> Tensor:
         """The hidden states after the layer, in memory that the next forward pass writes over."""
         ctx.known, ctx.owner, ctx.turn = known, owner, owner.turn
-        known.forward_graph.replay()
-        return known.output.detach()
+        return known.forward()
 
     @staticmethod
     @once_differentiable
@@ -247,8 +280,7 @@ class Replay(Function):
             )
         if grad.data_ptr() != owner.gradient.data_ptr():
             owner.gradient.copy_(grad)
-        known.keep_gradients()
-        known.backward_graph.replay()
+        known.backward()
         return owner.gradient if known.needs_input else None, None, None, *known.hand_over()
 
 

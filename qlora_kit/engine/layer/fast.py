@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.core.units import counted
+from qlora_kit.engine.graphs.host_memory import SavedOnHost
 from qlora_kit.engine.graphs.layer_graphs import CapturableLayer, LayerGraphs
 from qlora_kit.engine.layer.attention_part import inputs_of
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.experts import speed_up_experts
 from qlora_kit.engine.layer.extract import extract_parts
-from qlora_kit.engine.layer.host_memory import SavedOnHost
 from qlora_kit.engine.layer.layer_parts import LayerParts
 from qlora_kit.engine.layer.trial import largest_difference
 from qlora_kit.engine.linear.fp8 import weight_for
@@ -87,11 +87,14 @@ class FastLayer:
         whole = parts.is_by_hand or (parts.records_whole and graphs is not None and not graphs.in_part)
         if graphs is None or self._has_dropout() or not (whole or parts.records_attention):
             return self._fast(hidden_states, settings)
+        on_host = self.policy >= CheckpointPolicy.offload_input
         if whole:
             layer = CapturableLayer(self._fast, parts.trained, parts.set_grad_targets, not parts.is_by_hand)
+            layer = layer._replace(from_host=partial(self._fast, stays=True) if on_host else None)
             return graphs.run(self.place, layer, hidden_states, settings)
         trained = [part for linear in parts.linears for part in (linear.a, linear.b) if part is not None]
         layer = CapturableLayer(self._attention, trained, parts.set_grad_targets)
+        layer = layer._replace(from_host=partial(self._attention, stays=True) if on_host else None)
         between = graphs.run(self.place, layer, hidden_states, settings)
         return self._checkpointed(partial(parts.forward_mlp, policy=self.policy), between, {})
 
@@ -107,14 +110,14 @@ class FastLayer:
             return None
         return self.parts.forward(hidden_states.to(self.dtype), settings, CheckpointPolicy.keep_all)
 
-    def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings)
+    def _fast(self, hidden_states: Tensor, settings: Mapping[str, Any], *, stays: bool = False) -> Tensor:
+        found: Tensor = self._checkpointed(self._by_hand, hidden_states.to(self.dtype), settings, stays=stays)
         return found
 
-    def _attention(self, hidden_states: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    def _attention(self, hidden_states: Tensor, settings: Mapping[str, Any], *, stays: bool = False) -> Tensor:
         assert self.parts is not None
         run = partial(self.parts.forward_attention, settings=settings)
-        found: Tensor = self._checkpointed(run, hidden_states.to(self.dtype), {})
+        found: Tensor = self._checkpointed(run, hidden_states.to(self.dtype), {}, stays=stays)
         return found
 
     def _is_as_read(self, parts: LayerParts, settings: Mapping[str, Any]) -> bool:
@@ -123,12 +126,18 @@ class FastLayer:
         unknown = (name for name in self._others if settings.get(name) is not None and name not in known)
         return all(linear.is_as_made() for linear in parts.linears) and not any(unknown)
 
-    def _checkpointed(self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any]) -> Any:
-        """The layer's result, of which less is kept than its backward needs, if its policy says so."""
+    def _checkpointed(
+        self, run: Callable[..., Any], hidden_states: Tensor, settings: Mapping[str, Any], *, stays: bool = False
+    ) -> Any:
+        """The layer's result, of which less is kept than its backward needs, if its policy says so.
+
+        Args:
+            stays: nothing is brought to the host here.
+        """
         keeps_all = self.policy == CheckpointPolicy.keep_all
         if keeps_all or (self.parts is not None and self.policy < CheckpointPolicy.recompute_layer):
             return run(hidden_states, **settings)
-        to_host = self.policy >= CheckpointPolicy.offload_input
+        to_host = self.policy >= CheckpointPolicy.offload_input and not stays
         # What checkpoint keeps is its tensor argument: the rest, such as rope's angles, is shared by all layers.
         with SavedOnHost() if to_host else nullcontext():
             return checkpoint(
@@ -244,13 +253,14 @@ class FastEngine:
         self.layers, self._groups = [], []
 
     def _tell_places(self) -> None:
-        """Number the layers that are recorded: those that keep nothing on the host."""
+        """Number the layers that are recorded: all but those that run plain, or whose MLP takes pieces."""
         place = 0
         for layer in self.layers:
-            stays = layer.policy < CheckpointPolicy.offload_input
-            records = stays and layer.parts is not None and layer.parts.records
+            records = layer.policy < CheckpointPolicy.chunked_mlp and layer.parts is not None and layer.parts.records
             layer.graphs, layer.place = self.graphs if records else None, place
             place += records
+        if self.graphs is not None:
+            self.graphs.records_all = place == len(self.layers)
 
     def _release(self) -> None:
         if self.graphs is not None:

@@ -7,6 +7,7 @@ from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
     MOST_MISFITS,
     REPEATS,
+    Beside,
     CapturableLayer,
     CaptureSchedule,
     LayerGraphs,
@@ -149,6 +150,70 @@ def test_a_recording_is_fed_an_input_that_is_trained_and_is_no_recordings_result
         h = torch.full((1, 2, 3), float(turn), requires_grad=True)
         layers.run(0, DOUBLE, h, {})
     assert torch.equal(layers.captured[0].start, h)
+
+
+def replays(known, weight):
+    """Have the recording of a layer that multiplies do what a GPU would when it is started."""
+
+    def forward():
+        known.output.copy_(known.start.detach() * weight)
+
+    def backward():  # as if made again from the input, which is what a recording reads
+        of_weight = (known.gradient * known.start.detach()).sum()
+        known.gradient.mul_(weight.detach())
+        known.gradients[0].copy_(of_weight)
+
+    known.forward_graph.replay, known.backward_graph.replay = forward, backward
+
+
+def test_inputs_on_the_host_come_back_although_all_layers_read_in_one_place(cuda):
+    weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0, 8.0)]
+
+    def layer(place):
+        def compute(hidden, settings):
+            return hidden * weights[place]
+
+        from_host = compute if place < 2 else None
+        return CapturableLayer(compute, [weights[place]], lambda of_input, of_parameters: None, from_host=from_host)
+
+    graphs = LayerGraphs()
+
+    def run(h):
+        seen = [h]
+        for place in range(3):
+            seen.append(graphs.run(place, layer(place), seen[-1], {}))
+        return seen
+
+    for _ in range(REPEATS + 1):
+        run(torch.ones(1, 2, 3, requires_grad=True))
+    first, second, third = (graphs.captured[place] for place in range(3))
+    assert first.start.data_ptr() == second.start.data_ptr() != third.start.data_ptr()
+    assert first.output is second.output
+    for known, weight in zip((first, second, third), weights, strict=True):
+        replays(known, weight)
+    h = torch.randn(1, 2, 3, requires_grad=True)
+    seen = run(h)
+    kept = [hidden.detach().clone() for hidden in seen]
+    for hidden, factor in zip(seen, (1, 2, 8, 64), strict=True):
+        assert torch.equal(hidden, h * factor)  # none has been written over
+    (to_h,) = torch.autograd.grad(seen[-1].sum(), h)
+    assert torch.equal(to_h, torch.full_like(h, 64.0))
+    for known, expected in zip(
+        (first, second, third), (32 * kept[0].sum(), 8 * kept[1].sum(), kept[2].sum()), strict=True
+    ):
+        torch.testing.assert_close(known.gradients[0], expected.detach())
+
+
+@pytest.mark.parametrize(("records_all", "taken"), [(True, "head"), (False, "layer")])
+def test_what_is_not_recorded_needs_memory_of_its_own(cuda, capsys, records_all, taken):
+    free, h = torch.cuda.mem_get_info()[0], torch.ones(1, 2, 3, requires_grad=True)
+    for more, count in ((0, 1), (1, 0)):
+        layers = LayerGraphs()
+        layers.records_all, layers.beside = records_all, Beside()._replace(**{taken: free + more})
+        for _ in range(REPEATS + 2):
+            layers.run(0, DOUBLE, h, {})
+        assert len(layers.captured) == count
+    assert "what is not recorded 1.0 GB, and 1.0 GB are free" in capsys.readouterr().err
 
 
 def captured(cuda, compute):

@@ -150,6 +150,8 @@ def test_auto_leaves_room_for_a_step():
     left = auto_budget(LLAMA_8B, 70_000_000_000, 8192, Workspace(1e9, 2e9))
     assert left == 66_500_000_000 - 3_000_000_000 - unpacked - made
     assert auto_budget(LLAMA_8B, 1e9, 8192) == 0
+    recorded = auto_budget(LLAMA_8B, 70_000_000_000, 8192, Workspace(1e9, 2e9), recorded=True)
+    assert recorded == pytest.approx((66.5e9 - 3e9 - 0.6e9) / 1.1 - unpacked - made)
 
 
 def test_pieces_of_an_mlp_take_the_memory_of_their_tokens():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora
+from qlora_kit.engine.graphs.host_memory import HostCopy
 from qlora_kit.engine.layer.checkpoint_policy import CheckpointPolicy
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.load import load_base
@@ -15,6 +16,7 @@ from qlora_kit.schema.quant import QuantConfig
 from tests.tiny_models import build_tiny_model
 
 ALL, AGAIN, TO_HOST = CheckpointPolicy.keep_all, CheckpointPolicy.recompute_layer, CheckpointPolicy.offload_input
+PIECES = CheckpointPolicy.chunked_mlp
 
 
 class Recordings:
@@ -23,12 +25,17 @@ class Recordings:
     def __init__(self):
         self.asked = []
         self.in_part = False
+        self.records_all = None
         self.trained = {}
+        self.from_host = []
 
     def run(self, place, layer, h, settings):
         self.asked.append(place)
         self.trained[place] = layer.parameters
-        return layer.compute(h, settings)
+        if layer.from_host is None:
+            return layer.compute(h, settings)
+        self.from_host.append(place)
+        return layer.from_host(h, settings)
 
     def release(self):
         """Nothing is held."""
@@ -52,17 +59,38 @@ def recorded(model, policies, *, in_part=False):
 
 
 @pytest.mark.parametrize(
-    ("policies", "places"),
+    ("policies", "places", "from_host"),
     [
-        ([AGAIN, AGAIN, ALL, ALL], [0, 1, 2, 3]),
-        ([TO_HOST, TO_HOST, AGAIN, AGAIN], [0, 1]),  # a pass begins with the first that is recorded
-        ([TO_HOST] * 4, []),
+        ([AGAIN, AGAIN, ALL, ALL], [0, 1, 2, 3], []),
+        ([TO_HOST, TO_HOST, AGAIN, AGAIN], [0, 1, 2, 3], [0, 1]),
+        ([TO_HOST] * 4, [0, 1, 2, 3], [0, 1, 2, 3]),
+        ([PIECES] * 4, [], []),
+        ([PIECES, AGAIN, AGAIN, AGAIN], [0, 1, 2], []),  # a pass begins with the first that is recorded
     ],
 )
-def test_layers_that_keep_nothing_on_the_host_are_recorded_in_turn(model, policies, places):
+def test_layers_whose_mlp_takes_all_tokens_at_once_are_recorded_in_turn(model, policies, places, from_host):
     engine = recorded(model, policies)
     assert engine.graphs.asked == places
-    assert [layer.graphs is not None for layer in engine.layers] == [policy < TO_HOST for policy in policies]
+    assert engine.graphs.from_host == from_host
+    assert [layer.graphs is not None for layer in engine.layers] == [policy < PIECES for policy in policies]
+    assert engine.graphs.records_all == (PIECES not in policies)
+
+
+@pytest.mark.parametrize("in_part", [False, True])
+def test_what_is_recorded_of_a_layer_brings_nothing_to_the_host_itself(model, in_part, monkeypatch):
+    def gradients(policies):
+        model.zero_grad()
+        recorded(model, policies, in_part=in_part).undo()
+        return [part.grad for part in model.parameters() if part.requires_grad]
+
+    expected = gradients([AGAIN] * 4)
+    stored = []
+    store = HostCopy.store
+    monkeypatch.setattr(HostCopy, "store", lambda self, tensor: (stored.append(tensor), store(self, tensor)))
+    for found, wanted in zip(gradients([TO_HOST] * 4), expected, strict=True):
+        assert torch.equal(found, wanted)
+    is_plain = in_part and hasattr(model.get_base_model().model.layers[0].mlp, "experts")
+    assert bool(stored) == is_plain  # a part that is not recorded does as it did
 
 
 def test_a_recording_trains_all_that_its_layer_trains(model):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qlora_kit.engine.layer import host_memory
-from qlora_kit.engine.layer.host_memory import SavedOnHost
+from qlora_kit.engine.graphs import host_memory
+from qlora_kit.engine.graphs.host_memory import SavedOnHost
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
