@@ -68,6 +68,6 @@ The order to read it in:
                    carried_state.py                            and in linear attention: states that begin anew
                    without_weights.py                          whether a model can be packed, before there are weights
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs
-                   host_memory.py                              what is kept on the host meanwhile
+                   host_memory.py host_passage.py              what is kept on the host meanwhile
     head.py        the output head at trained positions alone
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_kit.engine.graphs.host_memory import HostCopy
+from qlora_kit.engine.graphs.host_passage import HostInput
 
 
 class SetGradTargets(Protocol):
@@ -17,18 +17,6 @@ class SetGradTargets(Protocol):
     def __call__(self, of_input: Tensor | None, of_parameters: Sequence[Tensor]) -> None:
         """In new memory from now on where there is None or nothing."""
         ...
-
-
-class Passage(NamedTuple):
-    """Where layers read and write whose input lies on the host between their passes; all of them the same two places.
-
-    Attributes:
-        start: hidden states, of a layer that runs.
-        output: those after it, until they are copied for the next one.
-    """
-
-    start: Tensor
-    output: Tensor
 
 
 class GraphMemory(NamedTuple):
@@ -79,7 +67,7 @@ class CapturedLayer:
         output: hidden states after the layer.
         parameters: that the layer trains.
         gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
-        on_host: its start between the two passes, where other layers read and write in the same places.
+        host: where its input lies between the two passes, if other layers read and write in the same places.
         adds_up: whether the backward pass adds to `gradients`, which are the parameters' own where these have some that
             stay from step to step; else it writes them.
     """
@@ -91,11 +79,10 @@ class CapturedLayer:
         start: Tensor,
         parameters: Sequence[Tensor],
         gradient: Tensor,
-        passage: Passage | None = None,
+        host: HostInput | None = None,
     ) -> None:
         self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
-        self._passage = passage
-        self.on_host = None if passage is None else HostCopy(start)
+        self.host = host
         self.needs_input = start.requires_grad
         kept = [parameter.grad for parameter in parameters if parameter.grad is not None]
         self.adds_up = len(kept) == len(parameters) > 0 and not _are_several()
@@ -121,8 +108,8 @@ class CapturedLayer:
         with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state():
             with _capture(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
-                self.output = result.detach() if self._passage is None else self._passage.output
-                if self._passage is not None:
+                self.output = result.detach() if self.host is None else self.host.output
+                if self.host is not None:
                     self.output.copy_(result.detach())
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
@@ -135,16 +122,14 @@ class CapturedLayer:
 
     def forward(self) -> Tensor:
         """Start the forward pass; the result is in memory that the next forward pass writes over at the earliest."""
-        if self.on_host is not None:
-            self.on_host.store(self.start)
         self.forward_graph.replay()
         # A copy where the next layer writes over it: what is no recorded layer may still keep it.
-        return self.output.detach() if self.on_host is None else self.output.clone()
+        return self.output.detach() if self.host is None else self.output.clone()
 
     def backward(self) -> None:
         """Start the backward pass, from `gradient` to `gradient` and to those of the parameters."""
-        if self.on_host is not None:
-            self.on_host.fetch(self.start)
+        if self.host is not None:
+            self.host.bring_back()
         self.keep_gradients()
         self.backward_graph.replay()
 

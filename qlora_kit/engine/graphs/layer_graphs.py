@@ -18,7 +18,8 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import counted, human_bytes
-from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, Passage, SetGradTargets
+from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
+from qlora_kit.engine.graphs.host_passage import HostInput, HostPassage
 from qlora_kit.engine.ops.limits import RECORDED_SPARE
 
 REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
@@ -126,7 +127,7 @@ class LayerGraphs:
         self._misfits = 0
         self._told = 0
         self._statics: dict[Hashable, Tensor] = {}
-        self._passage: Passage | None = None
+        self._passage: HostPassage | None = None
         self._memory: GraphMemory | None = None
 
     def run(self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -211,15 +212,15 @@ class LayerGraphs:
         fixed = {name: self._static(value) for name, value in _leaves(settings) if isinstance(value, Tensor)}
         try:
             if layer.from_host is None:
-                compute, passage = layer.compute, None
+                compute, host = layer.compute, None
                 start = before.output if before is not None and chained else torch.empty_like(h)
             else:
-                compute, passage = layer.from_host, self._passage_for(h)
-                start = passage.start
+                compute, host = layer.from_host, self._host_input(h)
+                start = host.start
             assert self.gradient is not None and self._memory is not None
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient, passage)
+            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient, host)
             captured.capture(partial(compute, settings=given), self._memory, layer.set_grad_targets)
             self.captured[place] = captured
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
@@ -230,12 +231,11 @@ class LayerGraphs:
             log.info(f"layers are recorded as CUDA graphs without the part that runs plain: {why}")
             self.in_part = self._is_stale = True
 
-    def _passage_for(self, h: Tensor) -> Passage:
-        """Of all layers whose inputs lie on the host."""
-        if self._passage is None or self._passage.start.shape != h.shape or self._passage.start.dtype != h.dtype:
-            dense = torch.contiguous_format  # as copies on the host are
-            self._passage = Passage(*(torch.empty_like(h, memory_format=dense) for _ in Passage._fields))
-        return self._passage
+    def _host_input(self, h: Tensor) -> HostInput:
+        """Of the next layer whose input lies on the host."""
+        if self._passage is None or not self._passage.fits(h):
+            self._passage = HostPassage(h)
+        return self._passage.add()
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""
@@ -254,7 +254,9 @@ class LayerGraphs:
             if id(static) not in self._fed:
                 static.copy_(given[name])
                 self._fed[id(static)] = given[name].data_ptr()
-        if h.data_ptr() != known.start.data_ptr():
+        if known.host is not None:
+            known.host.take(h.detach())
+        elif h.data_ptr() != known.start.data_ptr():
             known.start.detach().copy_(h.detach())
         return True
 

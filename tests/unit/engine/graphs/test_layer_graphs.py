@@ -167,41 +167,41 @@ def replays(known, weight):
 
 
 def test_inputs_on_the_host_come_back_although_all_layers_read_in_one_place(cuda):
-    weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0, 8.0)]
+    weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0, 8.0, 16.0, 32.0)]
 
     def layer(place):
         def compute(hidden, settings):
             return hidden * weights[place]
 
-        from_host = compute if place < 2 else None
+        from_host = compute if place < 4 else None
         return CapturableLayer(compute, [weights[place]], lambda of_input, of_parameters: None, from_host=from_host)
 
     graphs = LayerGraphs()
 
     def run(h):
         seen = [h]
-        for place in range(3):
+        for place in range(5):
             seen.append(graphs.run(place, layer(place), seen[-1], {}))
         return seen
 
     for _ in range(REPEATS + 1):
         run(torch.ones(1, 2, 3, requires_grad=True))
-    first, second, third = (graphs.captured[place] for place in range(3))
-    assert first.start.data_ptr() == second.start.data_ptr() != third.start.data_ptr()
-    assert first.output is second.output
-    for known, weight in zip((first, second, third), weights, strict=True):
+    layers = [graphs.captured[place] for place in range(5)]
+    starts = [known.start.data_ptr() for known in layers]
+    assert starts[0] == starts[2] != starts[1] == starts[3] and starts[4] not in starts[:4]
+    assert len({known.output.data_ptr() for known in layers[:4]}) == 1
+    for known, weight in zip(layers, weights, strict=True):
         replays(known, weight)
-    h = torch.randn(1, 2, 3, requires_grad=True)
-    seen = run(h)
-    kept = [hidden.detach().clone() for hidden in seen]
-    for hidden, factor in zip(seen, (1, 2, 8, 64), strict=True):
-        assert torch.equal(hidden, h * factor)  # none has been written over
-    (to_h,) = torch.autograd.grad(seen[-1].sum(), h)
-    assert torch.equal(to_h, torch.full_like(h, 64.0))
-    for known, expected in zip(
-        (first, second, third), (32 * kept[0].sum(), 8 * kept[1].sum(), kept[2].sum()), strict=True
-    ):
-        torch.testing.assert_close(known.gradients[0], expected.detach())
+    for _ in range(2):
+        h = torch.randn(1, 2, 3, requires_grad=True)
+        seen = run(h)
+        kept = [hidden.detach().clone() for hidden in seen]
+        for hidden, factor in zip(seen, (1, 2, 8, 64, 1024, 32768), strict=True):
+            assert torch.equal(hidden, h * factor)  # none has been written over
+        (to_h,) = torch.autograd.grad(seen[-1].sum(), h)
+        assert torch.equal(to_h, torch.full_like(h, 32768.0))
+        for known, start, after in zip(layers, kept, (16384, 4096, 512, 32, 1), strict=False):
+            torch.testing.assert_close(known.gradients[0], after * start.sum())
 
 
 @pytest.mark.parametrize(("records_all", "taken"), [(True, "head"), (False, "layer")])
