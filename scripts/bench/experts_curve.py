@@ -173,11 +173,12 @@ def _loss(model: Any, batches: list[dict[str, Any]], optimizer: Any = None, trai
 
 def _keep(results: Path, curves: dict[str, Any]) -> None:
     import torch
+    from prepare import device_name, folder_of
 
     from qlora_kit.core.environment import capture_environment
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu_x{os.cpu_count()}"
-    place = results / device.lower().replace(" ", "_") / f"experts_curve-{time.strftime('%Y-%m-%d')}.json"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else device_name()
+    place = results / folder_of(device) / f"experts_curve-{time.strftime('%Y-%m-%d')}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     record = {"environment": capture_environment(), "curves": curves}
     place.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -120,7 +120,7 @@ def main() -> int:
 
 def store(rows: dict[str, Any], results: Path) -> None:
     """Write the record of a whole run."""
-    from prepare import device_name
+    from prepare import device_name, folder_of
 
     device = device_name()
     commit = subprocess.run(
@@ -136,11 +136,6 @@ def store(rows: dict[str, Any], results: Path) -> None:
     place = results / folder_of(device) / f"families-{date.today()}.json"
     write(place, found)
     print(f"written to {place}")
-
-
-def folder_of(device: str) -> str:
-    """A processor as a folder's name."""
-    return "_".join(word for word in device.lower().replace("(r)", "").replace("(tm)", "").split() if word.isalnum())
 
 
 if __name__ == "__main__":

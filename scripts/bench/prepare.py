@@ -164,6 +164,11 @@ def device_name() -> str:
     return f"{model} x{len(os.sched_getaffinity(0))}"
 
 
+def folder_of(device: str) -> str:
+    """A processor as a folder's name."""
+    return "_".join(word for word in device.lower().replace("(r)", "").replace("(tm)", "").split() if word.isalnum())
+
+
 def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
