@@ -109,24 +109,28 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
     """
     running = _as_run_here(recipe)
     longest = _longest(running, base) if data is None else data.summary.train.max_tokens
-    found = forecast(running, base, _at_once(recipe, longest, data), _free_bytes())
+    at_once = _at_once(recipe, longest, data)
+    found = forecast(recipe, base, at_once, _free_bytes())
+    beside = 0.0 if has_nvidia_gpu() else forecast(running, base, at_once).memory.total - found.memory.total
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
     table.columns[1].justify = "right"
     for part, amount, how in _memory_rows(recipe, found):
         table.add_row(part, human_bytes(amount), how)
     table.add_section()
-    table.add_row("total", human_bytes(found.memory.total), _on_top(), style="bold")
-    table.add_row(*_room(found.memory.total))
+    table.add_row("total", human_bytes(found.memory.total), _on_top(beside), style="bold")
+    table.add_row(*_room(found.memory.total + beside))
     table.add_section()
     for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
         table.add_row(part, text, how)
     return table
 
 
-def _on_top() -> str:
+def _on_top(beside: float) -> str:
+    """What comes to the total; beside: bytes of the optimizer that a CPU has instead."""
     if has_nvidia_gpu():
         return "on one device; CUDA's context comes on top"
-    return f"on one GPU, beside CUDA's context; on a CPU the process takes {human_bytes(PROCESS_BYTES)} more"
+    what = "process and optimizer take" if beside else "the process takes"
+    return f"on one GPU, beside CUDA's context; on a CPU {what} {human_bytes(PROCESS_BYTES + beside)} more"
 
 
 def _room(needed: float) -> tuple[str, str, str]:
@@ -171,7 +175,17 @@ def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
         return recipe.data.max_tokens
     config = _base_folder(recipe) / "config.json"
     most = context_of(read_json(config)) if config.is_file() else MOST_TOKENS
-    return longest_that_fits(needed_bytes(recipe, base), free_memory_bytes(), most)
+    free = free_memory_bytes()
+    return longest_that_fits(needed_bytes(recipe, base), free, most) or _refuse_any_row(free)
+
+
+def _refuse_any_row(free: float) -> int:
+    """There is no plan for rows of no tokens."""
+    raise RecipeError(
+        f"by the estimate not even a short row fits into the {human_bytes(free)} that are free here",
+        "data.max_tokens=auto",
+        "data.max_tokens=2048",
+    )
 
 
 def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float, str]]:

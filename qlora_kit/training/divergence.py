@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 
 TIMES_WORSE, NATS_WORSE = 1.25, 0.1  # above the first loss, both: batches differ by less
+TIMES_OF_FEW = 2.0  # where too few losses are known to tell by how much batches differ
 LAST_SHARE = 10  # the loss at the end is the mean of the last tenth of the entries
 FEWEST = 3
 SPREADS = 2  # of the losses at the end, so that rows of mixed difficulty are no divergence
@@ -12,7 +13,8 @@ SPREADS = 2  # of the losses at the end, so that rows of mixed difficulty are no
 def far_worse(first: float, last: Sequence[float], value: float) -> bool:
     """Whether a loss is far above the first one, and not by the chance of a batch."""
     spread = pstdev(last) if len(last) > 1 else 0.0
-    return value > TIMES_WORSE * first + NATS_WORSE and value > first + SPREADS * spread
+    times = TIMES_WORSE if len(last) >= FEWEST else TIMES_OF_FEW
+    return value > times * first + NATS_WORSE and value > first + SPREADS * spread
 
 
 def diverged(losses: Sequence[float], held_out: float | None = None) -> list[str]:

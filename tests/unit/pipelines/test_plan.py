@@ -12,6 +12,7 @@ from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
 from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
+from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.training.forecast import KnownBase, forecast
@@ -60,7 +61,7 @@ def test_parts_total_and_steps(rows, monkeypatch):
     ("has_gpu", "more"),
     [
         (True, "on one device; CUDA's context comes on top"),
-        (False, "on one GPU, beside CUDA's context; on a CPU the process takes 800.0 MB more"),
+        (False, "on one GPU, beside CUDA's context; on a CPU process and optimizer take 1.1 GB more"),
     ],
     ids=["gpu", "cpu"],
 )
@@ -68,6 +69,31 @@ def test_what_the_total_leaves_out_is_said(rows, monkeypatch, has_gpu, more):
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e12)
     assert printed(recipe(rows))["total"].endswith(f" | {more}")
+
+
+def test_a_plan_is_one_for_a_gpu_wherever_it_is_made(rows, monkeypatch):
+    totals = []
+    for has_gpu in (True, False):
+        monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)  # noqa: B023  # called in this round
+        monkeypatch.setattr(module, "_free_bytes", lambda: None)
+        monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e12)
+        totals.append(printed(recipe(rows))["total"].split(" | ")[0])
+    assert totals[0] == totals[1]
+
+
+def test_without_an_optimizer_of_its_own_a_cpu_needs_the_process_more(rows, monkeypatch):
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
+    planned = recipe(rows)
+    planned.optim.name = OptimizerName.adamw
+    assert printed(planned)["total"].endswith("on a CPU the process takes 800.0 MB more")
+
+
+def test_rows_of_no_tokens_are_not_planned(monkeypatch):
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e9)
+    planned = recipe(None)
+    planned.data.max_tokens = "auto"
+    with pytest.raises(RecipeError, match=r"not even a short row fits into the 1\.0 GB that are free here"):
+        printed(planned)
 
 
 def test_counts_of_one_are_told_as_one(tmp_path):
@@ -175,9 +201,9 @@ def test_layers_that_the_engine_does_not_know_are_planned_plain():
     assert "recomputed in the backward pass" in printed(planned)["activations"]
 
 
-def test_the_optimizer_s_bytes_are_those_of_the_one_that_runs_here(monkeypatch):
+def test_the_optimizer_s_bytes_are_those_on_a_gpu(monkeypatch):
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
-    assert printed(recipe(None))["optimizer"].startswith("335.5 MB")  # 41.9 M weights of 8 bytes
+    assert printed(recipe(None))["optimizer"].startswith("83.9 MB")  # 41.9 M weights of 2 bytes
 
 
 def test_rows_that_are_not_there_are_refused_and_none_at_all_are_not(tmp_path):

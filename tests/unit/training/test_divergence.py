@@ -28,6 +28,7 @@ def test_a_loss_far_above_the_first_is_told(losses):
         [2.3, 2.0, 1.5],
         [2.3, 31.0, 2.2, 2.1, 2.0],  # came back
         [2.3, 2.4, 2.7, 2.6],
+        [5.02, 6.47],  # two batches of two rows each
         [0.8, 1.4, 0.7, 1.6, 0.6, 1.5],  # an easy first batch
     ],
 )
