@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,10 +130,29 @@ def meant_families(word: str) -> list[FamilySupport]:
         raise RecipeError(what, fix=shell_line(line))
     if found := _named(word):
         return found
-    known = sorted({name for row in supported() for name in (row.name, row.model_type, row.architecture)})
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    near = _near(word)
     what = f"there is no family '{word}'" + (f"; did you mean {', '.join(near)}?" if near else "")
     raise RecipeError(what, fix=shell_line(["qlora-kit", "recipes", "families", *near[:1]]))
+
+
+def _near(word: str) -> list[str]:
+    """Families that a word may mean, the likeliest first.
+
+    The name of a model begins with its family's, then come numbers (gemma-3-4b-it). That of a mixture says how many of
+    its weights are active (30B-A3B).
+    """
+    names = sorted({row.name for row in supported()}, key=lambda name: (-len(_bare(name)), name))
+    model = _bare(word.rsplit("/", 1)[-1])
+    begins = [name for name in names if re.match(rf"{_bare(name)}\d", model)]
+    if re.search(r"[-_]a\d+(\.\d+)?b(?![a-z])", word.lower()):
+        begins = [more for name in begins if (more := f"{name}_moe") in names] + begins
+    others = sorted({one for row in supported() for one in (row.name, row.model_type, row.architecture)})
+    return (begins or difflib.get_close_matches(word, others, n=3, cutoff=0.5))[:3]
+
+
+def _bare(name: str) -> str:
+    """A family's or a model's name in letters and digits; one with a tower beside its language model has that one's."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("vl_"))
 
 
 def _named(word: str) -> list[FamilySupport]:

@@ -47,10 +47,17 @@ def several_values(root: type[Sealed], word: Word) -> Problem:
     if key in GROUPS_OF_SEVERAL or walk.is_list(walk.type_at(root, key)):
         what, fixed = f"several values of {key} stand in brackets", f"{key}=[{','.join(values)}]"
     else:
-        what, fixed = f"{key} is given several values, and takes one", f"{key}={values[0]}" if values else ""
+        first = ".".join(values) if _is_decimal_comma(root, key, values) else values[0] if values else ""
+        what, fixed = f"{key} is given several values, and takes one", f"{key}={first}" if values else ""
     if root is RECIPE_OF_VERB["train"]:
         what += "; to try each of them in a sweep, add -m to qlora-kit train"
     return Problem(what, word.where, shell_line([fixed]) if values else "")
+
+
+def _is_decimal_comma(root: type[Sealed], key: str, values: list[str]) -> bool:
+    """Whether `0,0001` is rather one number, as much of Europe writes it."""
+    is_number = walk.type_at(root, key) is float
+    return is_number and len(values) == 2 and all(value.isdigit() for value in values)  # before and after it
 
 
 def set_in_mapping(tree: DictConfig, root: type[Sealed], word: Word) -> Problem | None:

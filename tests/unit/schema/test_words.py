@@ -182,6 +182,16 @@ SWEEP = "; to try each of them in a sweep, add -m to qlora-kit train"
     ("word", "what", "fix"),
     [
         ("lora.r=4,8", f"lora.r is given several values, and takes one{SWEEP}", "lora.r=4"),
+        (
+            "optim.learning_rate=0,0001",
+            f"optim.learning_rate is given several values, and takes one{SWEEP}",
+            "optim.learning_rate=0.0001",
+        ),
+        (
+            "optim.learning_rate=1e-4,2e-4",
+            f"optim.learning_rate is given several values, and takes one{SWEEP}",
+            "optim.learning_rate=0.0001",
+        ),
         ("lora.r=range(4,8)", f"lora.r is given several values, and takes one{SWEEP}", "lora.r=4"),
         (
             "lora.targets=q_proj,v_proj",

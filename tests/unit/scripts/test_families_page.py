@@ -139,7 +139,13 @@ def test_a_family_is_found_by_any_of_its_names_and_by_a_folder(
 
 
 @pytest.mark.parametrize(
-    ("word", "fix"), [("qwen3_mo", "qlora-kit recipes families qwen3_moe"), ("zzz", "qlora-kit recipes families")]
+    ("word", "fix"),
+    [
+        ("qwen3_mo", "qlora-kit recipes families qwen3_moe"),
+        ("gemma3_4b", "qlora-kit recipes families gemma3"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qlora-kit recipes families qwen3_moe"),
+        ("zzz", "qlora-kit recipes families"),
+    ],
 )
 def test_a_name_of_none_is_answered_with_the_nearest(word: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match=f"there is no family '{word}'") as found:
