@@ -76,15 +76,18 @@ def _show(verb: str, overrides: list[str], *, shows: bool) -> int:
     if shows:
         show(composed_yaml(verb, overrides).rstrip())
     else:
+        unchecked = ""
         if verb == "train":
             composed = compose_recipe("train", overrides)
             if (recipe := check_train(composed)).exports:
                 from qlora_kit.formats.wished import refuse_wishes
 
-                refuse_wishes(recipe, composed.origins[EXPORTS])
+                unchecked = refuse_wishes(recipe, composed.origins[EXPORTS])
         else:
             compose_recipe(verb, overrides)
         show("valid")
+        if unchecked:
+            show(unchecked)
     return EXIT_OK
 
 

@@ -24,7 +24,7 @@ from qlora_kit.model.skeleton import skeleton
 from qlora_kit.model.source import DEMO
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.structure import not_adapted
-from qlora_kit.schema.check_wished import EXPORTS, line_of_exports, wrong_exports
+from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, line_of_exports, wrong_exports
 from qlora_kit.schema.compose import compose_recipe, compose_unchecked
 from qlora_kit.schema.export import ExportConfig
 from qlora_kit.schema.folders import groups, recipe_file
@@ -131,17 +131,22 @@ def outlook(recipe: TrainRecipe, folder: Path, where: str = EXPORTS) -> Outlook:
     return Outlook(tuple(f"{name}: {found}" for name, found in left.items()))
 
 
-def refuse_wishes(recipe: TrainRecipe, where: str = EXPORTS) -> None:
+def refuse_wishes(recipe: TrainRecipe, where: str = EXPORTS) -> str:
     """The same as far as the base is at hand; nothing is fetched.
+
+    Returns:
+        What was not checked; "" where all was.
 
     Raises:
         RecipeError: a wish is no export, or one that the base cannot become.
     """
     if not recipe.exports:
-        return
+        return ""
     folder = demo_place() if recipe.model.source == DEMO else typed_path(recipe.model.source)
-    if (folder / CONFIG).is_file():
-        outlook(recipe, folder, where)
+    if not (folder / CONFIG).is_file():
+        return UNCHECKED
+    outlook(recipe, folder, where)
+    return ""
 
 
 def settings_to_come(folder: Path, lora: LoraConfig) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from qlora_kit.model.demo import demo_place
 from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
 from qlora_kit.schema.check_data import missing_files
-from qlora_kit.schema.check_wished import EXPORTS, wrong_exports
+from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, wrong_exports
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
@@ -54,9 +54,8 @@ def known_base(recipe: TrainRecipe, exports_set_in: str = EXPORTS) -> KnownBase:
     if issues := list(wrong_exports(recipe)):
         raise RecipeError([Problem(issue.what, exports_set_in, issue.fix) for issue in issues])
     if recipe.model.shape is not None:
-        unchecked = f"{EXPORTS} are not checked: the base's files are not at hand" if recipe.exports else ""
         known = KnownBase.of_shape(recipe.model.shape, recipe)
-        return replace(known, notes=(*known.notes, unchecked)) if unchecked else known
+        return replace(known, notes=(*known.notes, UNCHECKED)) if recipe.exports else known
     raise RecipeError(
         f"the sizes of {recipe.model.source} are not at hand",
         "model.source",

@@ -9,6 +9,10 @@ from qlora_kit.schema.meant import nearest_option
 from qlora_kit.schema.root import TrainRecipe
 
 EXPORTS = "exports"
+UNCHECKED = (
+    f"{EXPORTS} are not checked: the base's files are not at hand. What each family can become: "
+    "qlora-kit recipes families"
+)
 _GROUP = "export"
 _COMMON = "gguf_q4_k_m"  # proposed where nothing tells what was meant
 

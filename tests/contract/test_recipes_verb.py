@@ -8,6 +8,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from qlora_kit.cli.verbs import main
+from qlora_kit.schema.check_wished import UNCHECKED
 from qlora_kit.schema.compose import compose_unchecked
 from qlora_kit.schema.folders import groups, packaged_recipes
 from qlora_kit.schema.root import TrainRecipe
@@ -108,6 +109,9 @@ def test_validate_says_that_a_recipe_is_valid(capsys, tmp_path, monkeypatch):
     line = ["model=demo", "data=rows", f"data.train_file={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
     assert main(["recipes", "validate", *line]) == 0
     assert capsys.readouterr().out == "valid\n"
+    line[0] = "model=qwen3_0_6b"
+    assert main(["recipes", "validate", *line, "exports=[gguf_q8_0]"]) == 0
+    assert capsys.readouterr().out == f"valid\n{UNCHECKED}\n"
 
 
 def test_diff_shows_what_differs(capsys):

@@ -13,6 +13,7 @@ from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.extras import is_present
 from qlora_kit.formats.registry import FORMATS, requested
 from qlora_kit.formats.wished import outlook, refuse_wishes, settings_to_come, usual_options
+from qlora_kit.schema.check_wished import UNCHECKED
 from qlora_kit.schema.compose import compose_recipe, compose_unchecked
 from qlora_kit.schema.data import DataConfig
 from qlora_kit.schema.lora import LoraConfig
@@ -195,8 +196,9 @@ def test_layers_that_a_wished_file_keeps_in_16_bit_are_told(base: Path) -> None:
 def test_what_is_at_hand_is_checked_and_nothing_is_fetched(base: Path) -> None:
     with pytest.raises(RecipeError, match="gguf_q8_0, which cannot be written"):
         refuse_wishes(recipe("gguf_q8_0", folder=base))
-    refuse_wishes(recipe("gguf_q8_0", folder=base / "nothing"))
-    refuse_wishes(replace(recipe("gguf_q8_0"), model=ModelConfig(source="owner/name")))
+    assert refuse_wishes(recipe("gguf_q8_0", folder=base / "nothing")) == UNCHECKED
+    assert refuse_wishes(replace(recipe("gguf_q8_0"), model=ModelConfig(source="owner/name"))) == UNCHECKED
+    assert not refuse_wishes(recipe(folder=base / "nothing"))
 
 
 def test_usual_options_are_one_of_each_format_that_has_one() -> None:

@@ -9,6 +9,7 @@ from transformers import OPTConfig
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
+from qlora_kit.schema.check_wished import UNCHECKED
 from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
@@ -279,7 +280,7 @@ def test_wishes_for_a_base_that_is_not_at_hand_are_checked_by_their_names_alone(
     planned = TrainRecipe(
         model=ModelConfig(source="owner/name", shape=LLAMA_8B), data=DataConfig(max_tokens=64), exports=["w8a16"]
     )
-    assert plan(planned, known_base(planned)).endswith("\nexports are not checked: the base's files are not at hand")
+    assert plan(planned, known_base(planned)).endswith(f"\n{UNCHECKED}")
     planned.exports = ["w8a17"]
     with pytest.raises(RecipeError, match="did you mean 'w8a16'"):
         known_base(planned, "recipes/experiment/mine.yaml")
