@@ -90,6 +90,11 @@ def stack_layouts(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
     return found
 
 
+def made_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, list[list[str]]]:
+    """The tensors that each parameter of a model without weights is made of, in lists that become one thing each."""
+    return {name: list(sources.tensors.values()) for name, sources in _sources(model, stored).items()}
+
+
 def _sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, "_Sources"]:
     """The tensors that each parameter is made of, as transformers would rename and gather them."""
     conversions = get_model_conversion_mapping(model)

@@ -10,6 +10,7 @@ from qlora_kit.model.conversion import own_name_of_stored
 from qlora_kit.model.expert_layout import StackLayout, stack_layouts
 from qlora_kit.model.language_model import language_model, outer_modules
 from qlora_kit.model.structure import transposed_modules
+from qlora_kit.model.unlike_config import UnlikeConfig, unlike_config
 from qlora_kit.weights.headers import StoredTensor
 
 
@@ -24,6 +25,7 @@ class StoredNames:
         flipped: tensors of linear maps that lie the other way around, [inputs, outputs].
         embedding, head: tensors of the language model's table and output head; empty where there is none.
         kept_in_fp32: tensors that the class computes with in fp32 whatever the others are in.
+        unlike: where they are not those of the class.
     """
 
     by_own: Mapping[str, str] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class StoredNames:
     embedding: str = ""
     head: str = ""
     kept_in_fp32: frozenset[str] = frozenset()
+    unlike: UnlikeConfig = field(default_factory=UnlikeConfig)
 
 
 def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNames:
@@ -73,6 +76,7 @@ def stored_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> StoredNam
         by_own.get(embedding, ""),
         by_own.get(head, head),
         frozenset(name for name in tensors if _is_in_fp32(found.own, str(would_be(name)))),
+        unlike_config(found.own, tensors),
     )
 
 

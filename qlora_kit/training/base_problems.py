@@ -8,13 +8,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.patterns import matched, whole_or_end
 from qlora_kit.core.shell import hydra_value, shell_line
-from qlora_kit.core.units import human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.structure import Weights, transposed_modules
+from qlora_kit.model.unlike_config import UnlikeConfig
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.quant import QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
-from qlora_kit.weights.headers import FLOATS, StoredTensor
+from qlora_kit.weights.headers import StoredTensor
 
 WITHOUT_EXPERTS = "lora.experts=false"
 ATTENTION_ONLY = "lora.targets=[attention]"
@@ -27,6 +28,7 @@ def base_problems(
     weights: list[Weights],
     tensors: Mapping[str, StoredTensor] | None,
     stacks: Collection[str],
+    unlike: UnlikeConfig,
 ) -> list[Problem]:
     """What speaks against this base with this recipe, whatever modules the adapter is to reach.
 
@@ -34,13 +36,16 @@ def base_problems(
         model: the base without its weights.
         tensors: of the checkpoint, by the model's names; None where only its config.json is at hand.
         stacks: of experts that are known to be made of those.
+        unlike: where those are not the tensors of the model.
     """
+    if torn := list(_torn(unlike)):
+        return torn
     return [
         *_transposed(recipe, model),
         *_experts(recipe, weights),
         *([] if tensors is None else _unknown_layout(recipe, model, stacks)),
         *_kept_nowhere(recipe, model),
-        *_other_shapes(weights, tensors),
+        *_made_of_others(weights, tensors),
     ]
 
 
@@ -162,21 +167,22 @@ def _kept_nowhere(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Probl
             )
 
 
-def _other_shapes(weights: list[Weights], tensors: Mapping[str, StoredTensor] | None) -> Iterator[Problem]:
-    """Linear modules that the checkpoint does not hold, or in another shape than config.json says."""
+def _torn(unlike: UnlikeConfig) -> Iterator[Problem]:
+    """A checkpoint that was cut, or lies beside the config.json of another."""
+    again = "copy or fetch the whole folder again"
+    if unlike.missing:
+        count = counted(len(unlike.missing), "weight")
+        what = f"the checkpoint lacks {count} of the model that its config.json describes: {few(list(unlike.missing))}"
+        yield Problem(f"{what}; {again}", "model.source")
+    if unlike.odd:
+        what = f"the checkpoint is not the one that its config.json describes: {few(list(unlike.odd.values()))}"
+        yield Problem(f"{what}; {again}", "model.source")
+
+
+def _made_of_others(weights: list[Weights], tensors: Mapping[str, StoredTensor] | None) -> Iterator[Problem]:
+    """Linear modules that the checkpoint holds in parts, or in a changed form."""
     if tensors is None:
         return
-    absent, odd = [], []
-    for part in weights:
-        if part.kind != "linear":
-            continue
-        found = tensors.get(f"{part.name}.weight")
-        if found is None:
-            absent.append(part.name)
-        elif found.dtype in FLOATS and found.shape != part.shape:
-            odd.append(f"{part.name} is {list(found.shape)}, and config.json says {list(part.shape)}")
-    if absent:
+    if absent := [part.name for part in weights if part.kind == "linear" and f"{part.name}.weight" not in tensors]:
         what = f"the checkpoint holds no weight of {len(absent)} linear modules of its model: {few(absent)}"
         yield Problem(f"{what}; an adapter of it could not be exported", "model.source")
-    if odd:
-        yield Problem(f"the checkpoint is not the one that its config.json describes: {few(odd)}", "model.source")

@@ -27,6 +27,7 @@ from qlora_kit.model.skeleton import attention_for, skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.stored_names import StoredNames, stored_names
 from qlora_kit.model.structure import Weights, has_attention, layers_of, not_adapted, weights_of
+from qlora_kit.model.unlike_config import UnlikeConfig
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.lora import LoraConfig, LoraInit
@@ -100,6 +101,7 @@ class Reach:
         spared: linear modules that carry no LoRA whatever the targets say, with the reason.
         attention: that the model is given.
         wanted_attention: the recipe's.
+        lacking: weights of the other parts that the checkpoint does not hold.
     """
 
     layers: int
@@ -113,6 +115,7 @@ class Reach:
     spared: Mapping[str, str] = field(default_factory=dict)
     attention: Attention = Attention.sdpa
     wanted_attention: Attention = Attention.sdpa
+    lacking: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[Weights]:
@@ -181,6 +184,11 @@ class Reach:
                 "the checkpoint takes more than text: its language model is trained; the other "
                 f"{human_count(sum(self.towers.values()))} weights ({parts}) are left out of memory and go unchanged "
                 "into merged files"
+            )
+        if self.lacking:
+            yield (
+                f"warning: the checkpoint lacks {counted(len(self.lacking), 'weight')} of what takes more than text: "
+                f"{few(list(self.lacking))}; merged files will lack them too, unless the whole folder is fetched again"
             )
 
     def _other_attention(self) -> Iterator[str]:
@@ -279,7 +287,10 @@ def _reach_in(
     tensors = checkpoint.by_trained(names) if checkpoint.tensors else None
     stacks = [names.trained(stack) or "" for stack in checkpoint.names.stacks]
     rounded = rounded_names(model, recipe.quant)
-    if problems := base_problems(recipe, model, weights, tensors, stacks):
+    unlike = checkpoint.names.unlike if checkpoint.tensors else UnlikeConfig()
+    of_towers = tuple(name for name in unlike.missing if names.trained(name) is None)
+    of_model = replace(unlike, missing=tuple(name for name in unlike.missing if name not in of_towers))
+    if problems := base_problems(recipe, model, weights, tensors, stacks, of_model):
         raise RecipeError(problems)
     promised = promised_names(model, recipe.lora, spared)
     if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded))]:
@@ -297,7 +308,7 @@ def _reach_in(
     wide = 4 if recipe.quant.compute_dtype is ComputeDtype.float32 else 2
     needs = _needs_of_layers(recipe, adapted_model, rounded)
     rounds, reaches, towers = frozenset(rounded), frozenset(promised), checkpoint.left_out
-    return Reach(layers, weights, rounds, reaches, trained, wide, towers, needs, spared)
+    return Reach(layers, weights, rounds, reaches, trained, wide, towers, needs, spared, lacking=of_towers)
 
 
 def _needs_of_layers(recipe: TrainRecipe, model: PeftModel, rounded: Collection[str]) -> LayerNeeds | None:
