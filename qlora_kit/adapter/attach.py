@@ -24,6 +24,7 @@ from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
+from qlora_kit.model.stacked_experts import StackedExperts, experts_of
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 from qlora_kit.weights.headers import read_header
 from qlora_kit.weights.own_names import OwnNames, own_names_of
@@ -41,11 +42,10 @@ class AdapterSize:
     parameters: int
 
 
-def meant_names(model: torch.nn.Module, targets: list[str], spared: Mapping[str, str]) -> set[str]:
-    """Full names of the linear modules that the recipe's targets mean.
+def meant_names(model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, str]) -> set[str]:
+    """Full names of the linear modules that the recipe's targets mean; stacks of experts are none.
 
     Args:
-        targets: names of `TARGET_SETS` or of modules.
         spared: linear modules that never carry LoRA, with the reason; an output head of the usual name never does.
     Raises:
         RecipeError: a target names nothing in this base that could carry LoRA.
@@ -53,8 +53,17 @@ def meant_names(model: torch.nn.Module, targets: list[str], spared: Mapping[str,
     spared = {name: "the output head" for name in _linears(model) if name.rpartition(".")[2] == "lm_head"} | {**spared}
     linears = [name for name in _linears(model) if name not in spared]
     found: set[str] = set()
-    for target in targets:
+    for target in lora.targets:
         meant = {name for name in linears if _is_meant(target, name)}
+        if not meant and target == "mlp" and lora.adapts_experts and _has_stacks(model):
+            if len(lora.targets) > 1:
+                continue
+            raise RecipeError(
+                "lora.targets names mlp, which is the experts alone in this base; peft's form of an adapter has no "
+                "place for experts without a linear module beside them",
+                "lora.targets",
+                "lora.targets=[attention,mlp]",
+            )
         if not meant:
             present = sorted({name.rpartition(".")[2] for name in linears})
             reason = next((why for name, why in spared.items() if _is_meant(target, name)), "")
@@ -66,6 +75,10 @@ def meant_names(model: torch.nn.Module, targets: list[str], spared: Mapping[str,
             )
         found |= meant
     return found
+
+
+def _has_stacks(model: torch.nn.Module) -> bool:
+    return bool(experts_of(model)) or any(isinstance(module, StackedExperts) for module in model.modules())
 
 
 def _linears(model: torch.nn.Module) -> list[str]:
@@ -146,7 +159,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, s
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    meant = meant_names(model, lora.targets, spared or {})
+    meant = meant_names(model, lora, spared or {})
     targets, others = exact_targets(meant, [name for name, _ in model.named_modules()])
     return PeftLoraConfig(
         task_type="CAUSAL_LM",

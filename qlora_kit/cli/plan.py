@@ -1,7 +1,7 @@
 """`qlora-kit plan`: what a recipe needs, before a weight is loaded."""
 
 from qlora_kit.cli.line import looking_verb_help, parse_line
-from qlora_kit.core.errors import EXIT_OK
+from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.schema.check_wished import EXPORTS
 
 HELP = """usage: qlora-kit plan [group=option] [path=value]
@@ -21,10 +21,13 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     from qlora_kit.core.console.safe import SafeConsole
     from qlora_kit.pipelines.plan import known_base, known_rows, plan
+    from qlora_kit.schema.check import check_settings
     from qlora_kit.schema.compose import training_unchecked
 
     composed = training_unchecked(line.overrides)
     recipe = composed.recipe
+    if issues := check_settings(recipe):
+        raise RecipeError([composed.problem(issue) for issue in issues])
     base = known_base(recipe, composed.origins[EXPORTS])
     SafeConsole().print(plan(recipe, base, known_rows(recipe)))
     return EXIT_OK

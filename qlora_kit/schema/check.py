@@ -49,6 +49,11 @@ def check(recipe: Sealed) -> list[Issue]:
     return found
 
 
+def check_settings(recipe: TrainRecipe) -> list[Issue]:
+    """What is wrong on every machine and with all rows: a plan made elsewhere would be for nothing."""
+    return [*_bounds(recipe), *_lora(recipe), *_optim(recipe), *_engine(recipe)]
+
+
 def _bounds(recipe: Sealed) -> Iterator[Issue]:
     for path, value, setting in walk.values(recipe):
         if isinstance(value, list | dict):
@@ -146,9 +151,6 @@ def _engine(recipe: TrainRecipe) -> Iterator[Issue]:
     if engine.mode is EngineMode.plain and engine.compute is not Compute.bf16:
         what = f"engine.compute={engine.compute.name} needs the fast engine; the plain one is peft's own arithmetic"
         yield Issue("engine.compute", what, "engine.mode=fast")
-    if engine.compute is not Compute.bf16 and not has_nvidia_gpu():
-        what = f"engine.compute={engine.compute.name} needs a GPU with fp8 (Ada, Hopper or newer), and there is none"
-        yield Issue("engine.compute", what, "engine.compute=bf16")
     kind = recipe.quant.kind
     if engine.compute is not Compute.bf16 and not kind.is_4bit:
         what = f"engine.compute={engine.compute.name} is made from 4-bit weights, and quant.kind is {kind.name}"
@@ -158,6 +160,9 @@ def _engine(recipe: TrainRecipe) -> Iterator[Issue]:
 def _device(recipe: TrainRecipe) -> Iterator[Issue]:
     if has_nvidia_gpu():
         return
+    if (compute := recipe.engine.compute) is not Compute.bf16:
+        what = f"engine.compute={compute.name} needs a GPU with fp8 (Ada, Hopper or newer), and there is none"
+        yield Issue("engine.compute", what, "engine.compute=bf16")
     if not recipe.optim.fallback and recipe.optim.name.needs_gpu:
         yield Issue(
             "optim.fallback",

@@ -61,6 +61,26 @@ def test_nothing_heavy_is_imported(line):
 
 
 @pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["engine=plain", "engine.compute=fp8"], "engine.mode=fast"),
+        (["engine=fast", "engine.recompute=banana"], "engine.recompute=auto"),
+        (["engine.cached_weights=lots"], "engine.cached_weights=auto"),
+        (["lora.targets=[lm_head]"], "lora.targets=[all_linear] lora.modules_to_save=[lm_head]"),
+    ],
+)
+def test_what_no_machine_could_train_is_not_planned(capsys, words, fix):
+    assert main(["plan", "model=qwen3_0_6b", "data=rows", "data.max_tokens=512", *words]) == 2
+    assert f"fix      {fix}" in capsys.readouterr().err
+
+
+def test_what_another_machine_could_train_is_planned(capsys):
+    line = ["model=qwen3_0_6b", "data=rows", "data.max_tokens=512", "engine=fast", "engine.compute=fp8"]
+    assert main(["plan", *line]) == 0
+    assert "total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("source", "what"),
     [("/nonexistent", "nonexistent"), (".", "config.json")],
 )

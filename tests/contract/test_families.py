@@ -394,6 +394,15 @@ def test_a_shipped_image_text_recipe_passes_with_and_without_its_checkpoint(name
     assert first.startswith("the checkpoint takes more than text: its language model is trained; the other")
 
 
+def test_mlp_means_the_experts_where_there_is_no_other(folder_of):
+    folder = folder_of("qwen3_moe")
+    reach = reach_of(recipe_for(folder, targets=("q_proj", "mlp")), folder)
+    assert {name.rpartition(".")[2] for name in reach.adapted} == {"q_proj", "gate_up_proj", "down_proj"}
+    message = refusal(recipe_for(folder, targets=("mlp",)), folder)
+    assert "which is the experts alone in this base" in message and "fix      lora.targets=[attention,mlp]" in message
+    assert "is no linear module of this base" in refusal(recipe_for(folder, targets=("mlp",), experts=False), folder)
+
+
 def test_experts_in_a_form_that_no_merge_could_go_back_to_are_refused(folder_of, monkeypatch):
     monkeypatch.setattr("qlora_kit.model.stored_names.stack_layouts", lambda *_: {})
     folder = folder_of("qwen3_moe")
