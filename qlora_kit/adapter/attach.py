@@ -52,6 +52,8 @@ def meant_names(model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, s
     """
     spared = {name: "the output head" for name in _linears(model) if name.rpartition(".")[2] == "lm_head"} | {**spared}
     linears = [name for name in _linears(model) if name not in spared]
+    if not linears:
+        raise RecipeError("this base has no linear module that LoRA could be put on", "model.source")
     found: set[str] = set()
     for target in lora.targets:
         meant = {name for name in linears if _is_meant(target, name)}

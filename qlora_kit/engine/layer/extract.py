@@ -207,7 +207,8 @@ def _check_trained(layer: torch.nn.Module, linears: list[AdaptedLinear], whole: 
     known |= {id(parameter) for part in whole for parameter in part.parameters()}
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
-            raise NotFastError(f"{name.split('.')[0]} is trained in full")
+            how = "carries LoRA that is not known here" if ".lora_" in name else "is trained in full"
+            raise NotFastError(f"{name.split('.')[0]} {how}")
 
 
 def _held(module: torch.nn.Module) -> Iterator[str]:

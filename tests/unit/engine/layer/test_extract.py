@@ -113,6 +113,10 @@ def test_a_weight_that_is_trained_in_full_is_refused():
     layer.input_layernorm.weight.requires_grad_(True)
     with pytest.raises(NotFastError, match="input_layernorm is trained in full"):
         extract_parts(layer, FAMILIES["llama"], make)
+    layer.input_layernorm.weight.requires_grad_(False)
+    layer.input_layernorm.lora_A = torch.nn.Linear(8, 8)
+    with pytest.raises(NotFastError, match="input_layernorm carries LoRA that is not known here"):
+        extract_parts(layer, FAMILIES["llama"], make)
 
 
 def test_a_norm_of_another_kind_is_refused():
