@@ -66,14 +66,25 @@ def unmatched_patterns(recipe: TrainRecipe, promised: set[str]) -> Iterator[Prob
                 yield Problem(f"lora.{key} names {pattern}, and no adapted module is named so", f"lora.{key}")
 
 
-def saved_twice(recipe: TrainRecipe, promised: set[str], rounded: set[str]) -> Iterator[Problem]:
-    """Linear modules that cannot be trained in full: they are stored in few bits, or carry LoRA too.
+def saved_twice(
+    recipe: TrainRecipe, promised: set[str], rounded: set[str], experts: Collection[str]
+) -> Iterator[Problem]:
+    """Modules that cannot be trained in full: they are stored in few bits, carry LoRA too, or are a layer's experts.
 
     Args:
         promised: full names of the modules that the targets mean.
         rounded: of those that are quantized.
+        experts: of those that hold the experts of a layer.
     """
     for saved in recipe.lora.modules_to_save:
+        if any(name.endswith(saved) for name in experts):
+            others = [name for name in recipe.lora.modules_to_save if name != saved]
+            what = (
+                "which holds the experts of a mixture: LoRA adapts them (lora.experts), and nothing trains them in full"
+            )
+            fix = shell_line([f"lora.modules_to_save={hydra_value(others)}"])
+            yield Problem(f"lora.modules_to_save names {saved}, {what}", "lora.modules_to_save", fix)
+            continue
         if any(name.endswith(saved) for name in rounded):
             what = f"which is stored as {recipe.quant.kind.name} and can only be trained in full in 16 bit"
             kept = sorted({saved, *recipe.quant.keep_16bit})

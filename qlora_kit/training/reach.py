@@ -293,7 +293,8 @@ def _reach_in(
     if problems := base_problems(recipe, model, weights, tensors, stacks, of_model):
         raise RecipeError(problems)
     promised = promised_names(model, recipe.lora, spared)
-    if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded))]:
+    experts = [part.name for part in weights if part.kind == "experts"]
+    if problems := [*unmatched_patterns(recipe, promised), *saved_twice(recipe, promised, set(rounded), experts)]:
         raise RecipeError(problems)
     layers = layers_of(model)[1]
     with told_plainly(folder, config, "adapt"), no_banners(), warnings.catch_warnings(action="ignore"):

@@ -394,6 +394,12 @@ def test_a_shipped_image_text_recipe_passes_with_and_without_its_checkpoint(name
     assert first.startswith("the checkpoint takes more than text: its language model is trained; the other")
 
 
+def test_experts_are_not_trained_in_full(folder_of):
+    message = refusal(recipe_for(folder_of("qwen3_moe"), modules_to_save=["experts", "norm"]), folder_of("qwen3_moe"))
+    assert "lora.modules_to_save names experts, which holds the experts of a mixture" in message
+    assert "fix      'lora.modules_to_save=[norm]'" in message and "keep_16bit" not in message
+
+
 def test_mlp_means_the_experts_where_there_is_no_other(folder_of):
     folder = folder_of("qwen3_moe")
     reach = reach_of(recipe_for(folder, targets=("q_proj", "mlp")), folder)
