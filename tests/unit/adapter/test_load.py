@@ -1,5 +1,7 @@
 """An adapter is loaded whole or not at all."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,14 @@ def test_what_was_saved_is_loaded(base, tmp_path):
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_base_that_lies_elsewhere_by_now_is_no_warning(base, tmp_path, recwarn):
+    attach_lora(load_base(base, PLAIN), LoraConfig(r=4)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "owner/name"}))
+    load_adapter(load_base(base, PLAIN), tmp_path)
+    assert not [str(one.message) for one in recwarn if "renamed" in str(one.message)]
 
 
 @pytest.mark.parametrize("other", ["base_model.model.language_model", "base_model.model.other"])
