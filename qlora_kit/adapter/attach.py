@@ -205,9 +205,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise DamagedFileError(f"{folder} is no adapter: it has no {WEIGHTS}", str(folder))
     with no_banners(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
-        warnings.filterwarnings(
-            "ignore", r"The PEFT config's `base_model_name_or_path` was renamed"
-        )  # the run knows it
+        warnings.filterwarnings("ignore", ".*`base_model_name_or_path` was renamed")  # the run knows its base
         _ignore_ties()
         loaded = _loaded(model, folder)
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
