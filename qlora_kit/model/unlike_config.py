@@ -33,7 +33,7 @@ def unlike_config(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
     missing, odd = [], {}
     for name, weight in model.named_parameters():
         lists = sources.get(name)
-        if name in stacks:  # which may be stored in forms of their own, such as MXFP4
+        if name in stacks:  # which may be stored in a form of their own
             if lists and (told := next(_torn(lists, stored, weight.shape[0]), "")):
                 odd[name] = told
         elif lists is None:
