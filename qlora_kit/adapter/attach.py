@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapter.expert_lora import ExpertLora, attach_to_experts, short_names
+from qlora_kit.adapter.expert_lora import ExpertLora, Experts, attach_to_experts, short_names
 from qlora_kit.adapter.expert_updates import BASE_LAYER
 from qlora_kit.adapter.plain_peft import taken_for_experts
 from qlora_kit.adapter.saved import PREFIX, WEIGHTS, split_parameters
@@ -24,7 +24,6 @@ from qlora_kit.core.errors import DamagedFileError, RecipeError, RunError
 from qlora_kit.core.patterns import whole_or_end
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted
-from qlora_kit.model.stacked_experts import StackedExperts, experts_of
 from qlora_kit.schema.lora import TARGET_SETS, LoraConfig, LoraInit
 from qlora_kit.weights.headers import read_header
 from qlora_kit.weights.own_names import OwnNames, own_names_of
@@ -42,11 +41,14 @@ class AdapterSize:
     parameters: int
 
 
-def meant_names(model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, str]) -> set[str]:
+def meant_names(
+    model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, str], *, has_stacks: bool = False
+) -> set[str]:
     """Full names of the linear modules that the recipe's targets mean; stacks of experts are none.
 
     Args:
         spared: linear modules that never carry LoRA, with the reason; an output head of the usual name never does.
+        has_stacks: of experts, which `mlp` means too.
     Raises:
         RecipeError: a target names nothing in this base that could carry LoRA.
     """
@@ -57,7 +59,7 @@ def meant_names(model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, s
     found: set[str] = set()
     for target in lora.targets:
         meant = {name for name in linears if _is_meant(target, name)}
-        if not meant and target == "mlp" and lora.adapts_experts and _has_stacks(model):
+        if not meant and target == "mlp" and lora.adapts_experts and has_stacks:
             if len(lora.targets) > 1:
                 continue
             raise RecipeError(
@@ -77,10 +79,6 @@ def meant_names(model: torch.nn.Module, lora: LoraConfig, spared: Mapping[str, s
             )
         found |= meant
     return found
-
-
-def _has_stacks(model: torch.nn.Module) -> bool:
-    return bool(experts_of(model)) or any(isinstance(module, StackedExperts) for module in model.modules())
 
 
 def _linears(model: torch.nn.Module) -> list[str]:
@@ -117,7 +115,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, s
     """
     with no_banners(), warnings.catch_warnings():  # peft looks for layers of other libraries, which print
         _ignore_ties()
-        config = peft_config(model, lora, spared)
+        has_stacks = any(isinstance(module, Experts) for module in model.modules())
+        config = peft_config(model, lora, spared, has_stacks=has_stacks)
         with names_as_they_are(model, config):
             adapted = get_peft_model(model, config)
     if lora.adapts_experts:
@@ -155,13 +154,15 @@ def _rank_and_alpha(name: str, config: PeftLoraConfig) -> tuple[int, float]:
     return rank, alpha * math.sqrt(rank) if config.use_rslora else alpha
 
 
-def peft_config(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, str] | None = None) -> PeftLoraConfig:
-    """peft's configuration of a recipe's `lora` for one base.
+def peft_config(
+    model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str, str] | None = None, *, has_stacks: bool = False
+) -> PeftLoraConfig:
+    """peft's configuration of a recipe's `lora` for one base; spared and has_stacks as for `meant_names`.
 
     Raises:
         RecipeError: a target names nothing in this base.
     """
-    meant = meant_names(model, lora, spared or {})
+    meant = meant_names(model, lora, spared or {}, has_stacks=has_stacks)
     targets, others = exact_targets(meant, [name for name, _ in model.named_modules()])
     return PeftLoraConfig(
         task_type="CAUSAL_LM",

@@ -152,8 +152,8 @@ def refuse_wishes(recipe: TrainRecipe, where: str = EXPORTS) -> str:
 def settings_to_come(folder: Path, lora: LoraConfig) -> Mapping[str, Any]:
     """What adapter_config.json will say of an adapter that is trained on the base of a folder."""
     model = skeleton(folder)
-    config = peft_config(model, lora, not_adapted(model))
     stacks = experts_of(model).items() if lora.adapts_experts else ()
+    config = peft_config(model, lora, not_adapted(model), has_stacks=bool(stacks))
     config.target_parameters = short_names(f"{name}.{one}" for name, held in stacks for one in stacked_names(held))
     settings: Mapping[str, Any] = config.to_dict()
     return settings

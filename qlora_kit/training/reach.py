@@ -364,7 +364,7 @@ def promised_names(model: PreTrainedModel, lora: LoraConfig, spared: Mapping[str
     """
     stacks = experts_of(model).items() if lora.adapts_experts else ()
     of_experts = {f"{name}.{stack}" for name, module in stacks for stack in stacked_names(module)}
-    return meant_names(model, lora, spared) | of_experts
+    return meant_names(model, lora, spared, has_stacks=bool(of_experts)) | of_experts
 
 
 def _check_promise(adapted: set[str], promised: set[str]) -> None:
