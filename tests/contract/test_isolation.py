@@ -38,6 +38,8 @@ LEAK = "import os\ndef test_sets(tmp_path):\n    os.environ['LEAK'] = 'yes'\n   
 FIND = "\ndef test_finds():\n    assert 'LEAK' not in os.environ\n    assert os.getcwd() == HERE\n"
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_what_a_test_sets_does_not_reach_the_next(tmp_path):
     tests = Path(__file__).parents[1]
     (tmp_path / "tests").symlink_to(tests)

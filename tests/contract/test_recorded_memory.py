@@ -31,6 +31,8 @@ def kept_and_peak(model):
     return kept, live.peak
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_recordings_take_no_more_memory_than_the_step_itself(family, recompute, tmp_path, monkeypatch):

@@ -32,6 +32,8 @@ def reach(folder):
 MOE = "model.layers.0.mlp"
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize(
     ("family", "changes", "told"),
     [
@@ -60,6 +62,8 @@ def test_a_tensor_that_is_missing_or_misshapen_is_named(family, changes, told, t
     assert "copy or fetch the whole folder again" in str(found.value)
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_a_tower_that_lacks_a_tensor_is_told_and_the_language_model_trained(tmp_path):
     folder = build_tiny_image_text_model(tmp_path / "base")
     name = next(name for name in sorted(load_file(folder / "model.safetensors")) if "vision" in name)

@@ -39,6 +39,8 @@ def _losses(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> t
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_a_packed_row_has_the_loss_and_gradients_of_its_samples(kind: str, tmp_path: Path) -> None:
     base = load_base(build(kind, tmp_path), QuantConfig(kind=QuantKind.none), compute_dtype=torch.float32)

@@ -118,6 +118,8 @@ def test_llama_cpp_computes_what_transformers_computes(
         assert kl(folder, tmp_path / f"{mix}.gguf") < bound, mix
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_experts_are_quantized_and_their_router_is_not(
     folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
 ) -> None:
@@ -130,6 +132,8 @@ def test_experts_are_quantized_and_their_router_is_not(
     assert found["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_keys_are_the_converters_and_the_vocabulary_is_the_kits(
     folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
 ) -> None:
@@ -159,6 +163,8 @@ def test_hybrids_without_a_state_space_are_converted_with_and_without_experts(
     assert kl(folder, tmp_path / "m.gguf") < F16_KL
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_one_conversion_serves_all_files_and_leaves_nothing(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     conversion = Conversion(folder_of("granite"), tmp_path)
     made = conversion.file
@@ -256,6 +262,8 @@ def test_a_missing_converter_is_named_with_its_line(monkeypatch: pytest.MonkeyPa
     assert "[gguf]" in str(refused.value)
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_why_the_converter_fails_is_said_before_anything_is_written(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -323,6 +331,8 @@ def test_a_disk_without_room_for_the_model_once_more_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_why_llama_cpp_refused_is_said(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy_of(folder_of("granite"), tmp_path / "short")
     tensors = load_file(folder / "model.safetensors")
@@ -416,6 +426,8 @@ def test_experts_without_a_row_take_the_mean_of_the_others() -> None:
     assert json.dumps(_of_experts(means[:1]).tolist()) == "[[1.0, 3.0]]"
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 @pytest.mark.parametrize("family", CONVERTED)
 def test_weights_are_read_back_in_the_merged_order(
     family: str, folder_of: Callable[[str], Path], conversion_of: Callable[[str], Conversion], tmp_path: Path
@@ -448,6 +460,8 @@ def test_a_reading_that_is_far_from_the_merged_weight_is_none() -> None:
     assert torch.equal(_ordered(paired, weight, [4, 2]), weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_the_converters_name_of_a_split_is_taken_where_the_kit_has_none(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
