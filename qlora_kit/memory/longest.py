@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+from qlora_kit.core.errors import RecipeError
+from qlora_kit.core.units import human_bytes
+
 STEP = 64  # tokens; a finer answer would pretend that the estimate is finer than it is
 RESERVE = 0.1  # of the free memory, for what the allocator wastes
 
@@ -22,3 +25,9 @@ def longest_that_fits(needed: Callable[[int], float], free_bytes: float, most: i
         middle = (low + high) // 2
         low, high = (middle, high) if needed(middle * STEP) <= budget else (low, middle)
     return low * STEP
+
+
+def no_row_fits(free_bytes: float, fix: str) -> RecipeError:
+    """What `longest_that_fits` giving 0 comes to; fix: what to do about it."""
+    what = f"by the estimate not even a short row fits into the {human_bytes(free_bytes)} that are free"
+    return RecipeError(what, "data.max_tokens=auto", fix)

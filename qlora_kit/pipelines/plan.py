@@ -16,7 +16,7 @@ from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
 from qlora_kit.memory.free import free_memory_bytes
-from qlora_kit.memory.longest import longest_that_fits
+from qlora_kit.memory.longest import longest_that_fits, no_row_fits
 from qlora_kit.model.demo import demo_place
 from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
@@ -175,16 +175,10 @@ def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
     config = _base_folder(recipe) / "config.json"
     most = context_of(read_json(config)) if config.is_file() else MOST_TOKENS
     free = free_memory_bytes()
-    return longest_that_fits(needed_bytes(recipe, base), free, most) or _refuse_any_row(free)
-
-
-def _refuse_any_row(free: float) -> int:
-    """There is no plan for rows of no tokens."""
-    raise RecipeError(
-        f"by the estimate not even a short row fits into the {human_bytes(free)} that are free here",
-        "data.max_tokens=auto",
-        "data.max_tokens=2048",
-    )
+    longest = longest_that_fits(needed_bytes(recipe, base), free, most)
+    if longest == 0:  # a plan for rows of no tokens would be none
+        raise no_row_fits(free, "data.max_tokens=2048")
+    return longest
 
 
 def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float, str]]:

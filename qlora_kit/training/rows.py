@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.core.console.lines import log
-from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.files import read_json
 from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.data.audit.audit import Audit, audit
@@ -17,7 +16,7 @@ from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.prepare import PreparedData, prepare
 from qlora_kit.data.template.prompt_check import prompt_finding
 from qlora_kit.memory.free import free_memory_bytes
-from qlora_kit.memory.longest import longest_that_fits
+from qlora_kit.memory.longest import longest_that_fits, no_row_fits
 from qlora_kit.model.sizes import context_of, embedding_rows
 from qlora_kit.model.tokenizer import stop_ids
 from qlora_kit.schema.data import Batching, DataConfig
@@ -93,11 +92,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
     free = free_memory_bytes()
     fits = longest_that_fits(needed_bytes(recipe, KnownBase.in_folder(base_folder)), free, most)
     if fits == 0:
-        raise RecipeError(
-            f"by the estimate not even a short row fits into the {human_bytes(free)} that are free",
-            "data.max_tokens=auto",
-            "trainer.batch_size=1, or see qlora-kit plan for what needs the memory",
-        )
+        raise no_row_fits(free, "trainer.batch_size=1, or see qlora-kit plan for what needs the memory")
     why = "the model's context" if fits == context else "the longest row" if fits == most else "what fits"
     row = f"the longest row has {counted(longest, 'token')}"
     log.info(f"data.max_tokens=auto: {fits}, {why} ({human_bytes(free)} free, {row})")

@@ -93,7 +93,7 @@ def test_rows_of_no_tokens_are_not_planned(monkeypatch):
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 1e9)
     planned = recipe(None)
     planned.data.max_tokens = "auto"
-    with pytest.raises(RecipeError, match=r"not even a short row fits into the 1\.0 GB that are free here"):
+    with pytest.raises(RecipeError, match=r"not even a short row fits into the 1\.0 GB that are free"):
         printed(planned)
 
 
