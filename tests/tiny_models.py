@@ -183,14 +183,20 @@ def _gemma4_e(**changes: Any) -> PretrainedConfig:
     return _gemma4(**{**shape, "attention_k_eq_v": False, "use_double_wide_mlp": True, **changes})
 
 
+def _in_turn(*kinds: str, **changes: Any) -> dict[str, Any]:
+    """Layers of these kinds, one after another: four, or as many as the changes say."""
+    layers = changes.get("num_hidden_layers", 4)
+    return {"num_hidden_layers": layers, "layer_types": (list(kinds) * layers)[:layers]}
+
+
 def _lfm2(**changes: Any) -> PretrainedConfig:
-    kinds = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
-    return T.Lfm2Config(**{**_WIDTHS, **kinds, **changes})
+    kinds = _in_turn("conv", "full_attention", **changes)
+    return T.Lfm2Config(**{**_WIDTHS, **kinds, "block_auto_adjust_ff_dim": False, **changes})
 
 
 def _granite_hybrid(**changes: Any) -> PretrainedConfig:
     mamba = {"mamba_n_heads": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_chunk_size": 32}
-    shape = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, **mamba}
+    shape = {**_in_turn("mamba", "attention", **changes), "num_local_experts": 0, **mamba}
     scales = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
     return T.GraniteMoeHybridConfig(
         **{**_WIDTHS, **shape, **scales, "shared_intermediate_size": 512, "position_embedding_type": "rope", **changes}
@@ -199,8 +205,8 @@ def _granite_hybrid(**changes: Any) -> PretrainedConfig:
 
 def _windows(make: Callable[..., PretrainedConfig], **more: Any) -> Callable[..., PretrainedConfig]:
     """A family with windows of 16 tokens in some layers."""
-    kinds = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
-    return lambda **changes: make(**{**_WIDTHS, **kinds, **more, **changes})
+    kinds = ("sliding_attention", "full_attention")
+    return lambda **changes: make(**{**_WIDTHS, **_in_turn(*kinds, **changes), "sliding_window": 16, **more, **changes})
 
 
 def _plain(make: Callable[..., PretrainedConfig], **more: Any) -> Callable[..., PretrainedConfig]:

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -57,6 +58,11 @@ def foreign_mixture() -> PretrainedConfig:
     return MixtralConfig(**WIDTHS, intermediate_size=192, num_local_experts=8, num_experts_per_tok=2)
 
 
+def sinks() -> PretrainedConfig:
+    """Of the same kind, with attention that only its own code computes, and experts with a gate of their own."""
+    return GptOssConfig(**WIDTHS, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2)
+
+
 def capped() -> PretrainedConfig:
     """Its scores have a cap, so attention is computed by the model's own code."""
     return Gemma2Config(**WIDTHS, intermediate_size=768, query_pre_attn_scalar=64)
@@ -75,6 +81,7 @@ def windowed() -> PretrainedConfig:
         (mixture(), EngineMode.fast, False, Attention.sdpa),
         (mixture(), EngineMode.plain, True, Attention.sdpa),
         (foreign_mixture(), EngineMode.fast, True, Attention.sdpa),
+        (sinks(), EngineMode.fast, True, Attention.sdpa),
         (hybrid(), EngineMode.plain, True, Attention.sdpa),
         (hybrid(), EngineMode.plain, False, Attention.sdpa),
         (capped(), EngineMode.fast, True, Attention.sdpa),
@@ -88,6 +95,7 @@ def windowed() -> PretrainedConfig:
         "experts, fast, kept",
         "experts, recomputed",
         "foreign experts, fast, recomputed",
+        "sinks, foreign experts, fast, recomputed",
         "hybrid, recomputed",
         "hybrid, kept",
         "capped scores, fast, recomputed",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
+from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.packed import enable_packed_attention
 from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.graphs.captured_layer import GraphMemory, _capture, _keep_random_state
@@ -21,6 +22,9 @@ from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LAYERS = 6  # more than two, so that the memory of one layer is reused by others
+# Of those layers, where not all are: what mixes tokens in the place of attention is not, nor a layer with an MLP that the
+# engine does not know, or with an input of its own.
+RECORDED = {"qwen3_5": 1, "lfm2": 3, "granite_hybrid": 3, "gemma4_e": 0, "apertus": 0}
 LENGTHS = [93, 41, 70, 12, 88, 93, 20, 55, 93, 30, 61, 5]
 
 
@@ -30,10 +34,15 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *WIRED])
-def folder(request, tmp_path_factory):
+def family(request):
     torch.compiler.reset()  # each family compiles its own shapes, and a process keeps eight of a function
-    place = tmp_path_factory.mktemp(request.param) / "base"
-    return build_tiny_model(request.param, place, spread=0.05, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    place = tmp_path_factory.mktemp(family) / "base"
+    return build_tiny_model(family, place, spread=0.05, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +87,14 @@ def gradients(model, batch):
     return torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
 
 
-def record(model, engine, batch):
+def record(model, engine, batch, family="llama"):
     for _ in range(REPEATS + 1):
         gradients(model, batch)
-    assert len(engine.graphs.captured) == len(engine.layers)
+    assert_recorded(engine, family)
+
+
+def assert_recorded(engine, family="llama"):
+    assert len(engine.graphs.captured) == RECORDED.get(family, LAYERS)
 
 
 def same(found, expected):
@@ -93,7 +106,7 @@ BATCHES = [[0, 1, 2, 3], [5, 4, 6, 7], [8, 9, 10, 11], [0, 4, 5, 8]]  # each 93 
 
 # The last: inputs of the first layers lie on the host, and where they lay, others are written meanwhile.
 @pytest.mark.parametrize("policies", [[0] * LAYERS, [1] * LAYERS, [2] * LAYERS, [3] * LAYERS, [3, 3, 3, 2, 2, 0]])
-def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecorded(folder, rows, policies):
+def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecorded(family, folder, rows, policies):
     model = load(folder)
     batches = [padded(rows, indices) for indices in BATCHES]
     engine = engine_of(model, cuda_graphs=False)
@@ -102,10 +115,10 @@ def test_other_rows_of_the_same_shape_give_the_gradients_that_they_give_unrecord
     engine.undo()
     engine = engine_of(model)
     engine.set_policies(policies)
-    record(model, engine, batches[0])
+    record(model, engine, batches[0], family)
     for batch, wanted in zip(batches, expected, strict=True):
         same(gradients(model, batch), wanted)
-    assert len(engine.graphs.captured) == len(engine.layers)
+    assert_recorded(engine, family)
 
 
 @pytest.mark.parametrize("compute", [Compute.fp8_backward, Compute.fp8])
@@ -141,7 +154,7 @@ def test_gradients_add_up_over_micro_batches_and_weights_may_change(llama, rows)
     same(moved, gradients(model, batches[1]))
 
 
-def test_gradients_that_stay_from_step_to_step_are_added_to_in_place(folder, rows):
+def test_gradients_that_stay_from_step_to_step_are_added_to_in_place(family, folder, rows):
     model = load(folder)
     batches = [padded(rows, indices) for indices in BATCHES]
     engine = engine_of(model, cuda_graphs=False)
@@ -160,7 +173,7 @@ def test_gradients_that_stay_from_step_to_step_are_added_to_in_place(folder, row
 
     for _ in range(REPEATS + 1):
         accumulated(batches[:1])
-    assert len(engine.graphs.captured) == len(engine.layers)
+    assert_recorded(engine, family)
     same(accumulated(batches[1:3]), expected)
 
 
@@ -194,11 +207,15 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(llama, rows):
         first.backward()
 
 
-def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
+def test_packed_batches_of_other_samples_are_one_shape(family, folder, rows):
     model = load(folder)
     enable_packed_attention(model.get_base_model(), Attention.sdpa)
     bins = [[0, 1, 2], [5, 4, 6], [8, 9, 10, 11], [3, 7]]
     plain = [on_gpu(PackedCollator()([feature(rows, indices)])) for indices in bins]
+    if family == "gemma2":  # its scores have a cap, which keeps no samples apart
+        with pytest.raises(RunError, match="softcap"):
+            gradients(model, plain[0])
+        return
     collate = PackedCollator(256, 0, StaticBatchShape(8, 93))
     same_shape = [on_gpu(collate([feature(rows, indices)])) for indices in bins]
     engine = engine_of(model, cuda_graphs=False)
@@ -206,11 +223,11 @@ def test_packed_batches_of_other_samples_are_one_shape(folder, rows):
     engine.undo()
     engine = engine_of(model)
     enable_row_attention(model.get_base_model())
-    record(model, engine, same_shape[0])
+    record(model, engine, same_shape[0], family)
     for batch, wanted in zip(same_shape, expected, strict=True):
         found = gradients(model, batch)
         assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2  # flash attention sums in another order
-    assert len(engine.graphs.captured) == len(engine.layers)
+    assert_recorded(engine, family)
 
 
 def test_after_a_failed_recording_random_numbers_go_on():
