@@ -21,14 +21,14 @@ lines() { # of the group $1, the cases that follow
 mixture() { # 30 billion weights, a card of 24 GB and the peer
   lines mixture 30b_a3b_4x2048-24gb
   lines mixture 30b_a3b_4x2048-r8-unsloth
-  lines mixture 30b_a3b_packed
+  lines mixture 30b_a3b_mixed 30b_a3b_packed
 }
 
 others() { # plan and measured of other shapes, learning, and what the tests hold
   lines others 12_layers qwen3_5
   lines others gpt_oss
   python3 "$bench/experts_curve.py" --tokenizer "$tokenizer" --work "$work/curve" --steps 60 --results "$results/others"
-  python3 -m pytest -q -p no:cacheprovider -m gpu "$bench/../../tests/gpu"
+  python3 -m pytest -q -n 8 -p no:cacheprovider -m gpu "$bench/../../tests/gpu" # one by one they take half an hour
 }
 
 if [[ $(nvidia-smi -L | wc -l) -gt 1 ]]; then
