@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.engine.attention.rows import enable_row_attention
+from qlora_kit.engine.attention.sinks import enable_sink_attention
 from qlora_kit.engine.head import enable_fused_head
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.live_memory import LiveMemory
@@ -39,6 +40,8 @@ def model_as_trained(recipe: TrainRecipe, folder: Path) -> PeftModel:
         engine.set_policies([policy] * len(engine.layers))
         enable_row_attention(model.get_base_model())
     elif recipe.trainer.gradient_checkpointing:
+        if engine is not None:
+            enable_sink_attention(model.get_base_model())
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert enable_fused_head(model.get_base_model()) is not None
     return model

@@ -16,6 +16,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.engine.attention.sinks import has_flash_sinks
 from qlora_kit.engine.attention.without_weights import no_packed_rows
 from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.engine.layer.without_weights import AsTrained, needs_of_layers
@@ -101,6 +102,7 @@ class Reach:
         spared: linear modules that carry no LoRA whatever the targets say, with the reason.
         attention: that the model is given.
         wanted_attention: the recipe's.
+        has_flash: whether its own code for attention gives way to flash kernels while it trains.
         lacking: weights of the other parts that the checkpoint does not hold.
     """
 
@@ -115,6 +117,7 @@ class Reach:
     spared: Mapping[str, str] = field(default_factory=dict)
     attention: Attention = Attention.sdpa
     wanted_attention: Attention = Attention.sdpa
+    has_flash: bool = False
     lacking: tuple[str, ...] = ()
 
     @property
@@ -192,7 +195,9 @@ class Reach:
             )
 
     def _other_attention(self) -> Iterator[str]:
-        if self.attention is not self.wanted_attention:
+        if self.attention is not self.wanted_attention and self.has_flash:
+            yield "attention has sinks: flash kernels compute it while it trains, by engine.mode=fast"
+        elif self.attention is not self.wanted_attention:
             yield (
                 f"model.attention={self.wanted_attention.name} is computed as {self.attention.name}: "
                 "transformers computes this model right with no other"
@@ -268,7 +273,8 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
         raise RecipeError([*attention, *error.problems]) from error
     if attention:
         raise RecipeError(attention)
-    return replace(reach, attention=given, wanted_attention=recipe.model.attention)
+    has_flash = recipe.engine.mode is EngineMode.fast and given is Attention.eager and has_flash_sinks(model)
+    return replace(reach, attention=given, wanted_attention=recipe.model.attention, has_flash=has_flash)
 
 
 def _not_packed(recipe: TrainRecipe, what: str) -> Problem:

@@ -19,6 +19,7 @@ from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
 from qlora_kit.engine.attention.rows import enable_row_attention
+from qlora_kit.engine.attention.sinks import enable_sink_attention
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.model.source import hub_name
@@ -26,6 +27,7 @@ from qlora_kit.objectives.objective import Objective
 from qlora_kit.objectives.registry import OBJECTIVES
 from qlora_kit.objectives.sft.collate import StaticBatchShape
 from qlora_kit.schema.data import Batching
+from qlora_kit.schema.engine import EngineMode
 from qlora_kit.schema.model import Attention
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.arguments import sft_config
@@ -133,6 +135,8 @@ def _prepare_model(
         engine = None
     if engine is not None and (back := enable_row_attention(model.get_base_model())) is not None:
         undo.append(back)
+    if recipe.engine.mode is EngineMode.fast and (own := enable_sink_attention(model.get_base_model())) is not None:
+        undo.append(own)
     if packing is not None:
         check_isolation(model, recipe.model.attention)
     return undo, engine

@@ -213,6 +213,15 @@ def test_gpt_oss_is_trained_with_the_attention_that_it_has(folder_of):
     assert load_base(folder, QuantConfig()).config._attn_implementation == "eager"
 
 
+def test_attention_with_sinks_is_left_to_flash_kernels_by_the_fast_engine(folder_of):
+    folder = folder_of("gpt_oss")
+    recipe = replace(recipe_for(folder), engine=EngineConfig(mode=EngineMode.fast))
+    reach = reach_of(recipe, folder)
+    assert reach.attention is Attention.eager and reach.has_flash
+    assert "attention has sinks: flash kernels compute it while it trains, by engine.mode=fast" in reach.lines()
+    assert not reach_of(recipe_for(folder), folder).has_flash
+
+
 def test_scores_that_are_capped_keep_their_cap(tmp_path):
     folder = build_tiny_model("gemma2", tmp_path / "base")
     recipe = recipe_for(folder)

@@ -22,8 +22,8 @@ from tests.tiny_models import FAMILIES, WIRED, build_tiny_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LAYERS = 6  # more than two, so that the memory of one layer is reused by others
-# Of those layers, where not all are: what mixes tokens in the place of attention is not, nor a layer with an MLP that the
-# engine does not know, or with an input of its own.
+# Of those layers, where not all are: what mixes tokens in the place of attention is none of them, nor is a layer with
+# an input of its own, or with an MLP that the engine does not know.
 RECORDED = {"qwen3_5": 1, "lfm2": 3, "granite_hybrid": 3, "gemma4_e": 0, "apertus": 0}
 LENGTHS = [93, 41, 70, 12, 88, 93, 20, 55, 93, 30, 61, 5]
 

@@ -259,7 +259,7 @@ def _whole_rows(
 def _has_flash(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     width = query.shape[-1]
     return (
-        _format(query) in (torch.bfloat16, torch.float16)
+        compute_format(query) in (torch.bfloat16, torch.float16)
         and dropout == 0
         and width == value.shape[-1] <= LARGEST_FLASH_HEAD
         and width % 8 == 0
@@ -273,7 +273,7 @@ def _is_new_enough(query: torch.Tensor) -> bool:
     return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _format(tensor: torch.Tensor) -> torch.dtype:
+def compute_format(tensor: torch.Tensor) -> torch.dtype:
     """The format to compute in: autocast leaves torch's flash attention out, so it is followed here."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
@@ -285,7 +285,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples:
 
     attend: Any = varlen_attn  # its arguments differ from torch 2.11 to 2.13
     bounds, longest, window, scaling, _ = samples
-    flat_query, *flat = (part[0].transpose(0, 1).to(_format(query)) for part in (query, key, value))
+    flat_query, *flat = (part[0].transpose(0, 1).to(compute_format(query)) for part in (query, key, value))
     groups, grouped = query.shape[1] // key.shape[1], {}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         grouped = {"enable_gqa": True}

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 
 from qlora_kit.engine.attention.rows import SDPA_ROWS, attend_rows, enable_row_attention
+from qlora_kit.engine.attention.sinks import enable_sink_attention
 from qlora_kit.engine.layer.fast import FastEngine, patch_model
 from qlora_kit.engine.layer.layer_needs import KindNeeds, LayerNeeds, Line
 from qlora_kit.engine.linear.frozen_weight import FrozenWeight
@@ -67,6 +68,8 @@ def needs_of_layers(model: PeftModel, run: AsTrained) -> LayerNeeds | None:
     base: Any = model.train().get_base_model()
     with FakeTensorMode(), _autocast(run):
         _fake(base, run)
+        if run.fast:
+            enable_sink_attention(base, is_tried=False)
         is_eager = base.config._attn_implementation == Attention.eager.value  # scores grow with the square of a row
         if state_carriers(base) and not is_eager:
             run = replace(run, row_tokens=min(run.row_tokens, LONGEST))
