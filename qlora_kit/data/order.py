@@ -12,6 +12,9 @@ from qlora_kit.schema.trainer import TrainerConfig
 
 SamplerOrder = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
+SIZES_BITS = 5  # rows of several have at most 16 sizes between one power of two and the next: kernels meet few shapes
+LARGEST_STEP = 128  # tokens from one size to the next
+WORTH = 0.05  # of the tokens that are padding, from where on rows lie one after another
 GROUPS_IN_A_POOL = 50  # rows are sorted by length inside pools, so that batches still differ from epoch to epoch
 
 
@@ -60,27 +63,53 @@ def epoch_order(batching: Batching, lengths: Ints, items: int, group: int, seed:
 
 
 def tokens_at_once(
-    batching: Batching, trainer: TrainerConfig, lengths: Ints, packing: Packing | None, processes: int = 1
+    batching: Batching,
+    trainer: TrainerConfig,
+    lengths: Ints,
+    packing: Packing | None,
+    processes: int = 1,
+    *,
+    in_one_row: bool = False,
 ) -> int:
     """Tokens of the largest forward pass of a run on one device, padding included.
 
     Args:
         lengths: `[N]`, tokens of each row.
         packing: of the rows, where they are packed.
+        in_one_row: the rows of a batch lie one after another, where padding them would be `WORTH` it.
     """
     if packing is not None:
         return trainer.batch_size * packing.capacity
+    together = in_one_row and padding_share(batching, trainer, lengths, processes) >= WORTH
     order = epoch_order(batching, lengths, len(lengths), trainer.batch_size * processes, trainer.seed)
     steps = trainer.steps(len(lengths), processes)
     left, largest, epoch = steps * trainer.gradient_accumulation * trainer.batch_size * processes, 0, 0
     while left > 0 and largest < trainer.batch_size * int(lengths.max()):
-        largest = max(largest, _largest_batch(lengths[order(epoch)[:left]], trainer.batch_size))
+        padded, real = _batches(lengths[order(epoch)[:left]], trainer.batch_size)
+        largest = max(largest, filled(int(real.max())) if together else int(padded.max()))
         left, epoch = left - len(lengths), epoch + 1
     return largest
 
 
-def _largest_batch(lengths: Ints, rows: int) -> int:
-    """Tokens of the largest padded batch of rows of these lengths, read in this order."""
+def padding_share(batching: Batching, trainer: TrainerConfig, lengths: Ints, processes: int = 1) -> float:
+    """How much of all tokens is padding where the rows of each batch are padded to its longest.
+
+    Args:
+        lengths: `[N]`, tokens of each row.
+    """
+    order = epoch_order(batching, lengths, len(lengths), trainer.batch_size * processes, trainer.seed)
+    padded, real = _batches(lengths[order(0)], trainer.batch_size)
+    return 1 - float(real.sum() / padded.sum())
+
+
+def filled(tokens: int) -> int:
+    """Tokens of the row that so many are filled up to, where several lie in it: a sixteenth more at the most."""
+    step = min(LARGEST_STEP, 1 << max(0, (tokens - 1).bit_length() - SIZES_BITS))
+    return -(-tokens // step) * step
+
+
+def _batches(lengths: Ints, rows: int) -> tuple[Ints, Ints]:
+    """Tokens of batches of rows of these lengths, read in this order: `[batches]` with padding, and without."""
     starts = np.arange(0, len(lengths), rows)
-    longest = np.maximum.reduceat(lengths, starts)
-    return int((longest * np.minimum(rows, len(lengths) - starts)).max())
+    padded = np.maximum.reduceat(lengths, starts) * np.minimum(rows, len(lengths) - starts)
+    return padded, np.add.reduceat(lengths, starts)

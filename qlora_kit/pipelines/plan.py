@@ -108,7 +108,7 @@ def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None =
     """
     running = _as_run_here(recipe)
     longest = _longest(running, base) if data is None else data.summary.train.max_tokens
-    at_once = _at_once(recipe, longest, data)
+    at_once = _at_once(recipe, base, longest, data)
     found = forecast(recipe, base, at_once, _free_bytes())
     beside = 0.0 if has_nvidia_gpu() else forecast(running, base, at_once).memory.total - found.memory.total
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
@@ -153,10 +153,11 @@ def _free_bytes() -> float | None:
     return free_memory_bytes() if has_nvidia_gpu() else None
 
 
-def _at_once(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> int:
+def _at_once(recipe: TrainRecipe, base: KnownBase, longest: int, data: PreparedData | None) -> int:
     if data is None:
         return recipe.trainer.batch_size * longest
-    return tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
+    packing, lengths = packing_of(recipe.data, data), data.train.lengths
+    return tokens_at_once(recipe.data.batching, recipe.trainer, lengths, packing, in_one_row=base.takes_one_row)
 
 
 def count_rows(path: Path, limit: int | None) -> int | None:

@@ -129,7 +129,16 @@ def _train(
         )
         with told_plainly(base_folder, read_config(base_folder), "train"):
             trainer = build_trainer(
-                model, tokenizer, recipe, data.train, data.held_out, run.checkpoints, callback, packing, reach.needs
+                model,
+                tokenizer,
+                recipe,
+                data.train,
+                data.held_out,
+                run.checkpoints,
+                callback,
+                packing,
+                reach.needs,
+                takes_one_row=reach.takes_one_row,
             )
         with stop.at_a_step(), first_step_told(trainer, base_folder, goes_on=checkpoint is not None):
             progress = run_training(trainer, checkpoint)
@@ -186,9 +195,12 @@ def planned_memory(
     Args:
         free_before: bytes of the GPU, before anything is loaded; None without one.
     """
-    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, data.train.lengths, packing_of(recipe.data, data))
+    if base is None:
+        return None
+    packing, lengths = packing_of(recipe.data, data), data.train.lengths
+    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, lengths, packing, in_one_row=base.takes_one_row)
     try:
-        return None if base is None else forecast(recipe, base, at_once, free_before)
+        return forecast(recipe, base, at_once, free_before)
     except RecipeError:
         return None
 

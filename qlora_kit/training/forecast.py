@@ -45,6 +45,7 @@ class KnownBase:
         counted: its weights, where they were counted.
         needs: what its layers were found to need; None where their sizes tell that.
         notes: what the user is to read beside a plan.
+        takes_one_row: rows of a batch may lie one after another, where padding them would be much.
     """
 
     shape: ModelShape
@@ -52,6 +53,7 @@ class KnownBase:
     counted: CountedWeights | None = None
     needs: LayerNeeds | None = None
     notes: tuple[str, ...] = ()
+    takes_one_row: bool = False
 
     @classmethod
     def in_folder(

@@ -20,6 +20,7 @@ from qlora_kit.engine.attention.sinks import has_flash_sinks
 from qlora_kit.engine.attention.without_weights import no_packed_rows
 from qlora_kit.engine.layer.layer_needs import LayerNeeds
 from qlora_kit.engine.layer.without_weights import AsTrained, needs_of_layers
+from qlora_kit.families.registry import FAMILIES
 from qlora_kit.model.kind import kind_problems, read_config
 from qlora_kit.model.language_model import build_language_model
 from qlora_kit.model.load import check_storage, put_4bit_linears, quiet_libraries, rounded_names, torch_dtype
@@ -27,7 +28,7 @@ from qlora_kit.model.packed_loading import stack_experts
 from qlora_kit.model.skeleton import attention_for, skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
 from qlora_kit.model.stored_names import StoredNames, stored_names
-from qlora_kit.model.structure import Weights, has_attention, layers_of, not_adapted, weights_of
+from qlora_kit.model.structure import Weights, has_attention, layers_of, not_adapted, state_carriers, weights_of
 from qlora_kit.model.unlike_config import UnlikeConfig
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.engine import EngineMode
@@ -102,6 +103,7 @@ class Reach:
         spared: linear modules that carry no LoRA whatever the targets say, with the reason.
         attention: that the model is given.
         wanted_attention: the recipe's.
+        takes_one_row: whether the rows of a batch may lie one after another, none of which sees another.
         has_flash: whether its own code for attention gives way to flash kernels while it trains.
         lacking: weights of the other parts that the checkpoint does not hold.
     """
@@ -118,6 +120,7 @@ class Reach:
     attention: Attention = Attention.sdpa
     wanted_attention: Attention = Attention.sdpa
     has_flash: bool = False
+    takes_one_row: bool = False
     lacking: tuple[str, ...] = ()
 
     @property
@@ -152,7 +155,8 @@ class Reach:
             RecipeError: a size is not in its config.json.
         """
         known = KnownBase.in_folder(folder, self.counted, self.needs)
-        return replace(known, shape=true_sizes(known.shape, self.weights))
+        shape = true_sizes(known.shape, self.weights)
+        return replace(known, shape=shape, takes_one_row=self.takes_one_row)
 
     def lines(self) -> list[str]:
         """What the user reads before training."""
@@ -274,7 +278,22 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
     if attention:
         raise RecipeError(attention)
     has_flash = recipe.engine.mode is EngineMode.fast and given is Attention.eager and has_flash_sinks(model)
-    return replace(reach, attention=given, wanted_attention=recipe.model.attention, has_flash=has_flash)
+    return replace(
+        reach,
+        attention=given,
+        wanted_attention=recipe.model.attention,
+        has_flash=has_flash,
+        takes_one_row=given is Attention.sdpa and _takes_one_row(recipe, model),
+    )
+
+
+def _takes_one_row(recipe: TrainRecipe, model: PreTrainedModel) -> bool:
+    """Whether the fast engine keeps the rows of a batch apart where they lie one after another.
+
+    Layers that carry a state from token to token would carry it from row to row.
+    """
+    is_known = model.config.get_text_config().model_type in FAMILIES
+    return recipe.engine.mode is EngineMode.fast and is_known and not state_carriers(model)
 
 
 def _not_packed(recipe: TrainRecipe, what: str) -> Problem:

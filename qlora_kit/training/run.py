@@ -14,7 +14,8 @@ from peft import PeftModel
 from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import world_size
-from qlora_kit.data.order import epoch_order, tokens_at_once
+from qlora_kit.core.errors import RunError
+from qlora_kit.data.order import WORTH, epoch_order, padding_share, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
@@ -65,6 +66,8 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
     callback: MetricsCallback,
     packing: Packing | None = None,
     layers: LayerNeeds | None = None,
+    *,
+    takes_one_row: bool = False,
 ) -> KitTrainer:
     """A trainer over prepared rows whose own preparation is off.
 
@@ -73,6 +76,7 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         checkpoints: folder for checkpoints; nothing is written elsewhere.
         packing: of the training rows, if `data.batching` is packed. Held-out rows are then packed too.
         layers: what they were found to need before there were weights.
+        takes_one_row: rows of a batch may lie one after another; they do where padding them would be much.
     Raises:
         RunError: the rows are packed, and this model's attention would not keep them apart.
     """
@@ -82,12 +86,17 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
     if line:
         log.info(line)
     processes = world_size()
-    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, np.asarray(train.lengths), packing, processes)
+    lengths = np.asarray(train.lengths)
+    padding = padding_share(recipe.data.batching, recipe.trainer, lengths, processes)
+    in_one_row = takes_one_row and packing is None and padding >= WORTH
+    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, lengths, packing, processes, in_one_row=in_one_row)
     found = StepNeeds(layers, GRADIENT_BYTES + optimizer.value.state_bytes)
-    undo, engine = _prepare_model(model, recipe, packing, at_once, found)
+    undo, engine, attends_in_rows = _prepare_model(model, recipe, packing, at_once, found)
+    if in_one_row := in_one_row and attends_in_rows and _keeps_apart(model, recipe.model.attention):
+        log.info(f"rows of a batch lie one after another; padded they would be {padding:.0%} padding")
     objective = OBJECTIVES["sft"]
     dataset = objective.dataset(train, packing)
-    batch_shape = _batch_shape(recipe, train, packing, engine)
+    batch_shape = _batch_shape(recipe, train, packing, engine, in_one_row=in_one_row)
     group = recipe.trainer.batch_size * processes
     source, revision = recipe.model.source, recipe.model.revision
     return KitTrainer(
@@ -107,6 +116,7 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         collator=objective.collator(
             tokenizer.pad_token_id,
             is_packed=packing is not None,
+            in_one_row=in_one_row,
             widest=_widest(train, packing, engine),
             filled_to=_filled_to(recipe, packing, batch_shape),
             batch_shape=batch_shape,
@@ -123,8 +133,12 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
 
 def _prepare_model(
     model: PeftModel, recipe: TrainRecipe, packing: Packing | None, at_once: int, found: StepNeeds
-) -> tuple[list[Callable[[], None]], FastEngine | None]:
-    """Exchange the attention and put the engine in, before TRL sees the model; with what takes both off again."""
+) -> tuple[list[Callable[[], None]], FastEngine | None, bool]:
+    """Exchange the attention and put the engine in, before TRL sees the model.
+
+    Returns:
+        What takes both off again, the engine, and whether rows are attended to without a mask.
+    """
     undo: list[Callable[[], None]] = []
     if packing is not None:
         undo.append(enable_packed_attention(model.get_base_model(), recipe.model.attention))
@@ -133,13 +147,24 @@ def _prepare_model(
         undo.append(engine.undo)
     if engine is not None and not engine.layers:
         engine = None
-    if engine is not None and (back := enable_row_attention(model.get_base_model())) is not None:
+    back = None if engine is None else enable_row_attention(model.get_base_model())
+    if back is not None:
         undo.append(back)
     if recipe.engine.mode is EngineMode.fast and (own := enable_sink_attention(model.get_base_model())) is not None:
         undo.append(own)
     if packing is not None:
         check_isolation(model, recipe.model.attention)
-    return undo, engine
+    return undo, engine, back is not None
+
+
+def _keeps_apart(model: PeftModel, attention: Attention) -> bool:
+    """Whether rows that lie one after another are computed each by itself; else they are padded, which is said."""
+    try:
+        check_isolation(model, attention)
+    except RunError as error:
+        log.info(f"rows are padded, not laid one after another: {error.problems[0].what}")
+        return False
+    return True
 
 
 def _widest(rows: TokenRows, packing: Packing | None, engine: FastEngine | None) -> int | None:
@@ -156,11 +181,13 @@ def _filled_to(recipe: TrainRecipe, packing: Packing | None, batch_shape: Static
 
 
 def _batch_shape(
-    recipe: TrainRecipe, rows: TokenRows, packing: Packing | None, engine: FastEngine | None
+    recipe: TrainRecipe, rows: TokenRows, packing: Packing | None, engine: FastEngine | None, *, in_one_row: bool
 ) -> StaticBatchShape | None:
-    """What packed batches look like for layers that are recorded; None where none are."""
-    if packing is None or engine is None or engine.graphs is None:
+    """What packed batches, and rows one after another, look like for layers that are recorded; None where none are."""
+    if engine is None or engine.graphs is None or (packing is None and not in_one_row):
         return None
+    if packing is None:  # the last sample fills the row up
+        return StaticBatchShape(recipe.trainer.batch_size + 1, int(np.asarray(rows.lengths).max()))
     lengths = np.asarray(rows.lengths)[packing.rows]
     longest = int(lengths.max())
     filled = np.add.reduceat(lengths, packing.offsets[:-1])

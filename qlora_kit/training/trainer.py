@@ -231,12 +231,12 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         TRL reads its metrics off the device after every forward pass, and the backward pass waits for that; here they
         are read when they are logged.
         """
-        count = inputs.pop("trained_tokens", None)
+        count, tokens = inputs.pop("trained_tokens", None), inputs.pop("tokens", None)
         if return_outputs or not model.training or self._is_not_plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = {"trained_tokens": count} if self.tells_counts else {}
         outputs = model(**inputs, **counts, use_cache=False, fused_lm_head=True)
-        found = self.objective.loss(outputs, inputs, num_items_in_batch)
+        found = self.objective.loss(outputs, {**inputs, "tokens": tokens}, num_items_in_batch)
         self._unread.append(found.sums)
         loss = found.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

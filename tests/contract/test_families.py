@@ -19,6 +19,7 @@ from qlora_kit.model.structure import not_adapted
 from qlora_kit.pipelines.plan import known_base, plan
 from qlora_kit.schema.compose import compose_recipe
 from qlora_kit.schema.data import Batching
+from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
 from qlora_kit.schema.quant import QuantConfig, QuantKind

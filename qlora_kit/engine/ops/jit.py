@@ -15,7 +15,7 @@ try:
 except ImportError:
     triton = tl = libdevice = None
 
-__all__ = ["SAME_BITS", "jit", "libdevice", "tl", "triton"]
+__all__ = ["SAME_BITS", "jit", "jit_for_any", "libdevice", "tl", "triton"]
 
 SAME_BITS = {"enable_fp_fusion": False}  # for kernels that round as torch does: no fused multiply-add
 
@@ -23,3 +23,11 @@ SAME_BITS = {"enable_fp_fusion": False}  # for kernels that round as torch does:
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` of a kernel; the function as it is where there is no triton."""
     return function if triton is None else triton.jit(function)
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """The same, compiled once for all values of some numbers: triton makes another kernel for multiples of 16."""
+    if triton is None:
+        return lambda function: function
+    made: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(names))
+    return made

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qlora_kit.data.order import filled
 from qlora_kit.data.tokens import Ints, TokenRows
 
 if TYPE_CHECKING:
@@ -84,14 +85,21 @@ class PackedCollator:
     Args:
         filled_to: tokens that every batch is filled up to, by samples of which nothing is trained; None fills nothing.
             For attention that is compiled for one length, and layers that are recorded for one.
+        in_few_sizes: batches are filled up to one of few numbers of tokens, each to the next.
         filler: the token it is filled with.
         batch_shape: that batches get too; one that does not fit into it keeps its own.
     """
 
     def __init__(
-        self, filled_to: int | None = None, filler: int = 0, batch_shape: StaticBatchShape | None = None
+        self,
+        filled_to: int | None = None,
+        filler: int = 0,
+        batch_shape: StaticBatchShape | None = None,
+        *,
+        in_few_sizes: bool = False,
     ) -> None:
         self.filled_to = filled_to
+        self.in_few_sizes = in_few_sizes
         self.filler = filler
         self.batch_shape = batch_shape
 
@@ -109,7 +117,8 @@ class PackedCollator:
         input_ids, labels, lengths = (
             np.concatenate([one[name] for one in features]) for name in ("input_ids", "labels", "lengths")
         )
-        missing = (self.filled_to or 0) - len(input_ids)
+        wanted = filled(len(input_ids)) if self.in_few_sizes else self.filled_to or 0
+        missing = wanted - len(input_ids)
         if missing > 0:
             input_ids = np.append(input_ids, np.full(missing, self.filler))
             labels = np.append(labels, np.full(missing, IGNORED_LABEL))
@@ -133,19 +142,21 @@ class PackedCollator:
 
 
 class CountingCollator:
-    """Another collator's batches, with the number of positions whose next token is trained: `trained_tokens`.
+    """Another collator's batches with two counts: `tokens` of the rows, and of those the `trained_tokens`.
 
-    Counted here, where the labels are made, it need not be read from the device, which waits for all that it has to do.
+    These are the positions whose next token is trained. Counted here, they need not be read from the device, which
+    would wait for all that it has to do.
     """
 
     def __init__(self, collator: Collator | PackedCollator) -> None:
         self.collator = collator
 
     def __call__(self, features: Sequence[Feature]) -> "dict[str, torch.Tensor | int]":
-        """The batch, as the collator makes it, and the count."""
+        """The batch, as the collator makes it, and the counts."""
         batch: dict[str, torch.Tensor | int] = {**self.collator(features)}
         labels: Any = batch["labels"]
-        return {**batch, "trained_tokens": int((labels[:, 1:] != IGNORED_LABEL).sum())}
+        tokens = sum(len(one["input_ids"]) for one in features)
+        return {**batch, "tokens": tokens, "trained_tokens": int((labels[:, 1:] != IGNORED_LABEL).sum())}
 
 
 def _pieces(tokens: int, longest: int) -> Ints:

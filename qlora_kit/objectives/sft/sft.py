@@ -34,11 +34,14 @@ class Sft:
         pad_token_id: int,
         *,
         is_packed: bool,
+        in_one_row: bool = False,
         widest: int | None = None,
         filled_to: int | None = None,
         batch_shape: StaticBatchShape | None = None,
     ) -> CountingCollator:
-        """Rows side by side, or packed ones one after another."""
+        """Rows side by side, or one after another."""
+        if in_one_row:
+            return CountingCollator(PackedCollator(None, pad_token_id, batch_shape, in_few_sizes=True))
         if not is_packed:
             return CountingCollator(Collator(pad_token_id, widest))
         return CountingCollator(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, batch_shape))
@@ -48,15 +51,12 @@ class Sft:
 
         Args:
             outputs: `log_probs` and `is_top1`, zero where nothing is trained, and `label_mask`, each over positions.
-            inputs: `attention_mask`, or `position_ids` of a batch without padding.
+            inputs: `tokens`, how many of them are no padding.
         """
         import torch
 
         here = outputs.label_mask.sum()
-        if "attention_mask" in inputs:
-            tokens = inputs["attention_mask"].sum()
-        else:
-            tokens = torch.full_like(here, inputs["position_ids"].numel())
+        tokens = torch.full_like(here, inputs["tokens"])
         sums = torch.stack((outputs.is_top1.sum(), here, tokens)).detach()
         total = here if trained is None else torch.as_tensor(trained, device=here.device)
         return BatchLoss(-outputs.log_probs.sum() / total.clamp(min=1), sums)

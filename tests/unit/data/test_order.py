@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qlora_kit.data.order import by_length, epoch_order, shuffled, tokens_at_once
+from qlora_kit.data.order import by_length, epoch_order, filled, padding_share, shuffled, tokens_at_once
 from qlora_kit.data.packing import pack
 from qlora_kit.schema.data import Batching
 from qlora_kit.schema.trainer import TrainerConfig
@@ -55,6 +55,34 @@ def test_the_largest_forward_pass_is_the_one_that_the_run_makes(batching, loop):
         made += [len(batch) * max(batch) for batch in (read[start : start + 4] for start in range(0, len(read), 4))]
     count = trainer.steps(len(lengths)) * trainer.gradient_accumulation
     assert tokens_at_once(batching, trainer, lengths, None) == max(made[:count])
+
+
+@pytest.mark.parametrize("batching", [Batching.padded, Batching.by_length])
+def test_without_padding_the_largest_forward_pass_is_the_batch_of_most_tokens(batching):
+    trainer, lengths = TrainerConfig(batch_size=4, epochs=1), LENGTHS[:101]
+    read = lengths[epoch_order(batching, lengths, len(lengths), 4, trainer.seed)(0)]
+    made = [sum(read[start : start + 4]) for start in range(0, len(read), 4)]
+    padded = tokens_at_once(batching, trainer, lengths, None)
+    found = tokens_at_once(batching, trainer, lengths, None, in_one_row=True)
+    if batching is Batching.padded:
+        assert padded > filled(int(max(made))) == found >= max(made)
+    else:  # hardly anything is padded
+        assert found == padded
+
+
+def test_padding_is_what_rows_lack_to_the_longest_of_their_batch():
+    trainer = TrainerConfig(batch_size=2, epochs=1, seed=0)
+    assert padding_share(Batching.padded, trainer, np.array([10, 10, 10])) == 0
+    assert padding_share(Batching.padded, trainer, np.array([4, 10])) == pytest.approx(6 / 20)
+    assert padding_share(Batching.padded, trainer, LENGTHS) == pytest.approx(0.25, abs=0.02)
+    assert padding_share(Batching.by_length, trainer, LENGTHS) < 0.03
+
+
+def test_rows_are_filled_up_to_few_sizes_by_a_sixteenth_at_the_most():
+    sizes = [filled(tokens) for tokens in range(1, 20000)]
+    assert all(tokens <= size <= tokens * 17 / 16 for tokens, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes) and filled(8192) == 8192 and filled(8000) == 8064
+    assert len({size for size in sizes if 1024 < size <= 2048}) == 16
 
 
 def test_the_largest_forward_pass_of_packed_rows_is_a_batch_of_bins():

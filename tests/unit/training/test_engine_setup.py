@@ -30,6 +30,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training import engine_setup as module
+from qlora_kit.training import run
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.engine_setup import enable_engine, layer_policies, step_memory_of
 from qlora_kit.training.run import build_trainer, run_training
@@ -63,7 +64,7 @@ def copy_of(group):
     return group.concatenated.kept
 
 
-def trained(base, rows, folder, engine, batching=Batching.padded):
+def trained(base, rows, folder, engine, batching=Batching.padded, **settings):
     recipe = TrainRecipe(
         model=ModelConfig(source="base"),
         quant=QuantConfig(compute_dtype=ComputeDtype.float32),
@@ -75,7 +76,7 @@ def trained(base, rows, folder, engine, batching=Batching.padded):
     model = attach_lora(load_base(base, recipe.quant), recipe.lora)
     packing = pack(rows.lengths, 64) if batching is Batching.packed else None
     callback = MetricsCallback(AllTrackers([]), StopOnSignal())
-    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, callback, packing)
+    return build_trainer(model, load_tokenizer(base), recipe, rows, None, folder, callback, packing, **settings)
 
 
 def losses(trainer):
@@ -97,6 +98,34 @@ def test_the_fast_engine_trains_as_the_plain_one(base, rows, tmp_path, batching,
     np.testing.assert_allclose(losses(fast), losses(plain), rtol=1e-5)  # 1e-7 to 1e-6 measured
     fast.restore_model()
     assert not [m for m in fast.model.modules() if isinstance(vars(m).get("forward"), FastLayer)]
+
+
+@pytest.mark.parametrize("is_accumulated", [False, True])
+def test_rows_of_a_batch_that_lie_in_one_row_give_the_losses_of_padded_ones(
+    base, rows, tmp_path, is_accumulated, capsys
+):
+    padded = trained(base, rows, tmp_path / "padded", EngineConfig(mode=FAST))
+    together = trained(base, rows, tmp_path / "together", EngineConfig(mode=FAST), takes_one_row=True)
+    assert "rows of a batch lie one after another; padded they would be 36% padding" in capsys.readouterr().err
+    batch = next(iter(together.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 1 and "attention_mask" not in batch
+    for trainer in (padded, together):
+        trainer.args.gradient_accumulation_steps = 2 if is_accumulated else 1
+    found, wanted = losses(together), losses(padded)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)  # 1e-7 measured
+    seen = [[entry["num_tokens"] for entry in one.state.log_history if "loss" in entry] for one in (padded, together)]
+    assert seen[0] == seen[1]
+
+
+def test_rows_are_padded_where_they_would_read_each_other(base, rows, tmp_path, monkeypatch, capsys):
+    def leaks(*_):
+        raise RunError("packed samples read each other with sdpa", "model.attention=sdpa", "data.batching=padded")
+
+    monkeypatch.setattr(run, "check_isolation", leaks)
+    trainer = trained(base, rows, tmp_path / "run", EngineConfig(mode=FAST), takes_one_row=True)
+    assert len(next(iter(trainer.get_train_dataloader()))["input_ids"]) == 2
+    said = capsys.readouterr().err
+    assert "rows are padded, not laid one after another: packed samples read each other with sdpa" in said
 
 
 def test_experts_of_a_family_that_the_engine_does_not_know_are_sped_up_and_put_back(rows, tmp_path):

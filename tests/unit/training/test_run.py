@@ -21,7 +21,7 @@ from qlora_kit.engine.graphs.layer_graphs import LayerGraphs
 from qlora_kit.engine.layer.fast import FastEngine
 from qlora_kit.model.load import load_base
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.objectives.sft.collate import Collator, feature
+from qlora_kit.objectives.sft.collate import Collator, CountingCollator, feature
 from qlora_kit.objectives.sft.dataset import training_dataset
 from qlora_kit.schema.data import Batching, DataConfig
 from qlora_kit.schema.model import Attention, ModelConfig
@@ -142,8 +142,7 @@ def test_packed_batches_hold_no_padding(built):
 
 def test_the_loss_is_that_of_the_kits_mask(built, rows):
     trainer = built()
-    batch = Collator(0)([feature(rows[0], [1]), feature(rows[0], [3])])
-    batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
+    batch = CountingCollator(Collator(0))([feature(rows[0], [1]), feature(rows[0], [3])])
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -156,7 +155,7 @@ def test_gradients_of_every_step_lie_in_the_rows_of_a_flat_optimizer(built, rows
     trained = {name: part for name, part in trainer.model.named_parameters() if part.requires_grad}
     trainer.optimizer = FlatOptimizer(AdamW8bit(trained.values()), trained.items())
     places = {name: part.grad.data_ptr() for name, part in trained.items()}
-    batch = Collator(0)([feature(rows[0], [1]), feature(rows[0], [3])])
+    batch = CountingCollator(Collator(0))([feature(rows[0], [1]), feature(rows[0], [3])])
     for _ in range(2):
         trainer.model.zero_grad()  # as transformers does between steps
         assert all(part.grad is None for part in trained.values())

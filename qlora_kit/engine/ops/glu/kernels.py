@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.engine.ops.jit import jit, libdevice, tl, triton
+from qlora_kit.engine.ops.jit import jit, jit_for_any, libdevice, tl, triton
 from qlora_kit.engine.ops.lora_delta import LoraDelta, delta_tile, described
 
 
@@ -283,7 +283,7 @@ def _glu(
         tl.store(place, found, mask=inside)
 
 
-@jit
+@jit_for_any("tiles")
 def _glu_backward(
     gate: tl.tensor,
     up: tl.tensor,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qlora_kit.objectives.sft.collate import Collator, CountingCollator, PackedCollator, StaticBatchShape, feature
+from qlora_kit.objectives.sft.sft import SFT
 from tests.stored_rows import stored_rows
 
 ROWS = [([5, 6, 2], [False, True, True]), ([7, 2], [False, True]), ([9, 8, 4, 2], [True, True, False, True])]
@@ -97,6 +98,19 @@ def test_a_packed_batch_is_filled_up_by_a_sample_of_its_own(rows):
     assert full["input_ids"].tolist() == [[7, 2, 5, 6, 2]]
 
 
+def test_rows_of_a_batch_are_laid_into_one_and_filled_up_to_one_of_few_sizes(rows):
+    collate = SFT.collator(3, is_packed=False, in_one_row=True).collator
+    batch: dict[str, Any] = collate([feature(rows, [2]), feature(rows, [0])])
+    assert batch["input_ids"].tolist() == [[9, 8, 4, 2, 5, 6, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 7]
+    many: dict[str, Any] = collate([feature(rows, [2])] * 9)
+    assert many["input_ids"].shape == (1, 36)  # steps are of 2 from 33 on
+    more: dict[str, Any] = collate([*[feature(rows, [2])] * 9, feature(rows, [0])])
+    assert more["input_ids"][0, 39:].tolist() == [3]
+    assert more["labels"][0, 39:].tolist() == [-100]
+    assert more["cu_seq_lens_q"].tolist()[-3:] == [36, 39, 40]
+
+
 def test_an_outline_gives_batches_of_other_samples_one_look(rows):
     collate = PackedCollator(filled_to=14, filler=3, batch_shape=StaticBatchShape(samples=6, longest=4))
     batch: dict[str, Any] = collate([feature(rows, [1, 0])])
@@ -124,6 +138,7 @@ def test_a_batch_that_does_not_fit_the_outline_keeps_its_own(rows):
 def test_trained_positions_are_counted_as_labels_are_shifted(rows, collator):
     features = [feature(rows, [2, 1]), feature(rows, [0])]
     plain, counted = collator(features), CountingCollator(collator)(features)
+    assert counted.pop("tokens") == 9
     assert counted.pop("trained_tokens") == sum(label != -100 for row in plain["labels"].tolist() for label in row[1:])
     assert counted.keys() == plain.keys()
     assert all(torch.equal(torch.as_tensor(counted[name]), torch.as_tensor(plain[name])) for name in plain)

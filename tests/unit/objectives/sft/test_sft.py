@@ -24,7 +24,7 @@ def outputs():
     return SimpleNamespace(log_probs=log_probs, is_top1=(likely.argmax(-1) == following) & mask, label_mask=mask)
 
 
-INPUTS = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), "labels": LABELS}
+INPUTS = {"tokens": 8, "labels": LABELS}
 
 
 def cross_entropy(reduction):
@@ -46,11 +46,6 @@ def test_sums_of_batches_are_read_as_one():
     assert SFT.read([3.0, 4.0, 8.0]).metrics == {"mean_token_accuracy": 0.75}
     assert SFT.read((2 * torch.tensor([3.0, 4.0, 8.0])).tolist()).metrics == {"mean_token_accuracy": 0.75}
     assert SFT.read([0.0, 0.0, 8.0]) == type(SFT.read(sums.tolist()))(8, {"mean_token_accuracy": 0.0})
-
-
-def test_a_batch_without_padding_counts_its_positions():
-    packed = {"position_ids": torch.arange(10)[None], "labels": LABELS.reshape(1, -1)}
-    assert SFT.loss(outputs(), packed, None).sums[2] == 10
 
 
 def test_held_out_batches_weigh_as_many_tokens_as_they_train():
