@@ -57,6 +57,7 @@ def enable_engine(
     engine.set_policies(policies)
     if engine.graphs is not None:
         engine.graphs.beside = Beside(memory.head, memory.layer)
+        engine.graphs.largest = tokens * memory.shape.hidden_size
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
         back = "engine.cached_weights=none gives it back"
         log.info(f"engine: weights are kept dequantized too, {human_bytes(copies)} ({back})")

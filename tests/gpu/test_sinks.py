@@ -21,12 +21,16 @@ def test_results_and_gradients_are_those_of_a_matrix_of_scores(heads, width, win
     shapes = [(2, 4, 300, 64), (2, heads, 300, 64), (2, heads, 300, width)]
     wide = [torch.randn(shape, generator=generator).bfloat16().float().requires_grad_() for shape in shapes]
     sinks = torch.randn(4, generator=generator) if has_sinks else None
-    wanted = by_hand(*wide, sinks, window, 0.125)
+    query, key, value = wide
+    wanted = by_hand(query, key, value, sinks, window, 0.125)
     grad = torch.randn(wanted.shape, generator=generator).bfloat16()
     wanted_grads = torch.autograd.grad(wanted, wide, grad.float())
     parts = [part.detach().to("cuda", torch.bfloat16).requires_grad_() for part in wide]
     given = None if sinks is None else sinks.to("cuda", torch.bfloat16)
-    found, _ = attend_with_sinks(torch.nn.Module(), *parts, None, scaling=0.125, sliding_window=window, s_aux=given)
+    query, key, value = parts
+    found, _ = attend_with_sinks(
+        torch.nn.Module(), query, key, value, None, scaling=0.125, sliding_window=window, s_aux=given
+    )
     assert off(found.cpu(), wanted) < 0.01
     for one, other in zip(torch.autograd.grad(found, parts, grad.cuda()), wanted_grads, strict=True):
         assert off(one.cpu(), other) < 0.02

@@ -64,10 +64,10 @@ class CapturedLayer:
     Attributes:
         start: where the hidden states are read.
         fixed: where tensors of the settings are read, by name.
-        output: hidden states after the layer.
+        output: hidden states after the layer, in a place that recordings of other shapes write to as well.
         parameters: that the layer trains.
         gradients: of these; that of the hidden states is written to `gradient`, for all layers the same place.
-        host: where its input lies between the two passes, if other layers read and write in the same places.
+        host: where its input lies between the two passes, if other layers read in the same place.
         adds_up: whether the backward pass adds to `gradients`, which are the parameters' own where these have some that
             stay from step to step; else it writes them.
     """
@@ -77,17 +77,20 @@ class CapturedLayer:
         shape: Hashable,
         fixed: Mapping[str, Tensor],
         start: Tensor,
+        output: Tensor,
         parameters: Sequence[Tensor],
         gradient: Tensor,
         host: HostInput | None = None,
+        made: Sequence[Tensor] = (),
     ) -> None:
+        """made: memory for gradients of parameters, from a recording of another shape."""
         self.shape, self.fixed, self.start, self.gradient = shape, fixed, start, gradient
-        self.host = host
+        self.output, self.host = output, host
         self.needs_input = start.requires_grad
         kept = [parameter.grad for parameter in parameters if parameter.grad is not None]
         self.adds_up = len(kept) == len(parameters) > 0 and not _are_several()
         # Beside the pool, where layers whose backward pass comes later would write over them.
-        self.gradients = kept if self.adds_up else [torch.empty_like(parameter) for parameter in parameters]
+        self.gradients = kept if self.adds_up else list(made) or [torch.empty_like(one) for one in parameters]
         self._kept: list[Tensor] = []
         self.parameters = list(parameters)
         self._wanted = [start, *parameters] if self.needs_input else list(parameters)
@@ -108,8 +111,9 @@ class CapturedLayer:
         with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state():
             with _capture(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
-                self.output = result.detach() if self.host is None else self.host.output
-                if self.host is not None:
+                if self.host is None and result.dtype is not self.output.dtype:
+                    self.output = result.detach()
+                else:
                     self.output.copy_(result.detach())
             # Autograd's graph does not outlive this: its nodes for the parameters' gradients belong to this stream,
             # and later steps would add up their gradients on it, beside the stream that the graphs are started on.
@@ -119,6 +123,13 @@ class CapturedLayer:
                     self._capture_backward(result)
             finally:
                 set_grad_targets(None, ())
+
+    def forget(self) -> None:
+        """Let other recordings into the memory of this one's values, once all layers of its shape are recorded.
+
+        A step writes all of them before it reads them, and another shape's step is not begun before it is done.
+        """
+        self._kept.clear()
 
     def forward(self) -> Tensor:
         """Start the forward pass; the result is in memory that the next forward pass writes over at the earliest."""

@@ -1,5 +1,7 @@
 """Keeps what a backward pass needs in the host's memory, in pieces that waste none of it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -10,21 +12,26 @@ PIECE_BYTES = 1 << 26
 class HostCopy:
     """Room in the host's memory for a tensor on a device; see `SavedOnHost`."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
-        lengths = [len(piece) for piece in self._split(like.detach().reshape(-1))]
-        self.pieces = [torch.empty(length, dtype=self._dtype, pin_memory=like.is_cuda) for length in lengths]
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._dtype, self._device = torch.Size(shape), dtype, device
+        values, most = self._shape.numel(), PIECE_BYTES // dtype.itemsize
+        lengths = [min(most, values - start) for start in range(0, values, most)]
+        self.pieces = [torch.empty(length, dtype=dtype, pin_memory=device.type == "cuda") for length in lengths]
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether there is room for a tensor."""
+        return tensor.dtype == self._dtype and tensor.numel() <= self._shape.numel()
 
     def store(self, tensor: Tensor) -> None:
-        """Copy the tensor to the host."""
-        for piece, part in zip(self.pieces, self._split(tensor.detach().reshape(-1)), strict=True):
-            piece.copy_(part, non_blocking=True)
+        """Copy the tensor, or a smaller one, to the host."""
+        for piece, part in zip(self.pieces, self._split(tensor.detach().reshape(-1)), strict=False):
+            piece[: len(part)].copy_(part, non_blocking=True)
 
     def fetch(self, place: Tensor | None = None) -> Tensor:
-        """The tensor on its device again: in this place, which is contiguous, or in new memory."""
+        """The tensor on its device again: in this place, which is contiguous, or in new memory, in full."""
         found = torch.empty(self._shape, dtype=self._dtype, device=self._device) if place is None else place
-        for part, piece in zip(self._split(found.detach().view(-1)), self.pieces, strict=True):
-            part.copy_(piece, non_blocking=True)
+        for part, piece in zip(self._split(found.detach().view(-1)), self.pieces, strict=False):
+            part.copy_(piece[: len(part)], non_blocking=True)
         return found
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
@@ -43,6 +50,6 @@ class SavedOnHost(saved_tensors_hooks):
 
 
 def _store(tensor: Tensor) -> HostCopy:
-    stored = HostCopy(tensor)
+    stored = HostCopy(tensor.shape, tensor.dtype, tensor.device)
     stored.store(tensor)
     return stored

@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from qlora_kit.engine.graphs.hidden_places import HiddenPlaces
 from qlora_kit.engine.graphs.host_memory import HostCopy
 
 
@@ -17,9 +18,9 @@ class HostPassage:
         output: hidden states after a layer, until they are copied for the next one.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        dense = torch.contiguous_format  # as copies on the host are
-        self.output, *self._places = (torch.empty_like(like, memory_format=dense) for _ in range(3))
+    def __init__(self, like: Tensor, places: HiddenPlaces) -> None:
+        self.output, *self._starts = (places.at(("passage", number), like) for number in range(3))
+        self._places = places
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._lies: list[HostInput | None] = [None, None]
         self._last: HostInput | None = None
@@ -31,8 +32,9 @@ class HostPassage:
 
     def add(self) -> "HostInput":
         """The next layer's input; layers are added in their order."""
-        place = self._count % len(self._places)
-        self._last = HostInput(self, place, self._places[place], self._last)
+        place = self._count % len(self._starts)
+        on_host = self._places.on_host(self._count, self._starts[place])
+        self._last = HostInput(self, place, self._starts[place], on_host, self._last)
         self._count += 1
         return self._last
 
@@ -61,10 +63,11 @@ class HostInput:
         on_host: where it is kept.
     """
 
-    def __init__(self, passage: HostPassage, place: int, start: Tensor, before: Optional["HostInput"]) -> None:
+    def __init__(
+        self, passage: HostPassage, place: int, start: Tensor, on_host: HostCopy, before: Optional["HostInput"]
+    ) -> None:
         self._passage, self._before = passage, before
-        self.place, self.start = place, start
-        self.on_host = HostCopy(start)
+        self.place, self.start, self.on_host = place, start, on_host
 
     @property
     def output(self) -> Tensor:

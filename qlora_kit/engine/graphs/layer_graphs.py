@@ -3,12 +3,14 @@
 A layer of the fast engine is about 100 kernels in a training step. Started one by one they keep the host busy for 200
 to 400 ms per step of a model with 32 layers, and a GPU that is done sooner waits. A recorded layer takes two starts.
 
-A recording holds for one shape of batch, and for the memory that it was made with: everything that the layers keep for
-the backward pass stays reserved while it exists. So there is one shape at a time, recorded when several batches in a
-row have had it, and let go when another one comes.
+A recording holds for one shape of batch, and for the memory that it was made with. Everything that the layers keep for
+the backward pass stays reserved, but only once: recordings of other shapes lie in the same memory, since a step is done
+before the next one begins. So there is one for each shape that came again, up to a number.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +21,13 @@ from torch.autograd.function import Function, once_differentiable
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import counted, human_bytes
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
+from qlora_kit.engine.graphs.hidden_places import HiddenPlaces
 from qlora_kit.engine.graphs.host_passage import HostInput, HostPassage
 from qlora_kit.engine.ops.limits import RECORDED_SPARE
 
-REPEATS = 2  # batches in a row of one shape, the first of which compile and choose kernels, before it is recorded
+REPEATS = 2  # batches of one shape, the first of which compile and choose kernels, before the first is recorded
+AGAIN = 1  # batches of any other shape before it is recorded
+MOST_SHAPES = 48  # each takes some MB beside what all share
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
 
 
@@ -63,28 +68,27 @@ class Beside(NamedTuple):
 
 
 class CaptureSchedule:
-    """Decides when to record: counts how often one shape came in a row.
-
-    A shape that did not stay makes the next wait twice as long, so that alternating shapes are soon left alone.
-    """
+    """Decides which shapes to record: those that came before, as many as there may be."""
 
     def __init__(self) -> None:
-        self._needed = REPEATS
-        self._shape: Hashable = None
-        self._seen = 0
+        self._seen = Counter[Hashable]()
+        self._due: set[Hashable] = set()
+        self._left: set[Hashable] = set()
 
     def is_due(self, shape: Hashable) -> bool:
         """Whether this batch and those of its shape to come are worth a recording; None never is."""
-        if shape is None or shape != self._shape:
-            if self._seen > self._needed:
-                self._needed *= 2
-            self._shape, self._seen = shape, 0
-        self._seen += shape is not None
-        return self._seen > self._needed
+        if shape is None or shape in self._left:
+            return False
+        if shape in self._due:
+            return True
+        self._seen[shape] += 1
+        if self._seen[shape] > (AGAIN if self._due else REPEATS) and len(self._due) < MOST_SHAPES:
+            self._due.add(shape)
+        return shape in self._due
 
-    def start_over(self) -> None:
-        """Count anew, without a grudge against the shape."""
-        self._shape, self._seen = None, 0
+    def leave(self, shape: Hashable) -> None:
+        """Never record this one again."""
+        self._left.add(shape)
 
 
 def shape_of(h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor] = ()) -> Hashable:
@@ -102,6 +106,39 @@ def shape_of(h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor
     return (*found, *(parameter.data_ptr() for parameter in parameters))
 
 
+@dataclass
+class Recording:
+    """The layers of one model, recorded for one shape of batch.
+
+    Attributes:
+        shape: of the batch, as its first layer saw it.
+        gradient: of hidden states, which one layer writes for the next.
+        captured: by place.
+        passage: of inputs that lie on the host.
+        is_whole: no more layers are recorded: others' values may lie where those of these layers do.
+        is_left: one of its layers could not be recorded.
+    """
+
+    shape: Hashable
+    gradient: Tensor
+    captured: dict[int, CapturedLayer] = field(default_factory=dict)
+    passage: HostPassage | None = None
+    is_whole: bool = False
+    is_left: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether further layers may be recorded."""
+        return not (self.is_whole or self.is_left)
+
+    def close(self) -> None:
+        """Let recordings of other shapes into the memory of this one."""
+        if not self.is_whole:
+            self.is_whole = True
+            for layer in self.captured.values():
+                layer.forget()
+
+
 class LayerGraphs:
     """The recordings of all layers of one model, in one pool of memory.
 
@@ -110,6 +147,7 @@ class LayerGraphs:
         in_part: whether layers with a plain part are recorded without it from now on.
         records_all: whether no layer of the model is started kernel by kernel.
         beside: what the rest of a step takes.
+        largest: values of the hidden states of the largest batch; 0 where that is not known.
     """
 
     def __init__(self) -> None:
@@ -117,18 +155,29 @@ class LayerGraphs:
         self.in_part = False
         self.records_all = True
         self.beside = Beside()
-        self.captured: dict[int, CapturedLayer] = {}
-        self.gradient: Tensor | None = None
+        self.largest = 0
+        self._recordings: dict[Hashable, Recording] = {}
+        self._current: Recording | None = None  # of the pass that runs
         self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
         self._schedule = CaptureSchedule()
-        self._replays = False
         self._is_off = False
         self._is_stale = False
         self._misfits = 0
         self._told = 0
         self._statics: dict[Hashable, Tensor] = {}
-        self._passage: HostPassage | None = None
+        self._gradients: dict[int, Sequence[Tensor]] = {}  # by the place of a layer: of its parameters
+        self._places: HiddenPlaces | None = None
         self._memory: GraphMemory | None = None
+
+    @property
+    def captured(self) -> Mapping[int, CapturedLayer]:
+        """The layers that are recorded for the shape of the last pass, by place."""
+        return {} if self._current is None else self._current.captured
+
+    @property
+    def shapes(self) -> int:
+        """For how many shapes of batches there are recordings."""
+        return len(self._recordings)
 
     def run(self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The layer's result `[rows, tokens, hidden]`: computed, or replayed if its shape is recorded.
@@ -139,20 +188,20 @@ class LayerGraphs:
         shape = shape_of(h, settings, layer.parameters)
         if place == 0:
             self._begin(shape, h)
-        if not self._replays:
+        if (current := self._current) is None:
             return layer.compute(h, settings)
-        if place not in self.captured and shape is not None and not self._is_off:
-            self._try_to_capture(place, layer, h, settings, shape)
-        known = self.captured.get(place)
+        may_record = current.is_open and not (self._is_off or self._is_stale)
+        if place not in current.captured and shape is not None and may_record:
+            self._try_to_capture(current, place, layer, h, settings, shape)
+        known = current.captured.get(place)
         if known is None or known.shape != shape or not self._feed(known, h, settings):
-            self._is_stale = True
+            self._is_stale |= not current.is_left
             return layer.compute(h, settings)
         replayed: Tensor = Replay.apply(h, known, self, *layer.parameters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return replayed
 
     def release(self) -> None:
-        """Give the memory of all recordings back; the next ones are made when a shape has come often enough again."""
-        self._schedule.start_over()
+        """Give the memory of all recordings back; they are made anew when batches of their shapes come again."""
         self._drop()
 
     def _begin(self, shape: Hashable, h: Tensor) -> None:
@@ -163,22 +212,33 @@ class LayerGraphs:
         self._misfits += self._is_stale
         if self._misfits > MOST_MISFITS and not self._is_off:
             self._fall_back("they are called with other settings from step to step")
-        due = self._schedule.is_due(shape) and not self._is_off
-        if self._is_stale or not due:
+        if self._is_stale:
             self._drop()
-        if due and not self.captured:
-            due = self._open(h)
-        self._replays, self._is_stale = due, False
+        elif self._current is not None:
+            self._current.close()
+        self._is_stale = False
+        due = self._schedule.is_due(shape) and not self._is_off
+        self._current = (self._recordings.get(shape) or self._open(shape, h)) if due else None
 
     def _tell(self) -> None:
         """How many layers a pass has recorded, the first time and when they became more or fewer."""
         count = len(self.captured)
-        if count and count != self._told:
+        if count > self._told:
             log.info(f"{counted(count, 'layer is', 'layers are')} started as CUDA graphs")
             self._told = count
 
-    def _open(self, h: Tensor) -> bool:
-        """Prepare to record; False if the recordings could take more memory than there is."""
+    def _open(self, shape: Hashable, h: Tensor) -> Recording | None:
+        """Prepare to record a shape; None if the recordings could take more memory than there is."""
+        if self._memory is None and not self._has_room():
+            return None
+        if self._memory is None:
+            self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._places = HiddenPlaces(self.largest)
+        assert self._places is not None
+        self._recordings[shape] = Recording(shape, self._places.at("gradient", h))
+        return self._recordings[shape]
+
+    def _has_room(self) -> bool:
         torch.cuda.empty_cache()
         needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
@@ -187,8 +247,6 @@ class LayerGraphs:
             taken = f"a step takes {human_bytes(needed)}, what is not recorded {human_bytes(beside)}"
             self._fall_back(f"{taken}, and {human_bytes(free)} are free")
             return False
-        self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.gradient = torch.empty_like(h)
         return True
 
     def _fall_back(self, why: str) -> None:
@@ -199,43 +257,62 @@ class LayerGraphs:
         if self._memory is None:
             return
         torch.cuda.synchronize()
-        self.captured, self.gradient, self._passage, self._memory, self._replays = {}, None, None, None, False
+        self._recordings.clear()
+        self._gradients.clear()
+        self._current = self._places = self._memory = None
         self._fed.clear()
         self._statics.clear()
         torch.cuda.empty_cache()
 
-    def _try_to_capture(
-        self, place: int, layer: CapturableLayer, h: Tensor, settings: Mapping[str, Any], shape: Hashable
+    def _try_to_capture(  # a layer as it is called, and where it goes
+        self,
+        recording: Recording,
+        place: int,
+        layer: CapturableLayer,
+        h: Tensor,
+        settings: Mapping[str, Any],
+        shape: Hashable,
     ) -> None:
-        before = self.captured.get(place - 1)
+        assert self._memory is not None and self._places is not None
+        before = recording.captured.get(place - 1)
         chained = before is not None and before.output.data_ptr() == h.data_ptr()
         fixed = {name: self._static(value) for name, value in _leaves(settings) if isinstance(value, Tensor)}
         try:
             if layer.from_host is None:
-                compute, host = layer.compute, None
-                start = before.output if before is not None and chained else torch.empty_like(h)
+                compute, host, output = layer.compute, None, self._places.at(("after", place), h)
+                start = before.output if before is not None and chained else self._places.at(("before", place), h)
             else:
-                compute, host = layer.from_host, self._host_input(h)
-                start = host.start
-            assert self.gradient is not None and self._memory is not None
+                compute, host = layer.from_host, self._host_input(recording, h, self._places)
+                start, output = host.start, host.output
             given = _with_tensors(settings, fixed)
             start = start.detach().requires_grad_(h.requires_grad)
-            captured = CapturedLayer(shape, fixed, start, layer.parameters, self.gradient, host)
+            made = self._gradients.get(place, ())
+            captured = CapturedLayer(shape, fixed, start, output, layer.parameters, recording.gradient, host, made)
             captured.capture(partial(compute, settings=given), self._memory, layer.set_grad_targets)
-            self.captured[place] = captured
+            recording.captured[place], self._gradients[place] = captured, captured.gradients
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             why = next(iter(str(error).splitlines()), type(error).__name__)
+            if len(self._recordings) > 1:  # others could be recorded: memory for this one is short
+                self._leave(recording, why)
+                return
             if not layer.has_plain_part:
                 self._fall_back(why)
                 return
             log.info(f"layers are recorded as CUDA graphs without the part that runs plain: {why}")
             self.in_part = self._is_stale = True
 
-    def _host_input(self, h: Tensor) -> HostInput:
+    def _leave(self, recording: Recording, why: str) -> None:
+        """Start layers of this shape kernel by kernel, the rest of this pass included."""
+        log.info(f"batches of one more shape are started kernel by kernel, not as CUDA graphs: {why}")
+        self._schedule.leave(recording.shape)
+        del self._recordings[recording.shape]
+        recording.is_left = True
+
+    def _host_input(self, recording: Recording, h: Tensor, places: HiddenPlaces) -> HostInput:
         """Of the next layer whose input lies on the host."""
-        if self._passage is None or not self._passage.fits(h):
-            self._passage = HostPassage(h)
-        return self._passage.add()
+        if recording.passage is None or not recording.passage.fits(h):
+            recording.passage = HostPassage(h, places)
+        return recording.passage.add()
 
     def _static(self, value: Tensor) -> Tensor:
         """A copy's place; layers that are handed one tensor share it."""
@@ -275,15 +352,15 @@ class Replay(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of hidden states and parameters, in memory that the next layer and step write over."""
         known, owner = ctx.known, ctx.owner
-        if ctx.turn != owner.turn or owner.gradient is None:
+        if ctx.turn != owner.turn:
             raise RuntimeError(
                 "the backward pass of an earlier forward pass: with CUDA graphs it has to come before the next forward "
                 "pass; set engine.cuda_graphs=false"
             )
-        if grad.data_ptr() != owner.gradient.data_ptr():
-            owner.gradient.copy_(grad)
+        if grad.data_ptr() != known.gradient.data_ptr():
+            known.gradient.copy_(grad)
         known.backward()
-        return owner.gradient if known.needs_input else None, None, None, *known.hand_over()
+        return known.gradient if known.needs_input else None, None, None, *known.hand_over()
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

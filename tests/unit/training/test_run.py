@@ -4,6 +4,7 @@ import json
 import pickle
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_packed_batches_hold_no_padding(built):
 
 def test_the_loss_is_that_of_the_kits_mask(built, rows):
     trainer = built()
-    batch = CountingCollator(Collator(0))([feature(rows[0], [1]), feature(rows[0], [3])])
+    batch: dict[str, Any] = CountingCollator(Collator(0))([feature(rows[0], [1]), feature(rows[0], [3])])
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

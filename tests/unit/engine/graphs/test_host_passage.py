@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_kit.engine.graphs.hidden_places import HiddenPlaces
 from qlora_kit.engine.graphs.host_passage import HostPassage
 from tests.unrecorded_graphs import stand_in_for_cuda
 
@@ -10,7 +11,7 @@ from tests.unrecorded_graphs import stand_in_for_cuda
 @pytest.fixture
 def passage(monkeypatch):
     stand_in_for_cuda(monkeypatch)
-    return HostPassage(torch.zeros(2, 3))
+    return HostPassage(torch.zeros(2, 3), HiddenPlaces())
 
 
 def test_an_input_comes_back_while_the_layer_behind_it_runs(passage):

@@ -5,7 +5,9 @@ import torch
 
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
+    AGAIN,
     MOST_MISFITS,
+    MOST_SHAPES,
     REPEATS,
     Beside,
     CapturableLayer,
@@ -25,18 +27,32 @@ def due(turns, shape, times):
     return [turns.is_due(shape) for _ in range(times)]
 
 
-def test_a_shape_is_recorded_once_it_came_often_enough_in_a_row():
+def test_the_first_shape_is_recorded_once_it_came_often_enough():
     turns = CaptureSchedule()
     assert due(turns, "a", REPEATS + 2) == [False] * REPEATS + [True, True]
 
 
-def test_a_shape_that_did_not_stay_makes_the_next_wait_longer():
+def test_another_shape_is_recorded_when_it_comes_again():
     turns = CaptureSchedule()
     due(turns, "a", REPEATS + 1)
-    assert due(turns, "b", 2 * REPEATS + 1) == [False] * 2 * REPEATS + [True]
+    assert due(turns, "b", AGAIN + 1) == [False] * AGAIN + [True]
+    assert turns.is_due("a")
 
 
-def test_shapes_that_never_repeat_are_never_due_and_cost_no_patience():
+def test_shapes_need_not_come_in_a_row():
+    turns = CaptureSchedule()
+    seen = [turns.is_due(shape) for shape in "abcabcabc"]
+    assert seen == [False] * 6 + [True] * 3
+
+
+def test_there_are_so_many_shapes_and_no_more():
+    turns = CaptureSchedule()
+    found = [due(turns, number, REPEATS + 1)[-1] for number in range(MOST_SHAPES + 5)]
+    assert found == [True] * MOST_SHAPES + [False] * 5
+    assert turns.is_due(0)
+
+
+def test_shapes_that_never_repeat_are_never_due():
     turns = CaptureSchedule()
     assert not any(turns.is_due(number) for number in range(100))
     assert due(turns, "a", REPEATS + 1)[-1]
@@ -44,13 +60,10 @@ def test_shapes_that_never_repeat_are_never_due_and_cost_no_patience():
 
 def test_what_cannot_be_recorded_is_never_due():
     assert not any(due(CaptureSchedule(), None, 10))
-
-
-def test_evaluation_costs_no_patience():
     turns = CaptureSchedule()
     due(turns, "a", REPEATS + 1)
-    turns.start_over()
-    assert due(turns, "a", REPEATS + 1)[-1]
+    turns.leave("a")
+    assert not any(due(turns, "a", 10))
 
 
 def test_a_recording_depends_on_shapes_settings_and_addresses_but_not_on_values():
@@ -100,7 +113,7 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda,
         for place in (0, 1):
             assert torch.equal(made.run(place, layer, h, {}), h * 2)
         assert not made.captured
-    assert made.gradient is None
+    assert not made.shapes
     # what failed first is told, once, and not that a recording that has failed cannot be ended
     assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted when stream is") == 1
     assert [graph.calls for graph in cuda.graphs] == [["begin in a pool", "failed", "end"], []]
@@ -204,6 +217,87 @@ def test_inputs_on_the_host_come_back_although_all_layers_read_in_one_place(cuda
             torch.testing.assert_close(known.gradients[0], after * start.sum())
 
 
+def scaled(weights):
+    """Layers that multiply by a weight each."""
+
+    def layer(weight):
+        return CapturableLayer(lambda hidden, settings: hidden * weight, [weight], lambda of_input, of_parameters: None)
+
+    return [layer(weight) for weight in weights]
+
+
+def test_recordings_of_several_shapes_lie_in_one_memory_and_give_each_its_own_results(cuda):
+    weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0, 8.0)]
+    graphs, layers = LayerGraphs(), scaled(weights)
+    graphs.largest = 2 * 9 * 3
+    shapes = [(2, 5, 3), (1, 7, 3), (2, 9, 3)]
+
+    def run(h):
+        for place, layer in enumerate(layers):
+            h = graphs.run(place, layer, h, {})
+        return h
+
+    known = {}
+    for _ in range(REPEATS + 1):
+        for shape in shapes:
+            run(torch.ones(shape, requires_grad=True))
+            known[shape] = dict(graphs.captured)
+    assert graphs.shapes == len(shapes) and all(len(one) == 3 for one in known.values())
+    for place in range(3):
+        of_place = [known[shape][place] for shape in shapes]
+        assert len({one.output.data_ptr() for one in of_place}) == 1
+        assert len({one.start.data_ptr() for one in of_place}) == 1
+        assert len({one.gradients[0].data_ptr() for one in of_place}) == 1
+        for one in of_place:
+            replays(one, weights[place])
+    assert not any(one._kept for shape in shapes[:-1] for one in known[shape].values())
+    for shape in [*shapes, *reversed(shapes)]:
+        h = torch.randn(shape, requires_grad=True)
+        found = run(h)
+        assert torch.equal(found, h * 64)
+        for weight in weights:
+            weight.grad = None
+        (to_h,) = torch.autograd.grad(found.sum(), h, retain_graph=False)
+        assert torch.equal(to_h, torch.full_like(h, 64.0))
+        torch.testing.assert_close(weights[0].grad, 32 * h.sum())
+
+
+def test_a_layer_that_comes_later_is_not_recorded_into_memory_that_others_may_use(cuda, capsys):
+    weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0)]
+    graphs, (first, second), h = LayerGraphs(), scaled(weights), torch.ones(1, 2, 3, requires_grad=True)
+    for _ in range(REPEATS + 1):
+        graphs.run(0, first, h, {})
+    assert len(graphs.captured) == 1
+    after = graphs.run(0, first, h, {})
+    assert torch.equal(graphs.run(1, second, h, {}), h * 4)
+    assert len(graphs.captured) == 1 and after is not None
+    graphs.run(0, first, h, {})
+    graphs.run(1, second, h, {})
+    assert len(graphs.captured) == 2  # anew, both
+
+
+def test_a_shape_that_memory_is_short_for_leaves_the_others_recorded(cuda, capsys):
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def compute(hidden, settings):
+        if hidden.shape[1] > 2 and cuda.graphs and cuda.graphs[-2].calls == ["begin in a pool"]:
+            cuda.graphs[-2].calls.append("failed")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return hidden * weight
+
+    layer = CapturableLayer(compute, [weight], lambda of_input, of_parameters: None)
+    graphs = LayerGraphs()
+    for _ in range(REPEATS + 2):
+        for tokens in (2, 5):
+            h = torch.ones(1, tokens, 3, requires_grad=True)
+            for place in (0, 1):
+                found = graphs.run(place, layer, h, {})
+                assert tokens == 2 or torch.equal(found, h * 2)
+    assert graphs.shapes == 1
+    said = capsys.readouterr().err
+    assert said.count("one more shape are started kernel by kernel, not as CUDA graphs: CUDA out of memory") == 1
+
+
 @pytest.mark.parametrize(("records_all", "taken"), [(True, "head"), (False, "layer")])
 def test_what_is_not_recorded_needs_memory_of_its_own(cuda, capsys, records_all, taken):
     free, h = torch.cuda.mem_get_info()[0], torch.ones(1, 2, 3, requires_grad=True)
@@ -219,7 +313,7 @@ def test_what_is_not_recorded_needs_memory_of_its_own(cuda, capsys, records_all,
 def captured(cuda, compute):
     """A layer of three numbers, recorded."""
     start = torch.ones(3, requires_grad=True)
-    layer = CapturedLayer(None, {}, start, [], torch.ones(3))
+    layer = CapturedLayer(None, {}, start, torch.empty(3), [], torch.ones(3))
     layer.capture(compute, GraphMemory("a pool", cuda.stream), lambda of_input, of_parameters: None)
     return layer
 
@@ -262,7 +356,8 @@ def captured_weight(cuda, gradient):
     """A layer that doubles a weight, recorded while that has a gradient or none."""
     weight = torch.ones(3, requires_grad=True)
     weight.grad = gradient
-    layer = CapturedLayer("a shape", {}, torch.zeros(3, requires_grad=True), [weight], torch.zeros(3))
+    start, gradient = torch.zeros(3, requires_grad=True), torch.zeros(3)
+    layer = CapturedLayer("a shape", {}, start, torch.empty(3), [weight], gradient)
     memory = GraphMemory("a pool", cuda.stream)
     layer.capture(lambda h: h + 2 * weight, memory, lambda of_input, of_parameters: None)
     return weight, layer

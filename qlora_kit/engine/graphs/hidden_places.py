@@ -1,0 +1,37 @@
+"""Where recorded layers read and write hidden states: one memory for recordings of any number of tokens."""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engine.graphs.host_memory import HostCopy
+
+
+class HiddenPlaces:
+    """Memory by name, as large as the largest batch needs; a recording of fewer tokens uses the begin of it.
+
+    Recordings hold addresses. One that outgrew a place holds on to its own.
+    """
+
+    def __init__(self, values: int = 0) -> None:
+        """values: of the largest batch's hidden states, where that is known."""
+        self._values = values
+        self._on_device: dict[Hashable, Tensor] = {}
+        self._on_host: dict[Hashable, HostCopy] = {}
+
+    def at(self, name: Hashable, like: Tensor) -> Tensor:
+        """A place in the shape of hidden states, dense."""
+        flat = self._on_device.get(name)
+        if flat is None or flat.numel() < like.numel() or flat.dtype != like.dtype:
+            flat = torch.empty(max(self._values, like.numel()), dtype=like.dtype, device=like.device)
+            self._on_device[name] = flat
+        return flat[: like.numel()].view(like.shape)
+
+    def on_host(self, name: Hashable, like: Tensor) -> HostCopy:
+        """Room for hidden states on the host."""
+        known = self._on_host.get(name)
+        if known is None or not known.fits(like):
+            known = HostCopy([max(self._values, like.numel())], like.dtype, like.device)
+            self._on_host[name] = known
+        return known
