@@ -16,6 +16,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import Problem, RecipeError, RunError
 from qlora_kit.core.quiet import no_banners
 from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.engine.attention.packed import attends_at_once
 from qlora_kit.engine.attention.sinks import has_flash_sinks
 from qlora_kit.engine.attention.without_weights import no_packed_rows
 from qlora_kit.engine.layer.layer_needs import LayerNeeds
@@ -288,12 +289,14 @@ def reach_of(recipe: TrainRecipe, folder: Path) -> Reach:
 
 
 def _takes_one_row(recipe: TrainRecipe, model: PreTrainedModel) -> bool:
-    """Whether the fast engine keeps the rows of a batch apart where they lie one after another.
+    """Whether the fast engine keeps the rows of a batch apart where they lie one after another, and by one kernel.
 
     Layers that carry a state from token to token would carry it from row to row.
     """
+    if recipe.engine.mode is not EngineMode.fast or state_carriers(model):
+        return False
     is_known = model.config.get_text_config().model_type in FAMILIES
-    return recipe.engine.mode is EngineMode.fast and is_known and not state_carriers(model)
+    return is_known and attends_at_once(model, torch_dtype(recipe.quant.compute_dtype))
 
 
 def _not_packed(recipe: TrainRecipe, what: str) -> Problem:

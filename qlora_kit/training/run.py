@@ -18,7 +18,7 @@ from qlora_kit.core.errors import RunError
 from qlora_kit.data.order import WORTH, epoch_order, padding_share, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
-from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention
+from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention, is_old_gpu
 from qlora_kit.engine.attention.rows import enable_row_attention
 from qlora_kit.engine.attention.sinks import enable_sink_attention
 from qlora_kit.engine.layer.fast import FastEngine
@@ -159,12 +159,14 @@ def _prepare_model(
 
 def _keeps_apart(model: PeftModel, attention: Attention) -> bool:
     """Whether rows that lie one after another are computed each by itself; else they are padded, which is said."""
+    why = "this GPU has no flash kernel" if is_old_gpu(next(model.parameters()).device) else ""
     try:
         check_isolation(model, attention)
     except RunError as error:
-        log.info(f"rows are padded, not laid one after another: {error.problems[0].what}")
-        return False
-    return True
+        why = error.problems[0].what
+    if why:
+        log.info(f"rows are padded, not laid one after another: {why}")
+    return not why
 
 
 def _widest(rows: TokenRows, packing: Packing | None, engine: FastEngine | None) -> int | None:

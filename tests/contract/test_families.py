@@ -22,7 +22,7 @@ from qlora_kit.schema.data import Batching
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.lora import LoraConfig, LoraInit
 from qlora_kit.schema.model import Attention, ModelConfig
-from qlora_kit.schema.quant import QuantConfig, QuantKind
+from qlora_kit.schema.quant import ComputeDtype, QuantConfig, QuantKind
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.failures import first_step_told
 from qlora_kit.training.finite import NotFiniteError
@@ -221,6 +221,23 @@ def test_attention_with_sinks_is_left_to_flash_kernels_by_the_fast_engine(folder
     assert reach.attention is Attention.eager and reach.has_flash
     assert "attention has sinks: flash kernels compute it while it trains, by engine.mode=fast" in reach.lines()
     assert not reach_of(recipe_for(folder), folder).has_flash
+
+
+def in_one_row(folder, **changes):
+    recipe = replace(recipe_for(folder), engine=EngineConfig(mode=EngineMode.fast), **changes)
+    return reach_of(recipe, folder).takes_one_row
+
+
+def test_rows_of_a_batch_lie_one_after_another_where_one_kernel_keeps_them_apart(folder_of, tmp_path):
+    llama = build_tiny_model("llama", tmp_path / "llama")
+    assert in_one_row(llama)
+    assert not reach_of(recipe_for(llama), llama).takes_one_row  # with engine=plain
+    assert not in_one_row(llama, quant=QuantConfig(compute_dtype=ComputeDtype.float32))
+    assert not in_one_row(folder_of("qwen3_5_text"))  # a state goes from token to token
+    assert not in_one_row(build_tiny_model("gemma2", tmp_path / "gemma2"))  # scores are capped
+    wide = build_tiny_model("llama", tmp_path / "wide", head_dim=320)
+    assert not in_one_row(wide)
+    assert not in_one_row(folder_of("gpt_oss"))  # of no family that the engine knows
 
 
 def test_scores_that_are_capped_keep_their_cap(tmp_path):

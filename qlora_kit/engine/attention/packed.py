@@ -29,6 +29,8 @@ from qlora_kit.schema.model import Attention
 SDPA_PACKED = "sdpa_packed"
 PADDED = "data.batching=padded"
 LARGEST_FLASH_HEAD = 256
+HEAD_MULTIPLE = 8  # values of a head, for the kernel
+AMPERE = (8, 0)
 # Arguments of a layer that change no number here. Any other that is set, such as `softcap` or `s_aux`, is refused.
 WITHOUT_EFFECT = {
     "cache_position",
@@ -121,6 +123,23 @@ def _exchange_attention(model: PreTrainedModel, attention: Attention) -> Callabl
     if model.config._attn_implementation != SDPA_PACKED:
         raise _unfit("transformers cannot exchange the attention of this model", attention)
     return lambda: model.set_attn_implementation(before)
+
+
+def attends_at_once(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether one kernel serves all samples of a row on a GPU of today, in every layer; else they would take turns.
+
+    Args:
+        dtype: that attention is computed in.
+    """
+    found = (getattr(part, "head_dim", None) for part in model.modules())
+    widths = {width for width in found if isinstance(width, int)}
+    fits = all(width <= LARGEST_FLASH_HEAD and width % HEAD_MULTIPLE == 0 for width in widths)
+    return bool(widths) and fits and dtype in (torch.bfloat16, torch.float16)
+
+
+def is_old_gpu(device: torch.device) -> bool:
+    """Whether a device is a GPU on which torch has no flash attention."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE
 
 
 def check_isolation(model: torch.nn.Module, attention: Attention) -> None:
@@ -262,7 +281,7 @@ def _has_flash(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool
         compute_format(query) in (torch.bfloat16, torch.float16)
         and dropout == 0
         and width == value.shape[-1] <= LARGEST_FLASH_HEAD
-        and width % 8 == 0
+        and width % HEAD_MULTIPLE == 0
         and _is_new_enough(query)
     )
 
@@ -270,7 +289,7 @@ def _has_flash(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool
 def _is_new_enough(query: torch.Tensor) -> bool:
     if counts_as_on_gpu():
         return True
-    return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.is_cuda and not is_old_gpu(query.device)
 
 
 def compute_format(tensor: torch.Tensor) -> torch.dtype:

@@ -20,9 +20,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.packed import (
+    HEAD_MULTIPLE,
     LARGEST_FLASH_HEAD,
     WITHOUT_EFFECT,
     compute_format,
+    is_old_gpu,
     sliding_window_mask,
 )
 from qlora_kit.model.live_memory import counts_as_on_gpu
@@ -31,8 +33,6 @@ from qlora_kit.schema.model import Attention
 WITH_SINKS = "with_sinks"  # transformers checks names with sdpa or flash in them
 OFF = 0.05  # of a layer's attention, that its result may differ by: rounding in 16 bit is 0.02 at the most
 MOST_TRIED = 512  # tokens
-HEAD_MULTIPLE = 8  # values of a head, for the kernel
-AMPERE = (8, 0)
 LEFT = "attention with sinks is computed by the model's own code, with a matrix of scores"
 
 
@@ -58,7 +58,7 @@ def enable_sink_attention(model: PreTrainedModel, *, is_tried: bool = True) -> C
     if before != Attention.eager.value or not has_flash_sinks(model):
         return None
     first = _with_sinks(model)[0].sinks
-    if first.is_cuda and torch.cuda.get_device_capability(first.device) < AMPERE:
+    if is_old_gpu(first.device):
         log.info(f"{LEFT}: this GPU has no flash kernel")
         return None
     # transformers makes no mask for an implementation that registers none.
