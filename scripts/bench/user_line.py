@@ -69,6 +69,19 @@ def _unsloth(name: str, model: str, rows: str, *words: str, steps: int = 20) -> 
     return Case(name, model, ("--steps", str(steps), "--batch", "4", *words), rows=rows, peer="unsloth")
 
 
+def _beside_unsloth(model: str) -> Iterator[Case]:
+    """Ours with the whole card and with everything recomputed, and the peer: 50 steps each, rows of mixed length."""
+    for name, rows, peer in (
+        ("mixed", ("data=rows", "trainer.batch_size=4"), ("--batch", "4")),
+        ("mixed_1", ("data=rows", "trainer.batch_size=1"), ("--batch", "1")),
+        ("packed", ("data=packed", "trainer.batch_size=4"), ("--batch", "4", "--packed")),
+    ):
+        words = (*rows, "data.max_tokens=2048", "trainer.max_steps=50", "engine=fast")
+        yield Case(f"{model}-{name}-fast", model, words)
+        yield Case(f"{model}-{name}-recomputed", model, (*words, "engine.recompute=all"))
+        yield Case(f"{model}-{name}-unsloth", model, ("--steps", "50", *peer), rows="mixed", peer="unsloth")
+
+
 CASES = (
     _shipped("llama3_1_8b_chat_16gb", "llama_8b", 15.5),
     _shipped("llama3_1_8b_chat_16gb", "llama_8b", 15.5, "engine=fast"),
@@ -80,11 +93,8 @@ CASES = (
     _shipped("qwen3_8b_chat_24gb", "qwen_8b", 23.5),
     _shipped("qwen3_8b_chat_24gb", "qwen_8b", 23.5, "engine=fast"),
     Case("mixed", "llama_8b", MIXED),
-    Case("mixed-fast", "llama_8b", (*MIXED, "engine=fast")),
     Case("packed", "llama_8b", ("data=packed", *MIXED[1:])),
-    _unsloth("mixed-unsloth", "llama_8b", "mixed", steps=30),
-    Case("packed-fast", "llama_8b", ("data=packed", *MIXED[1:], "engine=fast")),
-    _unsloth("packed-unsloth", "llama_8b", "mixed", "--packed", steps=30),
+    *(case for model in ("llama_8b", "qwen_8b", "gemma_4b", "llama_1b") for case in _beside_unsloth(model)),
     Case("30b_a3b_4x2048-24gb-r8", "30b_a3b", (*FULL, "engine=fast", *RANK_8), 24.7, "full"),
     _unsloth("30b_a3b_4x2048-r8-unsloth", "30b_a3b", "full", "--rank", "8", steps=12),
     Case("30b_a3b_4x2048-whole", "30b_a3b", (*FULL, "engine=fast"), rows="full"),
