@@ -23,12 +23,12 @@ from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.finite import NotFiniteError
+from qlora_kit.training.halving import is_out_of_memory
 from qlora_kit.training.trainer import KitTrainer
 
 Changes = Mapping[str, object]
 Needs = Callable[[TrainRecipe], float | None]  # bytes that a recipe's largest step will need, as `plan` has it
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LESS_LEARNING = 10
 # By its field, which beats a choice of the group and one of the experiment.
 IN_4_BIT: "Changes" = {"quant": None, "quant.kind": QuantKind.nf4.name}
@@ -50,7 +50,7 @@ def explained(recipe: TrainRecipe, run: RunDirectory, needs: Needs, longest: int
     except NotFiniteError as error:
         raise _not_finite(error, recipe, run) from error
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, recipe, run, needs, longest) from error
 
@@ -65,16 +65,12 @@ def base_fits(recipe: TrainRecipe, run: RunDirectory) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         on_gpu = torch.cuda.is_available() and not isinstance(error, MemoryError)
         what = f"the base does not fit into the memory of {_place(on_gpu=on_gpu)}: {_held(on_gpu=on_gpu)}"
         fix = "choose a smaller model" if recipe.quant.kind.is_4bit else again_with(run, IN_4_BIT)
         raise RunError(what, f"model.source={recipe.model.source}, quant.kind={recipe.quant.kind.name}", fix) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def _last_whole(run: RunDirectory) -> Path | None:

@@ -27,6 +27,7 @@ from qlora_kit.training.callbacks import MetricsCallback
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
 from qlora_kit.training.finite import refuse_weights_not_finite
+from qlora_kit.training.halving import Halving
 from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 from qlora_kit.training.optimizers.groups import Groups
 from qlora_kit.training.same_loss import refuse_another_loss
@@ -110,6 +111,7 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         """
         self._modules: tuple[torch.nn.Module, ...] = ()  # as they were when the model was put into training mode
         self._waiting: _Waiting | None = None
+        self._halving, self._unread_before = Halving(), 0
         self.objective = objective
         self.callback, self.order, self.base, self.groups, self.engine = callback, order, base, groups, engine
         self.logs_late = torch.cuda.is_available()
@@ -189,11 +191,33 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             return done
         self._be_in_training_mode(model)
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
+
+        def compute(batch: dict[str, Any]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        if self.accelerator.num_processes > 1:  # which would wait for each other's halves
+            loss = compute(inputs)
+        else:
+            if self._halving.is_between_steps:
+                self._unread_before = len(self._unread)
+            loss = self._halving.run(inputs, compute, self._begin_step_anew, self.state.global_step + 1)
+            if self.accelerator.sync_gradients:
+                self._halving.end_step()
         self._log_what_waits()
-        return loss.detach()
+        return loss
+
+    def _begin_step_anew(self) -> None:
+        """Let go of the gradients and sums of the step that runs, and of recordings."""
+        del self._unread[self._unread_before :]
+        self.model.zero_grad()
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, FlatOptimizer):
+            optimizer.lay_gradients()
+        if self.engine is not None and self.engine.graphs is not None:
+            self.engine.graphs.release()
 
     def _be_in_training_mode(self, model: torch.nn.Module) -> None:
         """Put every module into training mode, whoever left one in eval mode.

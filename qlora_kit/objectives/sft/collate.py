@@ -1,6 +1,7 @@
 """Token rows -> the tensors of one forward pass: padded side by side, or one after another without padding."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
+_PAIR = 2
 WIDTHS_BITS = 6  # between one power of two and the next there are 32 widths
 
 Feature = Mapping[str, Ints]
@@ -156,9 +158,50 @@ class CountingCollator:
         batch: dict[str, torch.Tensor | int] = {**self.collator(features)}
         labels: Any = batch["labels"]
         tokens = sum(len(one["input_ids"]) for one in features)
-        return {**batch, "tokens": tokens, "trained_tokens": int((labels[:, 1:] != IGNORED_LABEL).sum())}
+        return {**batch, "tokens": tokens, "trained_tokens": _trained(labels)}
 
 
 def _pieces(tokens: int, longest: int) -> Ints:
     """Lengths of as few samples as these tokens make."""
     return np.diff(np.append(np.arange(0, tokens, longest), tokens))
+
+
+def in_halves(batch: "Mapping[str, Any]") -> "tuple[dict[str, Any], dict[str, Any]] | None":
+    """A batch of `CountingCollator` as two that hold its rows or samples between them; None where it has but one.
+
+    Padding and filling that only the whole needed is left out.
+    """
+    if "cu_seq_lens_q" in batch:
+        return _samples_in_halves(batch)
+    lengths = batch["attention_mask"].sum(dim=1)
+    if len(lengths) < _PAIR:
+        return None
+    middle = len(lengths) // _PAIR
+    found = []
+    for rows in (slice(None, middle), slice(middle, None)):
+        width = int(lengths[rows].max())
+        part = {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask", "labels")}
+        found.append({**part, "tokens": int(lengths[rows].sum()), "trained_tokens": _trained(part["labels"])})
+    return found[0], found[1]
+
+
+def _samples_in_halves(batch: "Mapping[str, Any]") -> "tuple[dict[str, Any], dict[str, Any]] | None":
+    bounds = [bound for bound in batch["cu_seq_lens_q"].tolist() if bound < batch["tokens"]] + [batch["tokens"]]
+    if len(bounds) <= _PAIR:
+        return None
+    half = batch["tokens"] / _PAIR
+    middle = min(range(1, len(bounds) - 1), key=lambda place: abs(bounds[place] - half))
+    found = []
+    for own in (bounds[: middle + 1], bounds[middle:]):
+        part = {name: batch[name][:, own[0] : own[-1]] for name in ("input_ids", "labels", "position_ids")}
+        starts = batch["cu_seq_lens_q"].new_tensor([bound - own[0] for bound in own])
+        longest = max(after - before for before, after in pairwise(own))
+        ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        counts = {"tokens": own[-1] - own[0], "trained_tokens": _trained(part["labels"])}
+        found.append({**part, **ends, **counts})
+    return found[0], found[1]
+
+
+def _trained(labels: "torch.Tensor") -> int:
+    """Positions whose next token is trained."""
+    return int((labels[:, 1:] != IGNORED_LABEL).sum())

@@ -1,0 +1,105 @@
+"""Goes on where a micro-batch does not fit into memory: its step is computed again in halves, with the same loss.
+
+The loss of a micro-batch is a sum over its tokens by the number of all that the step trains, so that halves add up to
+it. The rows of a step, their order and what the optimizer sees stay as they were.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from qlora_kit.core.console.lines import log
+from qlora_kit.objectives.sft.collate import in_halves
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+Batch = Mapping[str, Any]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a device or of the host."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+class Halving:
+    """The micro-batches of a step, in as many parts each as memory asks for.
+
+    Attributes:
+        times: how often a micro-batch is halved, from the first step on that ran out of memory.
+    """
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._of_step: list[Batch] = []
+
+    def run(
+        self, batch: Batch, compute: Callable[[dict[str, Any]], torch.Tensor], begin_anew: Callable[[], None], step: int
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, with its gradients added to those of the step.
+
+        Args:
+            compute: the loss of a batch, after it went backward.
+            begin_anew: lets go of the step's gradients.
+            step: that is computed, for the line that tells it.
+        Raises:
+            RuntimeError: memory runs out for a single row.
+        """
+        self._of_step.append(batch)
+        failed = None
+        try:
+            return self._in_parts(batch, compute)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self._is_finest():
+                raise
+            failed = str(error).partition("\n")[0]
+        while True:  # outside of the handler, which holds what the failed pass had made
+            self.times += 1
+            begin_anew()
+            _let_go()
+            try:
+                losses = [self._in_parts(one, compute) for one in self._of_step]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._is_finest():
+                    raise
+                continue
+            parts = 1 << self.times
+            log.warning(
+                f"step {step} ran out of memory ({failed}): each batch is computed in {parts} parts from here on, with "
+                "the same rows in a step and the same loss"
+            )
+            return losses[-1]
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether the next micro-batch is the first of its step."""
+        return not self._of_step
+
+    def end_step(self) -> None:
+        """The step's gradients are whole."""
+        self._of_step.clear()
+
+    def _in_parts(self, batch: Batch, compute: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+        losses = [compute(dict(part)) for part in _parts(batch, self.times)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _is_finest(self) -> bool:
+        """Whether halving once more would change nothing."""
+        return all(in_halves(part) is None for one in self._of_step for part in _parts(one, self.times))
+
+
+def _parts(batch: Batch, times: int) -> Iterator[Batch]:
+    halves = in_halves(batch) if times else None
+    if halves is None:
+        yield batch
+        return
+    for half in halves:
+        yield from _parts(half, times - 1)
+
+
+def _let_go() -> None:
+    """Of what the failed pass held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
