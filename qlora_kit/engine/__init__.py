@@ -65,7 +65,7 @@ The order to read it in:
       checkpoint_policy.py kept_memory.py                       what is kept, and how much
       layer_needs.py without_weights.py                         how much, before there are weights
     attention/     packed.py rows.py                            samples in one row, rows padded on the right: no mask
-                   sinks.py                                    and with a learned share that goes nowhere
+                   flash.py sinks.py                           by flash kernels; and with a share that goes nowhere
                    carried_state.py                            and in linear attention: states that begin anew
                    without_weights.py                          whether a model can be packed, before there are weights
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs

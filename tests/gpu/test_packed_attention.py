@@ -1,6 +1,6 @@
 """On a GPU packed samples are as alone as in batches of their own, and no mask of all tokens by all tokens is made.
 
-`sdpa` runs torch's `varlen_attn` in bfloat16, which is flash attention without the package flash_attn, and one sample
+`sdpa` runs torch's flash attention in bfloat16, without the package flash_attn, and one sample
 after another in float32. `flash_attention_2` is tried only where that package can be imported.
 """
 

@@ -6,7 +6,6 @@ tokens). `sdpa_packed` needs none: it is torch's flash attention where the GPU a
 after another.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.carried_state import keep_states_apart
+from qlora_kit.engine.attention.flash import Reach, flash_attend, sliding_window_mask
 from qlora_kit.model.device import this_device
 from qlora_kit.model.live_memory import counts_as_on_gpu
 from qlora_kit.model.structure import has_attention
@@ -245,7 +245,7 @@ def attend_samples(
         raise _unfit("packed samples came in several rows", Attention.sdpa)
     _refuse_unknown(module, rest)
     if _has_flash(query, value, samples.dropout):
-        return _flash(query, key, value, samples)[None]
+        return _flash(query, key, value, samples)
     return _one_by_one(query, key, value, samples).transpose(1, 2).contiguous()
 
 
@@ -299,22 +299,11 @@ def compute_format(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: Samples) -> torch.Tensor:
-    """Flash attention over all samples at once: `[T, heads, width]`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    attend: Any = varlen_attn  # its arguments differ from torch 2.11 to 2.13
+    """Flash attention over all samples at once: `[1, T, heads, width]`."""
     bounds, longest, window, scaling, _ = samples
-    flat_query, *flat = (part[0].transpose(0, 1).to(compute_format(query)) for part in (query, key, value))
-    groups, grouped = query.shape[1] // key.shape[1], {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        grouped = {"enable_gqa": True}
-    elif groups > 1:
-        flat = [part.repeat_interleave(groups, dim=1) for part in flat]
-    # Flash attention counts the tokens before a token, transformers that token too.
-    reach = (-1 if window is None else window - 1, 0)
-    ends = (bounds, bounds, longest, longest)
-    found: torch.Tensor = attend(flat_query, *flat, *ends, scale=scaling, window_size=reach, **grouped)
-    return found.to(query.dtype)
+    given = [part.to(compute_format(query)) for part in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return flash_attend(given[0], given[1], given[2], Reach(scale, window, bounds, longest)).to(query.dtype)
 
 
 def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: Samples) -> torch.Tensor:
@@ -331,15 +320,6 @@ def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sam
             scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, is_causal=mask is None, **settings)
         )
     return torch.cat(found, dim=2)
-
-
-def sliding_window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """The mask `[1, 1, tokens, tokens]` of a window; None where causality alone says the same."""
-    tokens = query.shape[2]
-    if window is None or tokens <= window:
-        return None
-    ones = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device)
-    return ones.tril().triu(1 - window)
 
 
 def _unfit(why: str, attention: Attention) -> RunError:

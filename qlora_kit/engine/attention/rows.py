@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_kit.engine.attention.packed import SDPA_PACKED, Samples, attend_samples, sliding_window_mask
+from qlora_kit.engine.attention.flash import sliding_window_mask
+from qlora_kit.engine.attention.packed import SDPA_PACKED, Samples, attend_samples
 from qlora_kit.families.registry import FAMILIES
 
 SDPA_ROWS = "sdpa_rows"

@@ -1,11 +1,4 @@
-"""Attention with sinks over rows that are padded on the right, without a matrix of every token against every other.
-
-A sink is a learned score of a head that takes a share of every token's softmax and adds nothing to its result. Where
-the exponentials of a token's scores S sum to exp(l), a sink s makes P = exp(S - m), m = log(exp(l) + exp(s)), and the
-result P V is the one without the sink times exp(l - m). The backward pass of a flash kernel makes P from the
-logarithm that it is handed, and the sum over P dP from the result and its gradient. Handed m and the result with the
-sink, it gives the gradients of attention with the sink. Source: Dao, FlashAttention-2 (2023), section 2.3.
-"""
+"""Attention with sinks over rows that are padded on the right, without a matrix of every token against every other."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,21 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
+from qlora_kit.engine.attention.flash import Reach, flash_attend
 from qlora_kit.engine.attention.packed import (
     HEAD_MULTIPLE,
     LARGEST_FLASH_HEAD,
     WITHOUT_EFFECT,
     compute_format,
     is_old_gpu,
-    sliding_window_mask,
 )
-from qlora_kit.model.live_memory import counts_as_on_gpu
 from qlora_kit.schema.model import Attention
 
 WITH_SINKS = "with_sinks"  # transformers checks names with sdpa or flash in them
@@ -108,98 +99,9 @@ def attend_with_sinks(  # noqa: PLR0913, PLR0917  # transformers passes each by 
     dtype, width = compute_format(query), value.shape[-1]
     value = pad(value, (0, query.shape[-1] - width))  # the kernel takes heads of one width
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = (part.to(dtype) for part in (query, key, value))
-    found: Tensor = _WithSinks.apply(*parts, s_aux, sliding_window, scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    given = [part.to(dtype) for part in (query, key, value)]
+    found = flash_attend(given[0], given[1], given[2], Reach(scale, sliding_window), s_aux)
     return found[..., :width].to(query.dtype), None
-
-
-class _WithSinks(Function):
-    """Takes queries, keys, values `[rows, heads, T, width]`, sinks or None, window or None, and the scale."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        query, key, value, sinks, window, scale = given
-        forward = _flash if query.is_cuda else _flash_of_cpu
-        out, logarithm, random = forward(query, key, value, window, scale)
-        if sinks is not None:
-            whole = torch.logaddexp(logarithm, sinks.float().view(1, -1, 1))
-            share = (logarithm - whole).exp().transpose(1, 2).unsqueeze(-1)
-            out, logarithm = (out * share).to(out.dtype), whole
-        ctx.save_for_backward(query, key, value, out, logarithm, *random)
-        ctx.window, ctx.scale = window, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        saved = ctx.saved_tensors  # once: a layer that was computed again hands each out but once
-        backward = _flash_backward if grad.is_cuda else _flash_of_cpu_backward
-        return *backward(grad, saved, ctx.window, ctx.scale), None, None, None
-
-
-Found = tuple[Tensor, Tensor, Sequence[Tensor]]  # [rows, T, heads, width], float32 [rows, heads, T], random state
-Grads = tuple[Tensor, Tensor, Tensor]
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Found:
-    parts = [part.transpose(1, 2) for part in (query, key, value)]
-    tokens = query.shape[2]
-    out, logarithm, *random = torch.ops.aten._flash_attention_forward(
-        *parts, None, None, tokens, tokens, 0.0, True, False, scale=scale, **_reach(window)
-    )
-    return out, logarithm, random[:2]
-
-
-def _flash_backward(grad: Tensor, saved: Sequence[Tensor], window: int | None, scale: float) -> Grads:
-    query, key, value, out, logarithm, *random = saved
-    parts = [part.transpose(1, 2) for part in (query, key, value)]
-    ends = (None, None, query.shape[2], query.shape[2])
-    found = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), *parts, out, logarithm, *ends, 0.0, True, *random, scale=scale, **_reach(window)
-    )
-    of_query, of_key, of_value = (part.transpose(1, 2) for part in found)
-    return of_query, of_key, of_value
-
-
-def _reach(window: int | None) -> dict[str, int]:
-    """Flash attention counts the tokens before a token, transformers that token too."""
-    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-
-
-def _flash_of_cpu(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Found:
-    groups, mask = query.shape[1] // key.shape[1], _mask(query, window)
-    out, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, *_repeated((key, value), groups), 0.0, mask is None, attn_mask=mask, scale=scale
-    )
-    return out.transpose(1, 2), logarithm, ()
-
-
-def _flash_of_cpu_backward(grad: Tensor, saved: Sequence[Tensor], window: int | None, scale: float) -> Grads:
-    query, key, value, out, logarithm = saved
-    groups, mask = query.shape[1] // key.shape[1], _mask(query, window)
-    of_query, *others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad.transpose(1, 2),
-        query,
-        *_repeated((key, value), groups),
-        out.transpose(1, 2),
-        logarithm,
-        0.0,
-        mask is None,
-        attn_mask=mask,
-        scale=scale,
-    )
-    of_key, of_value = (part.unflatten(1, (-1, groups)).sum(2) for part in others)
-    return of_query, of_key, of_value
-
-
-def _repeated(parts: Sequence[Tensor], groups: int) -> list[Tensor]:
-    return [part if groups == 1 else part.repeat_interleave(groups, dim=1) for part in parts]
-
-
-def _mask(query: Tensor, window: int | None) -> Tensor | None:
-    """What the CPU's kernel takes for a window; a GPU's needs none, which counts where memory is counted for one."""
-    mask = None if counts_as_on_gpu() else sliding_window_mask(query, window)
-    return None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _with_sinks(model: nn.Module) -> list[Any]:
