@@ -11,12 +11,16 @@ from qlora_kit.engine.graphs.host_memory import HostCopy
 class HiddenPlaces:
     """Memory by name, as large as the largest batch needs; a recording of fewer tokens uses the begin of it.
 
-    Recordings hold addresses. One that outgrew a place holds on to its own.
+    Recordings hold addresses. Those of a place that was outgrown hold on to it.
+
+    Attributes:
+        copies: the stream of copies to the host and back, one for all recordings, since they share that memory too.
     """
 
     def __init__(self, values: int = 0) -> None:
         """values: of the largest batch's hidden states, where that is known."""
         self._values = values
+        self.copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._on_device: dict[Hashable, Tensor] = {}
         self._on_host: dict[Hashable, HostCopy] = {}
 

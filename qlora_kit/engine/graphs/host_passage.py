@@ -21,7 +21,7 @@ class HostPassage:
     def __init__(self, like: Tensor, places: HiddenPlaces) -> None:
         self.output, *self._starts = (places.at(("passage", number), like) for number in range(3))
         self._places = places
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._stream = places.copies
         self._lies: list[HostInput | None] = [None, None]
         self._last: HostInput | None = None
         self._count = 0
