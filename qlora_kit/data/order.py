@@ -13,7 +13,6 @@ from qlora_kit.schema.trainer import TrainerConfig
 SamplerOrder = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
 SIZES_BITS = 5  # rows of several have at most 16 sizes between one power of two and the next: kernels meet few shapes
-LARGEST_STEP = 128  # tokens from one size to the next
 WORTH = 0.05  # of the tokens that are padding, from where on rows lie one after another
 GROUPS_IN_A_POOL = 50  # rows are sorted by length inside pools, so that batches still differ from epoch to epoch
 
@@ -104,7 +103,7 @@ def padding_share(batching: Batching, trainer: TrainerConfig, lengths: Ints, pro
 
 def filled(tokens: int) -> int:
     """Tokens of the row that so many are filled up to, where several lie in it: a sixteenth more at the most."""
-    step = min(LARGEST_STEP, 1 << max(0, (tokens - 1).bit_length() - SIZES_BITS))
+    step = 1 << max(0, (tokens - 1).bit_length() - SIZES_BITS)
     return -(-tokens // step) * step
 
 

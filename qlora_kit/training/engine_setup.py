@@ -28,6 +28,7 @@ from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.training.step_memory import MLP, TRAINED_BYTES, StepMemory, StepNeeds, again, as_found
 
 ACTIVATION_BYTES = 2
+PARTS, WIDEST = 32, 33  # padded batches are made wider by a 32nd at the most
 
 
 def enable_engine(
@@ -57,7 +58,7 @@ def enable_engine(
     engine.set_policies(policies)
     if engine.graphs is not None:
         engine.graphs.beside = Beside(memory.head, memory.layer)
-        engine.graphs.largest = tokens * memory.shape.hidden_size
+        engine.graphs.largest = tokens * WIDEST // PARTS * memory.shape.hidden_size
     if copies := engine.keep_copies(memory.room_for_copies(config.cached_weights, policies, _free())):
         back = "engine.cached_weights=none gives it back"
         log.info(f"engine: weights are kept dequantized too, {human_bytes(copies)} ({back})")

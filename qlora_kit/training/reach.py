@@ -293,7 +293,7 @@ def _takes_one_row(recipe: TrainRecipe, model: PreTrainedModel) -> bool:
 
     Layers that carry a state from token to token would carry it from row to row.
     """
-    if recipe.engine.mode is not EngineMode.fast or state_carriers(model):
+    if recipe.engine.mode is not EngineMode.fast or recipe.lora.dropout > 0 or state_carriers(model):
         return False
     is_known = model.config.get_text_config().model_type in FAMILIES
     return is_known and attends_at_once(model, torch_dtype(recipe.quant.compute_dtype))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,12 +89,17 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
     processes = world_size()
     lengths = np.asarray(train.lengths)
     padding = padding_share(recipe.data.batching, recipe.trainer, lengths, processes)
-    in_one_row = takes_one_row and packing is None and padding >= WORTH
-    at_once = tokens_at_once(recipe.data.batching, recipe.trainer, lengths, packing, processes, in_one_row=in_one_row)
+    at_once = partial(tokens_at_once, recipe.data.batching, recipe.trainer, lengths, packing, processes)
     found = StepNeeds(layers, GRADIENT_BYTES + optimizer.value.state_bytes)
-    undo, engine, attends_in_rows = _prepare_model(model, recipe, packing, at_once, found)
-    if in_one_row := in_one_row and attends_in_rows and _keeps_apart(model, recipe.model.attention):
+    in_one_row = takes_one_row and packing is None and padding >= WORTH and not _is_on_old_gpu(model)
+    undo, engine, attends_in_rows = _prepare_model(model, recipe, packing, at_once(in_one_row=in_one_row), found)
+    if in_one_row and attends_in_rows and _keeps_apart(model, recipe.model.attention):
         log.info(f"rows of a batch lie one after another; padded they would be {padding:.0%} padding")
+    elif in_one_row:  # padded batches are larger than what layers were set up for
+        for one in reversed(undo):
+            one()
+        in_one_row = False
+        undo, engine, _ = _prepare_model(model, recipe, packing, at_once(), found)
     objective = OBJECTIVES["sft"]
     dataset = objective.dataset(train, packing)
     batch_shape = _batch_shape(recipe, train, packing, engine, in_one_row=in_one_row)
@@ -159,14 +165,20 @@ def _prepare_model(
 
 def _keeps_apart(model: PeftModel, attention: Attention) -> bool:
     """Whether rows that lie one after another are computed each by itself; else they are padded, which is said."""
-    why = "this GPU has no flash kernel" if is_old_gpu(next(model.parameters()).device) else ""
     try:
         check_isolation(model, attention)
     except RunError as error:
-        why = error.problems[0].what
-    if why:
-        log.info(f"rows are padded, not laid one after another: {why}")
-    return not why
+        log.info(f"rows are padded, not laid one after another: {error.problems[0].what}")
+        return False
+    return True
+
+
+def _is_on_old_gpu(model: PeftModel) -> bool:
+    """Whether no kernel keeps rows apart on the model's device, which is said."""
+    is_old = is_old_gpu(next(model.parameters()).device)
+    if is_old:
+        log.info("rows are padded, not laid one after another: this GPU has no flash kernel")
+    return is_old
 
 
 def _widest(rows: TokenRows, packing: Packing | None, engine: FastEngine | None) -> int | None:

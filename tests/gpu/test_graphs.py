@@ -198,6 +198,49 @@ def test_shapes_that_come_again_are_recorded_each_in_the_memory_of_the_largest(l
         assert_recorded(engine)
 
 
+def test_shapes_that_grow_are_recorded_in_one_memory(llama, rows):
+    model = load(llama)
+    batches = [padded(rows, indices) for indices in ([11], [2, 9], [1, 3, 7], [0, 1, 2, 3])]
+    engine = engine_of(model, cuda_graphs=False)
+    expected = [gradients(model, batch) for batch in batches]
+    engine.undo()
+    engine = engine_of(model)
+    for _ in range(REPEATS + 2):
+        for batch, wanted in zip(batches, expected, strict=True):
+            same(gradients(model, batch), wanted)
+    assert engine.graphs.shapes == len(batches)
+
+
+def test_a_shape_that_cannot_be_recorded_leaves_the_others_as_they_are(llama, rows):
+    model = load(llama)
+    batches = [padded(rows, indices) for indices in ([0, 1, 2, 3], [10, 11], [1, 3, 7])]
+    engine = engine_of(model, cuda_graphs=False)
+    expected = [gradients(model, batch) for batch in batches]
+    engine.undo()
+    engine = engine_of(model)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    third = engine.layers[2]
+    whole = third._fast
+
+    def waits(hidden, settings, **more):
+        if len(hidden) == 2 and torch.cuda.is_current_stream_capturing():
+            hidden.sum().item()
+        return whole(hidden, settings, **more)
+
+    vars(third)["_fast"] = waits
+    record(model, engine, batches[0])
+    for _ in range(3):
+        for batch, wanted in zip(batches, expected, strict=True):
+            same(gradients(model, batch), wanted)
+    assert engine.graphs.shapes == 2
+    model.zero_grad()
+    engine.graphs.release()
+    torch.cuda.empty_cache()
+    print(f"{(torch.cuda.memory_reserved() - before) / 2**20:.0f} MiB more than before")
+    assert torch.cuda.memory_reserved() < before + 2**26
+
+
 def test_evaluation_gives_the_memory_back(llama, rows):
     model = load(llama)
     engine = engine_of(model)

@@ -49,6 +49,9 @@ def enable_sink_attention(model: PreTrainedModel, *, is_tried: bool = True) -> C
     if before != Attention.eager.value or not has_flash_sinks(model):
         return None
     first = _with_sinks(model)[0].sinks
+    if any(one.sinks.requires_grad for one in _with_sinks(model)):
+        log.info(f"{LEFT}: sinks are trained")
+        return None
     if is_old_gpu(first.device):
         log.info(f"{LEFT}: this GPU has no flash kernel")
         return None

@@ -37,8 +37,13 @@ def _capture(graph: torch.cuda.CUDAGraph, memory: GraphMemory) -> Iterator[None]
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):
+        try:
             graph.capture_end()
+        except RuntimeError:  # CUDA gave the recording up, and torch then leaves its allocator bound to the pool
+            device = torch.cuda.current_device()
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(device, memory.pool)
+                torch._C._cuda_releasePool(device, memory.pool)
         raise
     graph.capture_end()
 

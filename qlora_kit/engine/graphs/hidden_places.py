@@ -26,10 +26,16 @@ class HiddenPlaces:
 
     def at(self, name: Hashable, like: Tensor) -> Tensor:
         """A place in the shape of hidden states, dense."""
+        return self._at(name, like, max(self._values, like.numel()))
+
+    def of_setting(self, number: int, like: Tensor) -> Tensor:
+        """A place in the shape of what the model hands to layers, which may be large as well: masks are."""
+        return self._at(("setting", number), like, like.numel())
+
+    def _at(self, name: Hashable, like: Tensor, values: int) -> Tensor:
         flat = self._on_device.get(name)
         if flat is None or flat.numel() < like.numel() or flat.dtype != like.dtype:
-            flat = torch.empty(max(self._values, like.numel()), dtype=like.dtype, device=like.device)
-            self._on_device[name] = flat
+            flat = self._on_device[name] = torch.empty(values, dtype=like.dtype, device=like.device)
         return flat[: like.numel()].view(like.shape)
 
     def on_host(self, name: Hashable, like: Tensor) -> HostCopy:

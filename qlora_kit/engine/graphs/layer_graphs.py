@@ -164,6 +164,7 @@ class LayerGraphs:
         self._is_stale = False
         self._misfits = 0
         self._told = 0
+        self._needed, self._most = 0, 0  # bytes of the largest step before the first recording, and its hidden values
         self._statics: dict[Hashable, Tensor] = {}
         self._gradients: dict[int, Sequence[Tensor]] = {}  # by the place of a layer: of its parameters
         self._places: HiddenPlaces | None = None
@@ -218,7 +219,26 @@ class LayerGraphs:
             self._current.close()
         self._is_stale = False
         due = self._schedule.is_due(shape) and not self._is_off
+        if shape not in self._recordings and not self._leaves_room(h, is_recorded=due):
+            self._drop()
+        if not self._recordings:
+            self._most = max(self._most, h.numel())
         self._current = (self._recordings.get(shape) or self._open(shape, h)) if due else None
+
+    def _leaves_room(self, h: Tensor, *, is_recorded: bool) -> bool:
+        """Whether a batch of another shape can run beside the recordings.
+
+        One that is recorded lies in their memory, unless it is larger: without segments that grow, memory of smaller
+        tensors would serve none of it. One that is not needs memory of its own.
+        """
+        if not self._recordings:
+            return True
+        if is_recorded:
+            return h.numel() <= max(one.gradient.numel() for one in self._recordings.values())
+        needed = RECORDED_SPARE * self._needed * h.numel() / self._most + self.beside.head
+        if torch.cuda.mem_get_info()[0] < needed:
+            torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] >= needed
 
     def _tell(self) -> None:
         """How many layers a pass has recorded, the first time and when they became more or fewer."""
@@ -240,7 +260,7 @@ class LayerGraphs:
 
     def _has_room(self) -> bool:
         torch.cuda.empty_cache()
-        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        needed = self._needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
         beside = self.beside.head if self.records_all and not self.in_part else max(self.beside)
         if free < RECORDED_SPARE * needed + beside:
@@ -292,7 +312,7 @@ class LayerGraphs:
             recording.captured[place], self._gradients[place] = captured, captured.gradients
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            if len(self._recordings) > 1:  # others could be recorded: memory for this one is short
+            if len(self._recordings) > 1 or self._told:  # others could be recorded: memory for this one is short
                 self._leave(recording, why)
                 return
             if not layer.has_plain_part:
@@ -318,7 +338,8 @@ class LayerGraphs:
         """A copy's place; layers that are handed one tensor share it."""
         key = (value.data_ptr(), tuple(value.shape), value.dtype)
         if key not in self._statics:
-            self._statics[key] = torch.empty_like(value)
+            assert self._places is not None  # there while layers are recorded
+            self._statics[key] = self._places.of_setting(len(self._statics), value)
         return self._statics[key]
 
     def _feed(self, known: "CapturedLayer", h: Tensor, settings: Mapping[str, Any]) -> bool:

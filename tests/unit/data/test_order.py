@@ -81,8 +81,9 @@ def test_padding_is_what_rows_lack_to_the_longest_of_their_batch():
 def test_rows_are_filled_up_to_few_sizes_by_a_sixteenth_at_the_most():
     sizes = [filled(tokens) for tokens in range(1, 20000)]
     assert all(tokens <= size <= tokens * 17 / 16 for tokens, size in enumerate(sizes, 1))
-    assert sizes == sorted(sizes) and filled(8192) == 8192 and filled(8000) == 8064
-    assert len({size for size in sizes if 1024 < size <= 2048}) == 16
+    assert sizes == sorted(sizes) and filled(8192) == 8192 and filled(8000) == 8192
+    for least in (256, 1024, 4096, 8192):
+        assert len({size for size in sizes if least < size <= 2 * least}) == 16
 
 
 def test_the_largest_forward_pass_of_packed_rows_is_a_batch_of_bins():

@@ -30,7 +30,7 @@ def mimo():
 
 def model_of(config, dtype=torch.bfloat16):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval().requires_grad_(False)
     with torch.no_grad():
         for name, one in model.named_parameters():
             if name.endswith("sinks"):
@@ -99,6 +99,13 @@ def test_attention_that_gives_other_numbers_is_left(monkeypatch, capsys):
     assert enable_sink_attention(model) is None
     assert model.config._attn_implementation == "eager"
     assert "the flash kernel gives other numbers" in "".join(capsys.readouterr())
+
+
+def test_sinks_that_are_trained_are_left_to_code_that_gives_them_gradients(capsys):
+    model = model_of(gpt_oss())
+    model.model.layers[0].self_attn.sinks.requires_grad_()
+    assert enable_sink_attention(model) is None
+    assert "with a matrix of scores: sinks are trained" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_recordings_of_several_shapes_lie_in_one_memory_and_give_each_its_own_re
     weights = [torch.tensor(value, requires_grad=True) for value in (2.0, 4.0, 8.0)]
     graphs, layers = LayerGraphs(), scaled(weights)
     graphs.largest = 2 * 9 * 3
-    shapes = [(2, 5, 3), (1, 7, 3), (2, 9, 3)]
+    shapes = [(2, 9, 3), (2, 5, 3), (1, 7, 3)]
 
     def run(h):
         for place, layer in enumerate(layers):
@@ -251,6 +251,7 @@ def test_recordings_of_several_shapes_lie_in_one_memory_and_give_each_its_own_re
         for one in of_place:
             replays(one, weights[place])
     assert not any(one._kept for shape in shapes[:-1] for one in known[shape].values())
+    assert known[shapes[0]][0]._kept == [] and len(cuda.graphs) == 3 * 3 * 2
     for shape in [*shapes, *reversed(shapes)]:
         h = torch.randn(shape, requires_grad=True)
         found = run(h)
@@ -260,6 +261,43 @@ def test_recordings_of_several_shapes_lie_in_one_memory_and_give_each_its_own_re
         (to_h,) = torch.autograd.grad(found.sum(), h, retain_graph=False)
         assert torch.equal(to_h, torch.full_like(h, 64.0))
         torch.testing.assert_close(weights[0].grad, 32 * h.sum())
+
+
+def test_a_larger_shape_is_recorded_alone_and_smaller_ones_anew_in_its_memory(cuda):
+    weights = [torch.tensor(2.0, requires_grad=True)]
+    graphs, (layer,) = LayerGraphs(), scaled(weights)
+    small, large = torch.ones(1, 4, 3, requires_grad=True), torch.ones(1, 9, 3, requires_grad=True)
+    for h in [small] * (REPEATS + 1):
+        graphs.run(0, layer, h, {})
+    assert graphs.shapes == 1
+    for h in [large] * (AGAIN + 1):
+        graphs.run(0, layer, h, {})
+    assert graphs.shapes == 1 and graphs.captured[0].start.shape == large.shape
+    graphs.run(0, layer, small, {})
+    assert graphs.shapes == 2 and graphs.captured[0].start.shape == small.shape
+
+
+def test_recordings_give_way_to_a_batch_that_has_no_room_beside_them(cuda, monkeypatch):
+    layer = scaled([torch.tensor(2.0, requires_grad=True)])[0]
+    graphs = LayerGraphs()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 10**8)  # of a step of nine tokens
+    for _ in range(REPEATS + 1):
+        graphs.run(0, layer, torch.ones(1, 9, 3, requires_grad=True), {})
+    for tokens, free, shapes in ((4, 4 * 10**8, 1), (8, 2 * 10**8, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**9))
+        graphs.run(0, layer, torch.ones(1, tokens, 3, requires_grad=True), {})
+        assert graphs.shapes == shapes
+
+
+def test_masks_of_recordings_lie_in_one_place(cuda):
+    layer = scaled([torch.tensor(2.0, requires_grad=True)])[0]
+    graphs, places = LayerGraphs(), set()
+    for tokens in (9, 5, 7):
+        for _ in range(REPEATS + 1):
+            h, mask = torch.ones(1, tokens, 3, requires_grad=True), torch.ones(1, 1, tokens, tokens)
+            graphs.run(0, layer, h, {"mask": mask, "angles": (mask[0], mask[0])})
+        places.add(tuple(one.data_ptr() for one in graphs.captured[0].fixed.values()))
+    assert graphs.shapes == 3 and len(places) == 1
 
 
 def test_a_layer_that_comes_later_is_not_recorded_into_memory_that_others_may_use(cuda, capsys):
