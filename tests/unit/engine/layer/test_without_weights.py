@@ -43,6 +43,7 @@ def needs(folder):
     return needs_of_layers(attach_lora(model, LORA), AsTrained(fast=True, rounded=rounded, row_tokens=TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "granite_hybrid", "gemma4", "gemma4_e", "apertus", "cohere2"])
 def test_it_is_what_layers_then_keep(family, tmp_path):
     folder = build_tiny_model(family, tmp_path / "base", dtype=torch.bfloat16)
