@@ -1,6 +1,7 @@
 """`qlora-kit plan`: what a recipe will need and how many steps it will take, before anything is loaded."""
 
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,12 @@ from qlora_kit.core.console.safe import SafeConsole
 from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json, typed_path
+from qlora_kit.core.shell import shell_line
 from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
+from qlora_kit.memory.card import Card
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits, no_row_fits
 from qlora_kit.model.demo import demo_place
@@ -24,6 +27,7 @@ from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, wrong_exports
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.fitting import Change, changes_that_fit
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.rows import packing_of, rows_that_fit
@@ -85,55 +89,93 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
     return rows_that_fit(recipe, folder, load_tokenizer(folder, recipe.model.chat_template))
 
 
-def plan(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> str:
-    """The plan as text, `WIDTH` columns wide wherever it goes.
+def plan(
+    recipe: TrainRecipe,
+    base: KnownBase,
+    data: PreparedData | None = None,
+    card: Card | None = None,
+    words: Sequence[str] = (),
+) -> str:
+    """The plan as text, `WIDTH` columns wide wherever it goes; with lines to paste where it does not fit a card.
 
     Args:
         data: the rows, where they are known; else each is taken to be `data.max_tokens` long.
+        card: that it is made for, instead of what is at hand.
+        words: of the line that asked for it.
 
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
     page = SafeConsole(file=io.StringIO(), width=WIDTH)
     with page.capture() as printed:
-        page.print(plan_table(recipe, base, data))
-    return "\n".join(line.rstrip() for line in (*printed.get().splitlines(), *base.notes))
+        page.print(plan_table(recipe, base, data, card))
+    lines = [line.rstrip() for line in printed.get().splitlines()]
+    free = _free_bytes() if card is None else card.free_bytes
+    longest = _longest(recipe, base, free) if data is None else data.summary.train.max_tokens
+
+    def needs(other: TrainRecipe) -> float:
+        shorter = other.data.max_tokens if isinstance(other.data.max_tokens, int) else longest
+        cut = None if data is not None and shorter < longest else data
+        return forecast(other, base, _at_once(other, base, min(longest, shorter), cut), free).memory.total
+
+    if free is not None and needs(recipe) > free:
+        lines += _to_fit(changes_that_fit(recipe, needs, free, longest), words)
+    return "\n".join((*lines, *base.notes))
 
 
-def plan_table(recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None) -> Table:
+def _to_fit(changes: Sequence[Change], words: Sequence[str]) -> Iterator[str]:
+    """Lines to paste."""
+    if not changes:
+        yield "nothing that plan knows makes it fit: take a smaller base, or a larger card"
+    for change in changes:
+        fields = {word.split("=", 1)[0]: word for word in words}
+        fields |= {field: f"{field}={value}" for field, value in change.overrides.items()}
+        yield f"to fit ({human_bytes(change.needed)}, {change.effect}):"
+        yield f"  {shell_line(['qlora-kit', 'plan', *fields.values()])}"
+
+
+def plan_table(
+    recipe: TrainRecipe, base: KnownBase, data: PreparedData | None = None, card: Card | None = None
+) -> Table:
     """Memory by part, tokens a step and steps.
 
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
     running = _as_run_here(recipe)
-    longest = _longest(running, base) if data is None else data.summary.train.max_tokens
+    free = _free_bytes() if card is None else card.free_bytes
+    longest = _longest(running, base, free) if data is None else data.summary.train.max_tokens
     at_once = _at_once(recipe, base, longest, data)
-    found = forecast(recipe, base, at_once, _free_bytes())
-    beside = 0.0 if has_nvidia_gpu() else forecast(running, base, at_once).memory.total - found.memory.total
+    found = forecast(recipe, base, at_once, free)
+    on_gpu = has_nvidia_gpu() or card is not None
+    beside = 0.0 if on_gpu else forecast(running, base, at_once).memory.total - found.memory.total
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
     table.columns[1].justify = "right"
     for part, amount, how in _memory_rows(recipe, found):
         table.add_row(part, human_bytes(amount), how)
     table.add_section()
-    table.add_row("total", human_bytes(found.memory.total), _on_top(beside), style="bold")
-    table.add_row(*_room(found.memory.total + beside))
+    table.add_row("total", human_bytes(found.memory.total), _on_top(beside, on_gpu=on_gpu), style="bold")
+    table.add_row(*_room(found.memory.total + beside, card))
     table.add_section()
     for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
         table.add_row(part, text, how)
     return table
 
 
-def _on_top(beside: float) -> str:
+def _on_top(beside: float, *, on_gpu: bool) -> str:
     """What comes to the total; beside: bytes of the optimizer that a CPU has instead."""
-    if has_nvidia_gpu():
+    if on_gpu:
         return "on one device; CUDA's context comes on top"
     what = "process and optimizer take" if beside else "the process takes"
     return f"on one GPU, beside CUDA's context; on a CPU {what} {human_bytes(PROCESS_BYTES + beside)} more"
 
 
-def _room(needed: float) -> tuple[str, str, str]:
-    """What this machine has, and whether the plan fits into it."""
+def _room(needed: float, card: Card | None) -> tuple[str, str, str]:
+    """What a card or this machine has, and whether the plan fits into it."""
+    if card is not None:
+        fits = "fits" if needed <= card.free_bytes else "does not fit"
+        named = f"{card.name}, " if card.name else "a card of "
+        return "free there", human_bytes(card.free_bytes), f"on {named}{card.gigabytes:g} GB: it {fits}"
     free, is_gpu = free_memory_bytes(), has_nvidia_gpu()
     fits = "fits" if needed + (0 if is_gpu else PROCESS_BYTES) <= free else "does not fit"
     where = "on the GPU" if is_gpu else "in main memory, for want of a GPU"
@@ -170,12 +212,12 @@ def count_rows(path: Path, limit: int | None) -> int | None:
         return None
 
 
-def _longest(recipe: TrainRecipe, base: KnownBase) -> int:
+def _longest(recipe: TrainRecipe, base: KnownBase, free: float | None) -> int:
     if isinstance(recipe.data.max_tokens, int):
         return recipe.data.max_tokens
     config = _base_folder(recipe) / "config.json"
     most = context_of(read_json(config)) if config.is_file() else MOST_TOKENS
-    free = free_memory_bytes()
+    free = free_memory_bytes() if free is None else free
     longest = longest_that_fits(needed_bytes(recipe, base), free, most)
     if longest == 0:  # a plan for rows of no tokens would be none
         raise no_row_fits(free, "data.max_tokens=2048")

@@ -1,12 +1,14 @@
 """The plan's numbers, read off the printed table."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import OPTConfig
 
 from qlora_kit.core.errors import RecipeError
+from qlora_kit.memory.card import card_of
 from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
 from qlora_kit.schema.check_wished import UNCHECKED
@@ -29,7 +31,7 @@ def recipe(train_file: Path | None, **trainer) -> TrainRecipe:
 
 def printed(planned: TrainRecipe) -> dict[str, str]:
     lines = plan(planned, KnownBase(LLAMA_8B, "llama")).splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if not line.startswith("  qlora-kit")) <= 80
     table, part = dict[str, str](), ""
     for row in (line.split("│") for line in lines if line.startswith("│")):
         if row[1].strip():
@@ -232,6 +234,41 @@ def test_whether_it_fits_here_is_said(rows, monkeypatch, has_gpu, free, said):
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: has_gpu)
     monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
     assert printed(recipe(rows, batch_size=8))["free here"] == said
+
+
+def lines_that_fit(planned, card, words=()):
+    text = plan(planned, KnownBase(LLAMA_8B, "llama"), card=card_of(card), words=words)
+    return [line.strip() for line in text.splitlines() if line.startswith(("to fit", "  qlora-kit", "nothing"))]
+
+
+def test_a_card_that_is_not_at_hand_is_planned_for(rows):
+    text = plan(recipe(rows, batch_size=8), KnownBase(LLAMA_8B, "llama"), card=card_of("rtx_4090"))
+    assert "23.5 GB │ on rtx_4090, 24 GB: it fits" in text and "to fit" not in text
+    text = plan(recipe(rows, batch_size=8), KnownBase(LLAMA_8B, "llama"), card=card_of("8GB"))
+    assert "7.5 GB │ on a card of 8 GB: it does not fit" in text
+
+
+def test_where_it_does_not_fit_lines_that_do_are_printed_and_do_fit(rows):
+    words = [f"data.train_file={rows}", "trainer.batch_size=8", "card=12GB"]
+    told = lines_that_fit(recipe(rows, batch_size=8), "12GB", words)
+    assert told[0] == "to fit (10.7 GB, the same learning, fewer rows at once):"
+    line = f"qlora-kit plan data.train_file={rows} trainer.batch_size=4 card=12GB trainer.gradient_accumulation=2"
+    assert told[1] == line
+    again = recipe(rows, batch_size=4, gradient_accumulation=2)
+    assert lines_that_fit(again, "12GB") == []
+    fast = replace(recipe(rows, batch_size=8), engine=EngineConfig(mode=EngineMode.fast, recompute="none"))
+    told = lines_that_fit(fast, "16GB")
+    assert told[0].endswith("the same learning, slower):") and "engine.recompute=all" in told[1]
+
+
+def test_rows_are_cut_only_where_fewer_at_once_are_not_enough(rows):
+    planned = replace(recipe(rows, batch_size=1), data=DataConfig(train_file=str(rows), max_tokens=16384))
+    told = lines_that_fit(planned, "9GB")
+    assert "rows that are longer are dropped" in told[0]
+    assert "data.max_tokens=" in told[1] and told[1].endswith("data.overflow=drop")
+    assert lines_that_fit(planned, "3GB") == [
+        "nothing that plan knows makes it fit: take a smaller base, or a larger card"
+    ]
 
 
 def test_the_demo_in_the_cache_is_planned_with_the_rows_that_training_would_take(tmp_path, monkeypatch):
