@@ -36,6 +36,6 @@ def run(arguments: list[str]) -> int:
     if issues := check_settings(recipe):
         raise RecipeError([composed.problem(issue) for issue in issues])
     base = known_base(recipe, composed.origins[EXPORTS])
-    text = plan(recipe, base, known_rows(recipe), card, line.overrides)
+    text = plan(recipe, base, known_rows(recipe, card), card, line.overrides)
     SafeConsole().print(text, soft_wrap=True)  # lines to paste are one line each
     return EXIT_OK

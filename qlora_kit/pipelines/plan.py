@@ -1,8 +1,10 @@
 """`qlora-kit plan`: what a recipe will need and how many steps it will take, before anything is loaded."""
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +25,11 @@ from qlora_kit.memory.longest import longest_that_fits, no_row_fits
 from qlora_kit.model.demo import demo_place
 from qlora_kit.model.sizes import context_of
 from qlora_kit.model.source import DEMO
+from qlora_kit.schema.check import check_settings
 from qlora_kit.schema.check_data import missing_files
 from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, wrong_exports
 from qlora_kit.schema.data import SourceConfig
+from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.fitting import Change, changes_that_fit
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
@@ -72,8 +76,11 @@ def _base_folder(recipe: TrainRecipe) -> Path:
     return demo_place() if recipe.model.source == DEMO else typed_path(recipe.model.source)
 
 
-def known_rows(recipe: TrainRecipe) -> PreparedData | None:
+def known_rows(recipe: TrainRecipe, card: Card | None = None) -> PreparedData | None:
     """The recipe's rows, read and tokenized as training would; None where rows or tokenizer are not at hand.
+
+    Args:
+        card: that they are to fit, instead of what is at hand.
 
     Raises:
         RecipeError: a file that the recipe names is not there, or the rows cannot be used.
@@ -86,7 +93,8 @@ def known_rows(recipe: TrainRecipe) -> PreparedData | None:
         return None
     from qlora_kit.model.tokenizer import load_tokenizer
 
-    return rows_that_fit(recipe, folder, load_tokenizer(folder, recipe.model.chat_template))
+    free = None if card is None else card.free_bytes
+    return rows_that_fit(recipe, folder, load_tokenizer(folder, recipe.model.chat_template), free)
 
 
 def plan(
@@ -110,10 +118,23 @@ def plan(
     with page.capture() as printed:
         page.print(plan_table(recipe, base, data, card))
     lines = [line.rstrip() for line in printed.get().splitlines()]
-    free = _free_bytes() if card is None else card.free_bytes
+    free, whole = _free_bytes() if card is None else card.free_bytes, base
     longest = _longest(recipe, base, free) if data is None else data.summary.train.max_tokens
 
+    @cache
+    def base_of(quant: str, lora: str) -> KnownBase:  # whose weights were counted as the recipe stores and adapts them
+        return known_base(others[quant, lora])
+
+    others: dict[tuple[str, str], TrainRecipe] = {}
+
     def needs(other: TrainRecipe) -> float:
+        if check_settings(other):
+            return math.inf
+        base = whole
+        if whole.counted is not None and (other.quant, other.lora) != (recipe.quant, recipe.lora):
+            key = repr(other.quant), repr(other.lora)
+            others[key] = other
+            base = base_of(*key)
         shorter = other.data.max_tokens if isinstance(other.data.max_tokens, int) else longest
         cut = None if data is not None and shorter < longest else data
         return forecast(other, base, _at_once(other, base, min(longest, shorter), cut), free).memory.total
@@ -128,10 +149,10 @@ def _to_fit(changes: Sequence[Change], words: Sequence[str]) -> Iterator[str]:
     if not changes:
         yield "nothing that plan knows makes it fit: take a smaller base, or a larger card"
     for change in changes:
-        fields = {word.split("=", 1)[0]: word for word in words}
-        fields |= {field: f"{field}={value}" for field, value in change.overrides.items()}
+        kept = [word for word in map(todays_override, words) if key_of(word) not in change.overrides]
+        changed = [f"{field}={value}" for field, value in change.overrides.items() if value is not None]
         yield f"to fit ({human_bytes(change.needed)}, {change.effect}):"
-        yield f"  {shell_line(['qlora-kit', 'plan', *fields.values()])}"
+        yield f"  {shell_line(['qlora-kit', 'plan', *kept, *changed])}"
 
 
 def plan_table(
@@ -142,7 +163,7 @@ def plan_table(
     Raises:
         RecipeError: the adapter names modules whose sizes are unknown.
     """
-    running = _as_run_here(recipe)
+    running = recipe if card is not None else _as_run_here(recipe)
     free = _free_bytes() if card is None else card.free_bytes
     longest = _longest(running, base, free) if data is None else data.summary.train.max_tokens
     at_once = _at_once(recipe, base, longest, data)

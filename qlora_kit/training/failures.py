@@ -1,6 +1,6 @@
 """What ended a training by itself, told with the lines that go round it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +23,13 @@ from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.finite import NotFiniteError
+from qlora_kit.training.fitting import IN_4_BIT, Changes
 from qlora_kit.training.halving import is_out_of_memory
 from qlora_kit.training.trainer import KitTrainer
 
-Changes = Mapping[str, object]
 Needs = Callable[[TrainRecipe], float | None]  # bytes that a recipe's largest step will need, as `plan` has it
 
 LESS_LEARNING = 10
-# By its field, which beats a choice of the group and one of the experiment.
-IN_4_BIT: "Changes" = {"quant": None, "quant.kind": QuantKind.nf4.name}
 SPARES = 0.75  # of what a step needs: what fewer rows at once bring it to, at the most
 OTHERS_HOLD = 1e9  # bytes of a GPU that are worth a word where another process has them
 

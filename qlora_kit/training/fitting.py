@@ -10,6 +10,8 @@ from qlora_kit.schema.quant import QuantKind
 from qlora_kit.schema.root import TrainRecipe
 
 Changes = Mapping[str, object]
+# By its field, which beats a choice of the group and one of the experiment.
+IN_4_BIT: Changes = {"quant": None, "quant.kind": QuantKind.nf4.name}
 MOST_TOLD = 3
 SHORTEST = 256  # tokens of a row, below which no change is proposed
 FEWEST_RANKS = 4
@@ -62,14 +64,19 @@ def _same_learning(recipe: TrainRecipe) -> Iterator[tuple[TrainRecipe, dict[str,
     trainer = recipe.trainer
     recomputed, again = recipe, dict[str, object]()
     if recipe.engine.mode is EngineMode.fast:
+        if recipe.engine.cached_weights.strip().lower() not in ("auto", "none"):
+            again = {"engine.cached_weights": "none"}
+            recipe = replace(recipe, engine=replace(recipe.engine, cached_weights="none"))
+            yield recipe, dict(again), "the same learning, slower"
         if recipe.engine.recompute.strip().lower() != "all":
-            again = {"engine.recompute": "all"}
+            again |= {"engine.recompute": "all"}
             recomputed = replace(recipe, engine=replace(recipe.engine, recompute="all"))
     elif not trainer.gradient_checkpointing:
         again = {"trainer.gradient_checkpointing": "true"}
         recomputed = replace(recipe, trainer=replace(trainer, gradient_checkpointing=True))
-    if again:
+    if recomputed is not recipe:
         yield recomputed, again, "the same learning, slower"
+    recomputed = recomputed if again else recipe
     for rows in (rows for rows in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % rows == 0):
         steps = trainer.gradient_accumulation * trainer.batch_size // rows
         fewer = replace(recomputed.trainer, batch_size=rows, gradient_accumulation=steps)
@@ -77,10 +84,10 @@ def _same_learning(recipe: TrainRecipe) -> Iterator[tuple[TrainRecipe, dict[str,
         yield replace(recomputed, trainer=fewer), changed, "the same learning, fewer rows at once"
 
 
-def _less(recipe: TrainRecipe, longest: int) -> Iterator[tuple[TrainRecipe, dict[str, object], str]]:
+def _less(recipe: TrainRecipe, longest: int) -> Iterator[tuple[TrainRecipe, Changes, str]]:
     """Changes that learn something else, one at a time."""
     if recipe.quant.kind is QuantKind.none:
-        yield replace(recipe, quant=replace(recipe.quant, kind=QuantKind.nf4)), {"quant": "nf4_double"}, "a 4-bit base"
+        yield replace(recipe, quant=replace(recipe.quant, kind=QuantKind.nf4)), IN_4_BIT, "a 4-bit base"
     if recipe.optim.name is not OptimizerName.paged_adamw_8bit:
         optim = replace(recipe.optim, name=OptimizerName.paged_adamw_8bit)
         yield replace(recipe, optim=optim), {"optim.name": "paged_adamw_8bit"}, "optimizer states in 8 bit"

@@ -47,27 +47,29 @@ class Halving:
             RuntimeError: memory runs out for a single row.
         """
         self._of_step.append(batch)
-        failed = None
         try:
             return self._in_parts(batch, compute)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self._is_finest():
+            if not is_out_of_memory(error):
                 raise
-            failed = str(error).partition("\n")[0]
+            failed = error.with_traceback(None)
+        said = str(failed).partition("\n")[0]
         while True:  # outside of the handler, which holds what the failed pass had made
-            self.times += 1
             begin_anew()
             _let_go()
+            if self._is_finest():
+                raise failed
+            self.times += 1
             try:
                 losses = [self._in_parts(one, compute) for one in self._of_step]
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._is_finest():
+                if not is_out_of_memory(error):
                     raise
+                failed = error.with_traceback(None)
                 continue
-            parts = 1 << self.times
             log.warning(
-                f"step {step} ran out of memory ({failed}): each batch is computed in {parts} parts from here on, with "
-                "the same rows in a step and the same loss"
+                f"step {step} ran out of memory ({said}): each batch is computed in {1 << self.times} parts from here "
+                "on, with the same rows in a step and the same loss"
             )
             return losses[-1]
 

@@ -27,13 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def rows_that_fit(recipe: TrainRecipe, base_folder: Path, tokenizer: "PreTrainedTokenizerFast") -> PreparedData:
+def rows_that_fit(
+    recipe: TrainRecipe, base_folder: Path, tokenizer: "PreTrainedTokenizerFast", free_bytes: float | None = None
+) -> PreparedData:
     """Both splits of a recipe, no row longer than `data.max_tokens` or what `auto` comes to.
 
+    Args:
+        free_bytes: of a device that is not at hand; None for this one's.
     Raises:
         RecipeError: the rows cannot be used, or not even a short one fits.
     """
-    return prepare(recipe.data, tokenizer, lambda longest: longest_row(recipe, base_folder, longest))
+    return prepare(recipe.data, tokenizer, lambda longest: longest_row(recipe, base_folder, longest, free_bytes))
 
 
 def packing_of(config: DataConfig, data: PreparedData) -> Packing | None:
@@ -71,7 +75,7 @@ def audit_of(
     return replace(found, findings=by_level(findings))
 
 
-def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
+def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int, free_bytes: float | None = None) -> int:
     """Tokens that a row may have.
 
     `auto` is the smallest of what fits into the device's free memory, the model's context, and, where rows are not
@@ -79,6 +83,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
 
     Args:
         longest: tokens of the longest row.
+        free_bytes: of a device that is not at hand; None for this one's.
 
     Raises:
         RecipeError: not even a short row fits.
@@ -89,7 +94,7 @@ def longest_row(recipe: TrainRecipe, base_folder: Path, longest: int) -> int:
     context = context_of(config)
     is_packed = recipe.data.batching is Batching.packed
     most = context if is_packed else min(context, longest)
-    free = free_memory_bytes()
+    free = free_memory_bytes() if free_bytes is None else free_bytes
     fits = longest_that_fits(needed_bytes(recipe, KnownBase.in_folder(base_folder)), free, most)
     if fits == 0:
         raise no_row_fits(free, "trainer.batch_size=1, or see qlora-kit plan for what needs the memory")

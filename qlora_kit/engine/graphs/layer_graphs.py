@@ -162,6 +162,7 @@ class LayerGraphs:
         self._schedule = CaptureSchedule()
         self._is_off = False
         self._is_stale = False
+        self._is_spent = False  # the pool, which CUDA gave a recording up in
         self._misfits = 0
         self._told = 0
         self._needed, self._most = 0, 0  # bytes of the largest step before the first recording, and its hidden values
@@ -213,15 +214,16 @@ class LayerGraphs:
         self._misfits += self._is_stale
         if self._misfits > MOST_MISFITS and not self._is_off:
             self._fall_back("they are called with other settings from step to step")
-        if self._is_stale:
+        if self._is_stale or self._is_spent:
             self._drop()
         elif self._current is not None:
             self._current.close()
-        self._is_stale = False
+        self._is_stale = self._is_spent = False
         due = self._schedule.is_due(shape) and not self._is_off
         if shape not in self._recordings and not self._leaves_room(h, is_recorded=due):
             self._drop()
-        if not self._recordings:
+        if not self._recordings:  # nor has the pool any use
+            self._drop()
             self._most = max(self._most, h.numel())
         self._current = (self._recordings.get(shape) or self._open(shape, h)) if due else None
 
@@ -249,7 +251,7 @@ class LayerGraphs:
 
     def _open(self, shape: Hashable, h: Tensor) -> Recording | None:
         """Prepare to record a shape; None if the recordings could take more memory than there is."""
-        if self._memory is None and not self._has_room():
+        if self._memory is None and not self._has_room(shape):
             return None
         if self._memory is None:
             self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -258,14 +260,18 @@ class LayerGraphs:
         self._recordings[shape] = Recording(shape, self._places.at("gradient", h))
         return self._recordings[shape]
 
-    def _has_room(self) -> bool:
+    def _has_room(self, shape: Hashable) -> bool:
         torch.cuda.empty_cache()
         needed = self._needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
         beside = self.beside.head if self.records_all and not self.in_part else max(self.beside)
         if free < RECORDED_SPARE * needed + beside:
             taken = f"a step takes {human_bytes(needed)}, what is not recorded {human_bytes(beside)}"
-            self._fall_back(f"{taken}, and {human_bytes(free)} are free")
+            why = f"{taken}, and {human_bytes(free)} are free"
+            if self._told:  # there was room for smaller ones
+                self._tell_left(shape, why)
+            else:
+                self._fall_back(why)
             return False
         return True
 
@@ -313,6 +319,7 @@ class LayerGraphs:
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             why = next(iter(str(error).splitlines()), type(error).__name__)
             if len(self._recordings) > 1 or self._told:  # others could be recorded: memory for this one is short
+                self._is_spent = not isinstance(error, torch.OutOfMemoryError)
                 self._leave(recording, why)
                 return
             if not layer.has_plain_part:
@@ -323,10 +330,13 @@ class LayerGraphs:
 
     def _leave(self, recording: Recording, why: str) -> None:
         """Start layers of this shape kernel by kernel, the rest of this pass included."""
-        log.info(f"batches of one more shape are started kernel by kernel, not as CUDA graphs: {why}")
-        self._schedule.leave(recording.shape)
+        self._tell_left(recording.shape, why)
         del self._recordings[recording.shape]
         recording.is_left = True
+
+    def _tell_left(self, shape: Hashable, why: str) -> None:
+        log.info(f"batches of one more shape are started kernel by kernel, not as CUDA graphs: {why}")
+        self._schedule.leave(shape)
 
     def _host_input(self, recording: Recording, h: Tensor, places: HiddenPlaces) -> HostInput:
         """Of the next layer whose input lies on the host."""

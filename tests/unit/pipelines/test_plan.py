@@ -5,19 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import OPTConfig
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.memory.card import card_of
+from qlora_kit.memory.card import CONTEXT_BYTES, Card, card_of
 from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
 from qlora_kit.schema.check_wished import UNCHECKED
+from qlora_kit.schema.compose import compose_unchecked
 from qlora_kit.schema.data import DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
 from qlora_kit.schema.optimizers import OptimizerName
 from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
+from qlora_kit.training import rows as rows_module
 from qlora_kit.training.forecast import KnownBase, forecast
 from tests.tiny_models import build_tiny_model
 
@@ -252,13 +255,15 @@ def test_where_it_does_not_fit_lines_that_do_are_printed_and_do_fit(rows):
     words = [f"data.train_file={rows}", "trainer.batch_size=8", "card=12GB"]
     told = lines_that_fit(recipe(rows, batch_size=8), "12GB", words)
     assert told[0] == "to fit (10.7 GB, the same learning, fewer rows at once):"
-    line = f"qlora-kit plan data.train_file={rows} trainer.batch_size=4 card=12GB trainer.gradient_accumulation=2"
+    line = f"qlora-kit plan data.train_file={rows} card=12GB trainer.batch_size=4 trainer.gradient_accumulation=2"
     assert told[1] == line
     again = recipe(rows, batch_size=4, gradient_accumulation=2)
     assert lines_that_fit(again, "12GB") == []
     fast = replace(recipe(rows, batch_size=8), engine=EngineConfig(mode=EngineMode.fast, recompute="none"))
     told = lines_that_fit(fast, "16GB")
     assert told[0].endswith("the same learning, slower):") and "engine.recompute=all" in told[1]
+    copies = replace(fast, engine=EngineConfig(mode=EngineMode.fast, cached_weights="all", recompute="all"))
+    assert lines_that_fit(copies, "16GB")[1] == "qlora-kit plan engine.cached_weights=none"
 
 
 def test_rows_are_cut_only_where_fewer_at_once_are_not_enough(rows):
@@ -269,6 +274,32 @@ def test_rows_are_cut_only_where_fewer_at_once_are_not_enough(rows):
     assert lines_that_fit(planned, "3GB") == [
         "nothing that plan knows makes it fit: take a smaller base, or a larger card"
     ]
+
+
+def test_a_base_that_is_counted_is_counted_anew_for_what_is_changed(rows, tmp_path):
+    folder = build_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16)
+    words = [f"model.source={folder}", "data.max_tokens=256", "quant.kind=none", "trainer.batch_size=1"]
+    planned = compose_unchecked("train", ["data=rows", f"data.train_file={rows}", *words])
+    base = known_base(planned)
+    needed = forecast(planned, base, 256).memory.total
+    card = Card("", (needed - 0.2e6 + CONTEXT_BYTES) / 1e9)
+    told = plan(planned, base, None, card, words).splitlines()
+    line = next(line for line in told if line.startswith("  qlora-kit"))
+    assert "quant.kind=nf4" in line and "quant.kind=none" not in line
+    again = compose_unchecked("train", ["data=rows", f"data.train_file={rows}", *line.split()[2:]])
+    assert "it fits" in plan(again, known_base(again), None, card)
+
+
+def test_rows_of_auto_are_as_long_as_the_card_has_room_for(rows, tmp_path, monkeypatch):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    row = '{"prompt": "turn on the lamp in the kitchen and the one in the hall", "completion": "done"}\n'
+    (tmp_path / "chats.jsonl").write_text(row * 9, encoding="utf-8")
+    data = DataConfig(train_file=str(tmp_path / "chats.jsonl"), max_tokens="auto")
+    planned = TrainRecipe(model=ModelConfig(source=str(folder)), data=data, trainer=TrainerConfig(max_steps=1))
+    monkeypatch.setattr(rows_module, "free_memory_bytes", lambda: 1e6)
+    with pytest.raises(RecipeError, match=r"not even a short row fits into the 1\.0 MB"):
+        known_rows(planned)
+    assert known_rows(planned, card_of("8GB")) is not None
 
 
 def test_the_demo_in_the_cache_is_planned_with_the_rows_that_training_would_take(tmp_path, monkeypatch):

@@ -277,6 +277,23 @@ def test_a_larger_shape_is_recorded_alone_and_smaller_ones_anew_in_its_memory(cu
     assert graphs.shapes == 2 and graphs.captured[0].start.shape == small.shape
 
 
+def test_a_shape_that_has_no_room_is_left_alone_where_smaller_ones_had(cuda, monkeypatch, capsys):
+    layer = scaled([torch.tensor(2.0, requires_grad=True)])[0]
+    graphs = LayerGraphs()
+    small, large = torch.ones(1, 4, 3, requires_grad=True), torch.ones(1, 9, 3, requires_grad=True)
+    for _ in range(REPEATS + 2):
+        graphs.run(0, layer, small, {})
+    assert graphs.shapes == 1
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 * 10**9)  # more than there is
+    for _ in range(AGAIN + 2):
+        graphs.run(0, layer, large, {})
+        assert not graphs.captured
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    graphs.run(0, layer, small, {})
+    assert graphs.shapes == 1 and graphs.captured
+    assert capsys.readouterr().err.count("batches of one more shape are started kernel by kernel") == 1
+
+
 def test_recordings_give_way_to_a_batch_that_has_no_room_beside_them(cuda, monkeypatch):
     layer = scaled([torch.tensor(2.0, requires_grad=True)])[0]
     graphs = LayerGraphs()
