@@ -44,7 +44,12 @@ FIELDS = [path for recipe in RECIPE_OF_VERB.values() for path, _, _ in schema_pa
 LAST_PARTS = {path.rsplit(".", 1)[-1] for path in FIELDS if "." in path}
 TOP_KEYS = {path.split(".")[0] for path in FIELDS}
 PROGRAMS = ("pip", "python", "hf", "rm", "jq", "iconv", "cd")
-OWN = {"inspect": ("rows", "page"), "report": ("run", "base", "out", "debug"), "train": ("resume", "debug")}
+OWN = {
+    "inspect": ("rows", "page"),
+    "report": ("run", "base", "out", "debug"),
+    "train": ("resume", "debug"),
+    "plan": ("card",),
+}
 RECIPE_OF = {"train": "train", "inspect": "train", "plan": "train", "export": "export", "eval": "eval"}
 NEEDED = {
     "train": ["model=demo", "data=rows", "data.sources.chat.path=chats.jsonl", "data.max_tokens=64"],
