@@ -69,6 +69,7 @@ The order to read it in:
                    carried_state.py                            and in linear attention: states that begin anew
                    without_weights.py                          whether a model can be packed, before there are weights
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs
+                   capture_schedule.py                         for which shapes of batches
                    hidden_places.py                            what they read and write, whatever the batch's shape
                    host_memory.py host_passage.py              what is kept on the host meanwhile
     head.py        the output head at trained positions alone

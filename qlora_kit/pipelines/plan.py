@@ -4,7 +4,6 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -118,23 +117,20 @@ def plan(
     with page.capture() as printed:
         page.print(plan_table(recipe, base, data, card))
     lines = [line.rstrip() for line in printed.get().splitlines()]
-    free, whole = _free_bytes() if card is None else card.free_bytes, base
+    free = _free_bytes() if card is None else card.free_bytes
     longest = _longest(recipe, base, free) if data is None else data.summary.train.max_tokens
 
-    @cache
-    def base_of(quant: str, lora: str) -> KnownBase:  # whose weights were counted as the recipe stores and adapts them
-        return known_base(others[quant, lora])
-
-    others: dict[tuple[str, str], TrainRecipe] = {}
+    bases = {_counted_for(recipe): base}
 
     def needs(other: TrainRecipe) -> float:
         if check_settings(other):
             return math.inf
-        base = whole
-        if whole.counted is not None and (other.quant, other.lora) != (recipe.quant, recipe.lora):
-            key = repr(other.quant), repr(other.lora)
-            others[key] = other
-            base = base_of(*key)
+        base = bases[_counted_for(recipe)]
+        if base.counted is not None:  # as this recipe stores and adapts its weights
+            try:
+                base = bases.get(_counted_for(other)) or bases.setdefault(_counted_for(other), known_base(other))
+            except RecipeError:  # which is no way out, and the plan of the recipe itself is wanted
+                return math.inf
         shorter = other.data.max_tokens if isinstance(other.data.max_tokens, int) else longest
         cut = None if data is not None and shorter < longest else data
         return forecast(other, base, _at_once(other, base, min(longest, shorter), cut), free).memory.total
@@ -142,6 +138,11 @@ def plan(
     if free is not None and needs(recipe) > free:
         lines += _to_fit(changes_that_fit(recipe, needs, free, longest), words)
     return "\n".join((*lines, *base.notes))
+
+
+def _counted_for(recipe: TrainRecipe) -> str:
+    """What a base's counted weights hang on."""
+    return f"{recipe.quant} {recipe.lora}"
 
 
 def _to_fit(changes: Sequence[Change], words: Sequence[str]) -> Iterator[str]:

@@ -61,27 +61,26 @@ def changes_that_fit(
 
 def _same_learning(recipe: TrainRecipe) -> Iterator[tuple[TrainRecipe, dict[str, object], str]]:
     """The recipe in ways that learn the same: slower by recomputing, and with fewer rows at once."""
-    trainer = recipe.trainer
-    recomputed, again = recipe, dict[str, object]()
-    if recipe.engine.mode is EngineMode.fast:
-        if recipe.engine.cached_weights.strip().lower() not in ("auto", "none"):
-            again = {"engine.cached_weights": "none"}
-            recipe = replace(recipe, engine=replace(recipe.engine, cached_weights="none"))
-            yield recipe, dict(again), "the same learning, slower"
-        if recipe.engine.recompute.strip().lower() != "all":
-            again |= {"engine.recompute": "all"}
-            recomputed = replace(recipe, engine=replace(recipe.engine, recompute="all"))
+    smaller, overrides, trainer = recipe, dict[str, object](), recipe.trainer
+    engine = recipe.engine
+    if engine.mode is EngineMode.fast:
+        if engine.cached_weights.strip().lower() not in ("auto", "none"):
+            overrides["engine.cached_weights"] = "none"
+            smaller = replace(smaller, engine=replace(smaller.engine, cached_weights="none"))
+            yield smaller, dict(overrides), "the same learning, slower"
+        if engine.recompute.strip().lower() != "all":
+            overrides["engine.recompute"] = "all"
+            smaller = replace(smaller, engine=replace(smaller.engine, recompute="all"))
+            yield smaller, dict(overrides), "the same learning, slower"
     elif not trainer.gradient_checkpointing:
-        again = {"trainer.gradient_checkpointing": "true"}
-        recomputed = replace(recipe, trainer=replace(trainer, gradient_checkpointing=True))
-    if recomputed is not recipe:
-        yield recomputed, again, "the same learning, slower"
-    recomputed = recomputed if again else recipe
+        overrides["trainer.gradient_checkpointing"] = "true"
+        smaller = replace(recipe, trainer=replace(trainer, gradient_checkpointing=True))
+        yield smaller, dict(overrides), "the same learning, slower"
     for rows in (rows for rows in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % rows == 0):
         steps = trainer.gradient_accumulation * trainer.batch_size // rows
-        fewer = replace(recomputed.trainer, batch_size=rows, gradient_accumulation=steps)
-        changed = {**again, "trainer.batch_size": rows, "trainer.gradient_accumulation": steps}
-        yield replace(recomputed, trainer=fewer), changed, "the same learning, fewer rows at once"
+        fewer = replace(smaller.trainer, batch_size=rows, gradient_accumulation=steps)
+        changed = {**overrides, "trainer.batch_size": rows, "trainer.gradient_accumulation": steps}
+        yield replace(smaller, trainer=fewer), changed, "the same learning, fewer rows at once"
 
 
 def _less(recipe: TrainRecipe, longest: int) -> Iterator[tuple[TrainRecipe, Changes, str]]:

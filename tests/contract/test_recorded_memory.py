@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from qlora_kit.engine.graphs.layer_graphs import REPEATS, LayerGraphs
+from qlora_kit.engine.graphs.capture_schedule import REPEATS
+from qlora_kit.engine.graphs.layer_graphs import LayerGraphs
 from qlora_kit.engine.layer.fast import FastLayer
 from qlora_kit.model.live_memory import LiveMemory
 from qlora_kit.schema.compose import compose_unchecked

@@ -7,8 +7,8 @@ from qlora_kit.adapter.attach import attach_lora, train_in_fp32
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.packed import enable_packed_attention
 from qlora_kit.engine.attention.rows import enable_row_attention
+from qlora_kit.engine.graphs.capture_schedule import REPEATS
 from qlora_kit.engine.graphs.captured_layer import GraphMemory, _capture, _keep_random_state
-from qlora_kit.engine.graphs.layer_graphs import REPEATS
 from qlora_kit.engine.layer.fast import patch_model
 from qlora_kit.model.load import load_base
 from qlora_kit.objectives.sft.collate import Collator, PackedCollator, StaticBatchShape, feature

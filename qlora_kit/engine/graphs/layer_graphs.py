@@ -8,7 +8,6 @@ the backward pass stays reserved, but only once: recordings of other shapes lie 
 before the next one begins. So there is one for each shape that came again, up to a number.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,14 +19,12 @@ from torch.autograd.function import Function, once_differentiable
 
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.units import counted, human_bytes
+from qlora_kit.engine.graphs.capture_schedule import CaptureSchedule
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
 from qlora_kit.engine.graphs.hidden_places import HiddenPlaces
 from qlora_kit.engine.graphs.host_passage import HostInput, HostPassage
 from qlora_kit.engine.ops.limits import RECORDED_SPARE
 
-REPEATS = 2  # batches of one shape, the first of which compile and choose kernels, before the first is recorded
-AGAIN = 1  # batches of any other shape before it is recorded
-MOST_SHAPES = 48  # each takes some MB beside what all share
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
 
 
@@ -65,30 +62,6 @@ class Beside(NamedTuple):
 
     head: float = 0.0
     layer: float = 0.0
-
-
-class CaptureSchedule:
-    """Decides which shapes to record: those that came before, as many as there may be."""
-
-    def __init__(self) -> None:
-        self._seen = Counter[Hashable]()
-        self._due: set[Hashable] = set()
-        self._left: set[Hashable] = set()
-
-    def is_due(self, shape: Hashable) -> bool:
-        """Whether this batch and those of its shape to come are worth a recording; None never is."""
-        if shape is None or shape in self._left:
-            return False
-        if shape in self._due:
-            return True
-        self._seen[shape] += 1
-        if self._seen[shape] > (AGAIN if self._due else REPEATS) and len(self._due) < MOST_SHAPES:
-            self._due.add(shape)
-        return shape in self._due
-
-    def leave(self, shape: Hashable) -> None:
-        """Never record this one again."""
-        self._left.add(shape)
 
 
 def shape_of(h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor] = ()) -> Hashable:

@@ -263,7 +263,9 @@ def test_where_it_does_not_fit_lines_that_do_are_printed_and_do_fit(rows):
     told = lines_that_fit(fast, "16GB")
     assert told[0].endswith("the same learning, slower):") and "engine.recompute=all" in told[1]
     copies = replace(fast, engine=EngineConfig(mode=EngineMode.fast, cached_weights="all", recompute="all"))
-    assert lines_that_fit(copies, "16GB")[1] == "qlora-kit plan engine.cached_weights=none"
+    told = lines_that_fit(copies, "16GB")
+    assert told[1] == "qlora-kit plan engine.cached_weights=none" and len(set(told[1::2])) == len(told[1::2])
+    assert all("cached_weights=none" in line for line in told[1::2])
 
 
 def test_rows_are_cut_only_where_fewer_at_once_are_not_enough(rows):
@@ -288,6 +290,20 @@ def test_a_base_that_is_counted_is_counted_anew_for_what_is_changed(rows, tmp_pa
     assert "quant.kind=nf4" in line and "quant.kind=none" not in line
     again = compose_unchecked("train", ["data=rows", f"data.train_file={rows}", *line.split()[2:]])
     assert "it fits" in plan(again, known_base(again), None, card)
+
+
+def test_a_change_that_the_base_refuses_is_no_way_out(rows, tmp_path, monkeypatch):
+    folder = build_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16)
+    words = [f"model.source={folder}", "data.max_tokens=256", "quant.kind=none", "trainer.batch_size=1"]
+    planned = compose_unchecked("train", ["data=rows", f"data.train_file={rows}", *words])
+    base = known_base(planned)
+
+    def refuses(*_):
+        raise RecipeError("no", "quant.kind")
+
+    monkeypatch.setattr(module, "known_base", refuses)
+    told = plan(planned, base, None, Card("", (1e6 + CONTEXT_BYTES) / 1e9), words)
+    assert "nothing that plan knows makes it fit" in told and "│ total" in told
 
 
 def test_rows_of_auto_are_as_long_as_the_card_has_room_for(rows, tmp_path, monkeypatch):

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
+from qlora_kit.engine.graphs.capture_schedule import AGAIN, MOST_SHAPES, REPEATS, CaptureSchedule
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
-    AGAIN,
     MOST_MISFITS,
-    MOST_SHAPES,
-    REPEATS,
     Beside,
     CapturableLayer,
-    CaptureSchedule,
     LayerGraphs,
     shape_of,
 )
