@@ -277,14 +277,20 @@ def test_packed_batches_of_other_samples_are_one_shape(family, folder, rows):
     collate = PackedCollator(256, 0, StaticBatchShape(8, 93))
     same_shape = [on_gpu(collate([feature(rows, indices)])) for indices in bins]
     engine = engine_of(model, cuda_graphs=False)
+    masked = [gradients(model, batch) for batch in plain]
+    engine.undo()
+    enable_row_attention(model.get_base_model())
+    engine = engine_of(model, cuda_graphs=False)
     expected = [gradients(model, batch) for batch in plain]
     engine.undo()
     engine = engine_of(model)
-    enable_row_attention(model.get_base_model())
     record(model, engine, same_shape[0], family)
-    for batch, wanted in zip(same_shape, expected, strict=True):
+    for batch, wanted, by_mask in zip(same_shape, expected, masked, strict=True):
         found = gradients(model, batch)
-        assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2  # flash attention sums in another order
+        off, off_by_mask = (((found - other).norm() / other.norm()).item() for other in (wanted, by_mask))
+        print(f"{family}: {off:.5f}, {off_by_mask:.5f} by a mask of scores")
+        assert off < 5e-3  # sums over more tokens, which are zeros
+        assert off_by_mask < 2e-2  # flash attention sums in another order
     assert_recorded(engine, family)
 
 

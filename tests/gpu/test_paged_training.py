@@ -61,7 +61,7 @@ def test_packed_batches_for_flex_attention_are_compiled_once(tmp_path, monkeypat
         json.loads(text).get("tokens") for text in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
     ]
     steps = [later - sooner for sooner, later in pairwise([count for count in tokens if count])]
-    assert set(steps) == {128}
+    assert len(set(steps)) > 8  # samples without what they are filled up with
     assert not [warning for warning in recwarn if "without torch.compile" in str(warning.message)]
 
 

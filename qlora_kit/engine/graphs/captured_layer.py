@@ -1,5 +1,6 @@
 """One decoder layer as two CUDA graphs: its forward pass and its backward pass."""
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +25,23 @@ class GraphMemory(NamedTuple):
 
     pool: Any
     stream: torch.cuda.Stream
+
+    def grows(self) -> bool:
+        """Whether memory of smaller tensors can become part of a larger one's, as the allocator was set up."""
+        segments = (one for one in torch.cuda.memory_snapshot() if tuple(one["segment_pool_id"]) == tuple(self.pool))
+        return all(one["is_expandable"] for one in segments)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: what is freed by chance, such as another recording, ends this one."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
@@ -113,7 +131,7 @@ class CapturedLayer:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
         memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state():
+        with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state(), _without_collection():
             with _capture(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
                 if self.host is None and result.dtype is not self.output.dtype:

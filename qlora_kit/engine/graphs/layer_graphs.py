@@ -5,7 +5,8 @@ to 400 ms per step of a model with 32 layers, and a GPU that is done sooner wait
 
 A recording holds for one shape of batch, and for the memory that it was made with. Everything that the layers keep for
 the backward pass stays reserved, but only once: recordings of other shapes lie in the same memory, since a step is done
-before the next one begins. So there is one for each shape that came again, up to a number.
+before the next one begins. So there is one for each shape, up to a number. A shape is recorded when it first comes: to
+start its kernels one by one first would take memory beside the recordings'.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -203,14 +204,20 @@ class LayerGraphs:
     def _leaves_room(self, h: Tensor, *, is_recorded: bool) -> bool:
         """Whether a batch of another shape can run beside the recordings.
 
-        One that is recorded lies in their memory, unless it is larger: without segments that grow, memory of smaller
-        tensors would serve none of it. One that is not needs memory of its own.
+        One that is recorded lies in their memory, which grows for a larger one: but without segments that grow, memory
+        of smaller tensors would serve none of it. One that is not recorded needs memory of its own.
         """
         if not self._recordings:
             return True
+        assert self._memory is not None  # recordings have it
+        values = h.numel()
         if is_recorded:
-            return h.numel() <= max(one.gradient.numel() for one in self._recordings.values())
-        needed = RECORDED_SPARE * self._needed * h.numel() / self._most + self.beside.head
+            values -= max(one.gradient.numel() for one in self._recordings.values())
+            if values > 0 and not self._memory.grows():
+                return False
+        if values <= 0:
+            return True
+        needed = RECORDED_SPARE * self._needed * values / self._most + self.beside.head
         if torch.cuda.mem_get_info()[0] < needed:
             torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0] >= needed
@@ -291,9 +298,13 @@ class LayerGraphs:
             recording.captured[place], self._gradients[place] = captured, captured.gradients
         except RuntimeError as error:  # of CUDA, torch.OutOfMemoryError included
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            if len(self._recordings) > 1 or self._told:  # others could be recorded: memory for this one is short
-                self._is_spent = not isinstance(error, torch.OutOfMemoryError)
-                self._leave(recording, why)
+            self._is_spent = is_spent = not isinstance(error, torch.OutOfMemoryError)
+            if is_spent and not self._schedule.fails_again(recording.shape):
+                self._put_off(recording)
+                return
+            if len(self._recordings) > 1 or self._told:  # others could be recorded
+                self._tell_left(recording.shape, why)
+                self._put_off(recording)
                 return
             if not layer.has_plain_part:
                 self._fall_back(why)
@@ -301,9 +312,8 @@ class LayerGraphs:
             log.info(f"layers are recorded as CUDA graphs without the part that runs plain: {why}")
             self.in_part = self._is_stale = True
 
-    def _leave(self, recording: Recording, why: str) -> None:
-        """Start layers of this shape kernel by kernel, the rest of this pass included."""
-        self._tell_left(recording.shape, why)
+    def _put_off(self, recording: Recording) -> None:
+        """Start layers of this shape kernel by kernel for the rest of this pass."""
         del self._recordings[recording.shape]
         recording.is_left = True
 

@@ -1,9 +1,11 @@
 """When layers are recorded, and what a recording depends on."""
 
+import gc
+
 import pytest
 import torch
 
-from qlora_kit.engine.graphs.capture_schedule import AGAIN, MOST_SHAPES, REPEATS, CaptureSchedule
+from qlora_kit.engine.graphs.capture_schedule import MOST_SHAPES, REPEATS, CaptureSchedule
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
     MOST_MISFITS,
@@ -24,35 +26,27 @@ def due(turns, shape, times):
     return [turns.is_due(shape) for _ in range(times)]
 
 
-def test_the_first_shape_is_recorded_once_it_came_often_enough():
+def test_a_shape_is_recorded_once_kernels_are_there():
     turns = CaptureSchedule()
     assert due(turns, "a", REPEATS + 2) == [False] * REPEATS + [True, True]
+    assert due(turns, "b", 1) == [True]
 
 
-def test_another_shape_is_recorded_when_it_comes_again():
+def test_the_first_batches_may_be_of_any_shape():
     turns = CaptureSchedule()
-    due(turns, "a", REPEATS + 1)
-    assert due(turns, "b", AGAIN + 1) == [False] * AGAIN + [True]
-    assert turns.is_due("a")
-
-
-def test_shapes_need_not_come_in_a_row():
-    turns = CaptureSchedule()
-    seen = [turns.is_due(shape) for shape in "abcabcabc"]
-    assert seen == [False] * 6 + [True] * 3
+    assert [turns.is_due(number) for number in range(REPEATS + 2)] == [False] * REPEATS + [True, True]
 
 
 def test_there_are_so_many_shapes_and_no_more():
     turns = CaptureSchedule()
-    found = [due(turns, number, REPEATS + 1)[-1] for number in range(MOST_SHAPES + 5)]
-    assert found == [True] * MOST_SHAPES + [False] * 5
-    assert turns.is_due(0)
+    found = [turns.is_due(number) for number in range(REPEATS + MOST_SHAPES + 5)]
+    assert found == [False] * REPEATS + [True] * MOST_SHAPES + [False] * 5
+    assert turns.is_due(REPEATS)
 
 
-def test_shapes_that_never_repeat_are_never_due():
+def test_a_recording_may_fail_once():
     turns = CaptureSchedule()
-    assert not any(turns.is_due(number) for number in range(100))
-    assert due(turns, "a", REPEATS + 1)[-1]
+    assert [turns.fails_again(shape) for shape in "aabb"] == [False, True, False, True]
 
 
 def test_what_cannot_be_recorded_is_never_due():
@@ -103,6 +97,22 @@ def not_recordable(cuda):
     return compute
 
 
+def failing_once(cuda):
+    """Doubles, and fails the first time that it is recorded."""
+    fails, failed = not_recordable(cuda), []
+
+    def compute(hidden, settings):
+        if failed:
+            return hidden * 2
+        try:
+            return fails(hidden, settings)
+        except RuntimeError:
+            failed.append(True)
+            raise
+
+    return compute
+
+
 def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda, capsys):
     layer = DOUBLE._replace(compute=not_recordable(cuda))
     made, h = LayerGraphs(), torch.ones(1, 2, 3)
@@ -113,9 +123,9 @@ def test_a_layer_that_cannot_be_recorded_is_computed_then_and_from_then_on(cuda,
     assert not made.shapes
     # what failed first is told, once, and not that a recording that has failed cannot be ended
     assert capsys.readouterr().err.count("not recorded as CUDA graphs: operation not permitted when stream is") == 1
-    assert [graph.calls for graph in cuda.graphs] == [["begin in a pool", "failed", "end"], []]
+    assert [graph.calls for graph in cuda.graphs] == 2 * [["begin in a pool", "failed", "end"], []]
     # the generator would refuse to draw until a recording ends well
-    cuda.generator.graphsafe_set_state.assert_called_once_with(cuda.generator.clone_state())
+    assert cuda.generator.graphsafe_set_state.call_args_list == 2 * [((cuda.generator.clone_state(),),)]
 
 
 def test_a_layer_with_a_plain_part_is_recorded_without_it_where_that_cannot_be(cuda, capsys):
@@ -141,6 +151,30 @@ def test_layers_that_never_fit_their_recordings_are_left_alone(cuda, capsys):
     forward_and_backward, both_layers = 2, 2
     assert len(cuda.graphs) == forward_and_backward * both_layers * (MOST_MISFITS + 1)
     assert capsys.readouterr().err.count("called with other settings from step to step") == 1
+
+
+def test_what_a_pass_compiles_is_recorded_in_the_next(cuda, capsys):
+    layer = DOUBLE._replace(compute=failing_once(cuda))
+    graphs, h = LayerGraphs(), torch.ones(1, 2, 3, requires_grad=True)
+    found = []
+    for _ in range(REPEATS + 3):
+        assert torch.equal(graphs.run(0, layer, h, {}), h * 2) or graphs.captured
+        found.append(len(graphs.captured))
+    assert found == [0] * REPEATS + [0, 1, 1]
+    assert "kernel by kernel" not in capsys.readouterr().err
+
+
+def test_nothing_is_collected_while_a_layer_is_recorded(cuda):
+    seen = []
+
+    def compute(hidden, settings):
+        seen.append(gc.isenabled())
+        return hidden * 2
+
+    graphs, h = LayerGraphs(), torch.ones(1, 2, 3, requires_grad=True)
+    for _ in range(REPEATS + 1):
+        graphs.run(0, DOUBLE._replace(compute=compute), h, {})
+    assert seen == [True] * REPEATS + [False] and gc.isenabled()
 
 
 def test_how_many_layers_are_recorded_is_told_once(cuda, capsys):
@@ -260,16 +294,19 @@ def test_recordings_of_several_shapes_lie_in_one_memory_and_give_each_its_own_re
         torch.testing.assert_close(weights[0].grad, 32 * h.sum())
 
 
-def test_a_larger_shape_is_recorded_alone_and_smaller_ones_anew_in_its_memory(cuda):
+@pytest.mark.parametrize("grows", [False, True])
+def test_memory_grows_for_a_larger_shape_where_it_can_or_is_made_anew(cuda, monkeypatch, grows):
+    pool = [{"segment_pool_id": (0, 1), "is_expandable": grows}, {"segment_pool_id": (0, 0), "is_expandable": False}]
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pool)
     weights = [torch.tensor(2.0, requires_grad=True)]
     graphs, (layer,) = LayerGraphs(), scaled(weights)
     small, large = torch.ones(1, 4, 3, requires_grad=True), torch.ones(1, 9, 3, requires_grad=True)
     for h in [small] * (REPEATS + 1):
         graphs.run(0, layer, h, {})
     assert graphs.shapes == 1
-    for h in [large] * (AGAIN + 1):
-        graphs.run(0, layer, h, {})
-    assert graphs.shapes == 1 and graphs.captured[0].start.shape == large.shape
+    graphs.run(0, layer, large, {})
+    assert graphs.shapes == 1 + grows and graphs.captured[0].start.shape == large.shape
     graphs.run(0, layer, small, {})
     assert graphs.shapes == 2 and graphs.captured[0].start.shape == small.shape
 
@@ -282,7 +319,9 @@ def test_a_shape_that_has_no_room_is_left_alone_where_smaller_ones_had(cuda, mon
         graphs.run(0, layer, small, {})
     assert graphs.shapes == 1
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 * 10**9)  # more than there is
-    for _ in range(AGAIN + 2):
+    of_fixed_size = [{"segment_pool_id": "a pool", "is_expandable": False}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: of_fixed_size)
+    for _ in range(2):
         graphs.run(0, layer, large, {})
         assert not graphs.captured
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
@@ -299,7 +338,7 @@ def test_recordings_give_way_to_a_batch_that_has_no_room_beside_them(cuda, monke
         graphs.run(0, layer, torch.ones(1, 9, 3, requires_grad=True), {})
     for tokens, free, shapes in ((4, 4 * 10**8, 1), (8, 2 * 10**8, 0)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**9))
-        graphs.run(0, layer, torch.ones(1, tokens, 3, requires_grad=True), {})
+        graphs.run(0, layer, torch.ones(1, tokens, 3, requires_grad=True), {"cache": object()})
         assert graphs.shapes == shapes
 
 
