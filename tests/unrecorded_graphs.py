@@ -26,6 +26,7 @@ def stand_in_for_cuda(monkeypatch):
         "max_memory_allocated": lambda: 0,
         "mem_get_info": lambda: (10**9, 10**9),
         "memory_allocated": lambda: 0,
+        "memory_reserved": lambda: 0,
         "memory_snapshot": list,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda: None,

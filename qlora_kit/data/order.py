@@ -1,6 +1,6 @@
 """In which order an epoch reads its rows, from a seed and the epoch's number alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,8 @@ from qlora_kit.schema.trainer import TrainerConfig
 
 SamplerOrder = Callable[[int], Ints]  # number of an epoch -> the items that it reads, in order
 
-SIZES_BITS = 5  # rows of several have at most 16 sizes between one power of two and the next: kernels meet few shapes
+MOST_SIZES = 8  # of rows of several: layers are recorded for each, which takes a second and memory
+SIZE_STEP = 64  # tokens: what kernels take at a time
 WORTH = 0.05  # of the tokens that are padding, from where on rows lie one after another
 GROUPS_IN_A_POOL = 50  # rows are sorted by length inside pools, so that batches still differ from epoch to epoch
 
@@ -79,15 +80,24 @@ def tokens_at_once(
     """
     if packing is not None:
         return trainer.batch_size * packing.capacity
-    together = in_one_row and padding_share(batching, trainer, lengths, processes) >= WORTH
-    order = epoch_order(batching, lengths, len(lengths), trainer.batch_size * processes, trainer.seed)
-    steps = trainer.steps(len(lengths), processes)
-    left, largest, epoch = steps * trainer.gradient_accumulation * trainer.batch_size * processes, 0, 0
-    while left > 0 and largest < trainer.batch_size * int(lengths.max()):
-        padded, real = _batches(lengths[order(epoch)[:left]], trainer.batch_size)
-        largest = max(largest, filled(int(real.max())) if together else int(padded.max()))
-        left, epoch = left - len(lengths), epoch + 1
-    return largest
+    if in_one_row and padding_share(batching, trainer, lengths, processes) >= WORTH:
+        return row_sizes(batching, trainer, lengths, processes)[-1]
+    return max(
+        int(padded.max()) for padded, _ in _batches_of_a_run(batching, trainer, lengths, processes, is_largest=True)
+    )
+
+
+def row_sizes(batching: Batching, trainer: TrainerConfig, lengths: Ints, processes: int = 1) -> tuple[int, ...]:
+    """Tokens that rows of several are filled up to, from the smallest on: few, and each for as many batches.
+
+    Args:
+        lengths: `[N]`, tokens of each row.
+    """
+    of_a_run = _batches_of_a_run(batching, trainer, lengths, processes)
+    tokens = np.concatenate([real for _, real in of_a_run])
+    shares = np.arange(1, MOST_SIZES + 1) / MOST_SIZES
+    sizes = np.quantile(tokens, shares, method="higher")
+    return tuple(sorted({filled(int(size), ()) for size in sizes}))
 
 
 def padding_share(batching: Batching, trainer: TrainerConfig, lengths: Ints, processes: int = 1) -> float:
@@ -101,10 +111,28 @@ def padding_share(batching: Batching, trainer: TrainerConfig, lengths: Ints, pro
     return 1 - float(real.sum() / padded.sum())
 
 
-def filled(tokens: int) -> int:
-    """Tokens of the row that so many are filled up to, where several lie in it: a sixteenth more at the most."""
-    step = 1 << max(0, (tokens - 1).bit_length() - SIZES_BITS)
-    return -(-tokens // step) * step
+def filled(tokens: int, sizes: Sequence[int]) -> int:
+    """Tokens of the row that so many are filled up to: the next of the sizes, or a whole number of steps."""
+    return next((size for size in sizes if size >= tokens), -(-tokens // SIZE_STEP) * SIZE_STEP)
+
+
+def _batches_of_a_run(
+    batching: Batching, trainer: TrainerConfig, lengths: Ints, processes: int, *, is_largest: bool = False
+) -> Iterator[tuple[Ints, Ints]]:
+    """What `_batches` gives, epoch by epoch as far as a run goes.
+
+    Args:
+        is_largest: no further epoch than the one that has a padded batch as large as any can be.
+    """
+    order = epoch_order(batching, lengths, len(lengths), trainer.batch_size * processes, trainer.seed)
+    steps = trainer.steps(len(lengths), processes)
+    left, epoch = steps * trainer.gradient_accumulation * trainer.batch_size * processes, 0
+    while left > 0:
+        found = _batches(lengths[order(epoch)[:left]], trainer.batch_size)
+        yield found
+        if is_largest and found[0].max() >= trainer.batch_size * lengths.max():
+            return
+        left, epoch = left - len(lengths), epoch + 1
 
 
 def _batches(lengths: Ints, rows: int) -> tuple[Ints, Ints]:

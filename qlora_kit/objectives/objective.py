@@ -64,7 +64,7 @@ class Objective(Protocol):
         pad_token_id: int,
         *,
         is_packed: bool,
-        in_one_row: bool = False,
+        sizes: Sequence[int] = (),
         widest: int | None = None,
         filled_to: int | None = None,
         batch_shape: "StaticBatchShape | None" = None,
@@ -72,7 +72,8 @@ class Objective(Protocol):
         """Items -> the tensors of one forward pass.
 
         Args:
-            in_one_row: rows are laid one after another instead of side by side, as packed ones are.
+            sizes: tokens that rows are filled up to which lie one after another, as packed ones do, instead of side
+                by side.
             widest: tokens of the longest row, where padded batches are to have few widths; None for no padding more.
             filled_to: tokens that every packed batch is filled up to; None fills nothing.
             batch_shape: that packed batches get too.

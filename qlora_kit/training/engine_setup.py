@@ -12,7 +12,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import local_world_size
 from qlora_kit.core.errors import RunError
 from qlora_kit.core.units import counted, human_bytes, human_count
-from qlora_kit.engine.graphs.layer_graphs import Beside
+from qlora_kit.engine.graphs.recording_room import Beside
 from qlora_kit.engine.layer.checkpoint_policy import (
     CheckpointPolicy,
     LayerExtras,

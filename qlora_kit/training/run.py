@@ -16,7 +16,7 @@ from qlora_kit.adapter.saved import BaseName
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import world_size
 from qlora_kit.core.errors import RunError
-from qlora_kit.data.order import WORTH, epoch_order, padding_share, tokens_at_once
+from qlora_kit.data.order import WORTH, epoch_order, padding_share, row_sizes, tokens_at_once
 from qlora_kit.data.packing import Packing, pack
 from qlora_kit.data.tokens import TokenRows
 from qlora_kit.engine.attention.packed import check_isolation, enable_packed_attention, is_old_gpu
@@ -102,6 +102,9 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         undo, engine, _ = _prepare_model(model, recipe, packing, at_once(), found)
     objective = OBJECTIVES["sft"]
     dataset = objective.dataset(train, packing)
+    sizes = row_sizes(recipe.data.batching, recipe.trainer, lengths, processes) if in_one_row else ()
+    if engine is not None and engine.graphs is not None:
+        engine.graphs.expected = frozenset(sizes)
     batch_shape = _batch_shape(recipe, train, packing, engine, in_one_row=in_one_row)
     group = recipe.trainer.batch_size * processes
     source, revision = recipe.model.source, recipe.model.revision
@@ -122,7 +125,7 @@ def build_trainer(  # noqa: PLR0913, PLR0917  # what a run is made of
         collator=objective.collator(
             tokenizer.pad_token_id,
             is_packed=packing is not None,
-            in_one_row=in_one_row,
+            sizes=sizes,
             widest=_widest(train, packing, engine),
             filled_to=_filled_to(recipe, packing, batch_shape),
             batch_shape=batch_shape,

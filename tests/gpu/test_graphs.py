@@ -97,8 +97,12 @@ def assert_recorded(engine, family="llama"):
     assert len(engine.graphs.captured) == RECORDED.get(family, LAYERS)
 
 
+def off(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def same(found, expected):
-    assert ((found - expected).norm() / expected.norm()).item() < 1e-3
+    assert off(found, expected) < 1e-3
 
 
 BATCHES = [[0, 1, 2, 3], [5, 4, 6, 7], [8, 9, 10, 11], [0, 4, 5, 8]]  # each 93 tokens wide
@@ -282,15 +286,15 @@ def test_packed_batches_of_other_samples_are_one_shape(family, folder, rows):
     enable_row_attention(model.get_base_model())
     engine = engine_of(model, cuda_graphs=False)
     expected = [gradients(model, batch) for batch in plain]
+    spread = max(map(off, [gradients(model, batch) for batch in plain], expected))  # flash sums in any order
     engine.undo()
     engine = engine_of(model)
     record(model, engine, same_shape[0], family)
     for batch, wanted, by_mask in zip(same_shape, expected, masked, strict=True):
         found = gradients(model, batch)
-        off, off_by_mask = (((found - other).norm() / other.norm()).item() for other in (wanted, by_mask))
-        print(f"{family}: {off:.5f}, {off_by_mask:.5f} by a mask of scores")
-        assert off < 5e-3  # sums over more tokens, which are zeros
-        assert off_by_mask < 2e-2  # flash attention sums in another order
+        print(f"{family}: {off(found, wanted):.5f}, spread {spread:.5f}, by a mask {off(found, by_mask):.5f}")
+        assert off(found, wanted) < max(5e-3, 2 * spread)  # sums over more tokens, which are zeros
+        assert off(found, by_mask) < 2e-2
     assert_recorded(engine, family)
 
 

@@ -28,8 +28,9 @@ class GraphMemory(NamedTuple):
 
     def grows(self) -> bool:
         """Whether memory of smaller tensors can become part of a larger one's, as the allocator was set up."""
-        segments = (one for one in torch.cuda.memory_snapshot() if tuple(one["segment_pool_id"]) == tuple(self.pool))
-        return all(one["is_expandable"] for one in segments)
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = (one for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
+        return all(one["is_expandable"] for one in own)
 
 
 @contextmanager

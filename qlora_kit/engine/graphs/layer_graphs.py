@@ -5,8 +5,8 @@ to 400 ms per step of a model with 32 layers, and a GPU that is done sooner wait
 
 A recording holds for one shape of batch, and for the memory that it was made with. Everything that the layers keep for
 the backward pass stays reserved, but only once: recordings of other shapes lie in the same memory, since a step is done
-before the next one begins. So there is one for each shape, up to a number. A shape is recorded when it first comes: to
-start its kernels one by one first would take memory beside the recordings'.
+before the next one begins. So there is one for each shape that comes again, up to a number. A shape that is expected is
+recorded when it first comes: to start its kernels one by one first would take memory beside the recordings'.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from qlora_kit.engine.graphs.capture_schedule import CaptureSchedule
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory, SetGradTargets
 from qlora_kit.engine.graphs.hidden_places import HiddenPlaces
 from qlora_kit.engine.graphs.host_passage import HostInput, HostPassage
-from qlora_kit.engine.ops.limits import RECORDED_SPARE
+from qlora_kit.engine.graphs.recording_room import Beside, RecordingRoom
 
 MOST_MISFITS = 2  # passes in which a recorded layer could not be replayed, before recording is given up
 
@@ -51,18 +51,6 @@ class CapturableLayer(NamedTuple):
     set_grad_targets: SetGradTargets
     has_plain_part: bool = False
     from_host: LayerForward | None = None
-
-
-class Beside(NamedTuple):
-    """Bytes that a step takes beside recordings, which share their memory with nothing else.
-
-    Attributes:
-        head: of the output head.
-        layer: of a layer that is started kernel by kernel, in full or in part.
-    """
-
-    head: float = 0.0
-    layer: float = 0.0
 
 
 def shape_of(h: Tensor, settings: Mapping[str, Any], parameters: Sequence[Tensor] = ()) -> Hashable:
@@ -122,6 +110,7 @@ class LayerGraphs:
         records_all: whether no layer of the model is started kernel by kernel.
         beside: what the rest of a step takes.
         largest: values of the hidden states of the largest batch; 0 where that is not known.
+        expected: tokens that many batches have, each in one row.
     """
 
     def __init__(self) -> None:
@@ -130,6 +119,7 @@ class LayerGraphs:
         self.records_all = True
         self.beside = Beside()
         self.largest = 0
+        self.expected = frozenset[int]()
         self._recordings: dict[Hashable, Recording] = {}
         self._current: Recording | None = None  # of the pass that runs
         self._fed: dict[int, int] = {}  # by the place of a copy: the tensor that was copied in this pass
@@ -139,7 +129,7 @@ class LayerGraphs:
         self._is_spent = False  # the pool, which CUDA gave a recording up in
         self._misfits = 0
         self._told = 0
-        self._needed, self._most = 0, 0  # bytes of the largest step before the first recording, and its hidden values
+        self._room = RecordingRoom()
         self._statics: dict[Hashable, Tensor] = {}
         self._gradients: dict[int, Sequence[Tensor]] = {}  # by the place of a layer: of its parameters
         self._places: HiddenPlaces | None = None
@@ -190,15 +180,20 @@ class LayerGraphs:
             self._fall_back("they are called with other settings from step to step")
         if self._is_stale or self._is_spent:
             self._drop()
-        elif self._current is not None:
+        elif self._current is not None and not self._current.is_whole:
             self._current.close()
+            self._room.end_recording()
         self._is_stale = self._is_spent = False
-        due = self._schedule.is_due(shape) and not self._is_off
+        is_expected = h.shape[0] == 1 and h.shape[1] in self.expected
+        due = self._schedule.is_due(shape, is_expected=is_expected) and not self._is_off
+        if due and self._recordings and shape not in self._recordings and not self._room.holds_one_more():
+            due = False
+            self._tell_left(shape, f"recordings take {human_bytes(self._room.own)} each")
         if shape not in self._recordings and not self._leaves_room(h, is_recorded=due):
             self._drop()
         if not self._recordings:  # nor has the pool any use
             self._drop()
-            self._most = max(self._most, h.numel())
+            self._room.note_unrecorded(h.numel())
         self._current = (self._recordings.get(shape) or self._open(shape, h)) if due else None
 
     def _leaves_room(self, h: Tensor, *, is_recorded: bool) -> bool:
@@ -215,12 +210,7 @@ class LayerGraphs:
             values -= max(one.gradient.numel() for one in self._recordings.values())
             if values > 0 and not self._memory.grows():
                 return False
-        if values <= 0:
-            return True
-        needed = RECORDED_SPARE * self._needed * values / self._most + self.beside.head
-        if torch.cuda.mem_get_info()[0] < needed:
-            torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0] >= needed
+        return values <= 0 or self._room.holds(values, self.beside.head)
 
     def _tell(self) -> None:
         """How many layers a pass has recorded, the first time and when they became more or fewer."""
@@ -237,23 +227,19 @@ class LayerGraphs:
             self._memory = GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._places = HiddenPlaces(self.largest)
         assert self._places is not None
+        self._room.begin_recording()
         self._recordings[shape] = Recording(shape, self._places.at("gradient", h))
         return self._recordings[shape]
 
     def _has_room(self, shape: Hashable) -> bool:
-        torch.cuda.empty_cache()
-        needed = self._needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        free = torch.cuda.mem_get_info()[0]
         beside = self.beside.head if self.records_all and not self.in_part else max(self.beside)
-        if free < RECORDED_SPARE * needed + beside:
-            taken = f"a step takes {human_bytes(needed)}, what is not recorded {human_bytes(beside)}"
-            why = f"{taken}, and {human_bytes(free)} are free"
-            if self._told:  # there was room for smaller ones
-                self._tell_left(shape, why)
-            else:
-                self._fall_back(why)
-            return False
-        return True
+        if not (why := self._room.lacks(beside)):
+            return True
+        if self._told:  # there was room for smaller ones
+            self._tell_left(shape, why)
+        else:
+            self._fall_back(why)
+        return False
 
     def _fall_back(self, why: str) -> None:
         self._is_off = self._is_stale = True

@@ -87,7 +87,7 @@ class PackedCollator:
     Args:
         filled_to: tokens that every batch is filled up to, by samples of which nothing is trained; None fills nothing.
             For attention that is compiled for one length, and layers that are recorded for one.
-        in_few_sizes: batches are filled up to one of few numbers of tokens, each to the next.
+        sizes: tokens that batches are filled up to, each to the next; see `data.order.row_sizes`.
         filler: the token it is filled with.
         batch_shape: that batches get too; one that does not fit into it keeps its own.
     """
@@ -98,10 +98,10 @@ class PackedCollator:
         filler: int = 0,
         batch_shape: StaticBatchShape | None = None,
         *,
-        in_few_sizes: bool = False,
+        sizes: Sequence[int] = (),
     ) -> None:
         self.filled_to = filled_to
-        self.in_few_sizes = in_few_sizes
+        self.sizes = sizes
         self.filler = filler
         self.batch_shape = batch_shape
 
@@ -119,7 +119,7 @@ class PackedCollator:
         input_ids, labels, lengths = (
             np.concatenate([one[name] for one in features]) for name in ("input_ids", "labels", "lengths")
         )
-        wanted = filled(len(input_ids)) if self.in_few_sizes else self.filled_to or 0
+        wanted = filled(len(input_ids), self.sizes) if self.sizes else self.filled_to or 0
         missing = wanted - len(input_ids)
         if missing > 0:
             input_ids = np.append(input_ids, np.full(missing, self.filler))

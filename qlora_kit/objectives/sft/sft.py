@@ -34,14 +34,14 @@ class Sft:
         pad_token_id: int,
         *,
         is_packed: bool,
-        in_one_row: bool = False,
+        sizes: Sequence[int] = (),
         widest: int | None = None,
         filled_to: int | None = None,
         batch_shape: StaticBatchShape | None = None,
     ) -> CountingCollator:
         """Rows side by side, or one after another."""
-        if in_one_row:
-            return CountingCollator(PackedCollator(None, pad_token_id, batch_shape, in_few_sizes=True))
+        if sizes:
+            return CountingCollator(PackedCollator(None, pad_token_id, batch_shape, sizes=sizes))
         if not is_packed:
             return CountingCollator(Collator(pad_token_id, widest))
         return CountingCollator(PackedCollator(filled_to, 0 if filled_to is None else pad_token_id, batch_shape))

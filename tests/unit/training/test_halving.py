@@ -117,7 +117,7 @@ def test_other_errors_are_no_shortage_of_memory(base, rows, tmp_path):
         Collator(0),
         PackedCollator(),
         PackedCollator(200, 0, StaticBatchShape(20, 60)),
-        PackedCollator(in_few_sizes=True),
+        PackedCollator(sizes=(64, 128, 192)),
     ],
     ids=["padded", "packed", "filled", "one row"],
 )
@@ -137,6 +137,6 @@ def test_halves_hold_what_the_whole_does(rows, collator):
         assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 40), (3, 33)]
 
 
-@pytest.mark.parametrize("collator", [Collator(0), PackedCollator(), PackedCollator(in_few_sizes=True)])
+@pytest.mark.parametrize("collator", [Collator(0), PackedCollator(), PackedCollator(sizes=(64, 128, 192))])
 def test_a_single_row_has_no_halves(rows, collator):
     assert in_halves(CountingCollator(collator)([feature(rows, [1])])) is None

@@ -5,15 +5,15 @@ import gc
 import pytest
 import torch
 
-from qlora_kit.engine.graphs.capture_schedule import MOST_SHAPES, REPEATS, CaptureSchedule
+from qlora_kit.engine.graphs.capture_schedule import AGAIN, MOST_SHAPES, REPEATS, CaptureSchedule
 from qlora_kit.engine.graphs.captured_layer import CapturedLayer, GraphMemory
 from qlora_kit.engine.graphs.layer_graphs import (
     MOST_MISFITS,
-    Beside,
     CapturableLayer,
     LayerGraphs,
     shape_of,
 )
+from qlora_kit.engine.graphs.recording_room import LEFT_FREE, Beside
 from tests.unrecorded_graphs import stand_in_for_cuda
 
 
@@ -22,26 +22,40 @@ def cuda(monkeypatch):
     return stand_in_for_cuda(monkeypatch)
 
 
-def due(turns, shape, times):
-    return [turns.is_due(shape) for _ in range(times)]
+def due(turns, shape, times, **given):
+    return [turns.is_due(shape, **given) for _ in range(times)]
 
 
-def test_a_shape_is_recorded_once_kernels_are_there():
+def test_the_first_shape_is_recorded_once_kernels_are_there():
     turns = CaptureSchedule()
     assert due(turns, "a", REPEATS + 2) == [False] * REPEATS + [True, True]
-    assert due(turns, "b", 1) == [True]
+
+
+def test_another_shape_is_recorded_when_it_comes_again_or_at_once_where_it_is_expected():
+    turns = CaptureSchedule()
+    due(turns, "a", REPEATS + 1)
+    assert due(turns, "b", AGAIN + 1) == [False] * AGAIN + [True]
+    assert due(turns, "c", 1, is_expected=True) == [True]
+    assert turns.is_due("a")
 
 
 def test_the_first_batches_may_be_of_any_shape():
     turns = CaptureSchedule()
-    assert [turns.is_due(number) for number in range(REPEATS + 2)] == [False] * REPEATS + [True, True]
+    found = [turns.is_due(number, is_expected=True) for number in range(REPEATS + 2)]
+    assert found == [False] * REPEATS + [True, True]
 
 
 def test_there_are_so_many_shapes_and_no_more():
     turns = CaptureSchedule()
-    found = [turns.is_due(number) for number in range(REPEATS + MOST_SHAPES + 5)]
+    found = [turns.is_due(number, is_expected=True) for number in range(REPEATS + MOST_SHAPES + 5)]
     assert found == [False] * REPEATS + [True] * MOST_SHAPES + [False] * 5
     assert turns.is_due(REPEATS)
+
+
+def test_shapes_that_never_repeat_are_never_due():
+    turns = CaptureSchedule()
+    assert not any(turns.is_due(number) for number in range(100))
+    assert due(turns, "a", AGAIN + 1)[-1]
 
 
 def test_a_recording_may_fail_once():
@@ -305,6 +319,7 @@ def test_memory_grows_for_a_larger_shape_where_it_can_or_is_made_anew(cuda, monk
     for h in [small] * (REPEATS + 1):
         graphs.run(0, layer, h, {})
     assert graphs.shapes == 1
+    graphs.expected = frozenset({9})
     graphs.run(0, layer, large, {})
     assert graphs.shapes == 1 + grows and graphs.captured[0].start.shape == large.shape
     graphs.run(0, layer, small, {})
@@ -340,6 +355,23 @@ def test_recordings_give_way_to_a_batch_that_has_no_room_beside_them(cuda, monke
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**9))
         graphs.run(0, layer, torch.ones(1, tokens, 3, requires_grad=True), {"cache": object()})
         assert graphs.shapes == shapes
+
+
+def test_lists_of_kernels_leave_memory_free(cuda, monkeypatch, capsys):
+    """What they take is known by the first of them, beside what torch holds."""
+    layer = scaled([torch.tensor(2.0, requires_grad=True)])[0]
+    graphs, free = LayerGraphs(), [LEFT_FREE + 4 * 10**8]
+    graphs.expected = frozenset(range(1, 10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 10**9))
+    for tokens in (9, 9, 9, 8, 7, 9):  # 100 MB each
+        before = graphs.shapes
+        graphs.run(0, layer, torch.ones(1, tokens, 3, requires_grad=True), {})
+        free[0] -= 10**8 * (graphs.shapes - before)
+    assert graphs.shapes == 3 and free[0] == LEFT_FREE + 10**8
+    graphs.run(0, layer, torch.ones(1, 6, 3, requires_grad=True), {})
+    assert graphs.shapes == 3 and not graphs.captured
+    said = "one more shape are started kernel by kernel, not as CUDA graphs: recordings take 100.0 MB each"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_masks_of_recordings_lie_in_one_place(cuda):
