@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ MIXED = ("data=rows", "data.max_tokens=2048", "trainer.batch_size=4", "trainer.m
 FULL = ("data=rows", "data.max_tokens=2048", "trainer.batch_size=4", "trainer.max_steps=20")
 RANK_8 = ("lora.r=8", "lora.alpha=16")
 WATCH_SECONDS = 0.1
+WARM = 5  # steps that are not counted in a rate, as in `user_line_unsloth.py`
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Line:
 
     Attributes:
         first_step_seconds: from the command to the first step that is written down, like `last_step_seconds`.
+        tokens_per_second: of all steps behind the first `WARM`, whatever was captured or compiled in them.
         losses: by step.
     """
 
@@ -129,6 +131,7 @@ class Line:
     error: str = ""
     first_step_seconds: float = 0.0
     last_step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -178,8 +181,18 @@ def run(case: Case, work: Path, limit: float, _: Path | None) -> Line:
         line.result = json.loads(result.read_text(encoding="utf-8"))
     for metrics in folder.glob("outputs/*/*/metrics.jsonl"):
         logged = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
-        line.losses = {str(one["step"]): one["loss"] for one in logged if "loss" in one}
+        steps = [one for one in logged if "loss" in one]
+        line.losses = {str(one["step"]): one["loss"] for one in steps}
+        line.tokens_per_second = rate(steps)
     return line
+
+
+def rate(steps: Sequence[Mapping[str, float]]) -> float:
+    """Tokens of the steps behind the first ones, by their seconds; 0 where there are none."""
+    if len(steps) <= WARM:
+        return 0.0
+    before, last = steps[WARM - 1], steps[-1]
+    return round((last["tokens"] - before["tokens"]) / (last["seconds"] - before["seconds"]), 1)
 
 
 def run_peer(case: Case, work: Path, limit: float, peers: Path | None) -> Line:
@@ -196,6 +209,7 @@ def run_peer(case: Case, work: Path, limit: float, peers: Path | None) -> Line:
         line.first_step_seconds, line.last_step_seconds = (
             line.result.pop(f"{which}_step_seconds") for which in ("first", "last")
         )
+        line.tokens_per_second = line.result.pop("tokens_per_second")
     return line
 
 
@@ -245,11 +259,10 @@ def shown(line: Line) -> str:
     """A line of the table."""
     planned, peak = (line.result.get(name, 0.0) / 1e9 for name in ("planned_memory_bytes", "peak_memory_bytes"))
     off = f"{planned / peak - 1:+.0%}" if planned and peak else ""
-    rate = line.result.get("tokens_per_second", 0.0)
     return (
         f"{line.case:42} free {line.free_gb or 'all':>5} exit {line.exit_code} {line.seconds:5.0f} s "
         f"(steps {line.first_step_seconds:.0f} to {line.last_step_seconds:.0f})  "
-        f"planned {planned:5.1f} needed {peak:5.1f} GB {off:5} {rate:7.0f} tokens/s {line.error}"
+        f"planned {planned:5.1f} needed {peak:5.1f} GB {off:5} {line.tokens_per_second:7.0f} tokens/s {line.error}"
     )
 
 

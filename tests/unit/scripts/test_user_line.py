@@ -135,6 +135,16 @@ def test_a_line_that_fails_keeps_its_error_and_no_earlier_result(bench, tmp_path
     assert line.result == {}
 
 
+def test_a_rate_is_all_tokens_behind_the_first_steps_by_their_time(bench):
+    steps = [
+        {"tokens": 100.0 * step, "seconds": 2.0 * step + (3 if step == bench.WARM + 1 else 0)} for step in range(9)
+    ]
+    assert bench.rate(steps[1:]) == pytest.approx(100 * 3 / 6)
+    steps[-1]["seconds"] += 3  # a step in which something is captured counts
+    assert bench.rate(steps[1:]) == pytest.approx(100 * 3 / 9, abs=0.1)
+    assert bench.rate(steps[: bench.WARM]) == 0
+
+
 def test_every_case_has_its_model_and_its_peer_a_script(bench):
     assert {case.model for case in bench.CASES} <= set(bench.shapes())
     assert len({case.name for case in bench.CASES}) == len(bench.CASES)
