@@ -136,7 +136,7 @@ def build_language_model(folder: Path, attention: str | None = None) -> PreTrain
     """
     found = language_model(folder)
     model = found.auto.from_config(found.config, attn_implementation=attention, trust_remote_code=False)
-    return _as_language_model(model, found)
+    return as_language_model(model, found)
 
 
 def load_language_model(
@@ -176,7 +176,7 @@ def load_language_model(
         output_loading_info=True,
     )
     _refuse_missing(folder, report["missing_keys"])
-    return _as_language_model(model, found)
+    return as_language_model(model, found)
 
 
 def language_model_of(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> PreTrainedModel:
@@ -193,7 +193,7 @@ def language_model_of(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype
     # What names the packing would make transformers look for packed weights.
     vars(found.config).pop("quantization_config", None)
     with torch.device("meta"):
-        skeleton = _as_language_model(found.auto.from_config(found.config, trust_remote_code=False), found)
+        skeleton = as_language_model(found.auto.from_config(found.config, trust_remote_code=False), found)
     own_name = own_name_of_stored(found.own, parts_too=True)
     named = ((found.names.trained(str(own_name(name))), tensor) for name, tensor in tensors)
     state = joined_experts(skeleton, ((name, tensor) for name, tensor in named if name is not None))
@@ -201,7 +201,7 @@ def language_model_of(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype
         None, config=found.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     _refuse_missing(folder, set(report["missing_keys"]) & set(skeleton.state_dict()))
-    return _as_language_model(model, found)
+    return as_language_model(model, found)
 
 
 def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
@@ -234,7 +234,8 @@ def caps_scores(model: nn.Module) -> bool:
     return any(getattr(module, "attn_logit_softcapping", None) for module in model.modules())
 
 
-def _as_language_model(model: PreTrainedModel, found: LanguageModel) -> PreTrainedModel:
+def as_language_model(model: PreTrainedModel, found: LanguageModel) -> PreTrainedModel:
+    """The model as it is trained, from one of transformers' class for it, in place."""
     cap_scores(model)
     if found.names.outside and not found.names.begins:
         _take_out(model, outer_modules(found.names.outside))

@@ -19,6 +19,7 @@ from qlora_kit.model.device import this_device
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.language_model import load_language_model
 from qlora_kit.model.microscaled import is_microscaled, unpacking
+from qlora_kit.model.packed_cache import PackedPlace
 from qlora_kit.model.packed_loading import named_plainly, stack_experts, with_experts
 from qlora_kit.model.skeleton import skeleton, told_plainly
 from qlora_kit.model.stacked_experts import experts_of
@@ -58,14 +59,17 @@ def load_base(
     stored = check_storage(folder, quant)
     config = read_config(folder)
     kept = kept_whole(skeleton(folder))
+    device, quantization = this_device(), _as_loaded(folder, quant, dtype, kept) if stored is None else None
+    how = None if attention is None else attention.value
+    place = None if quantization is None else PackedPlace.of(folder, quant, dtype, device)
     with told_plainly(folder, config, "load"):
-        model = load_language_model(
-            folder,
-            dtype=dtype,
-            device=this_device(),
-            quantization=_as_loaded(folder, quant, dtype, kept) if stored is None else None,
-            attention=None if attention is None else attention.value,
-        )
+        model = None
+        if place is not None and quantization is not None:
+            model = place.load(folder, dtype=dtype, device=device, quantization=quantization, attention=how)
+        if model is None:
+            model = load_language_model(folder, dtype=dtype, device=device, quantization=quantization, attention=how)
+            if place is not None:
+                place.keep(model)
     if stored is not None:
         _set_compute_dtype(model, dtype)
     named_plainly(model)

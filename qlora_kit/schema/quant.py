@@ -42,3 +42,6 @@ class QuantConfig(Sealed):
     compute_dtype: ComputeDtype = setting(ComputeDtype.bfloat16, "Format of activations and matrix products.")
     int8_outlier_threshold: float = setting(6.0, "LLM.int8: inputs above this magnitude stay in 16 bit.", minimum=0)
     keep_16bit: list[str] = setting([], "Module names kept in 16 bit beside the output head.")
+    cache: bool = setting(
+        True, "Keep a large base in 4 bit in the user's cache, so that the next run need not quantize it again."
+    )
