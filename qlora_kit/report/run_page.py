@@ -1,8 +1,6 @@
 """The page of `qlora-kit report`: what a run or a base's exports were made of, and how good the files are."""
 
 import math
-from itertools import pairwise
-from statistics import median
 
 from qlora_kit.core.units import counted, human_bytes, human_count, human_seconds
 from qlora_kit.report.page import Number, render
@@ -11,6 +9,7 @@ from qlora_kit.report.run_page_facts import RunPage
 from qlora_kit.report.run_page_fidelity import decimals, fidelity, samples, size_against_kl
 from qlora_kit.report.run_page_record import data_facts, reproduction, setup
 from qlora_kit.report.run_page_weights import merge_bases, survival
+from qlora_kit.tracking.rates import rate_of_run
 
 
 def run_page(run: RunPage) -> str:
@@ -56,7 +55,7 @@ def headline(run: RunPage) -> list[Number]:
     planned = run.recipe.trainer.max_steps if run.recipe else None
     tokens = max((row.get("tokens", 0.0) for row in run.metrics), default=0.0)
     memory = max((value for _, value in series(run.metrics, "peak_memory_bytes")), default=0.0)
-    speeds = [value for _, value in series(run.metrics, "tokens_per_second")]
+    speed = rate_of_run([row for row in run.metrics if "loss" in row])
     seconds = seconds_in_steps(run)
     rows = next((split.rows for split in run.splits if split.name == "training"), None)
     numbers = [
@@ -66,7 +65,7 @@ def headline(run: RunPage) -> list[Number]:
         ("Time in steps", human_seconds(seconds) if seconds else "", ""),
         ("Training rows", f"{rows:,}" if rows is not None else "", ""),
         ("Tokens seen", human_count(tokens) if tokens else "", ""),
-        ("Throughput", f"{median(speeds[1:] or speeds):,.0f}" if speeds else "", "tokens/s"),
+        ("Throughput", f"{speed:,.0f}" if speed else "", "tokens/s"),
         ("Peak memory", human_bytes(memory) if memory else "", "GPU" if run.environment.gpus else "process"),
     ]
     return [Number(name, value or "-", unit if value else "") for name, value, unit in numbers]
@@ -87,10 +86,5 @@ def base_headline(run: RunPage) -> list[Number]:
 
 
 def seconds_in_steps(run: RunPage) -> float:
-    """Time spent in logged steps: the tokens of each by its speed; loading, saving and scoring are not in it."""
-    rows = [row for row in run.metrics if row.get("tokens_per_second", 0) > 0 and "tokens" in row]
-    before = [0.0, *(row["tokens"] for row in rows)]
-    return sum(
-        max(0.0, after - earlier) / row["tokens_per_second"]
-        for (earlier, after), row in zip(pairwise(before), rows, strict=True)
-    )
+    """Time spent in logged steps; loading, saving and scoring are not in it."""
+    return max((value for _, value in series(run.metrics, "seconds")), default=0.0)

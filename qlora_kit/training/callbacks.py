@@ -12,6 +12,7 @@ from qlora_kit.core.console.lines import log
 from qlora_kit.core.signals import on_stop_signals, repeats_by_itself, tell_at_once
 from qlora_kit.model.device import peak_memory_bytes
 from qlora_kit.objectives.registry import OBJECTIVES
+from qlora_kit.tracking.rates import MovingRate
 from qlora_kit.tracking.tracker import Tracker
 from qlora_kit.training.checkpoint import keep_newest, mark_complete, whole_or_none
 from qlora_kit.training.finite import refuse_not_finite
@@ -87,6 +88,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.seconds = seconds_before
         self._tokens_before = tokens_before
         self._clock = StepClock()
+        self._rate = MovingRate(float(tokens_before), seconds_before)
         self._bar: Bar | None = None
         self._open = ExitStack()
 
@@ -163,12 +165,14 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._open.close()
 
     def _throughput(self, logs: dict[str, float]) -> dict[str, float]:
-        """Of the steps that this entry is of: all that ended since the last one."""
-        seconds, tokens = self._clock.read(), self._tokens_before + int(logs.get("num_tokens", 0))
-        rate = (tokens - self.tokens) / seconds if seconds else 0.0
-        self.tokens, self.seconds = tokens, self.seconds + seconds
+        """With the steps that this entry is of: all that ended since the last one."""
+        self.tokens, self.seconds = (
+            self._tokens_before + int(logs.get("num_tokens", 0)),
+            self.seconds + self._clock.read(),
+        )
+        rate = self._rate.after(float(self.tokens), self.seconds)
         return {
-            "tokens": float(tokens),
+            "tokens": float(self.tokens),
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(rate, 1),
             "peak_memory_bytes": float(peak_memory_bytes()),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from qlora_kit.tracking.rates import rate_of_run
 from qlora_kit.training.divergence import diverged
 
 
@@ -13,7 +14,7 @@ class TrainResult:
     Attributes:
         final_loss: of the last logged step.
         seconds: in training steps: loading, saving and scoring are not in it.
-        tokens_per_second: the middle one of all logged steps but the first, in which kernels are compiled.
+        tokens_per_second: see `tracking.rates.rate_of_run`.
         resumed_from: the step at which it was taken up last. On a CPU the result is that of an uninterrupted run to the
             bit; on a GPU rows, their order, random numbers and optimizer states are, but kernels add in no fixed order.
         optimizer: that ran, which on a CPU may be another than the recipe's.
@@ -56,11 +57,10 @@ def curve_of(metrics: Sequence[Mapping[str, float]], eval_loss: float | None) ->
         eval_loss: held-out loss at the end, if there are such rows.
     """
     rows = [row for row in metrics if "loss" in row]
-    speeds = sorted(row["tokens_per_second"] for row in rows[1:] or rows if "tokens_per_second" in row)
     return Curve(
         final_loss=rows[-1]["loss"] if rows else None,
         tokens=int(max((row.get("tokens", 0) for row in rows), default=0)),
         seconds=max((row.get("seconds", 0.0) for row in rows), default=0.0),
-        tokens_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+        tokens_per_second=round(rate_of_run(rows), 1),
         warnings=diverged([row["loss"] for row in rows], eval_loss),
     )
