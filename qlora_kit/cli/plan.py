@@ -1,5 +1,7 @@
 """`qlora-kit plan`: what a recipe needs, before a weight is loaded."""
 
+from dataclasses import replace
+
 from qlora_kit.cli.line import looking_verb_help, parse_line
 from qlora_kit.core.errors import EXIT_OK, RecipeError
 from qlora_kit.schema.check_wished import EXPORTS
@@ -24,7 +26,7 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     from qlora_kit.core.console.safe import SafeConsole
     from qlora_kit.memory.card import card_of
-    from qlora_kit.pipelines.plan import known_base, known_rows, plan
+    from qlora_kit.pipelines.plan import known_base, known_rows, plan, with_planned_engine
     from qlora_kit.schema.check import check_settings
     from qlora_kit.schema.compose import training_unchecked
 
@@ -35,7 +37,9 @@ def run(arguments: list[str]) -> int:
     recipe = composed.recipe
     if issues := check_settings(recipe):
         raise RecipeError([composed.problem(issue) for issue in issues])
+    recipe, lines = with_planned_engine(recipe, card)
     base = known_base(recipe, composed.origins[EXPORTS])
+    base = replace(base, notes=(*lines, *base.notes))
     text = plan(recipe, base, known_rows(recipe, card), card, line.overrides)
     SafeConsole().print(text, soft_wrap=True)  # lines to paste are one line each
     return EXIT_OK

@@ -12,6 +12,11 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
+def capability() -> tuple[int, int] | None:
+    """CUDA's compute capability of this process's GPU; None on a CPU."""
+    return torch.cuda.get_device_capability(this_device()) if torch.cuda.is_available() else None
+
+
 def idle_gpus() -> int:
     """GPUs that this process sees and leaves alone; 0 where a launcher has one process for each."""
     return 0 if has_process_for_each_gpu() else max(torch.cuda.device_count() - 1, 0)

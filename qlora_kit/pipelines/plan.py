@@ -18,6 +18,7 @@ from qlora_kit.core.units import counted, human_bytes, human_count
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
+from qlora_kit.engine.ops.limits import AMPERE
 from qlora_kit.memory.card import Card
 from qlora_kit.memory.free import free_memory_bytes
 from qlora_kit.memory.longest import longest_that_fits, no_row_fits
@@ -30,6 +31,7 @@ from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, wrong_exports
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.fitting import Change, changes_that_fit
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
 from qlora_kit.training.optimizers.effective import effective_optimizer
@@ -38,6 +40,20 @@ from qlora_kit.training.rows import packing_of, rows_that_fit
 WIDTH = 80  # columns: of a terminal as it opens, and of a pipe
 ROWS_AT_ONCE = 1000
 MOST_TOKENS = 1_000_000  # of a row, where memory is the only bound
+
+
+def with_planned_engine(recipe: TrainRecipe, card: Card | None) -> tuple[TrainRecipe, tuple[str, ...]]:
+    """The recipe with the engine that it would have, and lines on it.
+
+    A plan is made for a GPU, wherever it is made: for the one at hand, else for one that has the fast kernels.
+    """
+    gpu = AMPERE
+    if card is None and has_nvidia_gpu():
+        from qlora_kit.model.device import capability
+
+        gpu = capability() or AMPERE
+    found, why_plain = with_engine(recipe, gpu)
+    return found, (why_plain,) if why_plain else ()
 
 
 def known_base(recipe: TrainRecipe, exports_set_in: str = EXPORTS) -> KnownBase:

@@ -26,7 +26,7 @@ from qlora_kit.export.serving.adapter_card import write_adapter_card
 from qlora_kit.formats.next_line import line_to_export
 from qlora_kit.formats.wished import Outlook, outlook
 from qlora_kit.memory.free import free_memory_bytes
-from qlora_kit.model.device import idle_gpus, peak_memory_bytes
+from qlora_kit.model.device import capability, idle_gpus, peak_memory_bytes
 from qlora_kit.model.kind import read_config
 from qlora_kit.model.load import load_base, quiet_libraries, try_forward
 from qlora_kit.model.skeleton import told_plainly
@@ -43,6 +43,7 @@ from qlora_kit.training.begun import describe, rows_of
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
 from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.checkpoint_contents import strange_contents
+from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.failures import base_fits, explained, first_step_told, less_learning
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizers.effective import effective_optimizer
@@ -94,6 +95,7 @@ def _train(
     recipe = replace(recipe, model=pinned(recipe.model))
     base_folder = _fetched_base(recipe)
     refuse_other_base(run, base_folder, is_trained=False)
+    asked, (recipe, why_plain) = recipe.engine, with_engine(recipe, capability())
     reach = reach_of(recipe, base_folder)
     to_come = outlook(recipe, base_folder)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)
@@ -102,7 +104,7 @@ def _train(
     found = audit_of(recipe, data, packing, base_folder, tokenizer)
     tell_warnings(found)
     stop_on_errors(found)
-    describe(recipe, run, overrides, data)
+    describe(replace(recipe, engine=asked), run, overrides, data)
     recipe = replace(recipe, model=replace(recipe.model, attention=reach.attention))
     log_to(run.log)
     note_base(run, base_folder)
@@ -119,6 +121,8 @@ def _train(
     planned = planned_memory(recipe, known, data, free_before)
     if planned is not None:
         log.info(planned.told(on_gpu=torch.cuda.is_available()))
+    if why_plain:
+        log.info(why_plain)
     longest = int(data.train.lengths.max())
     needs = partial(_needed_bytes, base=known, data=data, free_before=free_before)
     with recording(recipe, run, logged, step) as tracker, explained(recipe, run, needs, longest):

@@ -9,6 +9,7 @@ from qlora_kit.schema.field import Sealed, setting
 class EngineMode(Enum):
     """Implementations of the same step."""
 
+    auto = "auto"
     plain = "plain"
     fast = "fast"
 
@@ -25,7 +26,10 @@ class Compute(Enum):
 class EngineConfig(Sealed):
     """The engine."""
 
-    mode: EngineMode = setting(EngineMode.plain, "plain runs peft as it is; fast runs the same math by hand.")
+    mode: EngineMode = setting(
+        EngineMode.plain,
+        "plain runs peft as it is; fast runs the same math by hand; auto is fast on a GPU that has the kernels for it.",
+    )
     compute: Compute = setting(
         Compute.bf16,
         "Products with frozen weights: bf16, or fp8 (e4m3) backward or both ways. Price in held-out loss, measured on "

@@ -46,7 +46,7 @@ def enable_engine(
         RecipeError: the recipe asks for fp8, and this machine has none.
         RunError: layers would keep more in the host's memory than is free.
     """
-    if config.mode is EngineMode.plain:
+    if config.mode is not EngineMode.fast:
         return None
     engine = patch_model(model, config)
     for line in engine.messages:

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from qlora_kit.core.errors import RunError
 from qlora_kit.engine.attention.carried_state import keep_states_apart
 from qlora_kit.engine.attention.flash import Reach, flash_attend, sliding_window_mask
+from qlora_kit.engine.ops.limits import AMPERE
 from qlora_kit.model.device import this_device
 from qlora_kit.model.live_memory import counts_as_on_gpu
 from qlora_kit.model.structure import has_attention
@@ -30,7 +31,6 @@ SDPA_PACKED = "sdpa_packed"
 PADDED = "data.batching=padded"
 LARGEST_FLASH_HEAD = 256
 HEAD_MULTIPLE = 8  # values of a head, for the kernel
-AMPERE = (8, 0)
 # Arguments of a layer that change no number here. Any other that is set, such as `softcap` or `s_aux`, is refused.
 WITHOUT_EFFECT = {
     "cache_position",
