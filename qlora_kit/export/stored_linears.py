@@ -85,6 +85,7 @@ class StoredLinears:
             outside of the blocks, but for the output head.
         filled_in: names in the folder of layers whose weight transformers fills in by that name before it loads them.
         towers: last parts of the names of what is no part of the language model.
+        tower_modules: its whole names, in the checkpoint's own class.
         splits_gate: whether gate and up of experts are two layers, by the name of the experts' module in the model.
         names: the folder's name of every parameter that it holds as it is, by the model's.
     """
@@ -94,6 +95,7 @@ class StoredLinears:
     kept: tuple[str, ...]
     filled_in: tuple[str, ...]
     towers: tuple[str, ...]
+    tower_modules: tuple[str, ...]
     splits_gate: Mapping[str, bool]
     names: Mapping[str, str]
 
@@ -153,6 +155,7 @@ def stored_linears(model: "PreTrainedModel", stored: "StoredNames") -> StoredLin
         kept=tuple(name.removesuffix(_WEIGHT) for name in kept_weights if name),
         filled_in=tuple(one.name for one in found if one.module in filled_in),
         towers=tuple(sorted({module.rpartition(".")[2] for module in stored.outside.values()})),
+        tower_modules=tuple(sorted(set(stored.outside.values()))),
         splits_gate=splits_gate,
         names={name: stored.by_own[own.own(name)] for name in names if own.own(name) in stored.by_own},
     )

@@ -19,6 +19,7 @@ from qlora_kit.export.serving.generation_config import served_stop_ids
 from qlora_kit.export.serving.model_card import served_of, write_model_card
 from qlora_kit.export.serving.write import write_serving_files
 from qlora_kit.formats.far_from_rounding import far_from_rounding
+from qlora_kit.formats.format import UNPACKED
 from qlora_kit.formats.job import ExportJob, Written
 from qlora_kit.formats.registry import find_format
 from qlora_kit.formats.retention import measured_retention, record
@@ -66,7 +67,8 @@ def finish(
     scores = _scores(run, job, folder, reference) if reference else None
     fidelity = compare(reference.scores, scores) if reference and scores else None
     uncalibrated = written.uncalibrated.record() if written.uncalibrated else {}
-    facts = _facts(run, job, fidelity, uncalibrated)
+    reader = find_format(job.format).read_by(folder)
+    facts = _facts(run, job, reader, fidelity, uncalibrated)
     write_serving_files(folder, facts)
     stops = served_stop_ids(run.base.folder, run.tokenizer)
     contract = check_token_ids(job.format, folder, job.file, run.tokenizer, stops)
@@ -98,7 +100,7 @@ def finish(
         verdict=verdict.value,
         rejected=verdict is Verdict.rejected,
         faults=faults,
-        reader=find_format(job.format).read_by(folder),
+        reader=reader,
         contract={"compared": contract.compared, "holds": contract.holds, "notes": list(contract.notes)},
         servers=[asdict(check) for check in servers],
         survival=record(measured_retention(job, folder, merged, merge, run.trained.adapter)) if run.trained else {},
@@ -115,7 +117,7 @@ def rewrite_card(run: Run, manifest: Mapping[str, Any], folder: Path) -> None:
     job = ExportJob(folder.name, manifest["format"], manifest["file"], settings, _written, left)
     fidelity = Fidelity.from_record(manifest["evaluation"]["fidelity"])
     facts = replace(
-        _facts(run, job, fidelity, manifest.get("uncalibrated") or {}),
+        _facts(run, job, find_format(job.format).read_by(folder), fidelity, manifest.get("uncalibrated") or {}),
         faults=manifest["faults"],
         verdict=recorded_verdict(manifest),
     )
@@ -140,7 +142,9 @@ def _wrong_for(servers: Sequence[ServerCheck]) -> Iterator[str]:
         yield from (f"{check.server}: {problem}" for problem in check.problems)
 
 
-def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None, uncalibrated: Mapping[str, object]) -> ServingFacts:
+def _facts(
+    run: Run, job: ExportJob, reader: str, fidelity: Fidelity | None, uncalibrated: Mapping[str, object]
+) -> ServingFacts:
     return ServingFacts(
         name=job.name,
         format=find_format(job.format),
@@ -154,4 +158,5 @@ def _facts(run: Run, job: ExportJob, fidelity: Fidelity | None, uncalibrated: Ma
         fidelity=asdict(fidelity) if fidelity else {},
         unquantized=job.unquantized,
         uncalibrated=uncalibrated,
+        is_unpacked=reader == UNPACKED,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.evaluation.servers.requirements import SGLANG, VLLM
-from qlora_kit.export.serving.commands import ServeCommand, Served, Server
+from qlora_kit.export.serving.commands import TRANSFORMERS, ServeCommand, Served, Server
 from qlora_kit.export.serving.facts import Hub, ServingFacts
 from qlora_kit.formats.job import ExportJob, ExportSource, Written, settings_of
 from qlora_kit.schema.export import ExportConfig
@@ -174,7 +174,8 @@ class Format(ABC, Generic[Target]):
 
     def serve_commands(self, served: Served) -> list[ServeCommand]:
         """The servers that read it, with the lines to paste."""
-        return [server.command(served) for server in self.servers]
+        reads = [one for one in self.servers if not (served.is_unpacked and one.name == TRANSFORMERS)]
+        return [server.command(served) for server in reads]
 
     @abstractmethod
     def server_problems(self, server: str, folder: Path, file: str) -> Iterator[str]:

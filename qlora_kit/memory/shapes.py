@@ -10,7 +10,7 @@ from qlora_kit.schema.model import ModelShape
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 # what some families call a size
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": ("n_embd", "d_model"),
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "intermediate_size": ("ffn_dim", "n_inner", "d_ff", "block_ff_dim", "moe_intermediate_size"),

@@ -1,4 +1,4 @@
-"""The small files of a merged folder: config.json that fits its tensors, generation settings, licenses."""
+"""The small files of a merged folder: config.json that fits its tensors, other settings, licenses."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,8 @@ from qlora_kit.export.license import license_files
 from qlora_kit.export.merging.plan import Plan
 
 GENERATION = "generation_config.json"
+# What an image-text checkpoint's processor is made from; without them no reader takes an image.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
@@ -24,7 +26,7 @@ def says_tied(folder: Path) -> bool:
 
 
 def carry_files(base: Path, plan: Plan, out: Path) -> None:
-    """Write config.json for the merged tensors, and copy the base's generation settings and licenses."""
+    """Write config.json for the merged tensors, and copy the base's other settings and licenses."""
     config = dict(read_json(base / "config.json"))
     config.pop("quantization_config", None)
     levels = [config]
@@ -44,8 +46,8 @@ def carry_files(base: Path, plan: Plan, out: Path) -> None:
 
 def carried(base: Path) -> list[Path]:
     """The files of a base that every model made from it keeps."""
-    generation = base / GENERATION
-    return sorted({*license_files(base), *([generation] if generation.is_file() else [])})
+    settings = (base / name for name in (GENERATION, *PROCESSORS))
+    return sorted({*license_files(base), *(path for path in settings if path.is_file())})
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

@@ -31,6 +31,7 @@ class Served:
         base: hub id of the base, or a path of its folder, for adapters.
         rank: of the adapter.
         fp8_cache: whether scales for an fp8 key-value cache are stored.
+        is_unpacked: transformers reads it only with its weights unpacked by the kit.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Served:
     base: str = "<base model>"
     rank: int = 16
     fp8_cache: bool = False
+    is_unpacked: bool = False
 
     @property
     def path(self) -> str:
@@ -112,6 +114,9 @@ SERVE_VLLM = Server("vLLM", "pip install vllm", _vllm_lines)
 SERVE_SGLANG = Server("SGLang", 'pip install "sglang[all]"', _sglang_lines)
 
 
+TRANSFORMERS = "transformers"
+
+
 def transformers(*packages: str) -> Server:
     """transformers, with the packages that it needs beside it for a format."""
-    return Server("transformers", " ".join(("pip install transformers", *packages)), _transformers_lines)
+    return Server(TRANSFORMERS, " ".join(("pip install transformers", *packages)), _transformers_lines)

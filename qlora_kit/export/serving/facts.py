@@ -65,6 +65,7 @@ class ServingFacts:
         unquantized: layers that stay in 16 bit by the format's limits, as the manifest has them; empty for none.
         uncalibrated: what calibration rows told nothing of, as the manifest has it; empty for nothing.
         verdict: on the artifact.
+        is_unpacked: transformers reads it only with its weights unpacked by the kit.
     """
 
     name: str
@@ -81,3 +82,4 @@ class ServingFacts:
     verdict: Verdict = Verdict.not_measured
     unquantized: Mapping[str, object] = field(default_factory=dict)
     uncalibrated: Mapping[str, object] = field(default_factory=dict)
+    is_unpacked: bool = False

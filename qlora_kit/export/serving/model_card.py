@@ -162,6 +162,12 @@ def _trained_on(run: RunDirectory | None) -> Iterator[str]:
             )
 
 
+UNREAD = (
+    " transformers by itself does not find all weights of these files, and fills what it lacks with random numbers; "
+    "`qlora-kit chat` and `qlora-kit eval` read them."
+)
+
+
 def served_of(facts: ServingFacts, folder: str = ".") -> Served:
     """What stands in the commands that serve an artifact, for a reader who sees it at `folder`."""
     return Served(
@@ -171,13 +177,16 @@ def served_of(facts: ServingFacts, folder: str = ".") -> Served:
         base=facts.base.hub_id or f"./{facts.base.shown}",
         rank=_rank(facts),
         fp8_cache=facts.settings.get("kv_cache_fp8") is True,
+        is_unpacked=facts.is_unpacked,
     )
 
 
 def _serving(facts: ServingFacts) -> Iterator[str]:
     commands = facts.format.serve_commands(served_of(facts))
-    if commands:
-        yield from ("", "## Serve", "", f"Run these in this folder.{facts.format.serving_note(facts)}")
+    if commands or facts.is_unpacked:
+        where = "Run these in this folder." if commands else ""
+        note = UNREAD if facts.is_unpacked else ""
+        yield from ("", "## Serve", "", f"{where}{facts.format.serving_note(facts)}{note}".strip())
     for command in commands:
         yield from ("", f"**{command.server}** ({command.install})", "", *block(command.lines, "bash"))
 

@@ -39,6 +39,8 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
     with torch.no_grad():
         settings = Settings.of(target)
         quantized = quantized_tensors(model_dir, settings, rows)
+    # vLLM and SGLang look for these in the midst of a name, transformers at its begin.
+    left = [*quantized.left, *(name for name in quantized.found.tower_modules if name not in quantized.left)]
     quantization = {
         "quant_method": "awq",
         "bits": target.bits,
@@ -46,7 +48,7 @@ def write_awq(model_dir: Path, out_dir: Path, target: AwqTarget, calibration: Se
         # The layout always carries zero points; readers take False to mean that it does not.
         "zero_point": True,
         "version": target.layout.value,
-        "modules_to_not_convert": quantized.left or None,
+        "modules_to_not_convert": left or None,
     }
     replacements = with_activation_scales(model_dir, quantized.replacements)
     rewrite_checkpoint(model_dir, out_dir, replacements, quantization)

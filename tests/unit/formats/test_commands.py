@@ -21,6 +21,12 @@ def test_a_folder_seen_from_outside_and_from_inside() -> None:
     assert inside["SGLang"] == ("python -m sglang.launch_server --model-path . --served-model-name m --port 30000",)
 
 
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed", "fp8_block"])
+def test_transformers_is_left_out_where_it_reads_another_model(kind: str) -> None:
+    assert list(lines(kind, Served("m"))) == ["transformers", "vLLM", "SGLang"]
+    assert list(lines(kind, Served("m", is_unpacked=True))) == ["vLLM", "SGLang"]
+
+
 def test_a_gguf_file() -> None:
     found = lines("gguf", Served("m", "exports/m", "m.Q4.gguf"))
     assert found == {

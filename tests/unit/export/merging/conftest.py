@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_kit.export.merging.carry import PROCESSORS
 from qlora_kit.schema.lora import LoraConfig
 from tests.tiny_models import build_tiny_model
 from tests.unit.export.merging.trained import Pair, draw_adapter
@@ -18,6 +19,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     (base / "LICENSE.txt").write_text("terms")
     (base / "NOTICE").write_text("thanks")
     (base / "USE_POLICY.md").write_text("be kind")
+    for name in PROCESSORS:
+        (base / name).write_text('{"of": "an image"}')
     return Pair(base, draw_adapter(base, place / "adapter", LoraConfig(r=4)))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_kit.core.errors import RunError
 from qlora_kit.export.merging.audit import audit_folder
+from qlora_kit.export.merging.carry import PROCESSORS
 from qlora_kit.model.stored_names import stored_names
 from qlora_kit.weights.headers import read_headers
 from tests.unit.export.merging.trained import Pair, edit_json, merge_pair, rewrite, shard
@@ -24,7 +25,7 @@ def check(merged: tuple[Path, Path], tokens: int | None = 600) -> None:
 
 def test_good_folder_passes_and_has_what_the_base_carries(merged: tuple[Path, Path]) -> None:
     check(merged)
-    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "generation_config.json"):
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "generation_config.json", *PROCESSORS):
         assert (merged[0] / name).read_bytes() == (merged[1] / name).read_bytes()
 
 

@@ -152,3 +152,13 @@ def test_the_commands_hold_the_adapters_largest_rank_and_where_it_lies(facts: Ma
 def test_settings_that_were_left_open_are_not_listed(facts):
     card = model_card(facts(settings={"mix": "Q4_K_M", "imatrix": False, "overrides": {}, "bits_budget": None}))
     assert "as `gguf` (mix Q4_K_M, imatrix False)." in card
+
+
+def test_a_card_says_who_does_not_read_the_files(facts: Made) -> None:
+    card = model_card(facts(format="awq", file=".", is_unpacked=True))
+    assert "from transformers import" not in card and "vllm serve" in card
+    assert "transformers by itself does not find all weights of these files" in card
+    assert "`qlora-kit chat` and `qlora-kit eval` read them." in card
+    alone = model_card(facts(format="awq_gemv", file=".", is_unpacked=True))
+    assert "## Serve" in alone and "Run these" not in alone and "does not find all weights" in alone
+    assert "does not find all weights" not in model_card(facts(format="awq", file="."))
