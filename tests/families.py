@@ -38,6 +38,20 @@ _LINEAR_HEADS = {
 }
 
 
+def _zamba2() -> Any:
+    """The transformer blocks of its layers are one and the same."""
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    states = {"mamba_d_state": 16, "mamba_headdim": 32, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 16}
+    blocks = {"num_mem_blocks": 1, "adapter_rank": 8, "use_shared_mlp_adapter": True, "use_mem_rope": False}
+    hybrid = {
+        "layers_block_type": kinds,
+        "hybrid_layer_ids": [1, 3],
+        "num_hidden_layers": 4,
+        "use_mamba_kernels": False,
+    }
+    return T.Zamba2Config(**{**_WIDTHS, **states, **blocks, **hybrid, "num_key_value_heads": 4})
+
+
 def _gemma3_text() -> Any:
     return T.Gemma3TextConfig(**{**_WIDTHS, "query_pre_attn_scalar": 16, "sliding_window": 16}, **_HEAD)
 
@@ -70,6 +84,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "gemma3_text": _gemma3_text,
     "phi3": lambda: T.Phi3Config(**{**_WIDTHS, "sliding_window": None}),
     "biogpt": lambda: T.BioGptConfig(**_WIDTHS),
+    "zamba2": _zamba2,
     "opt": lambda: T.OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **_WIDTHS),
     "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**{**_WIDTHS, **_LINEAR_HEADS}, **_HEAD),
     "gpt2": lambda: T.GPT2Config(vocab_size=EMBEDDING_ROWS, n_embd=64, n_layer=2, n_head=4, n_positions=128, **_IDS),

@@ -46,6 +46,7 @@ def base_problems(
         *([] if tensors is None else _unknown_layout(recipe, model, stacks)),
         *_kept_nowhere(recipe, model),
         *_made_of_others(weights, tensors),
+        *_shared(model, weights),
     ]
 
 
@@ -176,6 +177,25 @@ def _kept_nowhere(recipe: TrainRecipe, model: PreTrainedModel) -> Iterator[Probl
             yield Problem(
                 f"lora.modules_to_save names {saved}, and this base has no such module", "lora.modules_to_save"
             )
+
+
+def _shared(model: PreTrainedModel, weights: list[Weights]) -> Iterator[Problem]:
+    """Layers that share their weights, as the transformer blocks of Zamba 2 do.
+
+    Each use would get an adapter of its own, while the checkpoint holds one weight for all.
+    """
+    linears = {f"{part.name}.weight" for part in weights if part.kind == "linear"}
+    by_weight: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        by_weight.setdefault(id(weight), []).append(name)
+    of_linears = (names for names in by_weight.values() if names[0] in linears)
+    if again := [name.removesuffix(".weight") for names in of_linears for name in names[1:]]:
+        what = (
+            f"layers of this base share their weights: {counted(len(again), 'linear module is', 'linear modules are')} "
+            f"another layer's too, such as {again[0]}. Each would learn an adapter of its own, and no file has a place "
+            "for more than one weight"
+        )
+        yield Problem(what, "model.source", "model.source=<a base whose layers have weights of their own>")
 
 
 def _torn(unlike: UnlikeConfig) -> Iterator[Problem]:
