@@ -1,5 +1,6 @@
 """A GPU that is not at hand, by its size or its name."""
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from qlora_kit.core.errors import RecipeError
 
 CONTEXT_BYTES = 0.5e9  # that CUDA takes of a card before anything is loaded; 0.5 to 0.6 GB on an H200
 GIGABYTE = 1e9  # as sold, a card has up to 7% more: that much is not counted on
+MOST_GIGABYTES = 1000  # of a number without a unit more are part of a name, as in 4090
 CARDS = {
     "rtx_3060": 12,
     "rtx_4060_ti": 16,
@@ -57,10 +59,13 @@ def card_of(text: str) -> Card:
         RecipeError: it is neither.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|GiB|G)?", text.strip(), re.ASCII | re.IGNORECASE)
-    if match and float(match[1]) * GIGABYTE > CONTEXT_BYTES:
+    if match and CONTEXT_BYTES / GIGABYTE < float(match[1]) <= MOST_GIGABYTES:
         return Card("", float(match[1]))
     name = re.sub(r"[ -]+", "_", text.strip().lower()).removeprefix("nvidia_").removeprefix("geforce_")
     if name in CARDS:
         return Card(name, CARDS[name])
+    inside = (known for known in CARDS if name and name in known.split("_"))
+    alike = [] if match else difflib.get_close_matches(name, CARDS, n=1, cutoff=0.8)
+    fix = next((f"card={known}" for known in (*inside, *alike)), "card=24GB")
     known = ", ".join(CARDS)
-    raise RecipeError(f"no card is called {text!r}: it is a size, or one of {known}", "card", "card=24GB")
+    raise RecipeError(f"no card is called {text!r}: it is a size in GB, such as 24GB, or one of {known}", "card", fix)

@@ -15,7 +15,8 @@ from qlora_kit.model.kind import read_config
 from qlora_kit.model.language_model import build_language_model, caps_scores
 from qlora_kit.schema.model import Attention
 
-_OF_THE_MACHINE = ("out of memory", "allocate memory", "alloc_failed", "cuda error", "cublas", "cudnn")
+_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "create a primitive")
+_OF_THE_MACHINE = (*_OF_MEMORY, "cuda error", "cublas", "cudnn")
 LONGEST_TOLD = 300  # characters of a library's own message
 
 

@@ -45,6 +45,7 @@ from qlora_kit.training.checkpoint import last_complete, step_of
 from qlora_kit.training.checkpoint_contents import strange_contents
 from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.failures import base_fits, explained, first_step_told, less_learning
+from qlora_kit.training.finite import refuse_base_not_finite
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.reach import Reach, check_reached, reach_of
@@ -219,6 +220,7 @@ def _adapted_base(recipe: TrainRecipe, base_folder: Path, reach: Reach, to_come:
         log.warning(to_come.warning)
     log.info(f"loading {recipe.model.source} as {recipe.quant.kind.name}")
     base = load_base(base_folder, recipe.quant, recipe.model.attention)
+    refuse_base_not_finite(base, base_folder)
     config = read_config(base_folder)
     with told_plainly(base_folder, config, "adapt"):
         model = attach_lora(base, recipe.lora, not_adapted(base))

@@ -13,7 +13,13 @@ import torch
 from qlora_kit.core.console.lines import log
 from qlora_kit.objectives.sft.collate import in_halves
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN's, whose other shortages are not told from it
+)
 
 Batch = Mapping[str, Any]
 
@@ -69,7 +75,7 @@ class Halving:
                 continue
             log.warning(
                 f"step {step} ran out of memory ({said}): each batch is computed in {1 << self.times} parts from here "
-                "on, with the same rows in a step and the same loss"
+                "on, with the same rows in a step and, where nothing is dropped out, the same loss"
             )
             return losses[-1]
 

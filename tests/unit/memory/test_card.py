@@ -31,3 +31,17 @@ def test_what_is_no_card_is_refused_with_those_that_there_are(text):
         card_of(text)
     (problem,) = error.value.problems
     assert problem.fix == "card=24GB" and all(name in problem.what for name in CARDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("4090", "rtx_4090"), ("3090", "rtx_3090"), ("rtx4091", "rtx_4090"), ("rtx_4091", "rtx_4090"), ("h10", "h100")],
+)
+def test_a_name_that_is_almost_one_is_asked_for(text, meant):
+    with pytest.raises(RecipeError, match=f"card={meant}$"):
+        card_of(text)
+
+
+def test_no_card_has_thousands_of_gigabytes():
+    with pytest.raises(RecipeError, match=r"card=24GB$"):
+        card_of("2000GB")

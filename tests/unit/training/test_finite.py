@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from qlora_kit.core.errors import DamagedFileError
+from qlora_kit.model.load import load_base
+from qlora_kit.schema.quant import QuantConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
-from qlora_kit.training.finite import NotFiniteError, refuse_weights_not_finite
+from qlora_kit.training.finite import NotFiniteError, refuse_base_not_finite, refuse_weights_not_finite
+from tests.tiny_models import build_tiny_model
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -41,3 +46,18 @@ def test_a_trained_weight_that_is_not_finite_is_named(value):
         refuse_weights_not_finite(model, 3)
     model[1].get_parameter("bias").requires_grad_(False)
     refuse_weights_not_finite(model, 3)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_with_values_that_are_no_numbers_is_refused(name, value, double_quant, tmp_path):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    quant = QuantConfig(double_quant=double_quant)
+    refuse_base_not_finite(load_base(folder, quant), folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DamagedFileError, match=f"1 weight holds values .* not finite numbers, such as {name} "):
+        refuse_base_not_finite(load_base(folder, quant), folder)
