@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from qlora_kit.core.units import counted
+from qlora_kit.model.conversion import own_name_of_stored
 from qlora_kit.model.expert_layout import made_of
 from qlora_kit.model.stacked_experts import experts_of, stacked_names
+from qlora_kit.model.structure import layers_of
 from qlora_kit.weights.headers import FLOATS, StoredTensor
 
 
@@ -19,10 +21,12 @@ class UnlikeConfig:
     Attributes:
         missing: that no tensor makes.
         odd: in words, those that are stored in another shape, and stacks of experts that lack some.
+        beyond: tensors of more layers than there are, but for those that the class is known to leave out.
     """
 
     missing: tuple[str, ...] = ()
     odd: Mapping[str, str] = field(default_factory=dict)
+    beyond: tuple[str, ...] = ()
 
 
 def unlike_config(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> UnlikeConfig:
@@ -43,7 +47,18 @@ def unlike_config(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
             found = stored[lists[0][0]]
             if found.dtype in FLOATS and found.shape != tuple(weight.shape):
                 odd[name] = f"{name} is {list(found.shape)}, and config.json says {list(weight.shape)}"
-    return UnlikeConfig(tuple(missing), odd)
+    return UnlikeConfig(tuple(missing), odd, tuple(_beyond(model, stored)))
+
+
+def _beyond(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Tensors of layers that config.json does not count; some checkpoints hold layers that guess several tokens."""
+    prefix, count = layers_of(model)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    would_be = own_name_of_stored(model, parts_too=True)
+    for name in sorted(stored):
+        found = re.match(rf"{re.escape(prefix)}\.(\d+)\.", str(would_be(name))) if prefix else None
+        if found and int(found[1]) >= count and not any(re.search(pattern, name) for pattern in ignored):
+            yield name
 
 
 def _torn(lists: list[list[str]], stored: Mapping[str, StoredTensor], experts: int) -> Iterator[str]:

@@ -48,7 +48,8 @@ from qlora_kit.training.failures import base_fits, explained, first_step_told, l
 from qlora_kit.training.finite import refuse_base_not_finite
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
 from qlora_kit.training.optimizers.effective import effective_optimizer
-from qlora_kit.training.reach import Reach, check_reached, reach_of
+from qlora_kit.training.reach import check_reached, reach_of
+from qlora_kit.training.reached import Reach
 from qlora_kit.training.result import TrainResult, curve_of
 from qlora_kit.training.rows import audit_of, packing_of
 from qlora_kit.training.run import build_trainer, held_out_loss, run_training

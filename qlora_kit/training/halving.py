@@ -37,7 +37,7 @@ class Halving:
     """
 
     def __init__(self) -> None:
-        self.times = 0
+        self.times = self._times_held_out = 0
         self._of_step: list[Batch] = []
 
     def run(
@@ -78,6 +78,32 @@ class Halving:
                 "on, with the same rows in a step and, where nothing is dropped out, the same loss"
             )
             return losses[-1]
+
+    def summed(self, batch: Batch, compute: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+        """The sum over the parts of a held-out batch, from which nothing goes backward.
+
+        Args:
+            compute: of a batch, what adds up to that of a larger one.
+        Raises:
+            RuntimeError: memory runs out for a single row.
+        """
+        while True:
+            parts = list(_parts(batch, max(self.times, self._times_held_out)))
+            try:
+                return torch.stack([compute(dict(part)) for part in parts]).sum(dim=0)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error.with_traceback(None)
+            _let_go()
+            if all(in_halves(part) is None for part in parts):
+                raise failed
+            self._times_held_out = max(self.times, self._times_held_out) + 1
+            said = str(failed).partition("\n")[0]
+            log.warning(
+                f"a held-out batch ran out of memory ({said}): each is scored in {1 << self._times_held_out} parts "
+                "from here on"
+            )
 
     @property
     def is_between_steps(self) -> bool:

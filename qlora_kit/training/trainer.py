@@ -379,9 +379,14 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, Any, Any]:
         """Loss of one held-out batch; notes how many tokens it is the mean of."""
-        found: tuple[torch.Tensor, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._held_out += self.objective.held_out(found[0], inputs)
-        return found
+        score = super().prediction_step
+
+        def sums(part: dict[str, Any]) -> torch.Tensor:
+            return self.objective.held_out(score(model, part, prediction_loss_only, ignore_keys)[0], part)
+
+        found = self._halving.summed(inputs, sums)
+        self._held_out += found
+        return found[0] / found[1].clamp(min=1), None, None
 
     def evaluation_loop(
         self,

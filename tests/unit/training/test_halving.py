@@ -26,6 +26,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.tracking.tracker import AllTrackers
 from qlora_kit.training.callbacks import MetricsCallback, StopOnSignal
+from qlora_kit.training.halving import Halving
 from qlora_kit.training.run import build_trainer, run_training
 from tests.drawn_rows import drawn_rows
 from tests.tiny_models import build_tiny_model
@@ -140,3 +141,23 @@ def test_halves_hold_what_the_whole_does(rows, collator):
 @pytest.mark.parametrize("collator", [Collator(0), PackedCollator(), PackedCollator(sizes=(64, 128, 192))])
 def test_a_single_row_has_no_halves(rows, collator):
     assert in_halves(CountingCollator(collator)([feature(rows, [1])])) is None
+
+
+def test_held_out_batches_are_scored_in_parts_where_memory_is_short(rows, capsys):
+    batch = CountingCollator(Collator(0))([feature(rows, [index]) for index in range(5)])
+    halving, sizes = Halving(), list[int]()
+
+    def sums(part):
+        sizes.append(len(part["input_ids"]))
+        if len(part["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return torch.tensor([float(part["tokens"]), float(len(part["input_ids"]))], dtype=torch.float64)
+
+    assert halving.summed(batch, sums).tolist() == [batch["tokens"], 5]
+    assert sizes == [5, 2, 3, 1, 1, 1, 2]
+    assert halving.summed(batch, sums).tolist() == [batch["tokens"], 5] and sizes[7:] == [1, 1, 1, 2]
+    assert halving.times == 0  # training is as it was
+    assert capsys.readouterr().err.count("each is scored in") == 2
+    single = CountingCollator(Collator(0))([feature(rows, [0])])
+    with pytest.raises(torch.OutOfMemoryError):
+        halving.summed(single, lambda part: sums({**part, "input_ids": [0, 0, 0]}))

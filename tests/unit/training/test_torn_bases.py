@@ -64,6 +64,19 @@ def test_a_tensor_that_is_missing_or_misshapen_is_named(family, changes, told, t
 
 @pytest.mark.slow
 @pytest.mark.libraries
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_layers_that_config_json_does_not_count_are_told(family, tmp_path):
+    folder = build_tiny_model(family, tmp_path / "base")
+    assert not any("of more" in line for line in reach(folder).lines())
+    layers = {"num_hidden_layers": 1} | ({"layer_types": None} if family == "qwen3_moe" else {})
+    found = reach(torn(folder, **layers))
+    (line,) = (line for line in found.lines() if "of more" in line)
+    assert line.startswith(
+        f"warning: config.json says 1 layer, and the checkpoint holds {len(found.beyond)} tensors of more"
+    )
+    assert all(name.startswith("model.layers.1.") for name in found.beyond)
+
+
 def test_a_tower_that_lacks_a_tensor_is_told_and_the_language_model_trained(tmp_path):
     folder = build_tiny_image_text_model(tmp_path / "base")
     name = next(name for name in sorted(load_file(folder / "model.safetensors")) if "vision" in name)
