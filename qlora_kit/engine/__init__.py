@@ -70,6 +70,7 @@ The order to read it in:
                    without_weights.py                          whether a model can be packed, before there are weights
     graphs/        layer_graphs.py captured_layer.py            layers launched as CUDA graphs
                    capture_schedule.py                         for which shapes of batches
+                   recording_room.py                           whether there is memory for them, and beside them
                    hidden_places.py                            what they read and write, whatever the batch's shape
                    host_memory.py host_passage.py              what is kept on the host meanwhile
     head.py        the output head at trained positions alone

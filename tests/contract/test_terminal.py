@@ -87,10 +87,8 @@ def test_tables_and_consoles(capfd):
     out, _ = capfd.readouterr()
     assert "\x1b" not in out
     assert "kit[gguf]" in out
-    SafeConsole(force_terminal=True, color_system="standard").print(
-        f"[bold]a{EVIL}[/bold]", markup=True, highlight=False
-    )
+    SafeConsole(force_terminal=True, color_system="standard").print(f"a[/b]{EVIL}", style="bold", highlight=False)
     drawn = capfd.readouterr().out
-    assert "a␛]0;owned" in drawn
+    assert "a[/b]␛]0;owned" in drawn, "brackets are no markup"
     assert drawn.startswith("\x1b[1m"), "the kit's own styles are still drawn"
     assert os.linesep in drawn
