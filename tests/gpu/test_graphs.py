@@ -234,7 +234,7 @@ def test_a_shape_that_cannot_be_recorded_leaves_the_others_as_they_are(llama, ro
 
     vars(third)["_fast"] = waits
     record(model, engine, batches[0])
-    for _ in range(3):
+    for _ in range(4):  # it comes, fails, fails again and takes the others with it, and is left
         for batch, wanted in zip(batches, expected, strict=True):
             same(gradients(model, batch), wanted)
     assert engine.graphs.shapes == 2
