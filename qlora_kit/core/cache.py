@@ -1,11 +1,12 @@
 """The user's cache: what can be made again, kept so that it need not be."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from qlora_kit.core.errors import RecipeError
-from qlora_kit.core.files import typed_path
+from qlora_kit.core.files import size_on_disk, typed_path
 from qlora_kit.core.shell import shell_line
 
 
@@ -32,6 +33,21 @@ def made_in_cache(*names: str) -> Path:
     except OSError as error:
         raise unusable_cache(error) from error
     return place
+
+
+def drop_oldest(newest: Path, mark: str, most_bytes: int) -> None:
+    """Drop the entries of a cache that were not used for longest, beyond so many bytes; never the newest.
+
+    Args:
+        newest: folder of an entry; the others lie beside it.
+        mark: a file that each whole entry has.
+    """
+    others = [path for path in newest.parent.iterdir() if (path / mark).is_file() and path != newest]
+    total = size_on_disk(newest)
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        total += size_on_disk(path)
+        if total > most_bytes:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def unusable_cache(error: OSError) -> RecipeError:

@@ -14,10 +14,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from qlora_kit.core.cache import cache_folder, made_in_cache
+from qlora_kit.core.cache import cache_folder, drop_oldest, made_in_cache
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RunError
-from qlora_kit.core.files import is_disk_full, quick_hash, read_json, size_on_disk, staged_directory, write_json
+from qlora_kit.core.files import is_disk_full, quick_hash, read_json, staged_directory, write_json
 from qlora_kit.core.lock import hold
 from qlora_kit.data.audit.finding import MOST_PLACES
 from qlora_kit.data.conversation import HASH_BYTES
@@ -140,7 +140,7 @@ def stored(key: Mapping[str, object], fill: Callable[[StoreWriter], list[StoredF
                 shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: nobody else has the lock
             with staged_directory(place) as folder:
                 _filled(folder, fill)
-            _prune(place)
+            drop_oldest(place, META_FILE, MOST_CACHED_BYTES)
             store = TokenStore(place)
         with suppress(OSError):
             place.touch()  # the oldest goes first
@@ -196,16 +196,6 @@ def _temporary(fill: Callable[[StoreWriter], list[StoredFile]]) -> TokenStore:
         raise
     weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     return store
-
-
-def _prune(newest: Path) -> None:
-    """Drop the stores that were not used for longest, beyond `MOST_CACHED_BYTES`; never the newest."""
-    others = [path for path in newest.parent.iterdir() if (path / META_FILE).is_file() and path != newest]
-    total = size_on_disk(newest)
-    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
-        total += size_on_disk(path)
-        if total > MOST_CACHED_BYTES:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _joined(arrays: list[np.ndarray], kind: str) -> np.ndarray:  # type: ignore[type-arg]  # of one dtype each

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora_kit.core.cache import cache_folder, made_in_cache
+from qlora_kit.core.cache import cache_folder, drop_oldest, made_in_cache
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.distributed import is_main
 from qlora_kit.core.errors import RecipeError
@@ -91,7 +91,7 @@ class PackedPlace:
                     shutil.rmtree(left_over, ignore_errors=True)
                 with staged_directory(self.folder) as folder:
                     _write(model, folder)
-                self._prune()
+                drop_oldest(self.folder, META, MOST_CACHED_BYTES)
         except BusyError:  # another run keeps it
             return
         except (OSError, RecipeError) as error:
@@ -130,15 +130,6 @@ class PackedPlace:
             self.folder.touch()  # the oldest goes first
         log.info("base: read in 4 bit, as an earlier run kept it")
         return model
-
-    def _prune(self) -> None:
-        """Drop what was not used for longest, beyond `MOST_CACHED_BYTES`; never this one."""
-        others = [path for path in self.folder.parent.iterdir() if (path / META).is_file() and path != self.folder]
-        total = size_on_disk(self.folder)
-        for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
-            total += size_on_disk(path)
-            if total > MOST_CACHED_BYTES:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

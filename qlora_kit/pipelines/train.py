@@ -94,10 +94,10 @@ def _train(
 ) -> tuple[TrainResult, Path]:
     """The result, and the folder of the base."""
     quiet_libraries()
+    asked, (recipe, why_plain) = recipe.engine, with_engine(recipe, capability())
     recipe = replace(recipe, model=pinned(recipe.model))
     base_folder = _fetched_base(recipe)
     refuse_other_base(run, base_folder, is_trained=False)
-    asked, (recipe, why_plain) = recipe.engine, with_engine(recipe, capability())
     reach = reach_of(recipe, base_folder)
     to_come = outlook(recipe, base_folder)
     tokenizer = load_tokenizer(base_folder, recipe.model.chat_template)

@@ -1,6 +1,6 @@
 """TRL's trainer with the kit's order of rows and a held-out loss that is a mean over tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -26,30 +26,12 @@ from qlora_kit.objectives.sft.collate import CountingCollator
 from qlora_kit.training.callbacks import MetricsCallback
 from qlora_kit.training.checkpoint import whole_or_none
 from qlora_kit.training.checkpoint_contents import told_as_foreign
+from qlora_kit.training.epoch_sampler import EpochSampler
 from qlora_kit.training.finite import refuse_weights_not_finite
 from qlora_kit.training.halving import Halving
 from qlora_kit.training.optimizers.flat import FlatOptimizer, flat
 from qlora_kit.training.optimizers.groups import Groups
 from qlora_kit.training.same_loss import refuse_another_loss
-
-
-class EpochSampler(Sampler[int]):
-    """The items of an epoch in the kit's order, the same on every process.
-
-    The epoch is asked for rather than told: accelerate 1.15 cannot tell a sampler its epoch where it skips batches for
-    one of several processes (`skip_first_batches`), and a resumed run would read the rows of another epoch.
-    """
-
-    def __init__(self, order: SamplerOrder, items: int, epoch: Callable[[], int]) -> None:
-        self.order = order
-        self.items = items
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch()).tolist())
-
-    def __len__(self) -> int:
-        return self.items
 
 
 @dataclass(frozen=True)
@@ -384,7 +366,8 @@ class KitTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         def sums(part: dict[str, Any]) -> torch.Tensor:
             return self.objective.held_out(score(model, part, prediction_loss_only, ignore_keys)[0], part)
 
-        found = self._halving.summed(inputs, sums)
+        is_alone = self.accelerator.num_processes == 1  # others would wait for each other's parts
+        found = self._halving.summed(inputs, sums) if is_alone else sums(inputs)
         self._held_out += found
         return found[0] / found[1].clamp(min=1), None, None
 

@@ -1,6 +1,5 @@
 """One decoder layer as two CUDA graphs: its forward pass and its backward pass."""
 
-import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_kit.core.collection import no_collection
 from qlora_kit.engine.graphs.host_passage import HostInput
 
 
@@ -31,18 +31,6 @@ class GraphMemory(NamedTuple):
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         own = (one for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
         return all(one["is_expandable"] for one in own)
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: what is freed by chance, such as another recording, ends this one."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextmanager
@@ -132,7 +120,8 @@ class CapturedLayer:
             RuntimeError: of CUDA, where the layer does what cannot be recorded, or where memory is short.
         """
         memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state(), _without_collection():
+        # What is freed by chance meanwhile, such as another recording, would end this one.
+        with torch.cuda.stream(memory.stream), torch.enable_grad(), _keep_random_state(), no_collection():
             with _capture(self.forward_graph, memory), saved_tensors_hooks(self._keep, lambda kept: kept):
                 result = compute(self.start)
                 if self.host is None and result.dtype is not self.output.dtype:

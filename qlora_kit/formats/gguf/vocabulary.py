@@ -5,15 +5,14 @@ sentencepiece-like BPE with scores. Both are read from what transformers loads f
 training agree whichever files the folder holds.
 """
 
-import gc
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.core.collection import no_collection
 from qlora_kit.core.console.lines import log
 from qlora_kit.core.errors import RecipeError
 from qlora_kit.core.units import counted
@@ -71,20 +70,9 @@ def read_vocabulary(
     Raises:
         RecipeError: a tokenizer of another kind, or with a step llama.cpp does not have.
     """
-    with _no_collection():
+    # Else, for each of the lists that a vocabulary is, all of them are looked through again.
+    with no_collection():
         return _read_vocabulary(model_dir, rows, stop_ids, config, split)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the search for garbage: for each of the lists that a vocabulary is, it looks through all of them again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _read_vocabulary(
