@@ -235,6 +235,71 @@ def _glu_backward_arguments(dtype: torch.dtype, kind: Activation, ranks: tuple[i
     return gate, up, drawn(TOKENS, COLUMNS, dtype=dtype, seed=3), kind, deltas, out
 
 
+# Rows of experts: sums by hand over each token's own, and autograd.
+
+CHOICES, LONG = 3, 1100  # columns of more than one program
+
+
+def _back() -> Tensor:
+    return torch.randperm(TOKENS * CHOICES, generator=torch.Generator().manual_seed(7)).view(TOKENS, CHOICES)
+
+
+def _spread(rows: Tensor, back: Tensor) -> Tensor:
+    owner = torch.empty(back.numel(), dtype=torch.int64)
+    owner[back.flatten()] = torch.arange(TOKENS).repeat_interleave(CHOICES)
+    return wide(rows)[owner]
+
+
+def _pieces(dtype: torch.dtype, columns: int, pieces: int, seed: int) -> list[Tensor]:
+    rows = drawn(TOKENS * CHOICES, columns, dtype=dtype, seed=seed)
+    return [part.clone() for part in rows.split(columns - columns // pieces // 3 if pieces > 1 else columns, dim=1)]
+
+
+def _add_up_arguments(dtype: torch.dtype, pieces: int, has_delta: bool) -> tuple[Any, ...]:
+    more = drawn(TOKENS * CHOICES, LONG, dtype=dtype, seed=9) if has_delta else None
+    return _back(), _pieces(dtype, LONG, pieces, 8), more
+
+
+def _add_up(back: Tensor, pieces: list[Tensor], more: Tensor | None) -> Tensor:
+    rows = torch.cat([wide(piece) for piece in pieces], dim=1)
+    return (rows if more is None else rows + wide(more))[back].sum(1)
+
+
+def _weigh_arguments(
+    dtype: torch.dtype, kind: Activation, pieces: int, has_deltas: tuple[bool, bool]
+) -> tuple[Any, ...]:
+    gate, up = drawn(TOKENS * CHOICES, 2 * LONG, dtype=dtype).chunk(2, dim=1)
+    more, of_grad = (
+        drawn(TOKENS * CHOICES, columns, dtype=dtype, seed=columns) if has else None
+        for has, columns in zip(has_deltas, (2 * LONG, LONG), strict=True)
+    )
+    shares = drawn(TOKENS * CHOICES, 1, dtype=dtype, seed=5)
+    return gate, up, more, shares, _pieces(dtype, LONG, pieces, 6), of_grad, kind is Activation.silu
+
+
+def _weighed(gate: Tensor, up: Tensor, more: Tensor | None, shares: Tensor, is_silu: bool) -> Tensor:
+    middle = torch.cat((wide(gate), wide(up)), dim=1)
+    gate, up = (middle if more is None else middle + wide(more)).chunk(2, dim=1)
+    return _act(gate, is_silu) * up * wide(shares)
+
+
+def _weighed_backward(  # the arguments of the operation
+    gate: Tensor,
+    up: Tensor,
+    more: Tensor | None,
+    shares: Tensor,
+    pieces: list[Tensor],
+    of_grad: Tensor | None,
+    is_silu: bool,
+) -> Any:
+    grad = torch.cat([wide(piece) for piece in pieces], dim=1)
+    grad = grad if of_grad is None else grad + wide(of_grad)
+    leaves = [wide(one).requires_grad_() for one in (gate, up, shares)]
+    made = _weighed(leaves[0], leaves[1], more, leaves[2], is_silu)
+    to_gate, to_up, to_share = torch.autograd.grad(made, leaves, grad)
+    return made.detach(), torch.cat((to_gate, to_up), dim=1), to_share.flatten()
+
+
 # Sums of parts, the head, and what is stored in few bits: sums by hand, torch's softmax, bitsandbytes.
 
 
@@ -450,6 +515,44 @@ CASES: dict[str, Case] = {
             lambda parts, more: plus(sum(wide(list(parts))), more),
         )
         for count, rank in ((1, 16), (2, 5), (3, 40))
+    },
+    **{
+        f"spread: {columns} columns": Case(
+            _of(lambda dtype, columns: (drawn(TOKENS, 2 * columns, dtype=dtype)[:, :columns], _back()), columns),
+            _spread,
+        )
+        for columns in (COLUMNS, LONG)
+    },
+    **{
+        f"added_up: {pieces} pieces, delta {has_delta}": Case(_of(_add_up_arguments, pieces, has_delta), _add_up)
+        for pieces in (1, 2)
+        for has_delta in (False, True)
+    },
+    **{
+        f"weighed_glu: {kind.value}, delta {has_delta}": Case(
+            _of(
+                lambda dtype, kind, has_delta: (
+                    *(given := _weigh_arguments(dtype, kind, 1, (has_delta, False)))[:4],
+                    given[-1],
+                ),
+                kind,
+                has_delta,
+            ),
+            _weighed,
+        )
+        for kind in Activation
+        for has_delta in (False, True)
+    },
+    **{
+        f"weighed_glu_backward: {kind.value}, {pieces} pieces, deltas {has_deltas}": Case(
+            _of(_weigh_arguments, kind, pieces, has_deltas), _weighed_backward
+        )
+        for kind, pieces, has_deltas in (
+            (Activation.silu, 1, (False, False)),
+            (Activation.silu, 2, (True, True)),
+            (Activation.silu, 2, (False, True)),
+            (Activation.gelu_tanh, 2, (True, False)),
+        )
     },
     **{
         f"gated_product: {kind.value}": Case(

@@ -60,6 +60,7 @@ class ExpertLinear:
 
 
 Pieces = Sequence[Tensor]
+KEY = torch.int16  # of a sort by expert: one of 64-bit numbers takes four times as many passes
 
 
 class ExpertOps(Protocol):
@@ -70,6 +71,10 @@ class ExpertOps(Protocol):
 
     def unpack(self, stack: Stack, dtype: torch.dtype, *, by_rows: bool) -> Iterator[Tensor]:
         """See `expert_products.Unpack`."""
+        ...
+
+    def spread(self, rows: Tensor, routing: "Routing") -> Tensor:
+        """Each token's row [tokens, width] once for each of its choices: [rows, width]."""
         ...
 
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
@@ -100,6 +105,10 @@ class TorchOps:
     def unpack(self, stack: Stack, dtype: torch.dtype, *, by_rows: bool) -> Iterator[Tensor]:  # noqa: ARG002  # whole
         """See `ExpertOps`."""
         yield stack.unpack(dtype)
+
+    def spread(self, rows: Tensor, routing: "Routing") -> Tensor:
+        """See `ExpertOps`."""
+        return rows[routing.tokens]
 
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """See `ExpertOps`."""
@@ -151,19 +160,19 @@ def expert_mlp(hidden: Tensor, chosen: Tensor, shares: Tensor, experts: int, mlp
         experts: how many there are.
     """
     factors = (*mlp.first.factors(hidden.dtype), *mlp.second.factors(hidden.dtype))
-    held = _Held.apply(hidden, shares, *factors, *_Routing.of(chosen, experts))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    held = _Held.apply(hidden, shares, *factors, *Routing.of(chosen, experts))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     made: Tensor = _ExpertMlp.apply(*held, (mlp, held[0].grad_fn))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return made
 
 
-class _Routing(NamedTuple):
+class Routing(NamedTuple):
     """Which row of the sorted ones belongs to whom.
 
     Attributes:
         tokens: int64 [rows], of each row.
         order: int64 [rows], its place among the choices of all tokens in turn.
         back: int64 [tokens, choices], the row of each choice.
-        experts: int64 [rows].
+        experts: int16 [rows].
         ends: int32 [experts], where the rows of each expert end.
     """
 
@@ -174,10 +183,11 @@ class _Routing(NamedTuple):
     ends: Tensor
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "_Routing":
-        of_rows, order = chosen.reshape(-1).sort(stable=True)
+    def of(cls, chosen: Tensor, experts: int) -> "Routing":
+        """From the experts that each token has chosen, int64 [tokens, choices], of so many."""
+        of_rows, order = chosen.reshape(-1).to(KEY).sort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        next_ones = torch.arange(1, experts + 1, device=order.device)
+        next_ones = torch.arange(1, experts + 1, dtype=KEY, device=order.device)
         ends = torch.searchsorted(of_rows, next_ones, out_int32=True)  # without waiting for the device, unlike bincount
         return cls(order // chosen.shape[1], order, back.view(chosen.shape), of_rows, ends)
 
@@ -210,10 +220,10 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         hidden, shares, a1, b1, a2, b2, *rest, (mlp, held) = given
-        routing = _Routing(*rest)
+        routing = Routing(*rest)
         groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
-        x = hidden[routing.tokens]
+        x = mlp.ops.spread(hidden, routing)
         middle, inner = _product(groups, x, mlp, mlp.first, a1, routing.experts)
         del x
         delta = _delta(groups, inner, mlp.first, b1)
@@ -224,7 +234,7 @@ class _ExpertMlp(torch.autograd.Function):
         delta = _delta(groups, inner, mlp.second, b2)
         if mlp.second.bias is not None:
             y = [side_by_side(y)]
-            y[0] += mlp.second.bias.to(y[0].dtype)[routing.experts] * of_rows.unsqueeze(1)
+            y[0] += mlp.second.bias.to(y[0].dtype)[routing.experts.long()] * of_rows.unsqueeze(1)
         ctx.mlp, ctx.held = mlp, held
         made: Tensor = mlp.ops.add_up(y, delta, routing.back)
         return made
@@ -232,14 +242,14 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, shares, a1, b1, a2, b2, *rest = ctx.held.saved_tensors
-        routing, mlp = _Routing(*rest), ctx.mlp
+        routing, mlp = Routing(*rest), ctx.mlp
         groups = Groups(routing.ends, len(routing.order), hidden)
         of_rows = shares.reshape(-1)[routing.order]
-        middle, inner1 = _product(groups, hidden[routing.tokens], mlp, mlp.first, a1, routing.experts)
+        middle, inner1 = _product(groups, mlp.ops.spread(hidden, routing), mlp, mlp.first, a1, routing.experts)
 
         # Rows of all choices are gathered again rather than held while other large ones are there.
         dy = grads[0].to(hidden.dtype)
-        rows = dy[routing.tokens]
+        rows = mlp.ops.spread(dy, routing)
         to_weighed, of_b2 = _into(groups, rows, mlp, mlp.second), _of_b(groups, rows, mlp.second, b2)
         del rows
         delta, more = _delta(groups, inner1, mlp.first, b1), _more(groups, of_b2, a2)
@@ -247,15 +257,15 @@ class _ExpertMlp(torch.autograd.Function):
         del middle, delta, to_weighed, more
         to_a2, to_b2, to_a1, to_b1 = None, None, None, None
         if of_b2 is not None:
-            to_a2, to_b2 = _of_factors(groups, dy[routing.tokens], weighed, None, mlp.second, a2, of_b2)
+            to_a2, to_b2 = _of_factors(groups, mlp.ops.spread(dy, routing), weighed, None, mlp.second, a2, of_b2)
         if mlp.second.bias is not None:
-            of_bias = mlp.second.bias.to(dy.dtype)[routing.experts]
-            to_shares += (dy[routing.tokens] * of_bias).sum(1, dtype=torch.float32)
+            of_bias = mlp.second.bias.to(dy.dtype)[routing.experts.long()]
+            to_shares += (mlp.ops.spread(dy, routing) * of_bias).sum(1, dtype=torch.float32)
         del dy, weighed, of_b2
 
         of_b1 = _of_b(groups, to_middle, mlp.first, b1)
         if of_b1 is not None:
-            to_a1, to_b1 = _of_factors(groups, to_middle, hidden[routing.tokens], inner1, mlp.first, a1, of_b1)
+            to_a1, to_b1 = _of_factors(groups, to_middle, mlp.ops.spread(hidden, routing), inner1, mlp.first, a1, of_b1)
         dx = _into(groups, to_middle, mlp, mlp.first)
         del to_middle
         to_hidden = mlp.ops.add_up(dx, _more(groups, of_b1, a1), routing.back)
@@ -275,7 +285,7 @@ def _product(
     y = groups.multiply_stack(x, linear.stack, mlp.ops.unpack, transpose=not linear.stack.transposed)
     if linear.bias is not None and experts is not None:
         y = [side_by_side(y)]
-        y[0] += linear.bias.to(y[0].dtype)[experts]
+        y[0] += linear.bias.to(y[0].dtype)[experts.long()]
     return y, None if a is None else groups.multiply(x, a.transpose(1, 2))
 
 

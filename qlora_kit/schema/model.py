@@ -62,10 +62,10 @@ class ModelShape(Sealed):
     def routing_bytes(self) -> int:
         """Bytes that a layer keeps of a token's routing.
 
-        The scores of all experts twice in float32, and five int64 for each choice: its expert, as chosen and as sorted,
-        its token, and its places in both orders; see `model/expert_mlp.py`.
+        The scores of all experts twice in float32; for each choice four int64, its expert as chosen, its token, and its
+        places in both orders, and its expert as sorted in int16; see `model/expert_mlp.py`.
         """
-        return 8 * self.num_experts + 40 * self.experts_per_token
+        return 8 * self.num_experts + 34 * self.experts_per_token
 
     def experts_made(self, tokens: int, whole: float = math.inf) -> int:
         """Numbers that a layer's experts make in their backward pass, at the most at once, weights included.

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
 
 from qlora_kit.engine.layer.activations import OF_GATES
-from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
+from qlora_kit.engine.ops.expert_rows import added_up, spread, weighed_glu, weighed_glu_backward
 from qlora_kit.engine.ops.four_bit import FourBit, Nested, Taken
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.engine.ops.limits import WHOLE_BYTES
-from qlora_kit.engine.ops.op import compiled
-from qlora_kit.model.expert_mlp import Pieces, TorchOps, side_by_side
+from qlora_kit.model.expert_mlp import Pieces, Routing, TorchOps, side_by_side
 from qlora_kit.model.expert_products import Stack
 from qlora_kit.model.stacked_experts import StackedExperts, WeightStack
 
@@ -74,6 +72,10 @@ class FastOps:
                 part = packed if place is None else _half(packed, rows, place, by_rows=by_rows)
                 yield part.dense(dtype).view(experts, -1, part.columns)
 
+    def spread(self, rows: Tensor, routing: Routing) -> Tensor:
+        """See `ExpertOps`."""
+        return spread(rows, routing.back)
+
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """See `ExpertOps`."""
         if self.activation is None:
@@ -92,14 +94,13 @@ class FastOps:
         is_silu = self.activation is Activation.silu
         gate, up = _gate_and_up(middle)
         found: tuple[Tensor, Tensor, Tensor] = weighed_glu_backward(
-            gate, up, delta, shares.unsqueeze(1), side_by_side(grad), grad_delta, is_silu
+            gate, up, delta, shares.unsqueeze(1), grad, grad_delta, is_silu
         )
         return found
 
     def add_up(self, rows: Pieces, delta: Tensor | None, back: Tensor) -> Tensor:
         """See `ExpertOps`."""
-        of_delta = [None] * len(rows) if delta is None else delta.chunk(len(rows), dim=1)
-        return side_by_side([added_up(back, piece, more) for piece, more in zip(rows, of_delta, strict=True)])
+        return added_up(back, rows, delta)
 
 
 def _four_bit(stack: WeightStack) -> FourBit | None:
@@ -143,62 +144,3 @@ def _half(packed: FourBit, rows: int, place: int, *, by_rows: bool) -> FourBit:
 
 def _gate_and_up(middle: Pieces) -> Pieces:
     return middle if len(middle) == HALVES else side_by_side(middle).chunk(2, dim=1)
-
-
-def _both_wide(gate: Tensor, up: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    if delta is None:
-        return gate.float(), up.float()
-    of_gate, of_up = delta.chunk(2, dim=1)
-    return _wide(gate, of_gate), _wide(up, of_up)
-
-
-def _wide(rows: Tensor, delta: Tensor | None) -> Tensor:
-    return rows.float() if delta is None else rows.float() + delta.float()
-
-
-def _act(gate: Tensor, is_silu: bool) -> Tensor:
-    return silu(gate) if is_silu else gelu(gate, approximate="tanh")
-
-
-def _weighed_glu(gate: Tensor, up: Tensor, delta: Tensor | None, shares: Tensor, is_silu: bool) -> Tensor:
-    """`activation(gate) * up`, times the share of its row; the halves of `delta` are added to gate and up first.
-
-    Shares are [rows, 1]: a vector's length is a constant to the compiler, and the choices of a step are no constant.
-    """
-    wide_gate, wide_up = _both_wide(gate, up, delta)
-    return (_act(wide_gate, is_silu) * wide_up * shares.float()).to(gate.dtype)
-
-
-def _weighed_glu_backward(
-    gate: Tensor,
-    up: Tensor,
-    delta: Tensor | None,
-    shares: Tensor,
-    grad: Tensor,
-    grad_delta: Tensor | None,
-    is_silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same again, and the gradients of gate and up side by side, and of the shares."""
-    wide_gate, wide_up = _both_wide(gate, up, delta)
-    wide, share = _wide(grad, grad_delta), shares.float()
-    acted, slope = _act(wide_gate, is_silu), silu_slope(wide_gate) if is_silu else gelu_tanh_slope(wide_gate)
-    product = acted * wide_up
-    to_share = (wide * product).sum(1)
-    wide = wide * share
-    halves = (wide * wide_up * slope).to(gate.dtype), (wide * acted).to(gate.dtype)  # not as long as both in float32
-    return (product * share).to(gate.dtype), torch.cat(halves, dim=1), to_share
-
-
-def _added_up(back: Tensor, rows: Tensor, delta: Tensor | None) -> Tensor:
-    """The rows of each token's choices, added up in float32."""
-    total = rows[back[:, 0]].float() if delta is None else rows[back[:, 0]].float() + delta[back[:, 0]].float()
-    for choice in range(1, back.shape[1]):
-        total = total + rows[back[:, choice]].float()
-        if delta is not None:
-            total = total + delta[back[:, choice]].float()
-    return total.to(rows.dtype)
-
-
-weighed_glu = compiled(_weighed_glu)
-weighed_glu_backward = compiled(_weighed_glu_backward)
-added_up = compiled(_added_up)

@@ -4,6 +4,7 @@ from typing import Any
 
 from qlora_kit.engine.ops import (
     activation,
+    expert_rows,
     four_bit,
     fp8_rows,
     fused_linear_cross_entropy,
@@ -43,6 +44,10 @@ OPS: dict[str, Op[Any, Any]] = {
         glu.glu_backward,
         split_k.split_k_matmul,
         split_k.reduce_partials_op,
+        expert_rows.spread,
+        expert_rows.added_up,
+        expert_rows.weighed_glu,
+        expert_rows.weighed_glu_backward,
         four_bit.unpack,
         four_bit.unpack_transposed,
         fp8_rows.quantize_rows,

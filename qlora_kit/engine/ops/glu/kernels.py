@@ -127,14 +127,15 @@ def _gelu_inner(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _act(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
+def act(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
+    """SiLU, or GELU's usual approximation."""
     if is_silu:
         return x * _sigmoid(x)
     return 0.5 * x * (1.0 + _gelu_inner(x))
 
 
 @jit
-def _act_grad(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
+def act_grad(x: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
     """Derivative of the activation."""
     if is_silu:
         share = _sigmoid(x)
@@ -267,7 +268,7 @@ def _glu(
             _load_tile(up, up_step, base, row, column, inside, is_whole), up_left + base * up_left_step, up_right,
             up_left_step, up_term_step, up_column_step, row, column, rows, columns, up_rank, up_terms,
         )  # fmt: skip
-        product = (_act(g, is_silu) * u).to(out.dtype.element_ty)
+        product = (act(g, is_silu) * u).to(out.dtype.element_ty)
         place = out + base * columns + (row[:, None] * columns + column[None, :])
         if is_whole:
             tl.store(place, product)
@@ -355,9 +356,9 @@ def _glu_backward(
         if grad_rank > 0:
             grad_a = _load_xa(grad_left, grad_left_step, base, row, rows, grad_rank, terms)
             d = tl.dot(grad_a, tl.trans(grad_b), d, input_precision="ieee")
-        activated = _act(g, is_silu)
+        activated = act(g, is_silu)
         through_up = (d * activated).to(up_grad.dtype.element_ty)
-        through_gate = (d * u * _act_grad(g, is_silu)).to(gate_grad.dtype.element_ty)
+        through_gate = (d * u * act_grad(g, is_silu)).to(gate_grad.dtype.element_ty)
         place = base * out_step + (row[:, None] * out_step + column[None, :])
         if is_whole:
             tl.store(up_grad + place, through_up)
