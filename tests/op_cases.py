@@ -300,6 +300,46 @@ def _weighed_backward(  # the arguments of the operation
     return made.detach(), torch.cat((to_gate, to_up), dim=1), to_share.flatten()
 
 
+# Thin products of experts: each expert's rows by themselves.
+
+EXPERTS = 7
+
+
+def _chosen() -> tuple[Tensor, Tensor]:
+    """Of each row, sorted, and where those of each end: one has none, one many."""
+    counts = torch.tensor([3, 0, 100, 65, 1, 40, 1])
+    return torch.arange(EXPERTS).repeat_interleave(counts).to(torch.int16), counts.cumsum(0).int()
+
+
+def _thin_arguments(dtype: torch.dtype, rank: int, is_turned: bool) -> tuple[Any, ...]:
+    experts, _ = _chosen()
+    sizes = (EXPERTS, rank, COLUMNS) if is_turned else (EXPERTS, COLUMNS, rank)
+    factors = drawn(*sizes, dtype=dtype, seed=1) / COLUMNS**0.5
+    rows = drawn(len(experts), COLUMNS + 8, dtype=dtype)[:, :COLUMNS]
+    return rows, factors.transpose(1, 2) if is_turned else factors, experts, 0.5
+
+
+def _thin(rows: Tensor, factors: Tensor, experts: Tensor, scaling: float) -> Tensor:
+    each = [wide(row) @ wide(factors[expert]) for row, expert in zip(rows, experts.tolist(), strict=True)]
+    return torch.stack(each) * scaling
+
+
+def _outer_arguments(dtype: torch.dtype, rank: int, of_tokens: bool, is_turned: bool) -> tuple[Any, ...]:
+    experts, ends = _chosen()
+    tokens = torch.randint(TOKENS, experts.shape, generator=torch.Generator().manual_seed(1)) if of_tokens else None
+    rows = drawn(TOKENS if of_tokens else len(experts), COLUMNS, dtype=dtype)
+    return rows, drawn(len(experts), rank, dtype=dtype, seed=2), experts, ends, tokens, is_turned
+
+
+def _outer(  # the arguments of the operation
+    rows: Tensor, thin: Tensor, experts: Tensor, ends: Tensor, tokens: Tensor | None, is_turned: bool
+) -> Tensor:
+    mine = wide(rows if tokens is None else rows[tokens])
+    sums = [mine[experts == expert].t() @ wide(thin[experts == expert]) for expert in range(len(ends))]
+    found = torch.stack(sums)
+    return found.transpose(1, 2) if is_turned else found
+
+
 # Sums of parts, the head, and what is stored in few bits: sums by hand, torch's softmax, bitsandbytes.
 
 
@@ -515,6 +555,16 @@ CASES: dict[str, Case] = {
             lambda parts, more: plus(sum(wide(list(parts))), more),
         )
         for count, rank in ((1, 16), (2, 5), (3, 40))
+    },
+    **{
+        f"thin_product: rank {rank}, turned {is_turned}": Case(_of(_thin_arguments, rank, is_turned), _thin)
+        for rank, is_turned in ((8, True), (40, False))
+    },
+    **{
+        f"thin_outer: rank {rank}, of tokens {of_tokens}, turned {is_turned}": Case(
+            _of(_outer_arguments, rank, of_tokens, is_turned), _outer
+        )
+        for rank, of_tokens, is_turned in ((8, True, False), (8, False, True), (40, True, True))
     },
     **{
         f"spread: {columns} columns": Case(

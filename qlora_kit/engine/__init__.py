@@ -49,7 +49,7 @@ The order to read it in:
       op.py registry.py jit.py compiled.py limits.py            what an operation is, and all of them
       rms_norm.py lora_delta.py rope.py glu/ split_k.py         those of the picture
       layer_norm.py activation.py output_gate.py                what some families have instead, or beside them
-      expert_rows.py                                            between the products of experts
+      expert_rows.py expert_factors.py                          between the products of experts, and thin ones
       four_bit.py fp8_rows.py fused_linear_cross_entropy.py     weights, activations in fp8, the output head
     linear/        linear modules that read one input: their products and gradients
       frozen_weight.py fp8.py concatenated_weights.py           W in 4, 16 or 8 bit

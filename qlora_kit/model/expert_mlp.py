@@ -77,6 +77,21 @@ class ExpertOps(Protocol):
         """Each token's row [tokens, width] once for each of its choices: [rows, width]."""
         ...
 
+    def thin(self, groups: Groups, rows: Tensor, factor: Tensor, routing: "Routing", scaling: float) -> Tensor:
+        """Rows of all choices times their experts' factor [experts, width, rank], and a number: [rows, rank]."""
+        ...
+
+    def outer(
+        self, groups: Groups, rows: Tensor, thin: Tensor, routing: "Routing", *, of_tokens: bool, is_turned: bool
+    ) -> Tensor:
+        """The sums over an expert's rows of row^T thin: [experts, width, rank], or turned.
+
+        Args:
+            rows: of all choices; or of tokens, [tokens, width].
+            thin: [rows, rank].
+        """
+        ...
+
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """The activation of `middle`, times each row's share [rows]."""
         ...
@@ -109,6 +124,17 @@ class TorchOps:
     def spread(self, rows: Tensor, routing: "Routing") -> Tensor:
         """See `ExpertOps`."""
         return rows[routing.tokens]
+
+    def thin(self, groups: Groups, rows: Tensor, factor: Tensor, routing: "Routing", scaling: float) -> Tensor:  # noqa: ARG002  # the groups know it
+        """See `ExpertOps`."""
+        return groups.multiply(rows, factor).mul_(scaling)
+
+    def outer(
+        self, groups: Groups, rows: Tensor, thin: Tensor, routing: "Routing", *, of_tokens: bool, is_turned: bool
+    ) -> Tensor:
+        """See `ExpertOps`."""
+        rows = self.spread(rows, routing) if of_tokens else rows
+        return groups.outer(thin, rows) if is_turned else groups.outer(rows, thin)
 
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """See `ExpertOps`."""
@@ -220,108 +246,113 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         hidden, shares, a1, b1, a2, b2, *rest, (mlp, held) = given
-        routing = Routing(*rest)
-        groups = Groups(routing.ends, len(routing.order), hidden)
-        of_rows = shares.reshape(-1)[routing.order]
-        x = mlp.ops.spread(hidden, routing)
-        middle, inner = _product(groups, x, mlp, mlp.first, a1, routing.experts)
-        del x
-        delta = _delta(groups, inner, mlp.first, b1)
+        choices = _Choices.of(mlp, Routing(*rest), hidden)
+        of_rows = shares.reshape(-1)[choices.routing.order]
+        middle, inner = choices.middle(hidden, a1)
+        delta = choices.delta(inner, mlp.first, b1)
         weighed = mlp.ops.weigh(middle, delta, of_rows)
         del middle, delta
-        y, inner = _product(groups, weighed, mlp, mlp.second, a2, None)
+        y, inner = choices.product(weighed, mlp.second), choices.thin(weighed, _turned(a2))
         del weighed
-        delta = _delta(groups, inner, mlp.second, b2)
+        delta = choices.delta(inner, mlp.second, b2)
         if mlp.second.bias is not None:
             y = [side_by_side(y)]
-            y[0] += mlp.second.bias.to(y[0].dtype)[routing.experts.long()] * of_rows.unsqueeze(1)
+            y[0] += choices.bias(mlp.second.bias, y[0].dtype) * of_rows.unsqueeze(1)
         ctx.mlp, ctx.held = mlp, held
-        made: Tensor = mlp.ops.add_up(y, delta, routing.back)
+        made: Tensor = mlp.ops.add_up(y, delta, choices.routing.back)
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, shares, a1, b1, a2, b2, *rest = ctx.held.saved_tensors
-        routing, mlp = Routing(*rest), ctx.mlp
-        groups = Groups(routing.ends, len(routing.order), hidden)
+        mlp: ExpertMlp = ctx.mlp
+        choices = _Choices.of(mlp, Routing(*rest), hidden)
+        routing, ops = choices.routing, mlp.ops
         of_rows = shares.reshape(-1)[routing.order]
-        middle, inner1 = _product(groups, mlp.ops.spread(hidden, routing), mlp, mlp.first, a1, routing.experts)
+        middle, inner1 = choices.middle(hidden, a1)
 
-        # Rows of all choices are gathered again rather than held while other large ones are there.
         dy = grads[0].to(hidden.dtype)
-        rows = mlp.ops.spread(dy, routing)
-        to_weighed, of_b2 = _into(groups, rows, mlp, mlp.second), _of_b(groups, rows, mlp.second, b2)
-        del rows
-        delta, more = _delta(groups, inner1, mlp.first, b1), _more(groups, of_b2, a2)
-        weighed, to_middle, to_shares = mlp.ops.weigh_backward(middle, delta, of_rows, to_weighed, more)
+        rows = ops.spread(dy, routing)
+        to_weighed, of_b2 = choices.product(rows, mlp.second, is_back=True), choices.thin(rows, b2, mlp.second.scaling)
+        del rows  # which is made again rather than held while other large ones are there
+        delta, more = choices.delta(inner1, mlp.first, b1), choices.thick(of_b2, a2)
+        weighed, to_middle, to_shares = ops.weigh_backward(middle, delta, of_rows, to_weighed, more)
         del middle, delta, to_weighed, more
-        to_a2, to_b2, to_a1, to_b1 = None, None, None, None
-        if of_b2 is not None:
-            to_a2, to_b2 = _of_factors(groups, mlp.ops.spread(dy, routing), weighed, None, mlp.second, a2, of_b2)
+        inner2 = choices.thin(weighed, _turned(a2))
+        to_a2 = choices.outer(weighed, of_b2, is_turned=True)
+        to_b2 = choices.outer(dy, inner2, mlp.second.scaling, of_tokens=True)
         if mlp.second.bias is not None:
-            of_bias = mlp.second.bias.to(dy.dtype)[routing.experts.long()]
-            to_shares += (mlp.ops.spread(dy, routing) * of_bias).sum(1, dtype=torch.float32)
-        del dy, weighed, of_b2
+            of_bias = choices.bias(mlp.second.bias, dy.dtype)
+            to_shares += (ops.spread(dy, routing) * of_bias).sum(1, dtype=torch.float32)
+        del dy, weighed, of_b2, inner2
 
-        of_b1 = _of_b(groups, to_middle, mlp.first, b1)
-        if of_b1 is not None:
-            to_a1, to_b1 = _of_factors(groups, to_middle, mlp.ops.spread(hidden, routing), inner1, mlp.first, a1, of_b1)
-        dx = _into(groups, to_middle, mlp, mlp.first)
+        of_b1 = choices.thin(to_middle, b1, mlp.first.scaling)
+        to_a1 = choices.outer(hidden, of_b1, of_tokens=True, is_turned=True)
+        to_b1 = choices.outer(to_middle, inner1, mlp.first.scaling)
+        dx = choices.product(to_middle, mlp.first, is_back=True)
         del to_middle
-        to_hidden = mlp.ops.add_up(dx, _more(groups, of_b1, a1), routing.back)
+        to_hidden = ops.add_up(dx, choices.thick(of_b1, a1), routing.back)
         learned = to_hidden, to_shares.to(shares.dtype)[routing.back], to_a1, to_b1, to_a2, to_b2
         return *learned, *(None for _ in (*rest, mlp))
 
 
-def _product(
-    groups: Groups,
-    x: Tensor,
-    mlp: ExpertMlp,
-    linear: ExpertLinear,
-    a: Tensor | None,
-    experts: Tensor | None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """x W^T with the bias, where the rows' experts are given; and x A^T."""
-    y = groups.multiply_stack(x, linear.stack, mlp.ops.unpack, transpose=not linear.stack.transposed)
-    if linear.bias is not None and experts is not None:
-        y = [side_by_side(y)]
-        y[0] += linear.bias.to(y[0].dtype)[experts.long()]
-    return y, None if a is None else groups.multiply(x, a.transpose(1, 2))
+@dataclass(frozen=True)
+class _Choices:
+    """The products of the rows of all choices; what LoRA adds is None where there is none."""
+
+    mlp: ExpertMlp
+    routing: Routing
+    groups: Groups
+
+    @classmethod
+    def of(cls, mlp: ExpertMlp, routing: Routing, like: Tensor) -> "_Choices":
+        return cls(mlp, routing, Groups(routing.ends, len(routing.order), like))
+
+    def middle(self, hidden: Tensor, a: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """The first product x W^T + b; and x A^T."""
+        first, x = self.mlp.first, self.mlp.ops.spread(hidden, self.routing)
+        y = self.product(x, first)
+        if first.bias is not None:
+            y = [side_by_side(y)]
+            y[0] += self.bias(first.bias, y[0].dtype)
+        return y, self.thin(x, _turned(a))
+
+    def product(self, x: Tensor, linear: ExpertLinear, *, is_back: bool = False) -> list[Tensor]:
+        """The product x W^T, or back, x W."""
+        stack = linear.stack
+        return self.groups.multiply_stack(x, stack, self.mlp.ops.unpack, transpose=stack.transposed == is_back)
+
+    def bias(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of each row."""
+        return bias.to(dtype)[self.routing.experts.long()]
+
+    def delta(self, inner: Tensor | None, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
+        """What LoRA adds, s (x A^T) B^T, from x A^T."""
+        return None if inner is None or b is None else self.thick(inner * linear.scaling, b.transpose(1, 2))
+
+    def thick(self, thin: Tensor | None, factor: Tensor | None) -> Tensor | None:
+        """What is thin [rows, rank] times [experts, rank, width]."""
+        return None if thin is None or factor is None else self.groups.multiply(thin, factor)
+
+    def thin(self, rows: Tensor, factor: Tensor | None, scaling: float = 1.0) -> Tensor | None:
+        """Rows times [experts, width, rank], and a number."""
+        return None if factor is None else self.mlp.ops.thin(self.groups, rows, factor, self.routing, scaling)
+
+    def outer(
+        self,
+        rows: Tensor,
+        thin: Tensor | None,
+        scaling: float = 1.0,
+        *,
+        of_tokens: bool = False,
+        is_turned: bool = False,
+    ) -> Tensor | None:
+        """The gradient of a factor, times a number: see `ExpertOps.outer`."""
+        if thin is None:
+            return None
+        ops, groups = self.mlp.ops, self.groups
+        return ops.outer(groups, rows, thin, self.routing, of_tokens=of_tokens, is_turned=is_turned).mul_(scaling)
 
 
-def _delta(groups: Groups, inner: Tensor | None, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
-    """What LoRA adds, s (x A^T) B^T, from x A^T."""
-    if inner is None or b is None:
-        return None
-    return groups.multiply(inner * linear.scaling, b.transpose(1, 2))
-
-
-def _into(groups: Groups, dy: Tensor, mlp: ExpertMlp, linear: ExpertLinear) -> list[Tensor]:
-    """The product dy W."""
-    return groups.multiply_stack(dy, linear.stack, mlp.ops.unpack, transpose=linear.stack.transposed)
-
-
-def _of_b(groups: Groups, dy: Tensor, linear: ExpertLinear, b: Tensor | None) -> Tensor | None:
-    """The product s dy B, which belongs to the gradient of A."""
-    return None if b is None else groups.multiply(dy, b).mul_(linear.scaling)
-
-
-def _more(groups: Groups, of_b: Tensor | None, a: Tensor | None) -> Tensor | None:
-    """What LoRA adds to the gradient of the input."""
-    return None if of_b is None or a is None else groups.multiply(of_b, a)
-
-
-def _of_factors(
-    groups: Groups,
-    dy: Tensor,
-    x: Tensor,
-    inner: Tensor | None,
-    linear: ExpertLinear,
-    a: Tensor | None,
-    of_b: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A and B."""
-    if a is None or of_b is None:
-        return None, None
-    inner = groups.multiply(x, a.transpose(1, 2)) if inner is None else inner
-    return groups.outer(of_b, x), groups.outer(dy, inner).mul_(linear.scaling)
+def _turned(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.transpose(1, 2)

@@ -12,7 +12,7 @@ from qlora_kit.model.stacked_experts import StackedExperts
 
 pytestmark = pytest.mark.gpu
 
-TOKENS, CHOICES = 513, 4
+TOKENS = 513
 
 
 def stacked(kind):
@@ -41,11 +41,11 @@ def whole(experts):
     return copy
 
 
-def run(experts, device, dtype):
+def run(experts, device, dtype, choices):
     """The output and all gradients; B lies as an adapter holds it."""
     torch.manual_seed(1)
-    chosen = torch.stack([torch.randperm(15)[:CHOICES] for _ in range(TOKENS)])  # the last expert is never chosen
-    given = [torch.randn(TOKENS, 512), torch.rand(TOKENS, CHOICES)]
+    chosen = torch.stack([torch.randperm(15)[:choices] for _ in range(TOKENS)])  # the last expert is never chosen
+    given = [torch.randn(TOKENS, 512), torch.rand(TOKENS, choices)]
     leaves = [one.to(device, dtype).requires_grad_() for one in given]
     updates = {}
     for name in experts.stacks:
@@ -60,13 +60,14 @@ def run(experts, device, dtype):
 
 
 @pytest.mark.parametrize("is_fast", [False, True], ids=["in torch", "fast"])
+@pytest.mark.parametrize("choices", [1, 4])
 @pytest.mark.parametrize("kind", ["gated", "transposed"])
-def test_the_grouped_products_are_those_of_each_expert(kind, is_fast):
+def test_the_grouped_products_are_those_of_each_expert(kind, choices, is_fast):
     experts = stacked(kind)
     if is_fast:
         speed_up_experts(experts)
-    found = run(experts, "cuda", torch.bfloat16)
-    expected = run(whole(experts), "cpu", torch.float32)
+    found = run(experts, "cuda", torch.bfloat16, choices)
+    expected = run(whole(experts), "cpu", torch.float32, choices)
     names = [
         "output",
         "of input",

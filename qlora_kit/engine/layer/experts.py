@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.engine.layer.activations import OF_GATES
+from qlora_kit.engine.ops.expert_factors import thin_outer, thin_product
 from qlora_kit.engine.ops.expert_rows import added_up, spread, weighed_glu, weighed_glu_backward
 from qlora_kit.engine.ops.four_bit import FourBit, Nested, Taken
 from qlora_kit.engine.ops.glu import Activation
 from qlora_kit.engine.ops.limits import WHOLE_BYTES
 from qlora_kit.model.expert_mlp import Pieces, Routing, TorchOps, side_by_side
-from qlora_kit.model.expert_products import Stack
+from qlora_kit.model.expert_products import Groups, Stack
 from qlora_kit.model.stacked_experts import StackedExperts, WeightStack
 
 HALVES = 2
@@ -75,6 +76,21 @@ class FastOps:
     def spread(self, rows: Tensor, routing: Routing) -> Tensor:
         """See `ExpertOps`."""
         return spread(rows, routing.back)
+
+    def thin(self, groups: Groups, rows: Tensor, factor: Tensor, routing: Routing, scaling: float) -> Tensor:
+        """See `ExpertOps`."""
+        if thin_product.supported(rows, factor, routing.experts, scaling):
+            return thin_product(rows, factor, routing.experts, scaling)
+        return self.plain.thin(groups, rows, factor, routing, scaling)
+
+    def outer(
+        self, groups: Groups, rows: Tensor, thin: Tensor, routing: Routing, *, of_tokens: bool, is_turned: bool
+    ) -> Tensor:
+        """See `ExpertOps`."""
+        given = rows, thin, routing.experts, routing.ends, routing.tokens if of_tokens else None, is_turned
+        if thin_outer.supported(*given):
+            return thin_outer(*given)
+        return self.plain.outer(groups, rows, thin, routing, of_tokens=of_tokens, is_turned=is_turned)
 
     def weigh(self, middle: Pieces, delta: Tensor | None, shares: Tensor) -> Tensor:
         """See `ExpertOps`."""

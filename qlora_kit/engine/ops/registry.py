@@ -4,6 +4,7 @@ from typing import Any
 
 from qlora_kit.engine.ops import (
     activation,
+    expert_factors,
     expert_rows,
     four_bit,
     fp8_rows,
@@ -44,6 +45,8 @@ OPS: dict[str, Op[Any, Any]] = {
         glu.glu_backward,
         split_k.split_k_matmul,
         split_k.reduce_partials_op,
+        expert_factors.thin_product,
+        expert_factors.thin_outer,
         expert_rows.spread,
         expert_rows.added_up,
         expert_rows.weighed_glu,
