@@ -63,7 +63,7 @@ def run_forked(
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_the_child(words, folder, changes or {}, log)
+        be_the_child(words, folder, changes or {}, str(log), str(log))
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done or time.monotonic() - began > limit:
@@ -80,16 +80,23 @@ def run_forked(
     return Ended(os.waitstatus_to_exitcode(status), said, seconds, max(0, usage.ru_maxrss * 1024 - before))
 
 
-def _be_the_child(words: Sequence[str], folder: Path, changes: Mapping[str, str], log: Path) -> None:
+def be_the_child(words: Sequence[str], folder: Path, changes: Mapping[str, str], out: str, err: str) -> None:
+    """Run `qlora-kit` with these words in a folder, in a session of its own, and end the process.
+
+    Args:
+        changes: of environment variables.
+        out: a file for standard output.
+        err: one for standard error; the same is for both.
+    """
     code = ENDED_RAW
     try:
         os.setsid()
         os.chdir(folder)
         os.environ.update(changes)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(out, flags, 0o600), 1)
+        os.dup2(1 if err == out else os.open(err, flags, 0o600), 2)
         sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115, PTH123  # for the life of the process
         from tqdm import tqdm
 

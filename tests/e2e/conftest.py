@@ -4,12 +4,12 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_models import build_tiny_model
+from tests.warm_line import warm_line
 
 WORDS = ["lamp", "door", "fan", "clock", "radio", "oven", "shade", "bell"]
 
@@ -73,10 +73,7 @@ def environment() -> dict[str, str]:
 
 def kit(folder: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `qlora-kit` in a folder."""
-    command = [sys.executable, "-m", "qlora_kit", *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return warm_line().run(words, folder, timeout)
 
 
 def only_run(folder: Path) -> Path:
