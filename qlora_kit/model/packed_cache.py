@@ -6,7 +6,8 @@ is built from it is the one that was loaded, to the bit.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -40,7 +41,8 @@ LAYOUT = 1  # raised when a base is kept in another way
 WORTH_BYTES = 2_000_000_000  # of a checkpoint: smaller ones are loaded in a moment
 MOST_CACHED_BYTES = 80_000_000_000
 LEFT_ON_DISK = 0.1  # of the disk, which is never filled further
-FILE_BYTES = 4_000_000_000
+FILE_BYTES = 500_000_000
+AT_ONCE = 4  # files that are written or read side by side, each through a copy in the host's memory
 _STATE = "quant_state."  # begin of the names under which bitsandbytes has scales and sizes of a packed weight
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 
@@ -147,12 +149,31 @@ def _write(model: nn.Module, folder: Path) -> None:
     for name, tensor in _tensors(model):
         if files[-1] and sum(held.nbytes for held in files[-1].values()) + tensor.nbytes > FILE_BYTES:
             files.append({})
-        files[-1][name] = tensor.detach().contiguous()
-    for number, tensors in enumerate(files):
-        # Buffers may share memory, which the format has no word for.
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / FILE.format(number))
+        files[-1][name] = tensor.detach()
     noted = {FILE.format(number): list(tensors) for number, tensors in enumerate(files)}
-    write_json(folder / META, {"files": noted, "xxh3_128": {name: quick_hash(folder / name) for name in noted}})
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        hashes = pool.map(_write_file, files, [folder / name for name in noted])
+        write_json(folder / META, {"files": noted, "xxh3_128": dict(zip(noted, hashes, strict=True))})
+
+
+def _write_file(tensors: Mapping[str, Tensor], file: Path) -> str:
+    """Write a file; returns its hash."""
+    # Buffers may share memory, which the format has no word for.
+    copies = {name: torch.empty(one.shape, dtype=one.dtype).copy_(one) for name, one in tensors.items()}
+    save_file(copies, file)
+    return quick_hash(file)
+
+
+def _read_file(file: Path, names: Iterable[str], hash_of: str, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a file that was written.
+
+    Raises:
+        ValueError: it holds other bytes.
+    """
+    if quick_hash(file) != hash_of:
+        raise ValueError(f"{file.name} holds other bytes than were written")
+    with safe_open(file, framework="pt", device=str(device)) as stream:
+        return {name: stream.get_tensor(name) for name in names}
 
 
 def _built(
@@ -189,11 +210,11 @@ def _fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
 
     kept: dict[str, Tensor] = {}
     noted = read_json(folder / META)
-    for file, names in noted["files"].items():
-        if quick_hash(folder / file) != noted["xxh3_128"][file]:
-            raise ValueError(f"{file} holds other bytes than were written")
-        with safe_open(folder / file, framework="pt", device=str(device)) as stream:
-            kept |= {name: stream.get_tensor(name) for name in names}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        files = noted["files"]
+        read = pool.map(lambda file: _read_file(folder / file, files[file], noted["xxh3_128"][file], device), files)
+        for tensors in read:
+            kept |= tensors
     states: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in kept if f".{_STATE}" in name]:
         of, _, part = name.partition(f".{_STATE}")
