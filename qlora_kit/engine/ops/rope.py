@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlora_kit.engine.ops.compiled import run_compiled
 from qlora_kit.engine.ops.jit import jit, tl, triton
 from qlora_kit.engine.ops.lora_delta import WARPS, LoraDelta, add_n, delta_tile, described, takes_ranks
 from qlora_kit.engine.ops.op import Op, compiled, runs_kernels
@@ -44,7 +45,20 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return found if kept.shape[-1] == 0 else torch.cat((found, kept), dim=-1)
 
 
-rotate = compiled(_rotate)
+def _rotate_kernel(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if not _turns_whole(x, cos):
+        turned: Tensor = run_compiled(_rotate, x, cos, sin, back)
+        return turned
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    start_rope(x.flatten(1), cos.contiguous(), sin.contiguous(), None, x.shape[2], out.flatten(1), back)
+    return out
+
+
+def _rotate_supported(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> bool:
+    return runs_kernels(x)
+
+
+rotate = Op("rotate", _rotate, _rotate_kernel, _rotate_supported)
 rotate_pairs = compiled(_rotate_pairs)
 
 
