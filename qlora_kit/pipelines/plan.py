@@ -14,7 +14,7 @@ from qlora_kit.core.device import has_nvidia_gpu
 from qlora_kit.core.errors import Problem, RecipeError
 from qlora_kit.core.files import read_json, typed_path
 from qlora_kit.core.shell import shell_line
-from qlora_kit.core.units import counted, human_bytes, human_count
+from qlora_kit.core.units import counted, human_bytes, human_count, human_seconds
 from qlora_kit.data.order import tokens_at_once
 from qlora_kit.data.prepare import PreparedData
 from qlora_kit.data.sources.source import open_source
@@ -34,6 +34,7 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.fitting import Change, changes_that_fit
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
+from qlora_kit.training.known_rates import known_rate
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.rows import packing_of, rows_that_fit
 
@@ -195,9 +196,26 @@ def plan_table(
     table.add_row("total", human_bytes(found.memory.total), _on_top(beside, on_gpu=on_gpu), style="bold")
     table.add_row(*_room(found.memory.total + beside, card))
     table.add_section()
-    for part, text, how in _step_rows(recipe, longest, None if data is None else len(data.train)):
+    for part, text, how in _step_rows(recipe, longest, data):
         table.add_row(part, text, how)
+    if card is None and data is not None and (rate := known_rate(running, base.shape)):
+        table.add_row("time in steps", *_time(recipe, data, rate))
     return table
+
+
+def _time(recipe: TrainRecipe, data: PreparedData, rate: float) -> tuple[str, str]:
+    """How long the steps take at so many tokens a second."""
+    items, batch = _items(recipe, data), recipe.trainer.batch_size * recipe.trainer.gradient_accumulation
+    trainer = recipe.trainer
+    passes = trainer.epochs if trainer.max_steps is None else trainer.max_steps * batch / items
+    seconds = float(data.train.lengths.sum()) * passes / rate
+    return human_seconds(seconds), f"at {human_count(rate)} tokens/s, as the last run like this one went here"
+
+
+def _items(recipe: TrainRecipe, data: PreparedData) -> int:
+    """What a batch is made of: rows, or packs of them."""
+    packing = packing_of(recipe.data, data)
+    return len(data.train if packing is None else packing)
 
 
 def _on_top(beside: float, *, on_gpu: bool) -> str:
@@ -289,8 +307,8 @@ def _optimizer(recipe: TrainRecipe) -> str:
     return f"{name.name}; here, without a GPU, {used.name} in 32 bit, {used.value.state_bytes} bytes a weight"
 
 
-def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tuple[str, str, str]]:
-    trainer = recipe.trainer
+def _step_rows(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> list[tuple[str, str, str]]:
+    trainer, read = recipe.trainer, None if data is None else len(data.train)
     batch = trainer.batch_size * trainer.gradient_accumulation
     tokens = batch * longest
     found = [
@@ -304,8 +322,9 @@ def _step_rows(recipe: TrainRecipe, longest: int, read: int | None) -> list[tupl
     file, most = recipe.data.train_file, recipe.data.train_rows
     rows = count_rows(Path(file), most) if read is None and file is not None else read
     if rows:
-        steps = trainer.steps(rows)
-        passes = trainer.epochs if trainer.max_steps is None else steps * batch / rows
+        items = rows if data is None else _items(recipe, data)
+        steps = trainer.steps(items)
+        passes = trainer.epochs if trainer.max_steps is None else steps * batch / items
         over = f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over {'it' if rows == 1 else 'them'}"
         return [*found, ("steps", str(steps), f"{human_count(rows)} {'row' if rows == 1 else 'rows'}, {over}")]
     if trainer.max_steps is not None:

@@ -47,6 +47,7 @@ from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.failures import base_fits, explained, first_step_told, less_learning
 from qlora_kit.training.finite import refuse_base_not_finite
 from qlora_kit.training.forecast import Forecast, KnownBase, forecast
+from qlora_kit.training.known_rates import note_rate
 from qlora_kit.training.optimizers.effective import effective_optimizer
 from qlora_kit.training.reach import check_reached, reach_of
 from qlora_kit.training.reached import Reach
@@ -159,6 +160,8 @@ def _train(
         made = _result(recipe, run.metrics, progress.step, eval_loss, adapter_size(model).parameters, planned)
         result = replace(made, resumed_from=step or None)
         write_json(run.result, result.record())
+        if known is not None:
+            note_rate(recipe, known.shape, result.tokens_per_second, result.steps - step)
     return result, base_folder
 
 

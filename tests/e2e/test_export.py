@@ -31,6 +31,15 @@ def trained(workshop, tmp_path_factory):
     return folder, done
 
 
+def test_a_plan_tells_how_long_steps_take_that_were_taken_here(trained, workshop):
+    folder, _ = trained
+    words = train_line(workshop, "trainer.max_steps=600", "tracker=wandb")[1:]
+    done = kit(folder, "plan", *words)
+    assert done.returncode == 0, done.stderr
+    assert "│ time in steps │" in done.stdout
+    assert "time in steps" not in kit(folder, "plan", *words, "trainer.batch_size=2").stdout
+
+
 @pytest.fixture(scope="module")
 def exported(trained):
     folder, _ = trained

@@ -14,7 +14,7 @@ from qlora_kit.pipelines import plan as module
 from qlora_kit.pipelines.plan import count_rows, known_base, known_rows, plan
 from qlora_kit.schema.check_wished import UNCHECKED
 from qlora_kit.schema.compose import compose_unchecked
-from qlora_kit.schema.data import DataConfig, OnBadRow
+from qlora_kit.schema.data import Batching, DataConfig, OnBadRow
 from qlora_kit.schema.engine import EngineConfig, EngineMode
 from qlora_kit.schema.model import ModelConfig, ModelShape
 from qlora_kit.schema.optimizers import OptimizerName
@@ -22,6 +22,8 @@ from qlora_kit.schema.root import TrainRecipe
 from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.training import rows as rows_module
 from qlora_kit.training.forecast import KnownBase, forecast
+from qlora_kit.training.known_rates import note_rate
+from qlora_kit.training.rows import packing_of
 from tests.tiny_models import build_tiny_model
 
 LLAMA_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256, False)
@@ -163,6 +165,30 @@ def test_rows_at_hand_make_the_largest_batch_of_the_run(tmp_path):
     assert longest < 200
     assert f"{2 * longest} tokens at once" in shown
     assert "4.1 k tokens at once" in plan(planned, known_base(planned))
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_steps_and_their_time_are_those_of_the_run(tmp_path, monkeypatch, batching):
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+    base = build_tiny_model("llama", tmp_path / "base")
+    text = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 9}]}] * 40
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row | {"n": n}) + "\n" for n, row in enumerate(text)), encoding="utf-8")
+    planned = TrainRecipe(
+        model=ModelConfig(source=str(base)),
+        data=DataConfig(train_file=str(file), max_tokens=128, cache=False, batching=Batching[batching]),
+        trainer=TrainerConfig(batch_size=2, epochs=3),
+    )
+    data, known = known_rows(planned), known_base(planned)
+    tokens, packing = int(data.train.lengths.sum()), packing_of(planned.data, data)
+    items = len(data.train) if packing is None else len(packing)
+    assert (items < 40) == (batching == "packed")
+    shown = plan(planned, known, data)
+    assert f"│ steps         │ {planned.trainer.steps(items):>8} │" in shown
+    assert "time in steps" not in shown
+    note_rate(planned, known.shape, tokens / 20, 50)
+    assert "│ time in steps │ 1 min 00 s │ at" in " ".join(plan(planned, known, data).split()).replace("│ │", "│")
+    assert "time in steps" not in plan(planned, known, data, card_of("24GB"))
 
 
 def test_without_a_tokenizer_at_hand_rows_are_not_read(rows):
