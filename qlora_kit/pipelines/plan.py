@@ -190,7 +190,7 @@ def plan_table(
     beside = 0.0 if on_gpu else forecast(running, base, at_once).memory.total - found.memory.total
     table = Table("part", "needs", "how", title=f"plan: {recipe.model.source} (an estimate)", title_justify="left")
     table.columns[1].justify = "right"
-    for part, amount, how in _memory_rows(recipe, found):
+    for part, amount, how in _memory_rows(recipe, found, on_gpu=on_gpu):
         table.add_row(part, human_bytes(amount), how)
     table.add_section()
     table.add_row("total", human_bytes(found.memory.total), _on_top(beside, on_gpu=on_gpu), style="bold")
@@ -280,7 +280,7 @@ def _longest(recipe: TrainRecipe, base: KnownBase, free: float | None) -> int:
     return longest
 
 
-def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float, str]]:
+def _memory_rows(recipe: TrainRecipe, found: Forecast, *, on_gpu: bool) -> list[tuple[str, float, str]]:
     quant, memory = recipe.quant, found.memory
     doubled = " + double quantization" if quant.kind.is_4bit and quant.double_quant else ""
     share = memory.trainable / memory.frozen
@@ -291,7 +291,7 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
         ("  rest", memory.frozen_rest, f"embeddings, output head, norms in {quant.compute_dtype.name}"),
         ("adapter", memory.adapter, f"{human_count(memory.trainable)} trained weights ({share:.2%}) in float32"),
         ("gradients", memory.gradients, "float32"),
-        ("optimizer", memory.optimizer, _optimizer(recipe)),
+        ("optimizer", memory.optimizer, _optimizer(recipe, on_gpu=on_gpu)),
         ("activations", memory.activations, f"{human_count(found.tokens)} tokens at once, {found.kept}"),
         ("loss", memory.loss, "a tile of the logits"),
         ("workspace", memory.workspace, "one layer dequantized to 16 bit, and its backward pass"),
@@ -299,9 +299,9 @@ def _memory_rows(recipe: TrainRecipe, found: Forecast) -> list[tuple[str, float,
     return [*rows, ("cached", memory.copies, "frozen weights kept dequantized too")] if memory.copies else rows
 
 
-def _optimizer(recipe: TrainRecipe) -> str:
+def _optimizer(recipe: TrainRecipe, *, on_gpu: bool) -> str:
     name = recipe.optim.name
-    if has_nvidia_gpu() or not name.needs_gpu:
+    if on_gpu or not name.needs_gpu:
         return name.name
     used = name.without_gpu
     return f"{name.name}; here, without a GPU, {used.name} in 32 bit, {used.value.state_bytes} bytes a weight"

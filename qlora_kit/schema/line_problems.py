@@ -1,6 +1,7 @@
 """What is wrong with a word of the command line that names no field or no option, with the nearest right one."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from qlora_kit.core.errors import Problem
 from qlora_kit.core.terminal import printable
@@ -15,6 +16,7 @@ from qlora_kit.schema.trust import unsafe_references
 from qlora_kit.schema.value_problems import GROUPS_OF_SEVERAL, several_values
 from qlora_kit.schema.words import Word
 
+WORDS_OF_PLAN = ("card",)  # which it takes off before a recipe is made
 COMMON_OPTIONS = {"export": "gguf_q4_k_m", "data": "rows"}  # proposed where nothing tells what was meant
 
 
@@ -35,7 +37,20 @@ def override_problem(root: type[Sealed], word: Word) -> Problem | None:
             what = f"{key} looks up '{printable(outside[0])}'; a recipe may look up its own fields only"
             return Problem(f"{what}, such as ${{lora.r}}", line)
         return several_values(root, word) if override.is_sweep_override() else None
-    found = meant(root, key, override.value())
+    return _no_field(root, word)
+
+
+def _no_field(root: type[Sealed], word: Word) -> Problem:
+    key, line = word.override.key_or_group, word.where
+    if own := next(iter(get_close_matches(key, WORDS_OF_PLAN, cutoff=0.7)), None):
+        if own == key:
+            return Problem(
+                f"'{own}' is a word of qlora-kit plan, and no field of a recipe", line, "qlora-kit plan --help"
+            )
+        return Problem(
+            f"there is no field '{key}'; did you mean '{own}'?", line, f"{own}={word.typed.partition('=')[2]}"
+        )
+    found = meant(root, key, word.override.value())
     what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
     if found.hint:
         what += f"; {found.hint}"

@@ -273,6 +273,7 @@ def lines_that_fit(planned, card, words=()):
 def test_a_card_that_is_not_at_hand_is_planned_for(rows):
     text = plan(recipe(rows, batch_size=8), KnownBase(LLAMA_8B, "llama"), card=card_of("rtx_4090"))
     assert "23.5 GB │ on rtx_4090, 24 GB: it fits" in text and "to fit" not in text
+    assert "without a GPU" not in text
     text = plan(recipe(rows, batch_size=8), KnownBase(LLAMA_8B, "llama"), card=card_of("8GB"))
     assert "7.5 GB │ on a card of 8 GB: it does not fit" in text
 

@@ -81,6 +81,17 @@ def test_a_misspelled_field_of_a_group_without_an_option_is_all_that_is_told():
     ]
 
 
+@pytest.mark.parametrize(
+    ("word", "what", "fix"),
+    [
+        ("card=24GB", "'card' is a word of qlora-kit plan, and no field of a recipe", "qlora-kit plan --help"),
+        ("crad=24GB", "there is no field 'crad'; did you mean 'card'?", "card=24GB"),
+    ],
+)
+def test_a_word_of_plan_alone_is_known(word, what, fix):
+    assert told("train", "model=demo", word, *DATA) == [(what, f"command line: {word}", fix)]
+
+
 @pytest.mark.slow
 def test_of_fields_with_one_name_the_nearest_to_the_root_is_meant():
     ((what, _, fix),) = told("train", "model=demo", "run.name=mine", *DATA)
