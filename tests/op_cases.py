@@ -59,7 +59,8 @@ def outcome(case: Case, run: Callable[..., Any], arguments: tuple[Any, ...]) -> 
 
 
 def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    """Copies of all arguments on a device, with the strides that they have."""
+    """Copies of all arguments on a device, with the strides that they have; what is given twice is one there too."""
+    made: dict[int, Tensor] = {}
 
     def move(part: Any) -> Any:
         if isinstance(part, FourBit):
@@ -78,7 +79,9 @@ def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
             )
         if not isinstance(part, Tensor):
             return part
-        return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=device).copy_(part)
+        if id(part) not in made:
+            made[id(part)] = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=device).copy_(part)
+        return made[id(part)]
 
     return tree_map(move, arguments)
 
@@ -122,6 +125,29 @@ def _norm_arguments(dtype: torch.dtype, unit_offset: bool, more: int = 0) -> tup
     x, weight = 0.05 * drawn(TOKENS, COLUMNS, dtype=dtype), drawn(COLUMNS, dtype=dtype, seed=1)  # small: eps counts
     others = [drawn(TOKENS, COLUMNS, dtype=dtype, seed=2 + place) for place in range(more)]
     return x, weight, EPS, unit_offset, *others
+
+
+def _norm_backward_arguments(dtype: torch.dtype, unit_offset: bool, are_apart: bool) -> tuple[Any, ...]:
+    """Into a place like x, or into every second head of a wider one."""
+    out = (
+        torch.zeros(TOKENS // 2, 4, COLUMNS, dtype=dtype)[:, ::2]
+        if are_apart
+        else torch.zeros(TOKENS, COLUMNS, dtype=dtype)
+    )
+    return *_norm_arguments(dtype, unit_offset, 1), out
+
+
+def _wide_norm_arguments(dtype: torch.dtype, width: int) -> tuple[Any, ...]:
+    """Rows that lie apart, and a weight in 32 bit."""
+    rows = 0.05 * drawn(5, width + 16, dtype=dtype)
+    return rows[:, :width], drawn(width, dtype=torch.float32, seed=1), EPS, False
+
+
+def _norm_over_residual(dtype: torch.dtype, width: int) -> tuple[Any, ...]:
+    """As a layer calls it whose gradient is written over the one that came."""
+    residual = drawn(5, width, dtype=dtype, seed=3)
+    grad = drawn(5, width + 16, dtype=dtype, seed=2)[:, :width]
+    return *_wide_norm_arguments(dtype, width), grad, residual, residual
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
@@ -477,7 +503,28 @@ def _capped(logits: Tensor, cap: float) -> Any:
 CASES: dict[str, Case] = {
     **_unit("rms_norm", _norm),
     **_unit("rms_norm_add", lambda *given: _norm(*given[:4]) + wide(given[4]), 1),
-    **_unit("rms_norm_backward", _norm_gradient, 1),
+    **{
+        f"rms_norm_backward: {kind}{', heads apart' if are_apart else ''}": Case(
+            _of(_norm_backward_arguments, is_offset, are_apart),
+            lambda *given: _norm_gradient(*given[:5]).view(given[5].shape),
+            (5,),
+        )
+        for kind, is_offset, are_apart in (("factor", False, False), ("offset", True, True))
+    },
+    **{
+        f"rms_norm: {width} columns, strided": Case(
+            _of(_wide_norm_arguments, width), lambda x, weight, eps, *_: _norm(x, weight, eps, False)
+        )
+        for width in (80, 5000, 12288)
+    },
+    **{
+        f"rms_norm_backward_add: {width} columns, over the residual": Case(
+            _of(_norm_over_residual, width),
+            lambda *given: (_scale(given[0], EPS), _norm_gradient(*given[:5]) + wide(given[5])),
+            (6,),
+        )
+        for width in (80, 5000, 12288)
+    },
     "rms_norm_backward_add": Case(lambda dtype: _norm_arguments(dtype, True, 3), _backward_add, (6,)),
     "rms_scale": Case(lambda dtype: (drawn(TOKENS, COLUMNS, dtype=dtype), EPS), _scale),
     "rotate": Case(lambda dtype: (_heads(dtype), *_angles(dtype), False), lambda *given: _turned(*given[:3])),
@@ -557,8 +604,14 @@ CASES: dict[str, Case] = {
         for count, rank in ((1, 16), (2, 5), (3, 40))
     },
     **{
-        f"thin_product: rank {rank}, turned {is_turned}": Case(_of(_thin_arguments, rank, is_turned), _thin)
-        for rank, is_turned in ((8, True), (40, False))
+        f"thin_product: rank {rank}, turned {is_turned}": Case(
+            _of(_thin_arguments, rank, is_turned), _thin, of_kernel=dtypes
+        )
+        for rank, is_turned, dtypes in (
+            (8, True, (torch.float32, torch.bfloat16)),
+            (16, False, (torch.float32, torch.bfloat16)),
+            (64, False, (torch.bfloat16,)),
+        )
     },
     **{
         f"thin_outer: rank {rank}, of tokens {of_tokens}, turned {is_turned}": Case(

@@ -270,26 +270,26 @@ def _project_backward(
         raw: what had a norm, as it was before.
         outputs: `[T, sum of widths]`; a gate's columns are left.
     """
-    left, places, found_of = list(raw), parts.split([outputs]), dict[int, Tensor]()
+    left, places, written = list(raw), parts.split([outputs]), set[int]()
     for stream, grad in zip(parts.streams, grads, strict=True):
         turn, place = rotation if stream.rotates else None, places[stream.source]
         if turn is not None and parts.is_bare:
             rope_backward(grad, turn.cos, turn.sin, place.flatten(1))
             continue
-        found = grad
-        if turn is not None and not parts.norms_rotated:
+        found, turns_last = grad, turn is not None and parts.norms_rotated
+        if turn is not None and not turns_last:
             found = turn.turn(found, back=True)
         if stream.norm is not None:
-            found = stream.norm.backward_heads(left.pop(0), found)
-        if turn is not None and parts.norms_rotated:
+            # Straight to where it belongs: a copy takes longer than the norm.
+            there = None if turns_last or stream.source in written else place
+            found = stream.norm.backward_heads(left.pop(0), found, there)
+        if turn is not None and turns_last:
             found = turn.turn(found, back=True)
-        found_of[stream.source] = found_of[stream.source] + found if stream.source in found_of else found
-    if len(found_of) == len(parts.heads) and not parts.has_gate:
-        # One kernel that moves whole words; a copy into some of the columns takes three times as long.
-        torch.cat([found_of[source].flatten(1) for source in range(len(parts.heads))], dim=1, out=outputs)
-        return
-    for source, found in found_of.items():
-        places[source].copy_(found)
+        if stream.source in written:
+            place.add_(found)
+        elif found is not place:
+            place.copy_(found)
+        written.add(stream.source)
 
 
 def _rotation(cos: Tensor | None, sin: Tensor | None, rows: Tensor, parts: Projection) -> Rotation | None:

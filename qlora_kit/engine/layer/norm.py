@@ -30,9 +30,13 @@ class Norm:
         """The norm of each head of `[T, heads, head_dim]`."""
         return self.forward(x.flatten(0, 1)).view_as(x)
 
-    def backward_heads(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of heads."""
-        return self.backward(x.flatten(0, 1), grad.flatten(0, 1)).view_as(grad)
+    def backward_heads(self, x: Tensor, grad: Tensor, place: Tensor | None = None) -> Tensor:
+        """Gradient of heads, `[T, heads, head_dim]`; in `place`, whose heads may lie apart, if there is one."""
+        if place is not None and x.shape[-1] == len(self.weight):
+            self._backward(x.flatten(0, 1), grad.flatten(0, 1), place)
+            return place
+        found = self.backward(x.flatten(0, 1), grad.flatten(0, 1)).view(grad.shape)
+        return found if place is None else place.copy_(found)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual + norm(x)`."""
@@ -40,8 +44,9 @@ class Norm:
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of x."""
-        found = rms_norm_backward(self._rows(x), self.weight, self.eps, self.unit_offset, self._rows(grad))
-        return found.view_as(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._backward(self._rows(x), self._rows(grad), self._rows(out))
+        return out
 
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None
@@ -58,6 +63,10 @@ class Norm:
         out = torch.empty_like(x) if place is None else place
         scale = rms_norm_backward_add(x, self.weight, self.eps, self.unit_offset, grad, residual, out)
         return out, Normed(x, scale, factor)
+
+    def _backward(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        """Write the gradient of rows."""
+        rms_norm_backward(x, self.weight, self.eps, self.unit_offset, grad, out)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x if x.shape[-1] == len(self.weight) else x.reshape(-1, len(self.weight))
@@ -109,9 +118,8 @@ class LayerNorm(Norm):
         """See `Norm`."""
         return residual + self.forward(x)
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """See `Norm`."""
-        return layer_norm_backward(self._rows(x), self.weight, self.eps, self._rows(grad)).view_as(x)
+    def _backward(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        out.copy_(layer_norm_backward(x, self.weight, self.eps, grad).view(out.shape))
 
     def backward_add(
         self, x: Tensor, grad: Tensor | None, residual: Tensor, place: Tensor | None = None

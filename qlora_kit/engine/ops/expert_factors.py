@@ -17,6 +17,7 @@ from qlora_kit.engine.ops.op import Op, runs_kernels
 ROWS_EACH, COLUMNS_EACH = 64, 128
 FEWEST_TERMS = 16  # of a product that the matrix units take
 WARPS, STAGES = 4, 3
+HALF_BYTES = 2  # of a value in 16 bit; tiles of wider ones with higher ranks take more shared memory than cards have
 
 
 def _thin_product(rows: Tensor, factors: Tensor, experts: Tensor, scaling: float) -> Tensor:
@@ -89,7 +90,8 @@ def _thin_outer_kernel(
 
 
 def _thin_product_supported(rows: Tensor, factors: Tensor, experts: Tensor, scaling: float) -> bool:
-    return runs_kernels(rows) and rows.stride(1) == 1 and factors.shape[2] <= FUSED_RANK and len(rows) > 0
+    fits = factors.shape[2] <= (FUSED_RANK if rows.element_size() == HALF_BYTES else FUSED_RANK // 4) and len(rows) > 0
+    return runs_kernels(rows) and rows.stride(1) == 1 and rows.dtype == factors.dtype and fits
 
 
 def _thin_outer_supported(
@@ -100,14 +102,15 @@ def _thin_outer_supported(
     tokens: Tensor | None,
     is_turned: bool,
 ) -> bool:
-    return runs_kernels(rows) and rows.stride(1) == thin.stride(1) == 1 and thin.shape[1] <= FUSED_RANK
+    fits = rows.stride(1) == thin.stride(1) == 1 and thin.shape[1] <= FUSED_RANK
+    return runs_kernels(rows) and rows.dtype == thin.dtype and fits
 
 
 thin_product = Op("thin_product", _thin_product, _thin_product_kernel, _thin_product_supported)
 thin_outer = Op("thin_outer", _thin_outer, _thin_outer_kernel, _thin_outer_supported)
 
 
-@jit_for_any("expert_step")
+@jit_for_any("expert_step", "count")
 def _multiply_rows(
     rows: tl.tensor,
     factors: tl.tensor,

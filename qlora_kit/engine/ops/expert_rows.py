@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, silu
 
 from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
 from qlora_kit.engine.ops.glu.kernels import act, act_grad
-from qlora_kit.engine.ops.jit import jit, tl, triton
+from qlora_kit.engine.ops.jit import jit, jit_for_any, tl, triton
 from qlora_kit.engine.ops.op import Op, compiled, runs_kernels
 from qlora_kit.model.expert_mlp import side_by_side
 
@@ -153,11 +153,11 @@ def _has_neighbors(*tensors: Tensor | None) -> bool:
 
 
 def _spread_supported(rows: Tensor, back: Tensor) -> bool:
-    return runs_kernels(rows) and _has_neighbors(rows, back)
+    return runs_kernels(rows) and back.is_contiguous() and _has_neighbors(rows)
 
 
 def _added_up_supported(back: Tensor, pieces: Sequence[Tensor], delta: Tensor | None) -> bool:
-    return runs_kernels(back) and _has_neighbors(back, *pieces, delta)
+    return runs_kernels(back) and back.is_contiguous() and _has_neighbors(*pieces, delta)
 
 
 def _weighed_glu_backward_supported(
@@ -169,7 +169,8 @@ def _weighed_glu_backward_supported(
     grad_delta: Tensor | None,
     is_silu: bool,  # as above
 ) -> bool:
-    return runs_kernels(gate) and len(pieces) <= MOST_PIECES and _has_neighbors(gate, up, delta, *pieces, grad_delta)
+    fits = len(pieces) <= MOST_PIECES and shares.is_contiguous()
+    return runs_kernels(gate) and fits and _has_neighbors(gate, up, delta, *pieces, grad_delta)
 
 
 spread = Op("spread", _spread, _spread_kernel, _spread_supported)
@@ -227,7 +228,7 @@ def _add_rows_up(
     tl.store(out + token * out_step + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("rows")
 def _go_back(
     gate: tl.tensor,
     up: tl.tensor,

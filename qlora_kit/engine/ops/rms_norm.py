@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kit.engine.ops.jit import jit, tl, triton
+from qlora_kit.engine.ops.jit import jit_for_any, tl, triton
 from qlora_kit.engine.ops.op import Op, runs_kernels
 
 TILE = 4096  # values of a program: of several rows where these are short
+HEADS_DIM = 3  # of a tensor that has heads
 LONGEST = 16384  # row that a program holds
 WARPS = {8192: 8, 16384: 16}  # of longer rows; 4 for others
 
@@ -47,9 +48,13 @@ def _input_gradient(x: Tensor, weight: Tensor, unit_offset: bool, grad: Tensor, 
     return scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
 
 
-def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> Tensor:
-    """Gradient of the norm's input `[T, width]` from x and the output's gradient."""
-    return _input_gradient(x, weight, unit_offset, grad, _rms_scale(x, eps)).to(x.dtype)
+def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor, out: Tensor) -> None:
+    """Gradient of the norm's input `[T, width]` from x and the output's gradient, into `out`.
+
+    Args:
+        out: like x; or, where the T are heads of tokens, `[tokens, heads, width]`, whose heads may lie apart.
+    """
+    out.copy_(_input_gradient(x, weight, unit_offset, grad, _rms_scale(x, eps)).view(out.shape))
 
 
 def _rms_norm_backward_add(
@@ -83,10 +88,11 @@ def _start_backward(
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     rows_each, block, warps = _shares(x.shape[1])
     more = x if residual is None else residual
+    heads = out.shape[1] if out.dim() == HEADS_DIM else 1
     with torch.cuda.device(out.get_device()):
         _go_back[(triton.cdiv(len(x), rows_each),)](
             x, weight, grad, more, out, scale, *x.shape, x.stride(0), grad.stride(0), more.stride(0), out.stride(0),
-            eps, residual is not None, unit_offset, rows_each, block, num_warps=warps,
+            out.stride(1), eps, heads, residual is not None, unit_offset, rows_each, block, num_warps=warps,
         )  # fmt: skip
     return scale
 
@@ -101,10 +107,10 @@ def _rms_scale_kernel(x: Tensor, eps: float) -> Tensor:
     return scale
 
 
-def _rms_norm_backward_kernel(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> Tensor:
-    out = x.new_empty(x.shape)
+def _rms_norm_backward_kernel(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor, out: Tensor
+) -> None:
     _start_backward(x, weight, eps, unit_offset, grad, None, out)
-    return out
 
 
 def _shares(width: int) -> tuple[int, int, int]:
@@ -131,8 +137,10 @@ def _rms_scale_supported(x: Tensor, eps: float) -> bool:
     return _takes(x)
 
 
-def _rms_norm_backward_supported(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor) -> bool:
-    return _takes(x, weight, grad)
+def _rms_norm_backward_supported(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, grad: Tensor, out: Tensor
+) -> bool:
+    return _takes(x, weight, grad, out)
 
 
 def _rms_norm_backward_add_supported(
@@ -150,7 +158,7 @@ rms_norm_backward_add = Op(
 )
 
 
-@jit
+@jit_for_any("rows")
 def _norm_rows(
     x: tl.tensor,
     weight: tl.tensor,
@@ -183,7 +191,7 @@ def _norm_rows(
     tl.store(out + row[:, None] * width + column[None, :], made, mask=inside)
 
 
-@jit
+@jit_for_any("rows")
 def _scale_rows(
     x: tl.tensor,
     scales: tl.tensor,
@@ -201,7 +209,7 @@ def _scale_rows(
     tl.store(scales + row, tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps), mask=row < rows)
 
 
-@jit
+@jit_for_any("rows")
 def _go_back(
     x: tl.tensor,
     weight: tl.tensor,
@@ -215,7 +223,9 @@ def _go_back(
     grad_step: tl.tensor,
     residual_step: tl.tensor,
     out_step: tl.tensor,
+    head_step: tl.tensor,
     eps: tl.tensor,
+    heads: tl.constexpr,
     has_residual: tl.constexpr,
     unit_offset: tl.constexpr,
     rows_each: tl.constexpr,
@@ -234,5 +244,6 @@ def _go_back(
     if has_residual:
         more = tl.load(residual + row[:, None] * residual_step + column[None, :], mask=inside, other=0.0)
         made += more.to(tl.float32)
-    tl.store(out + row[:, None] * out_step + column[None, :], made.to(out.dtype.element_ty), mask=inside)
+    place = out + (row // heads * out_step + row % heads * head_step)[:, None] + column[None, :]
+    tl.store(place, made.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale, mask=row < rows)

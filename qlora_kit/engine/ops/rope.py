@@ -55,7 +55,7 @@ def _rotate_kernel(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def _rotate_supported(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> bool:
-    return runs_kernels(x)
+    return runs_kernels(x) and x.stride(-1) == 1
 
 
 rotate = Op("rotate", _rotate, _rotate_kernel, _rotate_supported)
@@ -103,7 +103,7 @@ def _rope_backward_kernel(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -
 
 
 def _rope_backward_supported(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bool:
-    return runs_kernels(grad) and _turns_whole(grad, cos)
+    return runs_kernels(grad) and grad.stride(-1) == 1 and _turns_whole(grad, cos)
 
 
 rope_backward = Op("rope_backward", _rope_backward, _rope_backward_kernel, _rope_backward_supported)
