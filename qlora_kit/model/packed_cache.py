@@ -6,7 +6,7 @@ is built from it is the one that was loaded, to the bit.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,6 +32,7 @@ from qlora_kit.core.lock import BusyError, hold
 from qlora_kit.core.units import human_bytes
 from qlora_kit.model.identity import SETTINGS, identity
 from qlora_kit.model.language_model import as_language_model, language_model
+from qlora_kit.model.skeleton import is_of_the_machine
 from qlora_kit.schema.quant import QuantConfig
 
 CACHE = "bases"
@@ -96,7 +97,7 @@ class PackedPlace:
                 drop_oldest(self.folder, META, MOST_CACHED_BYTES)
         except BusyError:  # another run keeps it
             return
-        except (OSError, RecipeError) as error:
+        except (OSError, RecipeError, SafetensorError, MemoryError, RuntimeError) as error:  # the run goes on without
             log.info(f"base: not kept in 4 bit: {error}")
             return
         kept = human_bytes(size_on_disk(self.folder))
@@ -123,7 +124,7 @@ class PackedPlace:
             model = _built(base, dtype, device, quantization, attention)
             _fill(model, self.folder, device)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, RuntimeError) and is_of_the_machine(error):
                 raise
             log.warning(f"the base kept in {self.folder} cannot be read ({error}), and is made again")
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -151,9 +152,15 @@ def _write(model: nn.Module, folder: Path) -> None:
             files.append({})
         files[-1][name] = tensor.detach()
     noted = {FILE.format(number): list(tensors) for number, tensors in enumerate(files)}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in files]
+    with ThreadPoolExecutor(_at_once(sizes)) as pool:
         hashes = pool.map(_write_file, files, [folder / name for name in noted])
         write_json(folder / META, {"files": noted, "xxh3_128": dict(zip(noted, hashes, strict=True))})
+
+
+def _at_once(sizes: Sequence[int]) -> int:
+    """How many files of these sizes are held in memory: one where a tensor alone is larger than most files."""
+    return 1 if max(sizes, default=0) > 2 * FILE_BYTES else AT_ONCE
 
 
 def _write_file(tensors: Mapping[str, Tensor], file: Path) -> str:
@@ -210,8 +217,8 @@ def _fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
 
     kept: dict[str, Tensor] = {}
     noted = read_json(folder / META)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        files = noted["files"]
+    files = noted["files"]
+    with ThreadPoolExecutor(_at_once([(folder / file).stat().st_size for file in files])) as pool:
         read = pool.map(lambda file: _read_file(folder / file, files[file], noted["xxh3_128"][file], device), files)
         for tensors in read:
             kept |= tensors

@@ -16,7 +16,7 @@ from qlora_kit.model.language_model import build_language_model, caps_scores
 from qlora_kit.schema.model import Attention
 
 _OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "create a primitive")
-_OF_THE_MACHINE = (*_OF_MEMORY, "cuda error", "cublas", "cudnn")
+_OF_THE_MACHINE = (*_OF_MEMORY, "start new thread", "cuda error", "cublas", "cudnn")
 LONGEST_TOLD = 300  # characters of a library's own message
 
 
@@ -71,7 +71,7 @@ def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iter
     try:
         yield
     except Exception as error:
-        if isinstance(error, (KitError, MemoryError)) or _is_of_the_machine(error):
+        if isinstance(error, (KitError, MemoryError)) or is_of_the_machine(error):
             raise
         said = printable(" ".join(str(error).split()))[:LONGEST_TOLD]
         libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "trl"))
@@ -83,10 +83,12 @@ def told_plainly(folder: Path, config: Mapping[str, object], doing: str) -> Iter
         raise RecipeError(what, "model.source") from error
 
 
-def _is_of_the_machine(error: Exception) -> bool:
+def is_of_the_machine(error: Exception) -> bool:
     """Whether memory, a device or a disk is to blame, which others tell better."""
     if isinstance(error, OSError):
         return error.errno is not None  # the libraries' own carry none
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_THE_MACHINE)
 
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from qlora_kit.cli.verbs import main
 from qlora_kit.core.files import size_on_disk
@@ -25,6 +27,7 @@ OF_LOADING = ("_is_hf_initialized", "_weight_conversions", "_use_kernels")  # no
 def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(packed_cache, "WORTH_BYTES", 0)
     monkeypatch.setattr(packed_cache, "LEFT_ON_DISK", 0.0)
+    monkeypatch.setattr(packed_cache, "FILE_BYTES", 20_000)  # several files
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / CACHE
 
@@ -106,7 +109,8 @@ def test_a_damaged_one_is_said_and_made_again(damage, tmp_path, cache, capsys):
     folder = build_tiny_model("llama", tmp_path / "base")
     first = load_base(folder, QuantConfig())
     (name,) = kept(cache)
-    file = next((cache / name).glob("*.safetensors"))
+    *_, file = sorted((cache / name).glob("*.safetensors"))
+    assert file.name != "0.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "flipped":
@@ -126,6 +130,42 @@ def test_a_damaged_one_is_said_and_made_again(damage, tmp_path, cache, capsys):
     assert kept(cache) == [name]
     assert_same(load_base(folder, QuantConfig()), first)
     assert "cannot be read" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: no space left"), MemoryError("no memory")])
+def test_a_run_goes_on_where_a_file_cannot_be_written(error, tmp_path, cache, monkeypatch, capsys):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    written = []
+
+    def save(tensors, file):
+        written.append(file)
+        if len(written) == 3:
+            raise error
+        save_file(tensors, file)
+
+    monkeypatch.setattr(packed_cache, "save_file", save)
+    load_base(folder, QuantConfig())
+    assert f"base: not kept in 4 bit: {error}" in capsys.readouterr().err
+    assert not kept(cache) and not list(cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")])
+def test_a_shortage_is_no_damage(error, tmp_path, cache, monkeypatch):
+    folder = build_tiny_model("llama", tmp_path / "base")
+    load_base(folder, QuantConfig())
+
+    def full(*_):
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(packed_cache, "_read_file", full)
+        load_base(folder, QuantConfig())
+    assert len(kept(cache)) == 1
+
+
+def test_large_tensors_are_held_one_at_a_time(monkeypatch):
+    assert packed_cache._at_once([20_000, 40_000]) == packed_cache.AT_ONCE
+    assert packed_cache._at_once([20_000, 40_001]) == 1
 
 
 def test_what_is_not_worth_it_is_not_kept(tmp_path, cache, monkeypatch):
