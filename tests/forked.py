@@ -97,7 +97,8 @@ def be_the_child(words: Sequence[str], folder: Path, changes: Mapping[str, str],
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(out, flags, 0o600), 1)
         os.dup2(1 if err == out else os.open(err, flags, 0o600), 2)
-        sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115, PTH123  # for the life of the process
+        sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115  # for the life of the process
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  # as an interpreter's own
         from tqdm import tqdm
 
         from qlora_kit.cli.verbs import main
@@ -109,9 +110,11 @@ def be_the_child(words: Sequence[str], folder: Path, changes: Mapping[str, str],
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def _end_group(group: int) -> None:

@@ -5,7 +5,6 @@ line of JSON for each command line, and answers twice: with the number of the fo
 """
 
 import atexit
-import contextlib
 import json
 import os
 import select
@@ -29,11 +28,13 @@ class WarmLine:
     """The process, from its first command line on."""
 
     def __init__(self) -> None:
-        self._place = TemporaryDirectory()
+        self._place, self._calls = TemporaryDirectory(), 0
         command = [sys.executable, "-c", "from tests.warm_line import serve; serve()"]
-        settings = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=pipe, stdout=pipe, bufsize=0)
+        # In a session of its own: Ctrl-C is for pytest, which then closes its input, and that ends it.
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=_settings(), stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True
+        )
 
     def run(
         self, words: Sequence[str], folder: Path, timeout: float, is_time: Callable[[], object] | None = None
@@ -43,19 +44,25 @@ class WarmLine:
         Raises:
             subprocess.TimeoutExpired: it took longer, and was killed.
         """
-        out, err = (str(Path(self._place.name) / name) for name in ("out", "err"))
-        asked = {"words": list(words), "folder": str(folder), "changes": dict(os.environ), "out": out, "err": err}
+        self._calls += 1
+        out, err = (Path(self._place.name) / f"{self._calls}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()
+        asked = {"words": list(words), "folder": str(folder), "set": _settings(), "out": str(out), "err": str(err)}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-        child, until, is_killed = self._answer(), time.monotonic() + timeout, False
-        while not self._has_answered():
-            if not is_killed and (time.monotonic() > until or (is_time is not None and is_time())):
-                with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
-                    os.killpg(child, signal.SIGKILL)
-                    is_killed = True
-        code = self._answer()
-        said = [Path(path).read_text(encoding="utf-8", errors="replace") for path in (out, err)]
-        if is_killed and time.monotonic() > until:
+        child = self._answer()
+        assert child > 1
+        try:
+            is_late = self._wait(child, time.monotonic() + timeout, is_time)
+            code = self._answer()
+        except BaseException:  # a later answer would be taken for another's
+            _kill(child)
+            self.end()
+            warm_line.cache_clear()
+            raise
+        said = [path.read_text(encoding="utf-8", errors="replace") for path in (out, err)]
+        if is_late:
             raise subprocess.TimeoutExpired(list(words), timeout, *said)
         return subprocess.CompletedProcess(list(words), code, *said)
 
@@ -65,12 +72,32 @@ class WarmLine:
         self._process.wait()
         self._place.cleanup()
 
-    def _has_answered(self) -> bool:
-        return bool(select.select([self._process.stdout], [], [], TICK)[0])
+    def _wait(self, child: int, until: float, is_time: Callable[[], object] | None) -> bool:
+        """Until there is an answer; whether that came too late."""
+        is_late = is_killed = False
+        while not select.select([self._process.stdout], [], [], TICK)[0]:
+            if not is_killed and ((is_late := time.monotonic() > until) or (is_time is not None and is_time())):
+                is_killed = _kill(child)
+        return is_late
 
     def _answer(self) -> int:
         assert self._process.stdout is not None
-        return int(self._process.stdout.read(ANSWER))
+        answer = self._process.stdout.read(ANSWER)
+        assert answer, f"the warm process ended with {self._process.wait()}"
+        return int(answer)
+
+
+def _settings() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _kill(group: int) -> bool:
+    """Whether there was a group to kill: a child that was just forked has none yet."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @cache
@@ -83,7 +110,7 @@ def warm_line() -> WarmLine:
 
 def serve() -> None:
     """Be the process."""
-    answers = os.dup(1)
+    answers, started = os.dup(1), set(os.environ)
     os.dup2(2, 1)
     import_everything()
     for line in sys.stdin:
@@ -91,7 +118,9 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             os.close(answers)
-            be_the_child(asked["words"], Path(asked["folder"]), asked["changes"], asked["out"], asked["err"])
+            for name in started - asked["set"].keys():
+                os.environ.pop(name, None)
+            be_the_child(asked["words"], Path(asked["folder"]), asked["set"], asked["out"], asked["err"])
         os.write(answers, str(child).rjust(ANSWER).encode())
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(answers, str(code).rjust(ANSWER).encode())

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def environment() -> dict[str, str]:
 def kit(folder: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `qlora-kit` in a folder."""
     return warm_line().run(words, folder, timeout)
+
+
+def cold_kit(folder: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The same in an interpreter of its own, as a user starts it: for what is said while libraries are imported."""
+    command = [sys.executable, "-m", "qlora_kit", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def only_run(folder: Path) -> Path:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_kit.core.files import read_json
-from tests.e2e.conftest import kit, only_run, train_line
+from tests.e2e.conftest import cold_kit, kit, only_run, train_line
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ ADAPTERS = ["adapter_gguf", "adapter_peft"]
 @pytest.fixture(scope="module")
 def trained(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    done = kit(folder, *train_line(workshop, "trainer.max_steps=6", "tracker=wandb"))
+    done = cold_kit(folder, *train_line(workshop, "trainer.max_steps=6", "tracker=wandb"))
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -34,7 +34,7 @@ def trained(workshop, tmp_path_factory):
 def test_a_plan_tells_how_long_steps_take_that_were_taken_here(trained, workshop):
     folder, _ = trained
     words = train_line(workshop, "trainer.max_steps=600", "tracker=wandb")[1:]
-    done = kit(folder, "plan", *words)
+    done = cold_kit(folder, "plan", *words)
     assert done.returncode == 0, done.stderr
     assert "│ time in steps │" in done.stdout
     assert "time in steps" not in kit(folder, "plan", *words, "trainer.batch_size=2").stdout
@@ -45,14 +45,14 @@ def exported(trained):
     folder, _ = trained
     names = ",".join([*EXPORTS, *ADAPTERS])
     groups = "export.gptq.gptq_4bit_rounding.group_size=64"
-    done = kit(folder, "export", "run=latest", f"export=[{names}]", groups, "export.score_rows=4", timeout=580)
+    done = cold_kit(folder, "export", "run=latest", f"export=[{names}]", groups, "export.score_rows=4", timeout=580)
     return folder, done
 
 
 @pytest.fixture(scope="module")
 def scored(exported):
     folder, _ = exported
-    return folder, kit(folder, "eval", "run=latest", "eval.max_new_tokens=8", timeout=580)
+    return folder, cold_kit(folder, "eval", "run=latest", "eval.max_new_tokens=8", timeout=580)
 
 
 def test_wandb_without_a_key_stays_in_the_run_directory(trained):
@@ -182,6 +182,6 @@ def test_a_file_outside_its_bound_is_rejected(exported):
 def test_chat_answers(exported, place):
     folder, _ = exported
     where = place if place == "latest" else str(only_run(folder) / place)
-    done = kit(folder, "chat", where, "--message", "turn on 1: lamp", "--max-new-tokens", "8")
+    done = cold_kit(folder, "chat", where, "--message", "turn on 1: lamp", "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

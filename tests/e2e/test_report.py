@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.conftest import kit, only_run, train_line
+from tests.e2e.conftest import cold_kit, kit, only_run, train_line
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ def trained(workshop, tmp_path_factory):
 
 
 def test_a_trained_run_has_a_page(trained):
-    done = kit(trained, "report")
+    done = cold_kit(trained, "report")
     assert done.returncode == 0, done.stderr
     page = only_run(trained) / "report.html"
     assert done.stdout == f"page: {page.relative_to(trained)}\n"
