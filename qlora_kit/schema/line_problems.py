@@ -43,13 +43,10 @@ def override_problem(root: type[Sealed], word: Word) -> Problem | None:
 def _no_field(root: type[Sealed], word: Word) -> Problem:
     key, line = word.override.key_or_group, word.where
     if own := next(iter(get_close_matches(key, WORDS_OF_PLAN, cutoff=0.7)), None):
-        if own == key:
-            return Problem(
-                f"'{own}' is a word of qlora-kit plan, and no field of a recipe", line, "qlora-kit plan --help"
-            )
-        return Problem(
-            f"there is no field '{key}'; did you mean '{own}'?", line, f"{own}={word.typed.partition('=')[2]}"
-        )
+        what = f"'{own}' is a word of qlora-kit plan, and no field of a recipe"
+        if own != key:
+            what = f"there is no field '{key}'; did you mean '{own}', a word of qlora-kit plan?"
+        return Problem(what, line, "qlora-kit plan --help")
     found = meant(root, key, word.override.value())
     what = f"there is no field '{key}'" + (f"; did you mean '{found.name}'?" if found.name else "")
     if found.hint:

@@ -82,14 +82,14 @@ def test_a_misspelled_field_of_a_group_without_an_option_is_all_that_is_told():
 
 
 @pytest.mark.parametrize(
-    ("word", "what", "fix"),
+    ("word", "what"),
     [
-        ("card=24GB", "'card' is a word of qlora-kit plan, and no field of a recipe", "qlora-kit plan --help"),
-        ("crad=24GB", "there is no field 'crad'; did you mean 'card'?", "card=24GB"),
+        ("card=24GB", "'card' is a word of qlora-kit plan, and no field of a recipe"),
+        ("crad=24GB", "there is no field 'crad'; did you mean 'card', a word of qlora-kit plan?"),
     ],
 )
-def test_a_word_of_plan_alone_is_known(word, what, fix):
-    assert told("train", "model=demo", word, *DATA) == [(what, f"command line: {word}", fix)]
+def test_a_word_of_plan_alone_is_known(word, what):
+    assert told("train", "model=demo", word, *DATA) == [(what, f"command line: {word}", "qlora-kit plan --help")]
 
 
 @pytest.mark.slow
