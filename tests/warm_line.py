@@ -75,6 +75,7 @@ class WarmLine:
     def _wait(self, child: int, until: float, is_time: Callable[[], object] | None) -> bool:
         """Until there is an answer; whether that came too late."""
         is_late = is_killed = False
+        assert self._process.stdout is not None
         while not select.select([self._process.stdout], [], [], TICK)[0]:
             if not is_killed and ((is_late := time.monotonic() > until) or (is_time is not None and is_time())):
                 is_killed = _kill(child)

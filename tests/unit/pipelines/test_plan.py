@@ -180,6 +180,7 @@ def test_steps_and_their_time_are_those_of_the_run(tmp_path, monkeypatch, batchi
         trainer=TrainerConfig(batch_size=2, epochs=3),
     )
     data, known = known_rows(planned), known_base(planned)
+    assert data is not None
     tokens, packing = int(data.train.lengths.sum()), packing_of(planned.data, data)
     items = len(data.train) if packing is None else len(packing)
     assert (items < 40) == (batching == "packed")

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from qlora_kit.engine.layer import experts
 from qlora_kit.engine.ops import compiled as module
 from qlora_kit.engine.ops.compiled import as_written, run_compiled
+from qlora_kit.engine.ops.expert_rows import weighed_glu
 from qlora_kit.engine.ops.glu import Activation, gated_product, gated_product_backward
 from qlora_kit.engine.ops.registry import OPS
 from qlora_kit.engine.ops.rms_norm import rms_norm
@@ -114,7 +115,7 @@ def test_another_number_of_tokens_compiles_nothing_anew(name, counted):
 
 @pytest.mark.parametrize("has_adapters", [True, False])
 def test_another_number_of_choices_compiles_nothing_of_experts_anew(has_adapters, counted, monkeypatch):
-    monkeypatch.setattr(experts, "weighed_glu", partial(run_compiled, experts.weighed_glu.reference))
+    monkeypatch.setattr(experts, "weighed_glu", partial(run_compiled, weighed_glu.reference))
     ops = experts.FastOps(TorchOps(torch.nn.functional.silu), Activation.silu)
     for tokens in (TOKENS, TOKENS - 1, TOKENS - 7):
         x = drawn(tokens, 64)
