@@ -24,6 +24,7 @@ from qlora_kit.engine.ops.lora_delta import LoraDelta
 from qlora_kit.engine.ops.split_k import PartialSum
 
 TOKENS, COLUMNS, HEADS, WIDTH, EPS = 70, 192, 3, 64, 1e-3
+PART_OF_HEADS = "rotate: half of a head, back"  # for which its operation has no kernel but torch's
 E4M3_ROUNDING = 2**-4  # the largest relative error of four significant bits
 
 
@@ -528,7 +529,7 @@ CASES: dict[str, Case] = {
     "rms_norm_backward_add": Case(lambda dtype: _norm_arguments(dtype, True, 3), _backward_add, (6,)),
     "rms_scale": Case(lambda dtype: (drawn(TOKENS, COLUMNS, dtype=dtype), EPS), _scale),
     "rotate": Case(lambda dtype: (_heads(dtype), *_angles(dtype), False), lambda *given: _turned(*given[:3])),
-    "rotate: half of a head, back": Case(
+    PART_OF_HEADS: Case(
         lambda dtype: (_heads(dtype), *_angles(dtype, width=WIDTH // 2), True), lambda *given: _turn_back(*given[:3])
     ),
     **{

@@ -147,12 +147,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _write(model: nn.Module, folder: Path) -> None:
     files: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
     for name, tensor in _tensors(model):
-        if files[-1] and sum(held.nbytes for held in files[-1].values()) + tensor.nbytes > FILE_BYTES:
+        if files[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
             files.append({})
+            sizes.append(0)
         files[-1][name] = tensor.detach()
+        sizes[-1] += tensor.nbytes
     noted = {FILE.format(number): list(tensors) for number, tensors in enumerate(files)}
-    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in files]
     with ThreadPoolExecutor(_at_once(sizes)) as pool:
         hashes = pool.map(_write_file, files, [folder / name for name in noted])
         write_json(folder / META, {"files": noted, "xxh3_128": dict(zip(noted, hashes, strict=True))})

@@ -31,6 +31,7 @@ from qlora_kit.schema.check_wished import EXPORTS, UNCHECKED, wrong_exports
 from qlora_kit.schema.data import SourceConfig
 from qlora_kit.schema.renamed import key_of, todays_override
 from qlora_kit.schema.root import TrainRecipe
+from qlora_kit.schema.trainer import TrainerConfig
 from qlora_kit.training.engine_choice import with_engine
 from qlora_kit.training.fitting import Change, changes_that_fit
 from qlora_kit.training.forecast import PROCESS_BYTES, Forecast, KnownBase, forecast, needed_bytes
@@ -205,11 +206,15 @@ def plan_table(
 
 def _time(recipe: TrainRecipe, data: PreparedData, rate: float) -> tuple[str, str]:
     """How long the steps take at so many tokens a second."""
-    items, batch = _items(recipe, data), recipe.trainer.batch_size * recipe.trainer.gradient_accumulation
-    trainer = recipe.trainer
-    passes = trainer.epochs if trainer.max_steps is None else trainer.max_steps * batch / items
-    seconds = float(data.train.lengths.sum()) * passes / rate
+    seconds = float(data.train.lengths.sum()) * _passes(recipe.trainer, _items(recipe, data)) / rate
     return human_seconds(seconds), f"at {human_count(rate)} tokens/s, as the last run like this one went here"
+
+
+def _passes(trainer: TrainerConfig, items: int) -> float:
+    """How often a run goes over all items."""
+    if trainer.max_steps is None:
+        return trainer.epochs
+    return trainer.max_steps * trainer.batch_size * trainer.gradient_accumulation / items
 
 
 def _items(recipe: TrainRecipe, data: PreparedData) -> int:
@@ -323,8 +328,7 @@ def _step_rows(recipe: TrainRecipe, longest: int, data: PreparedData | None) -> 
     rows = count_rows(Path(file), most) if read is None and file is not None else read
     if rows:
         items = rows if data is None else _items(recipe, data)
-        steps = trainer.steps(items)
-        passes = trainer.epochs if trainer.max_steps is None else steps * batch / items
+        steps, passes = trainer.steps(items), _passes(trainer, items)
         over = f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over {'it' if rows == 1 else 'them'}"
         return [*found, ("steps", str(steps), f"{human_count(rows)} {'row' if rows == 1 else 'rows'}, {over}")]
     if trainer.max_steps is not None:

@@ -13,7 +13,7 @@ import torch
 from qlora_kit.engine.ops.compiled import run_compiled
 from qlora_kit.engine.ops.jit import libdevice, tl
 from qlora_kit.engine.ops.registry import OPS
-from tests.op_cases import CASES, moved, outcome
+from tests.op_cases import CASES, PART_OF_HEADS, moved, outcome
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1" and tl is not None
 NEEDS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -21,7 +21,6 @@ pytestmark = [] if INTERPRETS else NEEDS
 
 DEVICE = "cpu" if INTERPRETS else "cuda"
 DTYPES = [torch.float32] if INTERPRETS else [torch.float32, torch.bfloat16]
-PART_OF_HEADS = "rotate: half of a head, back"  # which torch compiles
 NOT_INTERPRETED = ("unpack_transposed", "quantize_rows", "reduce_partials", "split_k_matmul")
 # Share of the largest entry: sums in another order in float32, and one rounding to 8 bits more in bfloat16.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2e-2}

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
 from qlora_kit.engine.ops.activation import gelu_tanh_slope, silu_slope
+from qlora_kit.engine.ops.glu import gate_activation
 from qlora_kit.engine.ops.glu.kernels import act, act_grad
 from qlora_kit.engine.ops.jit import jit, jit_for_any, tl, triton
 from qlora_kit.engine.ops.op import Op, compiled, runs_kernels
@@ -54,7 +54,7 @@ def _weighed_glu(gate: Tensor, up: Tensor, delta: Tensor | None, shares: Tensor,
     Shares are [R, 1]: a vector's length is a constant to the compiler, and the choices of a step are no constant.
     """
     wide_gate, wide_up = _both_wide(gate, up, delta)
-    return (_act(wide_gate, is_silu) * wide_up * shares.float()).to(gate.dtype)
+    return (gate_activation(wide_gate, is_silu) * wide_up * shares.float()).to(gate.dtype)
 
 
 def _weighed_glu_backward(
@@ -74,7 +74,7 @@ def _weighed_glu_backward(
     """
     wide_gate, wide_up = _both_wide(gate, up, delta)
     wide, share = _wide(side_by_side(pieces), grad_delta), shares.float()
-    acted, slope = _act(wide_gate, is_silu), silu_slope(wide_gate) if is_silu else gelu_tanh_slope(wide_gate)
+    acted, slope = gate_activation(wide_gate, is_silu), silu_slope(wide_gate) if is_silu else gelu_tanh_slope(wide_gate)
     product = acted * wide_up
     to_share = (wide * product).sum(1)
     wide = wide * share
@@ -91,10 +91,6 @@ def _both_wide(gate: Tensor, up: Tensor, delta: Tensor | None) -> tuple[Tensor, 
 
 def _wide(rows: Tensor, delta: Tensor | None) -> Tensor:
     return rows.float() if delta is None else rows.float() + delta.float()
-
-
-def _act(gate: Tensor, is_silu: bool) -> Tensor:
-    return silu(gate) if is_silu else gelu(gate, approximate="tanh")
 
 
 def _spread_kernel(rows: Tensor, back: Tensor) -> Tensor:
@@ -164,10 +160,10 @@ def _weighed_glu_backward_supported(
     gate: Tensor,
     up: Tensor,
     delta: Tensor | None,
-    shares: Tensor,  # the arguments of the operation
+    shares: Tensor,
     pieces: Sequence[Tensor],
     grad_delta: Tensor | None,
-    is_silu: bool,  # as above
+    is_silu: bool,
 ) -> bool:
     fits = len(pieces) <= MOST_PIECES and shares.is_contiguous()
     return runs_kernels(gate) and fits and _has_neighbors(gate, up, delta, *pieces, grad_delta)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kit.engine.ops.jit import jit_for_any, tl, triton
+from qlora_kit.engine.ops.jit import jit, jit_for_any, tl, triton
 from qlora_kit.engine.ops.op import Op, runs_kernels
 
 TILE = 4096  # values of a program: of several rows where these are short
@@ -158,6 +158,24 @@ rms_norm_backward_add = Op(
 )
 
 
+@jit
+def _scaled_rows(
+    x: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    x_step: tl.tensor,
+    eps: tl.tensor,
+    rows_each: tl.constexpr,
+    block: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """A program's rows and columns, which of them there are, the values, and what each row is scaled by."""
+    row = (tl.program_id(0) * rows_each + tl.arange(0, rows_each)).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    wide = tl.load(x + row[:, None] * x_step + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    return row, column, inside, wide, tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
+
+
 @jit_for_any("rows")
 def _norm_rows(
     x: tl.tensor,
@@ -174,11 +192,7 @@ def _norm_rows(
     rows_each: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * rows_each + tl.arange(0, rows_each)).to(tl.int64)
-    column = tl.arange(0, block)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    wide = tl.load(x + row[:, None] * x_step + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
+    row, column, inside, wide, scale = _scaled_rows(x, rows, width, x_step, eps, rows_each, block)
     own = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     normed = wide * scale[:, None]
     if unit_offset:
@@ -202,11 +216,8 @@ def _scale_rows(
     rows_each: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * rows_each + tl.arange(0, rows_each)).to(tl.int64)
-    column = tl.arange(0, block)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    wide = tl.load(x + row[:, None] * x_step + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(scales + row, tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps), mask=row < rows)
+    row, _, _, _, scale = _scaled_rows(x, rows, width, x_step, eps, rows_each, block)
+    tl.store(scales + row, scale, mask=row < rows)
 
 
 @jit_for_any("rows")
@@ -231,14 +242,10 @@ def _go_back(
     rows_each: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * rows_each + tl.arange(0, rows_each)).to(tl.int64)
-    column = tl.arange(0, block)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    wide = tl.load(x + row[:, None] * x_step + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    row, column, inside, wide, scale = _scaled_rows(x, rows, width, x_step, eps, rows_each, block)
     weighted = tl.load(grad + row[:, None] * grad_step + column[None, :], mask=inside, other=0.0).to(tl.float32)
     own = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     weighted *= 1.0 + own if unit_offset else own
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
     normed = wide * scale[:, None]
     made = scale[:, None] * (weighted - normed * (tl.sum(weighted * normed, axis=1) / width)[:, None])
     if has_residual:

@@ -40,20 +40,21 @@ class GluPartials(NamedTuple):
     of_product: PartialSum | None
 
 
-def _act(gate: Tensor, is_silu: bool) -> Tensor:
+def gate_activation(gate: Tensor, is_silu: bool) -> Tensor:
+    """What the gate is after its activation."""
     return silu(gate) if is_silu else gelu(gate, approximate="tanh")
 
 
 def _gated_product(gate: Tensor, up: Tensor, is_silu: bool) -> Tensor:
     """`activation(gate) * up`, each `[T, width]`."""
-    return _act(gate, is_silu) * up
+    return gate_activation(gate, is_silu) * up
 
 
 def _gated_product_backward(gate: Tensor, up: Tensor, grad: Tensor, is_silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The product again, and the gradients of gate and up, each `[T, width]`, from the product's gradient."""
     wide, wide_grad = gate.float(), grad.float()
     slope = silu_slope(wide) if is_silu else gelu_tanh_slope(wide)
-    activated = _act(gate, is_silu)
+    activated = gate_activation(gate, is_silu)
     gate_grad = (wide_grad * up.float() * slope).to(gate.dtype)
     return activated * up, gate_grad, (wide_grad * activated.float()).to(up.dtype)
 

@@ -15,13 +15,13 @@ from qlora_kit.engine.ops.registry import OPS
 from qlora_kit.engine.ops.rms_norm import rms_norm
 from qlora_kit.model.expert_mlp import TorchOps
 from tests.drawn_tensors import close, drawn
-from tests.op_cases import CASES, TOKENS
+from tests.op_cases import CASES, PART_OF_HEADS, TOKENS
 
 COMPILED = [
     name
     for name in CASES
     if (op := OPS.get(name.split(":")[0])) is not None
-    and (getattr(op.kernel, "func", None) is run_compiled or name == "rotate: half of a head, back")
+    and (getattr(op.kernel, "func", None) is run_compiled or name == PART_OF_HEADS)
 ]
 
 
